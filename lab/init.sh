@@ -53,7 +53,7 @@ ulimit -l unlimited
 mkdir -p "/lib/modules/$release"
 mount --bind "$CACHE/kernels/$KERNEL/lib/modules/$release" "/lib/modules/$release"
 /lib/systemd/systemd-udevd --daemon
-modprobe -a ublk_drv virtio_blk loop
+modprobe -a ublk_drv virtio_blk virtio_console loop
 mkdir -p /scratch
 until [ -b /dev/vda ]; do sleep 0.1; done
 mount -o noinit_itable,discard /dev/vda /scratch
