@@ -1,0 +1,2345 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""A Linux block device in one file of pure Python.
+
+    import subprocess, ublk
+
+    class Ram(ublk.Target):
+        def __init__(self, size):
+            self.size = size
+            self.data = bytearray(size)
+        def read(self, offset, buffer):            # buffer: a writable memoryview to fill
+            buffer[:] = self.data[offset:offset + len(buffer)]
+        def write(self, offset, buffer):           # buffer: a read-only memoryview
+            self.data[offset:offset + len(buffer)] = buffer
+
+    with ublk.Device(Ram(64 << 20)) as disk:       # /dev/ublkb0 on entry, gone on exit
+        subprocess.run(["mkfs.ext4", disk.path], check=True)
+
+or, from the shell: ``python ublk.py null --size 1G``.
+
+How ublk works
+--------------
+The kernel driver ``ublk_drv`` turns a process into a disk. It has three kinds of device node:
+
+    /dev/ublk-control   the *control plane*: create, start, stop and delete devices
+    /dev/ublkcN         the *data plane* of device N: the server (this program) talks to it
+    /dev/ublkbN         the disk itself: file systems, ``dd`` and databases talk to it
+
+Both planes are spoken over io_uring, with its command ``IORING_OP_URING_CMD``. A life in brief:
+
+    ADD_DEV  ->  SET_PARAMS  ->  open and mmap /dev/ublkcN  ->  FETCH every tag  ->  START_DEV
+    ... requests ...
+    STOP_DEV (every tag ends with ENODEV)  ->  close /dev/ublkcN  ->  DEL_DEV
+
+A device has *queues*; a queue has *tags*, one for each request it can carry at a time. The server
+parks one command per tag in the kernel. When a client reads or writes, the parked command of a
+free tag completes: that is the news "tag 7 has a request". What is wanted stands in a descriptor,
+in memory the driver shares through mmap. The server does the work and sends the next command for
+the tag, COMMIT_AND_FETCH_REQ: it hands in the result *and* parks the tag again, so that each
+request costs half a system call or less.
+
+Words used throughout
+---------------------
+    tag      the number of a request slot in its queue, 0 to depth - 1
+    SQE      submission queue entry: 64 bytes in which io_uring is asked for an operation
+    CQE      completion queue entry: 16 bytes in which io_uring answers
+    sector   512 bytes, the kernel's unit; everything a target sees is in bytes
+    target   the Python object behind the disk
+    server   the process that serves a device; each queue has a thread or a process of its own
+
+The file reads from top to bottom: kernel ABI, io_uring, control plane, data plane, targets, the
+life cycle of a device, command line. It needs Linux 6.0 or later and nothing but the standard
+library. Sources: the kernel's Documentation/block/ublk.rst, include/uapi/linux/ublk_cmd.h and
+io_uring.h.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import errno
+import mmap
+import os
+import select
+import stat
+import struct
+import sys
+import threading
+import time
+import weakref
+from array import array
+from types import CoroutineType
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
+
+__version__ = "1.0"
+
+SECTOR = 512
+PAGE_SIZE = mmap.PAGESIZE
+
+# =================================================================================================
+# Errors
+# =================================================================================================
+
+
+class UblkError(OSError):
+    """What failed, why (with its errno) and what to do about it, in one line.
+
+    ``str(error)`` reads ``what failed: reason (ERRNO NAME): what to do``.
+    """
+
+    def __init__(self, number: int, what: str, reason: str = "", remedy: str = "") -> None:
+        super().__init__(number, what)
+        self.what = what
+        self.reason = reason or os.strerror(number).lower()
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        name = errno.errorcode.get(self.errno or 0, "ERROR")
+        text = f"{self.what}: {self.reason} ({self.errno} {name})"
+        return f"{text}: {self.remedy}" if self.remedy else text
+
+
+# =================================================================================================
+# Kernel ABI: include/uapi/linux/ublk_cmd.h of Linux 7.3
+# =================================================================================================
+
+
+class Feature(int):
+    """A feature flag of a device: the number is its mask.
+
+    since is the first kernel that has it; needs are flags that must come with it (one of them is
+    enough), excludes those that must not.
+    """
+
+    known: list[Feature] = []
+    bit: int
+    name: str
+    since: str
+    meaning: str
+    needs: int
+    excludes: int
+
+    def __new__(cls, bit: int, name: str, since: str, meaning: str, needs: int = 0,
+                excludes: int = 0) -> Feature:
+        self = super().__new__(cls, 1 << bit)
+        self.bit, self.name, self.since, self.meaning = bit, name, since, meaning
+        self.needs, self.excludes = needs, excludes
+        cls.known.append(self)
+        return self
+
+
+UBLK_F_SUPPORT_ZERO_COPY = Feature(
+    0, "SUPPORT_ZERO_COPY", "6.15", "request pages can be registered as fixed buffers of a ring")
+UBLK_F_URING_CMD_COMP_IN_TASK = Feature(
+    1, "URING_CMD_COMP_IN_TASK", "6.0", "completions run in the server's task; the driver sets it")
+UBLK_F_NEED_GET_DATA = Feature(
+    2, "NEED_GET_DATA", "6.0", "the server names the buffer of a write after the write arrived")
+UBLK_F_USER_RECOVERY = Feature(
+    3, "USER_RECOVERY", "6.1", "the disk outlives its server and waits for a new one")
+UBLK_F_USER_RECOVERY_REISSUE = Feature(
+    4, "USER_RECOVERY_REISSUE", "6.1", "requests the dead server held are sent to the new one",
+    needs=UBLK_F_USER_RECOVERY)
+UBLK_F_UNPRIVILEGED_DEV = Feature(
+    5, "UNPRIVILEGED_DEV", "6.3", "created, owned and served by an ordinary user")
+UBLK_F_CMD_IOCTL_ENCODE = Feature(
+    6, "CMD_IOCTL_ENCODE", "6.4", "commands are encoded like ioctls; the driver sets it")
+UBLK_F_USER_COPY = Feature(
+    7, "USER_COPY", "6.5", "the server moves data with pread and pwrite on /dev/ublkcN",
+    excludes=UBLK_F_UNPRIVILEGED_DEV)
+UBLK_F_ZONED = Feature(
+    8, "ZONED", "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
+UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
+    9, "USER_RECOVERY_FAIL_IO", "6.13", "without a server the disk fails requests, not queues them",
+    needs=UBLK_F_USER_RECOVERY, excludes=UBLK_F_USER_RECOVERY_REISSUE)
+UBLK_F_UPDATE_SIZE = Feature(
+    10, "UPDATE_SIZE", "6.16", "the size of a live disk can change")
+UBLK_F_AUTO_BUF_REG = Feature(
+    11, "AUTO_BUF_REG", "6.16", "the driver registers request pages with the ring by itself",
+    excludes=UBLK_F_UNPRIVILEGED_DEV)
+UBLK_F_QUIESCE = Feature(
+    12, "QUIESCE", "6.16", "a healthy server can be detached without an error",
+    needs=UBLK_F_USER_RECOVERY)
+UBLK_F_PER_IO_DAEMON = Feature(
+    13, "PER_IO_DAEMON", "6.16", "each tag may have a task of its own; the driver sets it")
+UBLK_F_BUF_REG_OFF_DAEMON = Feature(
+    14, "BUF_REG_OFF_DAEMON", "6.17", "any task may register request pages; the driver sets it")
+UBLK_F_BATCH_IO = Feature(
+    15, "BATCH_IO", "7.0", "one command fetches or commits many requests")
+UBLK_F_INTEGRITY = Feature(
+    16, "INTEGRITY", "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
+UBLK_F_SAFE_STOP_DEV = Feature(
+    17, "SAFE_STOP_DEV", "7.0", "a disk can be stopped only if unused; the driver sets it")
+UBLK_F_NO_AUTO_PART_SCAN = Feature(
+    18, "NO_AUTO_PART_SCAN", "7.0", "no partition scan when the disk starts")
+UBLK_F_SHMEM_ZC = Feature(
+    19, "SHMEM_ZC", "7.1", "clients' direct I/O from memory shared with the server is not copied")
+UBLK_F_IO_DESC_SIZE = Feature(
+    20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes")
+
+FEATURES: Sequence[Feature] = tuple(Feature.known)
+# Kernels before 6.15 have these two but do not report them, or have them and no GET_FEATURES.
+RECOVERY_FLAGS = UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | UBLK_F_USER_RECOVERY_FAIL_IO
+
+
+def flag_names(flags: int) -> list[str]:
+    """Return the names of the feature bits set in flags; unknown bits as ``BIT_n``."""
+    names = {feature.bit: feature.name for feature in FEATURES}
+    return [names.get(bit, f"BIT_{bit}") for bit in range(64) if flags >> bit & 1]
+
+
+def kernel_release() -> str:
+    """Return the running kernel's version, such as ``6.12``."""
+    return ".".join(os.uname().release.split(".")[:2])
+
+
+class Command(int):
+    """A control command: the number is its legacy opcode. changes: it needs write permission."""
+
+    known: list[Command] = []
+    name: str
+    since: str
+    changes: bool
+
+    def __new__(cls, number: int, name: str, since: str, changes: bool) -> Command:
+        self = super().__new__(cls, number)
+        self.name, self.since, self.changes = name, since, changes
+        cls.known.append(self)
+        return self
+
+    @property
+    def encoded(self) -> int:
+        """The ioctl-style opcode of kernels since 6.4: direction, size 32, type 'u', number."""
+        return (0xC0207500 if self.changes else 0x80207500) | self
+
+
+UBLK_CMD_GET_QUEUE_AFFINITY = Command(0x01, "GET_QUEUE_AFFINITY", "6.0", changes=False)
+UBLK_CMD_GET_DEV_INFO = Command(0x02, "GET_DEV_INFO", "6.0", changes=False)
+UBLK_CMD_ADD_DEV = Command(0x04, "ADD_DEV", "6.0", changes=True)
+UBLK_CMD_DEL_DEV = Command(0x05, "DEL_DEV", "6.0", changes=True)
+UBLK_CMD_START_DEV = Command(0x06, "START_DEV", "6.0", changes=True)
+UBLK_CMD_STOP_DEV = Command(0x07, "STOP_DEV", "6.0", changes=True)
+UBLK_CMD_SET_PARAMS = Command(0x08, "SET_PARAMS", "6.0", changes=True)
+UBLK_CMD_GET_PARAMS = Command(0x09, "GET_PARAMS", "6.0", changes=False)
+UBLK_CMD_START_USER_RECOVERY = Command(0x10, "START_USER_RECOVERY", "6.1", changes=True)
+UBLK_CMD_END_USER_RECOVERY = Command(0x11, "END_USER_RECOVERY", "6.1", changes=True)
+UBLK_CMD_GET_DEV_INFO2 = Command(0x12, "GET_DEV_INFO2", "6.3", changes=False)
+UBLK_CMD_GET_FEATURES = Command(0x13, "GET_FEATURES", "6.5", changes=False)
+UBLK_CMD_DEL_DEV_ASYNC = Command(0x14, "DEL_DEV_ASYNC", "6.9", changes=False)
+UBLK_CMD_UPDATE_SIZE = Command(0x15, "UPDATE_SIZE", "6.16", changes=True)
+UBLK_CMD_QUIESCE_DEV = Command(0x16, "QUIESCE_DEV", "6.16", changes=True)
+UBLK_CMD_TRY_STOP_DEV = Command(0x17, "TRY_STOP_DEV", "7.0", changes=True)
+UBLK_CMD_REG_BUF = Command(0x18, "REG_BUF", "7.1", changes=True)
+UBLK_CMD_UNREG_BUF = Command(0x19, "UNREG_BUF", "7.1", changes=True)
+
+COMMANDS: Sequence[Command] = tuple(Command.known)
+
+# Why a command fails, and what to do: (command, errno) -> (reason, remedy). None: any command.
+EXPLANATIONS: dict[tuple[Command | None, int], tuple[str, str]] = {
+    (None, errno.ENODEV): ("there is no such device", "see `ublk.py list`"),
+    (None, errno.EPERM): ("it belongs to the system, and this process lacks CAP_SYS_ADMIN",
+                          "run as root"),
+    (None, errno.EACCES): ("its device node is not yours to use", "ask its owner, or run as root"),
+    (None, errno.ENOENT): ("its device node is not visible here",
+                           "see whether /dev holds the node of this device"),
+    (None, errno.EINTR): ("the command was cancelled", "try again"),
+    (UBLK_CMD_ADD_DEV, errno.EEXIST): ("the id is taken", "choose another, or none"),
+    (UBLK_CMD_ADD_DEV, errno.EPERM): ("this process lacks CAP_SYS_ADMIN",
+                                      "run as root, or ask for an unprivileged device (-p)"),
+    (UBLK_CMD_ADD_DEV, errno.EACCES): (
+        "too many unprivileged devices",
+        "delete some, or raise /sys/module/ublk_drv/parameters/ublks_max"),
+    (UBLK_CMD_ADD_DEV, errno.EINVAL): (
+        "the kernel refuses this number of queues, this depth or this combination of flags",
+        "see `ublk.py features`"),
+    (UBLK_CMD_SET_PARAMS, errno.EACCES): ("the device has been started", "delete it and add it"),
+    (UBLK_CMD_SET_PARAMS, errno.EINVAL): ("the kernel refuses these parameters",
+                                          "see the block size, --max-io and discard limits"),
+    (UBLK_CMD_START_DEV, errno.EEXIST): ("it is running already", "see `ublk.py list`"),
+    (UBLK_CMD_START_DEV, errno.EBUSY): ("it was stopped and not yet closed",
+                                        "delete it and add it again"),
+    (UBLK_CMD_START_DEV, errno.EINVAL): (
+        "no parameters were set, or the server is not the process that opened the device",
+        "delete it and add it again"),
+    (UBLK_CMD_START_USER_RECOVERY, errno.EBUSY): (
+        "its server still lives", "end that server first, or see `ublk.py quiesce`"),
+    (UBLK_CMD_START_USER_RECOVERY, errno.EINVAL): (
+        "it was not made to be recovered, or never started", "create it with -r"),
+    (UBLK_CMD_END_USER_RECOVERY, errno.EBUSY): ("it is not waiting for a server",
+                                                "see `ublk.py list`"),
+    (UBLK_CMD_END_USER_RECOVERY, errno.EINVAL): (
+        "it was not made to be recovered, or the server is not the process that opened it",
+        "create it with -r"),
+    (UBLK_CMD_UPDATE_SIZE, errno.ENODEV): ("there is no such device, or it is not running",
+                                           "see `ublk.py list`"),
+    (UBLK_CMD_TRY_STOP_DEV, errno.EBUSY): ("somebody has it open", "close it first"),
+    (UBLK_CMD_TRY_STOP_DEV, errno.ENODEV): ("there is no such device, or it is not running",
+                                            "see `ublk.py list`"),
+    (UBLK_CMD_QUIESCE_DEV, errno.EBUSY): (
+        "every tag of a queue was busy for the whole time", "try again with a longer --timeout"),
+    (UBLK_CMD_QUIESCE_DEV, errno.EOPNOTSUPP): (
+        "it was not made with the flag QUIESCE", "create it with -r on Linux 6.16 or later"),
+    (UBLK_CMD_QUIESCE_DEV, errno.ENODEV): ("there is no such device, or it is not running",
+                                           "see `ublk.py list`"),
+    (UBLK_CMD_REG_BUF, errno.EEXIST): ("a page of this memory is registered already",
+                                       "unregister it first"),
+    (UBLK_CMD_REG_BUF, errno.EOPNOTSUPP): ("it was not made with the flag SHMEM_ZC",
+                                           "create it with shared memory on Linux 7.1 or later"),
+    (UBLK_CMD_UNREG_BUF, errno.ENOENT): ("no memory is registered under this index", ""),
+}
+
+
+def explain(command: Command, number: int, what: str) -> UblkError:
+    """Turn the errno of a control command into an error that says why and what to do."""
+    key = (command, number) if (command, number) in EXPLANATIONS else (None, number)
+    if number == errno.EOPNOTSUPP and key not in EXPLANATIONS:
+        return UblkError(number, what, f"{command.name} needs Linux {command.since}, "
+                         f"this is {kernel_release()}", "use a newer kernel")
+    return UblkError(number, what, *EXPLANATIONS.get(key, ("", "")))
+
+
+# Device states (ublksrv_ctrl_dev_info.state)
+UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO = range(4)
+STATES = ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
+
+# Commands of the data plane, encoded; their low byte is the legacy opcode.
+UBLK_U_IO_FETCH_REQ = 0xC0107520
+UBLK_U_IO_COMMIT_AND_FETCH_REQ = 0xC0107521
+UBLK_U_IO_NEED_GET_DATA = 0xC0107522
+UBLK_U_IO_REGISTER_IO_BUF = 0xC0107523
+UBLK_U_IO_UNREGISTER_IO_BUF = 0xC0107524
+UBLK_U_IO_PREP_IO_CMDS = 0xC0107525
+UBLK_U_IO_COMMIT_IO_CMDS = 0xC0107526
+UBLK_U_IO_FETCH_IO_CMDS = 0xC0107527
+UBLK_IO_RES_OK, UBLK_IO_RES_NEED_GET_DATA, UBLK_IO_RES_ABORT = 0, 1, -errno.ENODEV
+
+# Operations of a request: the low byte of ublksrv_io_desc.op_flags.
+UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH, UBLK_IO_OP_DISCARD = 0, 1, 2, 3
+UBLK_IO_OP_WRITE_SAME, UBLK_IO_OP_WRITE_ZEROES = 4, 5
+UBLK_IO_OP_ZONE_OPEN, UBLK_IO_OP_ZONE_CLOSE, UBLK_IO_OP_ZONE_FINISH = 10, 11, 12
+UBLK_IO_OP_ZONE_APPEND, UBLK_IO_OP_ZONE_RESET_ALL, UBLK_IO_OP_ZONE_RESET = 13, 14, 15
+UBLK_IO_OP_REPORT_ZONES = 18
+
+# Flags of a request: bits of the same word.
+UBLK_IO_F_FAILFAST_DEV, UBLK_IO_F_FAILFAST_TRANSPORT, UBLK_IO_F_FAILFAST_DRIVER = 1 << 8, 1 << 9, 1 << 10
+UBLK_IO_F_META, UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_F_SWAP = 1 << 11, 1 << 13, 1 << 15, 1 << 16
+UBLK_IO_F_NEED_REG_BUF, UBLK_IO_F_INTEGRITY, UBLK_IO_F_SHMEM_ZC = 1 << 17, 1 << 18, 1 << 19
+
+# Limits and address spaces of /dev/ublkcN.
+UBLK_MAX_QUEUE_DEPTH = 4096
+UBLK_MAX_NR_QUEUES = 4096
+UBLKSRV_IO_BUF_OFFSET = 0x80000000
+UBLK_IO_BUF_BITS, UBLK_TAG_BITS = 25, 16
+UBLK_TAG_OFF, UBLK_QID_OFF = UBLK_IO_BUF_BITS, UBLK_IO_BUF_BITS + UBLK_TAG_BITS
+UBLKSRV_IO_INTEGRITY_FLAG = 1 << 62
+UBLK_AUTO_BUF_REG_FALLBACK = 1
+UBLK_BATCH_F_HAS_ZONE_LBA, UBLK_BATCH_F_HAS_BUF_ADDR, UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK = 1, 2, 4
+UBLK_SHMEM_BUF_READ_ONLY = 1
+
+UBLK_ATTR_READ_ONLY, UBLK_ATTR_ROTATIONAL, UBLK_ATTR_VOLATILE_CACHE, UBLK_ATTR_FUA = 1, 2, 4, 8
+
+u8, u16, u32, u64, s32 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
+
+
+class ublksrv_ctrl_cmd(ctypes.Structure):
+    _fields_ = [("dev_id", u32), ("queue_id", u16), ("len", u16), ("addr", u64), ("data", u64 * 1),
+                ("dev_path_len", u16), ("pad", u16), ("reserved", u32)]
+
+
+class ublksrv_ctrl_dev_info(ctypes.Structure):
+    _fields_ = [("nr_hw_queues", u16), ("queue_depth", u16), ("state", u16), ("io_desc_size", u16),
+                ("max_io_buf_bytes", u32), ("dev_id", u32), ("ublksrv_pid", s32), ("pad1", u32),
+                ("flags", u64), ("ublksrv_flags", u64), ("owner_uid", u32), ("owner_gid", u32),
+                ("reserved1", u64), ("reserved2", u64)]
+
+
+class ublksrv_io_desc(ctypes.Structure):
+    _fields_ = [("op_flags", u32), ("nr_sectors", u32), ("start_sector", u64), ("addr", u64)]
+
+
+class ublksrv_io_cmd(ctypes.Structure):
+    _fields_ = [("q_id", u16), ("tag", u16), ("result", s32), ("addr", u64)]
+
+
+class ublk_elem_header(ctypes.Structure):
+    _fields_ = [("tag", u16), ("buf_index", u16), ("result", s32)]
+
+
+class ublk_batch_io(ctypes.Structure):
+    _fields_ = [("q_id", u16), ("flags", u16), ("nr_elem", u16), ("elem_bytes", u8),
+                ("reserved", u8), ("reserved2", u64)]
+
+
+class ublk_auto_buf_reg(ctypes.Structure):
+    _fields_ = [("index", u16), ("flags", u8), ("reserved0", u8), ("reserved1", u32)]
+
+
+class ublk_shmem_buf_reg(ctypes.Structure):
+    _fields_ = [("addr", u64), ("len", u64), ("flags", u32), ("reserved", u32)]
+
+
+class blk_zone(ctypes.Structure):
+    _fields_ = [("start", u64), ("len", u64), ("wp", u64), ("type", u8), ("cond", u8),
+                ("non_seq", u8), ("reset", u8), ("resv", u8 * 4), ("capacity", u64),
+                ("reserved", u8 * 24)]
+
+
+class ublk_param_basic(ctypes.Structure):
+    _fields_ = [("attrs", u32), ("logical_bs_shift", u8), ("physical_bs_shift", u8),
+                ("io_opt_shift", u8), ("io_min_shift", u8), ("max_sectors", u32),
+                ("chunk_sectors", u32), ("dev_sectors", u64), ("virt_boundary_mask", u64)]
+
+
+class ublk_param_discard(ctypes.Structure):
+    _fields_ = [("discard_alignment", u32), ("discard_granularity", u32),
+                ("max_discard_sectors", u32), ("max_write_zeroes_sectors", u32),
+                ("max_discard_segments", u16), ("reserved0", u16)]
+
+
+class ublk_param_devt(ctypes.Structure):
+    _fields_ = [("char_major", u32), ("char_minor", u32), ("disk_major", u32), ("disk_minor", u32)]
+
+
+class ublk_param_zoned(ctypes.Structure):
+    _fields_ = [("max_open_zones", u32), ("max_active_zones", u32),
+                ("max_zone_append_sectors", u32), ("reserved", u8 * 20)]
+
+
+class ublk_param_dma_align(ctypes.Structure):
+    _fields_ = [("alignment", u32), ("pad", u8 * 4)]
+
+
+class ublk_param_segment(ctypes.Structure):
+    _fields_ = [("seg_boundary_mask", u64), ("max_segment_size", u32), ("max_segments", u16),
+                ("pad", u8 * 2)]
+
+
+class ublk_param_integrity(ctypes.Structure):
+    _fields_ = [("flags", u32), ("max_integrity_segments", u16), ("interval_exp", u8),
+                ("metadata_size", u8), ("pi_offset", u8), ("csum_type", u8), ("tag_size", u8),
+                ("pad", u8 * 5)]
+
+
+class ublk_params(ctypes.Structure):
+    _fields_ = [("len", u32), ("types", u32), ("basic", ublk_param_basic),
+                ("discard", ublk_param_discard), ("devt", ublk_param_devt),
+                ("zoned", ublk_param_zoned), ("dma", ublk_param_dma_align),
+                ("seg", ublk_param_segment), ("integrity", ublk_param_integrity)]
+
+
+UBLK_PARAM_TYPE_BASIC, UBLK_PARAM_TYPE_DISCARD, UBLK_PARAM_TYPE_DEVT = 1 << 0, 1 << 1, 1 << 2
+UBLK_PARAM_TYPE_ZONED, UBLK_PARAM_TYPE_DMA_ALIGN, UBLK_PARAM_TYPE_SEGMENT = 1 << 3, 1 << 4, 1 << 5
+UBLK_PARAM_TYPE_INTEGRITY = 1 << 6
+# Parameter type -> its name and the first kernel that knows it; older ones drop it silently.
+PARAM_TYPES = {
+    UBLK_PARAM_TYPE_BASIC: ("BASIC", "6.0"), UBLK_PARAM_TYPE_DISCARD: ("DISCARD", "6.0"),
+    UBLK_PARAM_TYPE_DEVT: ("DEVT", "6.3"), UBLK_PARAM_TYPE_ZONED: ("ZONED", "6.6"),
+    UBLK_PARAM_TYPE_DMA_ALIGN: ("DMA_ALIGN", "6.15"), UBLK_PARAM_TYPE_SEGMENT: ("SEGMENT", "6.15"),
+    UBLK_PARAM_TYPE_INTEGRITY: ("INTEGRITY", "7.0"),
+}
+
+# =================================================================================================
+# io_uring: include/uapi/linux/io_uring.h, and rings by raw system call
+# =================================================================================================
+
+# These three have the same numbers on every architecture that Python runs on but alpha.
+SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register = 425, 426, 427
+
+IORING_SETUP_CQSIZE, IORING_SETUP_CLAMP, IORING_SETUP_SUBMIT_ALL = 1 << 3, 1 << 4, 1 << 7
+IORING_SETUP_COOP_TASKRUN, IORING_SETUP_SQE128 = 1 << 8, 1 << 10
+IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
+IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x10000000
+IORING_ENTER_GETEVENTS, IORING_ENTER_EXT_ARG = 1, 8
+IORING_REGISTER_BUFFERS2, IORING_REGISTER_PROBE, IORING_REGISTER_PBUF_RING = 15, 8, 22
+IORING_RSRC_REGISTER_SPARSE = 1
+IORING_CQE_F_BUFFER, IORING_CQE_F_MORE, IORING_CQE_BUFFER_SHIFT = 1, 2, 16
+
+IORING_OP_NOP, IORING_OP_FSYNC, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED = 0, 3, 4, 5
+IORING_OP_POLL_ADD, IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL, IORING_OP_CONNECT = 6, 11, 14, 16
+IORING_OP_FALLOCATE, IORING_OP_READ, IORING_OP_WRITE = 17, 22, 23
+IORING_OP_SEND, IORING_OP_RECV, IORING_OP_URING_CMD = 26, 27, 46
+IORING_FSYNC_DATASYNC = 1
+IORING_URING_CMD_MULTISHOT = 2
+IOSQE_IO_LINK, IOSQE_BUFFER_SELECT, IOSQE_CQE_SKIP_SUCCESS = 1 << 2, 1 << 5, 1 << 6
+
+
+class io_sqring_offsets(ctypes.Structure):
+    _fields_ = [("head", u32), ("tail", u32), ("ring_mask", u32), ("ring_entries", u32),
+                ("flags", u32), ("dropped", u32), ("array", u32), ("resv1", u32),
+                ("user_addr", u64)]
+
+
+class io_cqring_offsets(ctypes.Structure):
+    _fields_ = [("head", u32), ("tail", u32), ("ring_mask", u32), ("ring_entries", u32),
+                ("overflow", u32), ("cqes", u32), ("flags", u32), ("resv1", u32),
+                ("user_addr", u64)]
+
+
+class io_uring_params(ctypes.Structure):
+    _fields_ = [("sq_entries", u32), ("cq_entries", u32), ("flags", u32), ("sq_thread_cpu", u32),
+                ("sq_thread_idle", u32), ("features", u32), ("wq_fd", u32), ("resv", u32 * 3),
+                ("sq_off", io_sqring_offsets), ("cq_off", io_cqring_offsets)]
+
+
+class io_uring_sqe(ctypes.Structure):
+    """The kernel's unions are named by the member that ublk and this file use."""
+
+    _fields_ = [("opcode", u8), ("flags", u8), ("ioprio", u16), ("fd", s32),
+                ("off", u64),            # or cmd_op in its low half
+                ("addr", u64), ("len", u32),
+                ("rw_flags", u32),       # or fsync_flags, msg_flags, uring_cmd_flags, ...
+                ("user_data", u64), ("buf_index", u16), ("personality", u16),
+                ("file_index", s32),
+                ("cmd", u8 * 16)]        # 80 bytes in a ring of 128-byte entries
+
+
+class io_uring_cqe(ctypes.Structure):
+    _fields_ = [("user_data", u64), ("res", s32), ("flags", u32)]
+
+
+class io_uring_getevents_arg(ctypes.Structure):
+    _fields_ = [("sigmask", u64), ("sigmask_sz", u32), ("min_wait_usec", u32), ("ts", u64)]
+
+
+class io_uring_rsrc_register(ctypes.Structure):
+    _fields_ = [("nr", u32), ("flags", u32), ("resv2", u64), ("data", u64), ("tags", u64)]
+
+
+class io_uring_buf_reg(ctypes.Structure):
+    _fields_ = [("ring_addr", u64), ("ring_entries", u32), ("bgid", u16), ("flags", u16),
+                ("resv", u64 * 3)]
+
+
+class timespec(ctypes.Structure):
+    _fields_ = [("tv_sec", ctypes.c_int64), ("tv_nsec", ctypes.c_int64)]
+
+
+_libc = ctypes.CDLL(None, use_errno=True)        # CDLL, not PyDLL: it drops the GIL while waiting
+_syscall = _libc.syscall
+_syscall.argtypes = [ctypes.c_long] * 7
+_syscall.restype = ctypes.c_long
+
+
+class Py_buffer(ctypes.Structure):
+    """CPython's buffer interface, for the address of any bytes-like object."""
+
+    _fields_ = [("buf", ctypes.c_void_p), ("obj", ctypes.py_object), ("len", ctypes.c_ssize_t),
+                ("itemsize", ctypes.c_ssize_t), ("readonly", ctypes.c_int), ("ndim", ctypes.c_int),
+                ("format", ctypes.c_char_p), ("shape", ctypes.c_void_p),
+                ("strides", ctypes.c_void_p), ("suboffsets", ctypes.c_void_p),
+                ("internal", ctypes.c_void_p)]
+
+
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(Py_buffer), ctypes.c_int]
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = [ctypes.POINTER(Py_buffer)]
+
+
+def address_of(buffer: Any) -> int:
+    """Return the memory address of a bytes-like object, which the caller must keep alive."""
+    view = Py_buffer()
+    _get_buffer(buffer, ctypes.byref(view), 0)
+    address = view.buf or 0
+    _release_buffer(ctypes.byref(view))
+    return address
+
+
+# One SQE as a flat record: opcode flags ioprio fd off addr len rw_flags user_data buf_index personality file_index
+SQE = struct.Struct("=BBHiQQIIQHHi")
+
+
+class Ring:
+    """An io_uring: a queue of requests to the kernel and a queue of its answers, in shared memory.
+
+    entries: the number of SQEs, rounded up by the kernel to a power of two (32768 at most).
+    cq_entries: the number of CQEs, at least entries; twice entries by default.
+    sqe128: SQEs of 128 bytes, which control commands need.
+    shared: several threads use it (one at a time, the caller sees to that). Otherwise only the
+    thread that created it may, and completions wait until that thread enters the kernel, which is
+    the quickest way there is (SINGLE_ISSUER since 6.0, DEFER_TASKRUN since 6.1).
+
+    Unlike most users of io_uring this one fills an SQE slot once and submits it again and again:
+    push(slot) only writes its number into the index array through which the kernel finds SQEs.
+
+    Raises UblkError: ENOSYS, EPERM where io_uring is not to be had, ENOMEM.
+    """
+
+    def __init__(self, entries: int, cq_entries: int = 0, sqe128: bool = False,
+                 shared: bool = False) -> None:
+        self.fd = -1
+        params = self._setup(entries, max(cq_entries, 2 * entries), sqe128, shared)
+        self.entries, self.sqe_size = params.sq_entries, 128 if sqe128 else 64
+        self.cq_entries = params.cq_entries
+        sq, cq = params.sq_off, params.cq_off
+        size = max(sq.array + 4 * params.sq_entries, cq.cqes + 16 * params.cq_entries)
+        # FEAT_SINGLE_MMAP (5.4): both rings lie in one mapping
+        self._rings = mmap.mmap(self.fd, size, offset=IORING_OFF_SQ_RING)
+        self._sqe_map = mmap.mmap(self.fd, params.sq_entries * self.sqe_size,
+                                  offset=IORING_OFF_SQES)
+        self.sqes = memoryview(self._sqe_map)
+        self._ring_bytes = memoryview(self._rings)
+        words = self._words = self._ring_bytes[:size & ~3].cast("I")
+        self._sq_tail_at, self._cq_head_at, self._cq_tail_at = sq.tail // 4, cq.head // 4, cq.tail // 4
+        self._overflow_at = cq.overflow // 4
+        self._array = words[sq.array // 4:sq.array // 4 + params.sq_entries]
+        cqes = self._ring_bytes[cq.cqes:cq.cqes + 16 * params.cq_entries]
+        self._cq64, self._cq32 = cqes.cast("Q"), cqes.cast("i")
+        self._views = [self.sqes, self._array, self._cq64, self._cq32, cqes, words,
+                       self._ring_bytes]
+        self._sq_mask, self._cq_mask = params.sq_entries - 1, params.cq_entries - 1
+        self._tail = 0                  # SQEs pushed
+        self._submitted = 0             # SQEs the kernel has taken
+        self._timeout = timespec()
+        self._wait_arg = io_uring_getevents_arg(ts=ctypes.addressof(self._timeout))
+
+    def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> io_uring_params:
+        """Create the ring with the best flags this kernel takes; an unknown flag is EINVAL."""
+        base = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL
+        base |= IORING_SETUP_SQE128 if sqe128 else 0
+        owner = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SINGLE_ISSUER
+        for extra in (0,) if shared else (owner | IORING_SETUP_DEFER_TASKRUN, owner, 0):
+            params = io_uring_params(flags=base | extra, cq_entries=cq_entries)
+            self.fd = _syscall(SYS_io_uring_setup, entries, ctypes.addressof(params), 0, 0, 0, 0)
+            if self.fd >= 0:
+                return params
+            number = ctypes.get_errno()
+            if number != errno.EINVAL:
+                break
+        remedy = {errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0 (or the container's "
+                               "seccomp profile)",
+                  errno.ENOSYS: "use a kernel built with CONFIG_IO_URING",
+                  errno.ENOMEM: "raise the limit of locked memory (ulimit -l)"}.get(number, "")
+        raise UblkError(number, "cannot create an io_uring", remedy=remedy)
+
+    def prepare(self, slot: int, opcode: int, fd: int = -1, off: int = 0, addr: int = 0,
+                length: int = 0, rw_flags: int = 0, user_data: int = 0, flags: int = 0,
+                buf_index: int = 0, cmd: bytes = b"") -> None:
+        """Fill SQE slot; the names are the fields of io_uring_sqe."""
+        at = slot * self.sqe_size
+        SQE.pack_into(self.sqes, at, opcode, flags, 0, fd, off, addr, length, rw_flags, user_data,
+                      buf_index, 0, 0)
+        self.sqes[at + 48:at + self.sqe_size] = cmd.ljust(self.sqe_size - 48, b"\0")
+
+    def push(self, slot: int) -> None:
+        """Queue SQE slot for the next enter()."""
+        self._array[self._tail & self._sq_mask] = slot
+        self._tail += 1
+
+    def push_all(self, slots: Sequence[int]) -> None:
+        """Queue several SQE slots, in their order, at most `entries` of them."""
+        start = self._tail & self._sq_mask
+        end = start + len(slots)
+        if end <= self.entries:
+            self._array[start:end] = array("I", slots)
+        else:
+            fits = self.entries - start
+            self._array[start:] = array("I", slots[:fits])
+            self._array[:end - self.entries] = array("I", slots[fits:])
+        self._tail += len(slots)
+
+    def enter(self, min_complete: int = 0, timeout: float | None = None) -> bool:
+        """Submit what was pushed and wait for min_complete CQEs, for timeout seconds at most.
+
+        Returns False when the time ran out or a signal came first. Raises OSError for anything
+        the kernel holds against the ring itself.
+        """
+        flags, arg, size = IORING_ENTER_GETEVENTS, 0, 0
+        if timeout is not None:
+            self._timeout.tv_sec, self._timeout.tv_nsec = divmod(int(max(timeout, 0) * 1e9), 10**9)
+            flags, arg, size = flags | IORING_ENTER_EXT_ARG, ctypes.addressof(self._wait_arg), 24
+        pending = self._tail - self._submitted
+        self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
+        taken = _syscall(SYS_io_uring_enter, self.fd, pending, min_complete, flags, arg, size)
+        if taken >= 0:
+            self._submitted += taken
+            return True
+        number = ctypes.get_errno()
+        if number in (errno.EINTR, errno.ETIME):
+            return False
+        if number in (errno.EBUSY, errno.EAGAIN):       # completions must be taken first
+            return True
+        raise OSError(number, os.strerror(number))
+
+    def reap(self) -> tuple[list[int], list[int]]:
+        """Take every CQE there is; return their user_data and their results, in order."""
+        head, tail = self._words[self._cq_head_at], self._words[self._cq_tail_at]
+        first, last = head & self._cq_mask, tail & self._cq_mask
+        if head == tail:
+            return [], []
+        if first < last:
+            data = self._cq64[2 * first:2 * last:2].tolist()
+            results = self._cq32[4 * first + 2:4 * last:4].tolist()
+        else:
+            data = self._cq64[2 * first::2].tolist() + self._cq64[:2 * last:2].tolist()
+            results = self._cq32[4 * first + 2::4].tolist() + self._cq32[2:4 * last:4].tolist()
+        self._words[self._cq_head_at] = tail
+        return data, results
+
+    def register(self, opcode: int, arg: int, count: int) -> None:
+        """io_uring_register(2); raises OSError."""
+        if _syscall(SYS_io_uring_register, self.fd, opcode, arg, count, 0, 0) < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def register_sparse_buffers(self, count: int) -> None:
+        """Make a table of count empty fixed buffers (5.19), for request pages to be put in."""
+        table = io_uring_rsrc_register(nr=count, flags=IORING_RSRC_REGISTER_SPARSE)
+        self.register(IORING_REGISTER_BUFFERS2, ctypes.addressof(table), ctypes.sizeof(table))
+
+    @property
+    def overflow(self) -> int:
+        """How many CQEs did not fit; the kernel keeps them until there is room (NODROP, 5.5)."""
+        return self._words[self._overflow_at]
+
+    def close(self) -> None:
+        """Give back every view, mapping and descriptor; the kernel cancels what is pending."""
+        if self.fd < 0:
+            return
+        for view in self._views:
+            view.release()
+        self._rings.close()
+        self._sqe_map.close()
+        os.close(self.fd)
+        self.fd = -1
+
+
+# =================================================================================================
+# Control plane: commands to /dev/ublk-control
+# =================================================================================================
+
+COMMAND_TIMEOUT = 60.0      # seconds; the kernel answers in milliseconds unless a server hangs
+
+
+class Control:
+    """The control plane: one method for each control command.
+
+    features: the mask GET_FEATURES reports, or None before Linux 6.5.
+    legacy: this kernel has only the bare opcodes of Linux 6.0 to 6.3.
+
+    Every method raises UblkError with the kernel's errno, and ETIMEDOUT when a command does not
+    end in time: it is then cancelled and, where the kernel cannot cancel it, left behind with its
+    buffers kept alive. One Control may be used by several threads.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.fd = os.open("/dev/ublk-control", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise UblkError(error.errno or errno.EIO, "cannot open /dev/ublk-control",
+                            remedy="see `ublk.py check`") from None
+        try:
+            self.ring = Ring(64, sqe128=True, shared=True)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._lock = threading.Lock()
+        self._token = 0
+        self._buffers: dict[int, Any] = {}      # what pending commands point at, by token
+        self._results: dict[int, int] = {}
+        self._unprivileged: set[int] = set()
+        self.legacy = False
+        self.features = self._detect()
+
+    def _detect(self) -> int | None:
+        try:
+            return self.get_features()
+        except UblkError:
+            self.legacy = True
+            return None
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the control node and its ring."""
+        if self.fd >= 0:
+            self.ring.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    # ---- how a command is sent -----------------------------------------------------------------
+
+    def _run(self, command: Command, dev_id: int, payload: Any = None, data: int = 0,
+             timeout: float = COMMAND_TIMEOUT, abort: Callable[[], bool] | None = None) -> int:
+        """Send one command; payload (a ctypes object) is sent and then filled with the answer."""
+        path = self._path(command, dev_id)
+        size = ctypes.sizeof(payload) if payload is not None else 0
+        buffer = ctypes.create_string_buffer(path + bytes(payload or b""), max(len(path) + size, 1))
+        header = ublksrv_ctrl_cmd(
+            dev_id=dev_id & 0xFFFFFFFF, queue_id=0xFFFF, len=len(path) + size,
+            addr=ctypes.addressof(buffer) if path or size else 0, data=(data,),
+            dev_path_len=len(path))
+        with self._lock:
+            result = self._send(command, header, buffer, timeout, abort)
+        if result < 0:
+            whose = f" of device {dev_id}" if 0 <= dev_id < 1 << 20 else ""
+            raise explain(command, -result, f"{command.name}{whose}")
+        if payload is not None:
+            ctypes.memmove(ctypes.addressof(payload), ctypes.addressof(buffer) + len(path), size)
+        return result
+
+    def _path(self, command: Command, dev_id: int) -> bytes:
+        """Return the device path the kernel wants in front of the payload (6.3).
+
+        It checks the permission of whoever commands an unprivileged device by this node's.
+        """
+        if command == UBLK_CMD_GET_DEV_INFO2 or dev_id in self._unprivileged:
+            if command not in (UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO):
+                return f"/dev/ublkc{dev_id}\0".encode()
+        return b""
+
+    def _send(self, command: Command, header: ublksrv_ctrl_cmd, buffer: Any, timeout: float,
+              abort: Callable[[], bool] | None) -> int:
+        token = self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
+                             off=int(command) if self.legacy else command.encoded)
+        if self._await(token, timeout, abort):
+            return self._results.pop(token)
+        self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
+        if self._await(token, 2.0):
+            result = self._results.pop(token)
+            return result if result != -errno.EINTR else -errno.ETIMEDOUT
+        return -errno.ETIMEDOUT
+
+    def _submit(self, opcode: int, fd: int = -1, cmd: bytes = b"", buffer: Any = None, off: int = 0,
+                addr: int = 0) -> int:
+        self._token += 1
+        self._buffers[self._token] = buffer
+        slot = self._token % self.ring.entries
+        self.ring.prepare(slot, opcode, fd, off, addr, user_data=self._token, cmd=cmd)
+        self.ring.push(slot)
+        return self._token
+
+    def _await(self, token: int, timeout: float, abort: Callable[[], bool] | None = None) -> bool:
+        """Wait until the command has ended; False when time is up or abort() says so."""
+        deadline = time.monotonic() + timeout
+        while token not in self._results:
+            left = deadline - time.monotonic()
+            if left <= 0 or abort and abort():
+                return False
+            self.ring.enter(1, timeout=min(left, 0.2))
+            for done, result in zip(*self.ring.reap()):
+                self._results[done] = result
+                self._buffers.pop(done, None)
+        return True
+
+    # ---- the commands --------------------------------------------------------------------------
+
+    def get_features(self) -> int:
+        """GET_FEATURES (6.5): return the mask of all features the driver knows."""
+        mask = u64()
+        self._run(UBLK_CMD_GET_FEATURES, -1, mask)
+        return mask.value
+
+    def add_dev(self, dev_id: int, queues: int, depth: int, max_io: int, flags: int,
+                ublksrv_flags: int = 0) -> ublksrv_ctrl_dev_info:
+        """ADD_DEV: create /dev/ublkcN; dev_id -1 takes the first free number.
+
+        max_io is the largest request in bytes. Returns what the kernel made of it: queues are
+        limited to the number of CPUs and unknown or impossible flags are cleared without a word.
+        """
+        info = ublksrv_ctrl_dev_info(
+            nr_hw_queues=queues, queue_depth=depth, max_io_buf_bytes=max_io, flags=flags,
+            dev_id=dev_id & 0xFFFFFFFF, ublksrv_flags=ublksrv_flags)
+        try:
+            self._run(UBLK_CMD_ADD_DEV, dev_id, info)
+        except UblkError as error:
+            error.what = "cannot create a device" if dev_id < 0 else f"cannot create device {dev_id}"
+            raise
+        self._note(info)
+        return info
+
+    def _note(self, info: ublksrv_ctrl_dev_info) -> None:
+        (self._unprivileged.add if info.flags & UBLK_F_UNPRIVILEGED_DEV
+         else self._unprivileged.discard)(info.dev_id)
+
+    def del_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
+        """DEL_DEV: stop and remove; waits until nobody holds /dev/ublkcN or /dev/ublkbN open."""
+        self._run(UBLK_CMD_DEL_DEV, dev_id, timeout=timeout)
+
+    def del_dev_async(self, dev_id: int) -> None:
+        """DEL_DEV_ASYNC (6.9): the same without the wait; not for unprivileged devices."""
+        self._run(UBLK_CMD_DEL_DEV_ASYNC, dev_id)
+
+    def start_dev(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT,
+                  abort: Callable[[], bool] | None = None) -> None:
+        """START_DEV: show the disk. Waits until every tag is fetched; up to Linux 6.12 also until
+        the partition table is read, so the queues must serve already. pid opened /dev/ublkcN."""
+        self._run(UBLK_CMD_START_DEV, dev_id, data=pid, timeout=timeout, abort=abort)
+
+    def stop_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
+        """STOP_DEV: take the disk away; waits for the requests the server holds."""
+        self._run(UBLK_CMD_STOP_DEV, dev_id, timeout=timeout)
+
+    def try_stop_dev(self, dev_id: int) -> None:
+        """TRY_STOP_DEV (7.0): the same, but EBUSY where somebody has the disk open."""
+        self._run(UBLK_CMD_TRY_STOP_DEV, dev_id)
+
+    def set_params(self, dev_id: int, params: ublk_params) -> None:
+        """SET_PARAMS: the geometry of a device that was not started yet."""
+        params.len = ctypes.sizeof(params)
+        self._run(UBLK_CMD_SET_PARAMS, dev_id, params)
+
+    def get_params(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> ublk_params:
+        """GET_PARAMS: what the kernel kept of SET_PARAMS; members it does not know stay zero."""
+        params = ublk_params(len=ctypes.sizeof(ublk_params))
+        self._run(UBLK_CMD_GET_PARAMS, dev_id, params, timeout=timeout)
+        return params
+
+    def get_dev_info(self, dev_id: int) -> ublksrv_ctrl_dev_info:
+        """GET_DEV_INFO2 (6.3), or GET_DEV_INFO where the kernel lacks it."""
+        info = ublksrv_ctrl_dev_info()
+        try:
+            self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info)
+        except UblkError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise
+            self._unprivileged.discard(dev_id)
+            self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info)
+        self._note(info)
+        return info
+
+    def get_queue_affinity(self, dev_id: int, queue: int) -> set[int]:
+        """GET_QUEUE_AFFINITY: return the CPUs whose requests go to this queue."""
+        mask = (u8 * 1024)()
+        self._run(UBLK_CMD_GET_QUEUE_AFFINITY, dev_id, mask, data=queue)
+        return {cpu for cpu in range(8 * len(mask)) if mask[cpu >> 3] >> (cpu & 7) & 1}
+
+    def start_user_recovery(self, dev_id: int) -> None:
+        """START_USER_RECOVERY (6.1): make a device whose server is gone ready for a new one."""
+        self._run(UBLK_CMD_START_USER_RECOVERY, dev_id)
+
+    def end_user_recovery(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT,
+                          abort: Callable[[], bool] | None = None) -> None:
+        """END_USER_RECOVERY (6.1): go on with a new server, all of whose tags are fetched."""
+        self._run(UBLK_CMD_END_USER_RECOVERY, dev_id, data=pid, timeout=timeout, abort=abort)
+
+    def update_size(self, dev_id: int, size: int) -> None:
+        """UPDATE_SIZE (6.16): change the size of a live disk, in bytes."""
+        self._run(UBLK_CMD_UPDATE_SIZE, dev_id, data=size // SECTOR)
+
+    def quiesce_dev(self, dev_id: int, timeout: float = 0.0) -> None:
+        """QUIESCE_DEV (6.16): detach the server, keep the disk; timeout 0 waits without end."""
+        wait = timeout + 10 if timeout else float("inf")
+        self._run(UBLK_CMD_QUIESCE_DEV, dev_id, data=int(timeout * 1000), timeout=wait)
+
+    def reg_buf(self, dev_id: int, address: int, length: int, read_only: bool = False) -> int:
+        """REG_BUF (7.1): share memory of this process with clients; returns its index."""
+        flags = UBLK_SHMEM_BUF_READ_ONLY if read_only else 0
+        return self._run(UBLK_CMD_REG_BUF, dev_id,
+                         ublk_shmem_buf_reg(addr=address, len=length, flags=flags))
+
+    def unreg_buf(self, dev_id: int, index: int) -> None:
+        """UNREG_BUF (7.1): take the shared memory with this index back."""
+        self._run(UBLK_CMD_UNREG_BUF, dev_id, data=index)
+
+
+def device_ids() -> list[int]:
+    """Return the ids of all ublk devices this system shows, in /sys or else in /dev."""
+    try:
+        names = os.listdir("/sys/class/ublk-char")
+    except OSError:
+        names = os.listdir("/dev")
+    return sorted(int(name[5:]) for name in names if name[:5] == "ublkc" and name[5:].isdigit())
+
+
+# =================================================================================================
+# Data plane: the requests of one queue
+# =================================================================================================
+
+IO_CMD = struct.Struct("=HHiQ")         # ublksrv_io_cmd
+IO_DESC = struct.Struct("=IIQQ")        # ublksrv_io_desc
+RESULT_WORD = (48 + 4) // 4             # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
+OPERATION, WAKE = 1 << 32, 1 << 33      # user_data of what is not the command of a tag
+
+
+class MappedCopy:
+    """The data path of every kernel: the driver copies to and from a buffer of ours per tag.
+
+    What a client wrote lies in the buffer when the request arrives; what it is to read is taken
+    from there when the request is committed. Pages of the buffers exist only once they are used.
+    """
+
+    features = 0
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.max_io = queue, queue.max_io
+        self.memory = mmap.mmap(-1, queue.depth * queue.max_io)
+        self.view = memoryview(self.memory)
+        self.read_only_view = self.view.toreadonly()
+        self.zeroes = bytes(queue.max_io)
+        self.base = address_of(self.view)
+
+    def address(self, tag: int) -> int:
+        """Return what a command for this tag carries in its addr field."""
+        return self.base + tag * self.max_io
+
+    def room(self, tag: int, length: int) -> memoryview:
+        """Return the buffer a READ fills, cleared of what an earlier request left there."""
+        start = tag * self.max_io
+        buffer = self.view[start:start + length]
+        buffer[:] = self.zeroes[:length]
+        return buffer
+
+    def data(self, tag: int, length: int) -> memoryview:
+        """Return what a WRITE wrote."""
+        start = tag * self.max_io
+        return self.read_only_view[start:start + length]
+
+    def give(self, tag: int, buffer: memoryview) -> int:
+        """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
+        return len(buffer)
+
+    def close(self) -> None:
+        """Give the buffers back; a handler that still holds one keeps them alive."""
+        self.view.release()
+        self.read_only_view.release()
+
+
+class Operation:
+    """An io_uring operation an ``async def`` handler awaits; the result is the kernel's (>= 0).
+
+    Raises OSError with the kernel's errno. The buffer is kept alive until the operation ends.
+    """
+
+    __slots__ = ("opcode", "fd", "off", "addr", "length", "rw_flags", "buffer")
+
+    def __init__(self, opcode: int, fd: int = -1, off: int = 0, buffer: Any = None, length: int = 0,
+                 rw_flags: int = 0, addr: int = 0) -> None:
+        self.opcode, self.fd, self.off, self.rw_flags = opcode, fd, off, rw_flags
+        self.buffer = buffer
+        self.addr = addr if buffer is None else address_of(buffer)
+        self.length = length if buffer is None else len(buffer)
+
+    def __await__(self) -> Iterator[Any]:
+        return (yield self)
+
+    def begin(self, task: Task) -> None:
+        task.queue.begin(self, task)
+
+
+def uring_read(fd: int, buffer: Any, offset: int) -> Operation:
+    """Read from a file at offset into a writable buffer; await it for the number of bytes."""
+    return Operation(IORING_OP_READ, fd, offset, buffer)
+
+
+def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Operation:
+    """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes."""
+    return Operation(IORING_OP_WRITE, fd, offset, buffer, rw_flags=flags)
+
+
+def uring_fsync(fd: int, datasync: bool = False) -> Operation:
+    """Make what was written to a file durable."""
+    return Operation(IORING_OP_FSYNC, fd, rw_flags=IORING_FSYNC_DATASYNC if datasync else 0)
+
+
+def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Operation:
+    """fallocate(2): mode is a sum of FALLOC_FL_* flags."""
+    return Operation(IORING_OP_FALLOCATE, fd, offset, length=mode, addr=length)
+
+
+def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Operation:
+    """Receive from a socket; await it for the number of bytes, 0 at its end."""
+    return Operation(IORING_OP_RECV, fd, buffer=buffer, rw_flags=flags)
+
+
+def uring_send(fd: int, buffer: Any, flags: int = 0) -> Operation:
+    """Send to a socket; await it for the number of bytes taken."""
+    return Operation(IORING_OP_SEND, fd, buffer=buffer, rw_flags=flags)
+
+
+class uring_sleep(Operation):
+    """Wait for some seconds."""
+
+    __slots__ = ()
+
+    def __init__(self, seconds: float) -> None:
+        whole, fraction = divmod(int(seconds * 1e9), 10**9)
+        super().__init__(IORING_OP_TIMEOUT, buffer=struct.pack("=qq", whole, fraction))
+        self.length = 1
+
+    def __await__(self) -> Iterator[Any]:
+        try:
+            yield self
+        except OSError as error:
+            if error.errno != errno.ETIME:
+                raise
+
+
+class Event:
+    """Something tasks of one queue wait for: ``value = await event``, until event.set(value)."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Task] = []
+        self._value: tuple[Any] | None = None
+
+    def __await__(self) -> Iterator[Any]:
+        if self._value is None:
+            yield self
+        assert self._value is not None
+        return self._value[0]
+
+    def begin(self, task: Task) -> None:
+        self._waiting.append(task)
+
+    def set(self, value: Any = None) -> None:
+        """Wake all that wait, now and later."""
+        self._value = (value,)
+        waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            task.step()
+
+
+class Task:
+    """A coroutine that runs on a queue; done(result or -errno) is called at its end."""
+
+    __slots__ = ("queue", "coroutine", "done")
+
+    def __init__(self, queue: Queue, coroutine: Any, done: Callable[[int], None]) -> None:
+        self.queue, self.coroutine, self.done = queue, coroutine, done
+
+    def step(self, value: Any = None, error: OSError | None = None) -> None:
+        """Go on with the result of what was awaited, up to the next await or the end."""
+        try:
+            if error is None:
+                awaited = self.coroutine.send(value)
+            else:
+                awaited = self.coroutine.throw(error)
+        except StopIteration:
+            self.done(0)
+        except Exception as failure:
+            self.done(failed(failure))
+        else:
+            awaited.begin(self)
+
+
+def failed(error: Exception) -> int:
+    """Return the negative errno a client gets for an exception in a handler.
+
+    An OSError brings its own; anything else is a bug of the target: EIO, and a traceback once.
+    """
+    if isinstance(error, OSError) and error.errno and 0 < error.errno < 4096:
+        return -error.errno
+    import traceback
+    traceback.print_exception(type(error), error, error.__traceback__)
+    return -errno.EIO
+
+
+async def whole(function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview) -> None:
+    """See a transfer through: await what is a coroutine, continue what was short."""
+    while True:
+        if type(outcome) is CoroutineType:
+            outcome = await outcome
+        if outcome is None or outcome == len(buffer):
+            return
+        if not 0 < outcome < len(buffer):
+            raise OSError(errno.EIO, "the target moved no data")
+        offset, buffer = offset + outcome, buffer[outcome:]
+        outcome = function(offset, buffer)
+
+
+class Queue:
+    """One hardware queue of a device: its ring, its request descriptors and the loop that serves it.
+
+    It must be made, used and closed by one thread. Slot t of the ring is the command of tag t, all
+    filled once: to answer a request is to store its result in the SQE and push the slot.
+
+    For a target's answer() method, which gets a list of tags with new requests:
+    request(tag) tells what is wanted, complete(tag, result) and succeed(tags) end requests.
+    """
+
+    def __init__(self, device: Device, index: int) -> None:
+        self.index, self.target, self.device_fd = index, device.target, device.char_fd
+        self.depth, self.max_io = device.info.queue_depth, device.info.max_io_buf_bytes
+        self.desc_size = device.desc_size
+        self.descriptors = memoryview(device.descriptors[index])
+        self.sectors = self.descriptors.cast("I")[1:]       # at tag * self.desc_words
+        self.desc_words = self.desc_size // 4
+        self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
+        self.ring = Ring(max(2 * self.depth, 64))
+        self.results = self.ring.sqes.cast("i")[RESULT_WORD:]    # at tag * 16
+        self.path = device.data_path(self)
+        self.alive = self.depth             # tags the kernel has not ended
+        self.leaving = False
+        self.in_flight = 0                  # requests that wait for a coroutine
+        self._tasks: dict[int, tuple[Task, Operation]] = {}
+        self._free_slots = list(range(self.ring.entries - 1, self.depth, -1))
+        self._used_slots: list[int] = []
+        self._backlog: list[tuple[Operation, Task]] = []
+        self._next_operation = OPERATION
+        self._handlers = self._table()
+        self._wake(device.wake_fd)
+
+    def _table(self) -> list[Callable[[int, int, int, int], int | None]]:
+        """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
+        table: list[Callable[[int, int, int, int], int | None]] = [self._unsupported] * 256
+        for operation, name, method in OPERATIONS:
+            if hasattr(self.target, method):
+                table[operation] = getattr(self, "_" + name)
+        return table
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def fetch(self) -> None:
+        """Park a command for every tag: from now on requests arrive.
+
+        All go to the kernel in one system call, because it cannot take back half of them.
+        """
+        for tag in range(self.depth):
+            self._command(tag, UBLK_U_IO_FETCH_REQ)
+        self.ring.push_all(range(self.depth))
+        self.ring.enter()
+        for tag in range(self.depth):
+            self._command(tag, UBLK_U_IO_COMMIT_AND_FETCH_REQ)
+
+    def _command(self, tag: int, opcode: int) -> None:
+        self.ring.prepare(tag, IORING_OP_URING_CMD, self.device_fd, opcode & self.opcodes,
+                          user_data=tag,
+                          cmd=IO_CMD.pack(self.index, tag, 0, self.path.address(tag)))
+
+    def run(self) -> None:
+        """Serve until the device is stopped (every tag ends) or its server is told to go."""
+        answer = getattr(self.target, "answer", None)
+        while self.alive and not self.leaving:
+            tags = self.collect()
+            if answer is not None:
+                answer(self, tags)
+                continue
+            for tag in tags:
+                self.handle(tag)
+            if self.alive < self.depth and not self.in_flight:
+                self.ring.enter()           # a quiesced device: commit what is left and go
+                return
+
+    def collect(self) -> list[int]:
+        """Submit what is pending, wait, and return the tags that have a new request."""
+        self.ring.enter(1)
+        if self._used_slots:
+            self._recycle()
+        data, results = self.ring.reap()
+        if not data or max(data) < self.depth and not any(results):
+            return data
+        return [tag for tag, result in zip(data, results) if self._is_request(tag, result)]
+
+    def _is_request(self, user_data: int, result: int) -> bool:
+        """Deal with a completion that may be something else than a new request."""
+        if user_data >= self.depth:
+            self._operation_done(user_data, result)
+        elif result == UBLK_IO_RES_OK:
+            return True
+        elif result == UBLK_IO_RES_ABORT:
+            self.alive -= 1
+        else:
+            raise UblkError(-result, f"queue {self.index} lost tag {user_data}")
+        return False
+
+    def handle(self, tag: int) -> None:
+        """Serve one request by the target's method for its operation."""
+        flags, sectors, start, _ = IO_DESC.unpack_from(self.descriptors, tag * self.desc_size)
+        try:
+            result = self._handlers[flags & 0xFF](tag, flags, start * SECTOR, sectors * SECTOR)
+        except Exception as error:
+            result = failed(error)
+        if result is not None:
+            self.results[tag * 16] = result
+            self.ring.push(tag)
+
+    def complete(self, tag: int, result: int) -> None:
+        """End a request: result is its length in bytes, or a negative errno."""
+        self.results[tag * 16] = result
+        self.ring.push(tag)
+
+    def succeed(self, tags: list[int]) -> None:
+        """End all these requests with full success."""
+        results, sectors, words = self.results, self.sectors, self.desc_words
+        for tag in tags:
+            results[tag * 16] = sectors[tag * words] * SECTOR
+        self.ring.push_all(tags)
+
+    # ---- one function for each operation ---------------------------------------------------------
+
+    def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        buffer = self.path.room(tag, length)
+        outcome = self.target.read(offset, buffer)
+        if outcome is None:
+            return self.path.give(tag, buffer)
+        return self._later(tag, whole(self.target.read, outcome, offset, buffer),
+                           lambda: self.path.give(tag, buffer))
+
+    def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        function = self.target.write
+        if flags & UBLK_IO_F_FUA:
+            function = self.target.write_fua        # type: ignore[attr-defined]
+        buffer = self.path.data(tag, length)
+        outcome = function(offset, buffer)
+        if outcome is None:
+            return length
+        return self._later(tag, whole(function, outcome, offset, buffer), lambda: length)
+
+    def _simple(self, tag: int, outcome: Any, length: int) -> int | None:
+        """End a request without data, whose result is only good or bad."""
+        if type(outcome) is CoroutineType:
+            return self._later(tag, outcome, lambda: length)
+        return length
+
+    def _flush(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        return self._simple(tag, self.target.flush(), 0)      # type: ignore[attr-defined]
+
+    def _discard(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        outcome = self.target.discard(offset, length)         # type: ignore[attr-defined]
+        return self._simple(tag, outcome, length)
+
+    def _write_zeroes(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        unmap = not flags & UBLK_IO_F_NOUNMAP
+        outcome = self.target.write_zeroes(offset, length, unmap)     # type: ignore[attr-defined]
+        return self._simple(tag, outcome, length)
+
+    def _unsupported(self, tag: int, flags: int, offset: int, length: int) -> int:
+        return -errno.EOPNOTSUPP
+
+    # ---- coroutines ------------------------------------------------------------------------------
+
+    def _later(self, tag: int, coroutine: Any, finish: Callable[[], int]) -> None:
+        """Run a handler's coroutine; the request ends when it does."""
+        def done(result: int) -> None:
+            self.in_flight -= 1
+            try:
+                result = finish() if result >= 0 else result
+            except Exception as error:
+                result = failed(error)
+            self.complete(tag, result)
+        self.in_flight += 1
+        Task(self, coroutine, done).step()
+
+    def begin(self, operation: Operation, task: Task) -> None:
+        """Put an operation on the ring; the task goes on when it completes."""
+        if not self._free_slots:
+            self._backlog.append((operation, task))
+            return
+        slot = self._free_slots.pop()
+        self._used_slots.append(slot)
+        self._next_operation += 1
+        self._tasks[self._next_operation] = task, operation
+        self.ring.prepare(slot, operation.opcode, operation.fd, operation.off, operation.addr,
+                          operation.length, operation.rw_flags, self._next_operation)
+        self.ring.push(slot)
+
+    def _recycle(self) -> None:
+        """The kernel has taken the SQEs: their slots are free again."""
+        self._free_slots += self._used_slots
+        self._used_slots.clear()
+        backlog, self._backlog = self._backlog, []
+        for operation, task in backlog:
+            self.begin(operation, task)
+
+    def _operation_done(self, user_data: int, result: int) -> None:
+        if user_data == WAKE:
+            self.leaving = True
+            return
+        task, _ = self._tasks.pop(user_data)
+        if result >= 0:
+            task.step(result)
+        else:
+            task.step(error=OSError(-result, os.strerror(-result)))
+
+    def _wake(self, fd: int) -> None:
+        """Leave the loop when fd becomes readable: the server is to end at once."""
+        self.ring.prepare(self.depth, IORING_OP_POLL_ADD, fd, rw_flags=select.POLLIN,
+                          user_data=WAKE)
+        self.ring.push(self.depth)
+
+    def close(self) -> None:
+        """Close the ring, which makes the kernel take back every parked command."""
+        self.results.release()
+        self.ring.close()
+        self.sectors.release()
+        self.descriptors.release()
+        self.path.close()
+
+
+# operation, name of the Queue method that serves it, method the target must have for it
+OPERATIONS = (
+    (UBLK_IO_OP_READ, "read", "read"), (UBLK_IO_OP_WRITE, "write", "write"),
+    (UBLK_IO_OP_FLUSH, "flush", "flush"), (UBLK_IO_OP_DISCARD, "discard", "discard"),
+    (UBLK_IO_OP_WRITE_ZEROES, "write_zeroes", "write_zeroes"),
+)
+
+# =================================================================================================
+# Targets: what stands behind a disk
+# =================================================================================================
+
+
+class Target:
+    """The object behind a disk. Subclass it, set size, define read and write.
+
+    All offsets and lengths are in bytes and multiples of block_size.
+
+    To define:
+        size                    attribute: bytes, a multiple of block_size
+        read(offset, buffer)    fill the writable memoryview
+        write(offset, buffer)   take the read-only memoryview; it is reused after the return
+    A disk offers the following only where the class defines it:
+        flush()                         make all completed writes durable
+        write_fua(offset, buffer)       a write that is durable when it returns; wants flush too
+        discard(offset, length)         the content is no longer needed
+        write_zeroes(offset, length, unmap)   unmap: the blocks may be given back
+        resized(size)                   the disk got a new size (`ublk.py resize`)
+        start(index)                    called in each thread or process that serves a queue,
+                                        before its first request
+        close()                         the disk is gone
+        answer(queue, tags)             serve a batch of requests at once, see Queue
+
+    Each may be an ``async def`` and await operations of the queue's ring (uring_read, ...). The
+    value returned is None, or for read and write the number of bytes moved: what is short is asked
+    for again. An OSError reaches the client as its errno; any other exception is a bug: it is
+    printed with its traceback and the client gets EIO.
+    """
+
+    size: int = 0
+    block_size: int = SECTOR
+    physical_block_size: int = 4096
+    read_only: bool = False
+    rotational: bool = False
+    discard_granularity: int = 0        # bytes; 0: one block
+
+    def read(self, offset: int, buffer: memoryview) -> Any:
+        """Fill buffer with the bytes at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target cannot read")
+
+    def write(self, offset: int, buffer: memoryview) -> Any:
+        """Keep the bytes of buffer at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target cannot write")
+
+
+class Size(int):
+    """A number of bytes; on the command line it may end in K, M, G or T (powers of 1024)."""
+
+
+class Null(Target):
+    """Read zeroes, forget writes: what remains is the cost of ublk itself.
+
+    size: size of the disk
+    """
+
+    def __init__(self, *, size: Size = Size(250 << 30)) -> None:
+        self.size = size
+
+    def answer(self, queue: Queue, tags: list[int]) -> None:
+        """End every request at once; only reads after writes need their buffer cleared."""
+        for tag in tags:
+            flags, sectors, _, _ = IO_DESC.unpack_from(queue.descriptors, tag * queue.desc_size)
+            if flags & 0xFF == UBLK_IO_OP_READ:
+                queue.path.room(tag, sectors * SECTOR)
+        queue.succeed(tags)
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """The buffer is clear already."""
+
+    def write(self, offset: int, buffer: memoryview) -> None:
+        """There is nothing to keep."""
+
+    def flush(self) -> None:
+        """There is nothing to make durable."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """There is nothing to forget."""
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Everything is zero already."""
+
+
+# =================================================================================================
+# Life cycle of a device
+# =================================================================================================
+
+PR_SET_IO_FLUSHER = 57
+MAX_DISCARD = 1 << 30           # bytes a single discard or write-zeroes may cover
+NODE_TIMEOUT = 10.0             # seconds udev has to make a device node usable
+STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are doing
+
+
+def params_of(target: Target, max_io: int) -> ublk_params:
+    """Return the parameters of a disk with this target; max_io in bytes.
+
+    Raises UblkError (EINVAL) for a size or block size no disk can have.
+    """
+    block = target.block_size
+    if block < SECTOR or block > PAGE_SIZE or block & (block - 1):
+        raise UblkError(errno.EINVAL, f"block size {block}", "not possible",
+                        f"take a power of two from {SECTOR} to {PAGE_SIZE}")
+    if target.size <= 0 or target.size % block:
+        raise UblkError(errno.EINVAL, f"size {target.size}",
+                        f"not a positive multiple of the block size {block}", "choose another size")
+    physical = max(target.physical_block_size, block)
+    attrs = UBLK_ATTR_READ_ONLY if target.read_only else 0
+    attrs |= UBLK_ATTR_ROTATIONAL if target.rotational else 0
+    attrs |= UBLK_ATTR_VOLATILE_CACHE if hasattr(target, "flush") else 0
+    attrs |= UBLK_ATTR_FUA if hasattr(target, "flush") and hasattr(target, "write_fua") else 0
+    params = ublk_params(types=UBLK_PARAM_TYPE_BASIC)
+    params.basic = ublk_param_basic(
+        attrs=attrs, logical_bs_shift=block.bit_length() - 1,
+        physical_bs_shift=physical.bit_length() - 1, io_min_shift=physical.bit_length() - 1,
+        max_sectors=max_io // SECTOR, dev_sectors=target.size // SECTOR)
+    if hasattr(target, "discard") or hasattr(target, "write_zeroes"):
+        params.types |= UBLK_PARAM_TYPE_DISCARD
+        params.discard = ublk_param_discard(
+            discard_granularity=target.discard_granularity or block, max_discard_segments=1,
+            max_discard_sectors=MAX_DISCARD // SECTOR if hasattr(target, "discard") else 0,
+            max_write_zeroes_sectors=MAX_DISCARD // SECTOR if hasattr(target, "write_zeroes") else 0)
+    return params
+
+
+class Device:
+    """A disk and its server. ``with Device(target) as disk:`` is LIVE inside and gone after.
+
+    target: the Target behind it. id: the N of /dev/ublkbN; -1: the first that is free.
+    queues: hardware queues, each with a thread of its own. depth: requests each carries at a time.
+    max_io: the largest request in bytes. recovery: None, "requeue", "reissue" or "fail": what
+    becomes of the disk and its requests when the server dies. partition_scan: whether the kernel
+    looks for partitions. words: what to note in the state file as (target, args).
+
+    Raises UblkError when the kernel refuses; nothing is left behind then.
+    """
+
+    def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
+                 max_io: int = 512 << 10, recovery: str | None = None,
+                 unprivileged: bool = False, partition_scan: bool = True,
+                 words: tuple[str, list[str]] | None = None) -> None:
+        self.target, self.id = target, id
+        self.wanted_queues, self.depth, self.max_io = queues, depth, max_io
+        self.recovery, self.unprivileged, self.partition_scan = recovery, unprivileged, partition_scan
+        self.words = words or (type(target).__name__, [])
+        self.info = ublksrv_ctrl_dev_info()
+        self.char_fd = self.wake_fd = self._wake_write = -1
+        self.descriptors: list[mmap.mmap] = []
+        self.data_path = MappedCopy
+        self.failure: BaseException | None = None
+        self._queues: dict[int, Queue] = {}
+        self._workers: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._ready = self._ended = 0
+        self._added = self._abandoned = False
+        self.on_added: Callable[[int], object] = bool       # called once the device has its number
+
+    # ---- from nothing to a disk, and back --------------------------------------------------------
+
+    def __enter__(self) -> Device:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def path(self) -> str:
+        """The block device, /dev/ublkbN."""
+        return f"/dev/ublkb{self.id}"
+
+    @property
+    def char_path(self) -> str:
+        """The device node its server talks to, /dev/ublkcN."""
+        return f"/dev/ublkc{self.id}"
+
+    @property
+    def desc_size(self) -> int:
+        """Bytes from one request descriptor to the next; only the flag says the field is valid."""
+        return self.info.io_desc_size if self.info.flags & UBLK_F_IO_DESC_SIZE else IO_DESC.size
+
+    def start(self) -> None:
+        """Create the device, serve it and wait until the disk is there."""
+        params = params_of(self.target, self.max_io)
+        self.control = Control()
+        try:
+            self._add(params)
+            self._serve()
+            self.control.start_dev(self.id, os.getpid(), abort=lambda: self._ended > 0)
+            self._await_node(self.path, os.R_OK)
+        except BaseException as error:
+            cause = self.failure
+            self.stop()
+            if cause is not None and isinstance(error, Exception):
+                raise cause from None
+            raise
+        atexit.register(self.stop)
+
+    def _add(self, params: ublk_params) -> None:
+        """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
+        flags = self._flags()
+        self.info = self.control.add_dev(self.id, self.wanted_queues, self.depth, self.max_io, flags)
+        self.id, self._added = self.info.dev_id, True
+        require(flags & ~self.info.flags, "the device")
+        params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
+        self.control.set_params(self.id, params)
+        kept = self.control.get_params(self.id).types
+        for kind, (name, since) in PARAM_TYPES.items():
+            if params.types & ~kept & kind:
+                raise UblkError(errno.EOPNOTSUPP, f"parameters {name}",
+                                f"needs Linux {since}, this is {kernel_release()}")
+        save_state(self)
+        self.on_added(self.id)
+
+    def _flags(self) -> int:
+        """Return the feature flags to ask for."""
+        known = self.control.features or 0
+        flags = RECOVERY_MODES[self.recovery]
+        if self.recovery:
+            flags |= UBLK_F_QUIESCE & known
+        if self.unprivileged:
+            flags |= UBLK_F_UNPRIVILEGED_DEV
+        if not self.partition_scan:
+            flags |= UBLK_F_NO_AUTO_PART_SCAN
+        return flags
+
+    def _serve(self) -> None:
+        """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
+        self._await_node(self.char_path, os.R_OK | os.W_OK)
+        self.char_fd = os.open(self.char_path, os.O_RDWR | os.O_CLOEXEC)
+        self.wake_fd, self._wake_write = os.pipe()
+        length = -(-self.info.queue_depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE
+        stride = -(-UBLK_MAX_QUEUE_DEPTH * self.desc_size // PAGE_SIZE) * PAGE_SIZE
+        for index in range(self.info.nr_hw_queues):
+            self.descriptors.append(mmap.mmap(self.char_fd, length, mmap.MAP_SHARED, mmap.PROT_READ,
+                                              offset=index * stride))
+        for index in range(self.info.nr_hw_queues):
+            worker = threading.Thread(target=self._work, args=(index,), daemon=True,
+                                      name=f"ublk{self.id}q{index}")
+            self._workers.append(worker)
+            worker.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._ready == len(self._workers))
+        if self.failure is not None:
+            raise self.failure
+
+    def _work(self, index: int) -> None:
+        """Serve one queue, in a thread of its own, and never leave a deaf one behind."""
+        try:
+            io_flusher()
+            if hasattr(self.target, "start"):
+                self.target.start(index)
+            queue = self._queues[index] = Queue(self, index)
+            queue.fetch()
+            self._report(ready=1)
+            queue.run()
+        except BaseException as error:
+            if not self._abandoned:
+                self.failure = error
+                if not isinstance(error, UblkError):
+                    failed(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+        finally:
+            if not self._abandoned and index in self._queues:
+                self._queues.pop(index).close()
+            self._report(ended=1)
+            if self.failure is not None:
+                self._wake_all()        # a device with one dead queue is deaf: end the others
+
+    def _report(self, ready: int = 0, ended: int = 0) -> None:
+        with self._changed:
+            self._ready += ready
+            self._ended += ended
+            self._changed.notify_all()
+
+    def _wake_all(self) -> None:
+        if self._wake_write >= 0:
+            os.write(self._wake_write, b"!")
+
+    def _await_node(self, path: str, mode: int) -> None:
+        """Wait until udev has made a device node and, for ordinary users, handed it over."""
+        deadline, pause = time.monotonic() + NODE_TIMEOUT, 0.001
+        while not os.access(path, mode):
+            if time.monotonic() > deadline:
+                number = errno.EACCES if os.path.exists(path) else errno.ENOENT
+                raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the server has ended (somebody stopped the disk, or a queue failed)."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._ended > 0, timeout)
+
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Take the disk away and delete the device; harmless when it is gone already.
+
+        Handlers get timeout seconds to end what they are doing, then their requests fail.
+        Raises UblkError (EBUSY) that names who still holds the disk open: the device goes when
+        they close it.
+        """
+        atexit.unregister(self.stop)
+        try:
+            if self._added:
+                self._stop_disk(timeout)
+            self._release()
+            if self._added:
+                self._added = False
+                delete(self.control, self.id)
+        finally:
+            if hasattr(self, "control"):
+                self.control.close()
+            if hasattr(self.target, "close"):
+                self.target.close()
+
+    def _stop_disk(self, timeout: float) -> None:
+        try:
+            if self._ended < len(self._workers):
+                self.control.stop_dev(self.id, timeout)
+        except UblkError as error:
+            if error.errno == errno.ETIMEDOUT:
+                print(f"ublk: device {self.id}: a handler does not return, its requests fail now",
+                      file=sys.stderr)
+            elif error.errno != errno.ENODEV:
+                raise
+
+    def _release(self) -> None:
+        """End the workers and give back everything that refers to /dev/ublkcN."""
+        self._wake_all()
+        for worker in self._workers:
+            worker.join(1.0)
+        self._abandoned = True
+        for queue in self._queues.values():     # their threads are stuck in a handler
+            queue.close()
+        self._queues.clear()
+        self._workers.clear()
+        for mapping in self.descriptors:
+            mapping.close()
+        self.descriptors.clear()
+        for fd in (self.char_fd, self.wake_fd, self._wake_write):
+            if fd >= 0:
+                os.close(fd)
+        self.char_fd = self.wake_fd = self._wake_write = -1
+
+
+RECOVERY_MODES = {
+    None: 0,
+    "requeue": UBLK_F_USER_RECOVERY,
+    "reissue": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
+    "fail": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO,
+}
+
+
+def require(missing: int, what: str) -> None:
+    """Raise UblkError for the first feature in the mask missing, naming the kernel that has it."""
+    for feature in FEATURES:
+        if missing & feature:
+            raise UblkError(errno.EOPNOTSUPP, f"{what} with {feature.name}",
+                            f"needs Linux {feature.since}, this is {kernel_release()}",
+                            "do without it, or use a newer kernel")
+
+
+def io_flusher() -> None:
+    """Keep this thread's memory allocations from waiting for disks, ours among them.
+
+    prctl(PR_SET_IO_FLUSHER), Linux 5.6; it needs CAP_SYS_RESOURCE, and without it there is only
+    the small risk left that reclaiming memory waits for the disk that waits for memory.
+    """
+    _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+
+def holders(dev_id: int) -> list[str]:
+    """Return who has /dev/ublkbN or one of its partitions open or mounted, as far as we may see."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                name = file.read().strip()
+        except OSError:
+            continue
+        if any(is_node_of(dev_id, link) for link in links):
+            found.append(f"{name} (pid {pid})")
+    with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        found += [f"the mount at {line.split()[1]}" for line in file
+                  if is_node_of(dev_id, line.split()[0])]
+    return found
+
+
+def is_node_of(dev_id: int, path: str) -> bool:
+    """Tell whether path is the block device of dev_id or one of its partitions, even if deleted."""
+    head, _, tail = path.partition(f"/dev/ublkb{dev_id}")
+    return not head and (not tail or tail[0] in "p ") and path != tail
+
+
+def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
+    """DEL_DEV, or an error that says who holds the disk. Forgets the state file."""
+    forget_state(dev_id)
+    try:
+        control.del_dev(dev_id, timeout)
+    except UblkError as error:
+        if error.errno == errno.ETIMEDOUT:
+            who = ", ".join(holders(dev_id)) or "somebody"
+            raise UblkError(errno.EBUSY, f"device {dev_id} is stopped but not deleted",
+                            f"held open by {who}", "it goes when they close it") from None
+        if error.errno != errno.ENODEV:
+            raise
+
+
+# ---- the state file: what `list` and `recover` need to know of a served device -------------------
+
+
+def run_dir() -> str:
+    """Return the directory of the state files."""
+    if "UBLK_RUN_DIR" in os.environ:
+        return os.environ["UBLK_RUN_DIR"]
+    if os.geteuid() == 0:
+        return "/run/ublk"
+    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}", "ublk")
+
+
+def state_path(dev_id: int) -> str:
+    """Return the path of a device's state file."""
+    return os.path.join(run_dir(), f"{dev_id}.json")
+
+
+def save_state(device: Device) -> None:
+    """Write the state file of a device atomically, in a directory only its owner may enter."""
+    import json
+    state = {"id": device.id, "target": device.words[0], "args": device.words[1],
+             "cwd": os.getcwd(), "pid": os.getpid()}
+    os.makedirs(run_dir(), mode=0o700, exist_ok=True)
+    path = state_path(device.id)
+    with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
+        json.dump(state, file)
+    os.rename(f"{path}.new", path)
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file only its owner may read, never through a symbolic link."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def load_state(dev_id: int) -> dict[str, Any]:
+    """Return the state of a device; empty where there is none or it is damaged (then a warning).
+
+    A file is believed only if it is a small regular file of ours (or root's) that says what it should.
+    """
+    import json
+    path = state_path(dev_id)
+    try:
+        with open(path, encoding="utf-8", opener=private) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+                raise ValueError("not a regular file of its owner")
+            state = json.loads(file.read(1 << 20))
+        if not isinstance(state, dict) or state.get("id") != dev_id:
+            raise ValueError("not the state of this device")
+        if not isinstance(state.get("target"), str) or not isinstance(state.get("args"), list):
+            raise ValueError("it names no target")
+        return state
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        print(f"ublk: ignoring {path}: {error}", file=sys.stderr)
+        return {}
+
+
+def forget_state(dev_id: int) -> None:
+    """Remove the state file of a device."""
+    try:
+        os.unlink(state_path(dev_id))
+    except OSError:
+        pass
+
+
+def describe(control: Control, dev_id: int) -> dict[str, Any]:
+    """Return what `list --json` prints of a device; the kernel's word goes before the state file's."""
+    info = control.get_dev_info(dev_id)
+    params = control.get_params(dev_id, timeout=5.0)
+    state = load_state(dev_id)
+    return {
+        "id": dev_id, "path": f"/dev/ublkb{dev_id}", "char_path": f"/dev/ublkc{dev_id}",
+        "state": STATES[info.state] if info.state < len(STATES) else str(info.state),
+        "target": state.get("target"), "args": state.get("args"),
+        "size": params.basic.dev_sectors * SECTOR,
+        "block_size": 1 << params.basic.logical_bs_shift,
+        "queues": info.nr_hw_queues, "depth": info.queue_depth,
+        "max_io_bytes": info.max_io_buf_bytes, "flags": flag_names(info.flags),
+        "pid": info.ublksrv_pid, "owner_uid": info.owner_uid, "owner_gid": info.owner_gid}
+
+
+# =================================================================================================
+# Command line
+# =================================================================================================
+
+
+class Usage(Exception):
+    """The words on the command line make no sense: exit status 2."""
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes such as 4096, 512K or 1G. Raises ValueError."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    unit = units.get(text[-1:].upper(), 0)
+    number = float(text[:-1] if unit else text) * (1 << unit)
+    if number != int(number) or number < 0:
+        raise ValueError(f"{text} is not a whole number of bytes")
+    return int(number)
+
+
+def format_size(size: int) -> str:
+    """Write a number of bytes the way parse_size reads it."""
+    for unit, letter in ((40, "T"), (30, "G"), (20, "M"), (10, "K")):
+        if size and size % (1 << unit) == 0:
+            return f"{size >> unit}{letter}"
+    return str(size)
+
+
+# ---- targets by name, and their arguments by the signature of their class -----------------------
+
+
+def companion() -> Any:
+    """Return the module ublk_targets when it lies beside this file, else None."""
+    import importlib
+    try:
+        return importlib.import_module("ublk_targets")
+    except ModuleNotFoundError as error:
+        if error.name != "ublk_targets":
+            raise
+        return None
+
+
+def known_targets() -> dict[str, type[Target]]:
+    """Return the targets that may be named on the command line, by name."""
+    spaces = [{"Null": Null}, vars(companion() or object)]
+    return {name.lower(): item for space in spaces for name, item in space.items()
+            if isinstance(item, type) and issubclass(item, Target) and item is not Target}
+
+
+def find_target(word: str) -> type[Target]:
+    """Return the class that a name or FILE.py:CLASS stands for. Raises UblkError."""
+    if ".py" in word:
+        return load_target(*word.partition(":")[::2])
+    targets = known_targets()
+    if word not in targets:
+        raise UblkError(errno.EINVAL, f"unknown target or command {word!r}", "there is none so called",
+                        f"targets are {', '.join(sorted(targets))}, or FILE.py:CLASS")
+    return targets[word]
+
+
+def load_target(path: str, name: str) -> type[Target]:
+    """Run a file of the user's and return the Target class called name, or its only one."""
+    module = type(sys)(os.path.splitext(os.path.basename(path))[0])
+    module.__file__ = os.path.abspath(path)
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+        sys.path.insert(0, os.path.dirname(module.__file__))
+        exec(compile(source, path, "exec"), module.__dict__)
+    except OSError as error:
+        raise UblkError(error.errno or errno.EIO, f"cannot load {path}") from error
+    except Exception as error:
+        raise UblkError(errno.EINVAL, f"cannot load {path}", f"{type(error).__name__}: {error}",
+                        "mend the file") from error
+    classes = {key: item for key, item in vars(module).items() if isinstance(item, type)
+               and issubclass(item, Target) and item.__module__ == module.__name__}
+    if name in classes or not name and len(classes) == 1:
+        return classes.get(name) or classes.popitem()[1]
+    raise UblkError(errno.EINVAL, f"cannot load {path}", f"it has no Target class {name or ''}".strip(),
+                    f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target")
+
+
+class Parameter(NamedTuple):
+    """A parameter of a target's constructor, as the command line sees it."""
+
+    name: str
+    kind: str               # the name of its annotation
+    style: str              # "word", "words" (*args) or "option" (keyword-only)
+    default: Any            # ... where it must be given
+
+
+def parameters(cls: type[Target]) -> list[Parameter]:
+    """Read the signature of a target's constructor."""
+    function = cls.__init__
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return []
+
+    def make(name: str, style: str, default: Any) -> Parameter:
+        annotation = function.__annotations__.get(name, "str")
+        kind = annotation if isinstance(annotation, str) else annotation.__name__
+        return Parameter(name, kind.rpartition(".")[2], style, default)
+
+    words = code.co_varnames[1:code.co_argcount]
+    options = code.co_varnames[code.co_argcount:code.co_argcount + code.co_kwonlyargcount]
+    given = function.__defaults__ or ()
+    defaults = (...,) * (len(words) - len(given)) + given
+    found = [make(name, "word", default) for name, default in zip(words, defaults)]
+    if code.co_flags & 0x04:            # CO_VARARGS
+        name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
+        found.append(make(name, "words", ...))
+    keywords = function.__kwdefaults__ or {}
+    return found + [make(name, "option", keywords.get(name, ...)) for name in options]
+
+
+CONVERTERS: dict[str, Callable[[str], Any]] = {"int": parse_size, "Size": parse_size, "float": float}
+
+
+def target_parser(cls: type[Target], word: str) -> Any:
+    """Make a command line parser from the signature of a target's constructor.
+
+    Positional parameters become words and keyword-only ones options, a Target is made of all words
+    that remain. Lines ``name: text`` of the class's docstring are the help.
+    """
+    import argparse
+    text = cls.__doc__ or ""
+    helps = dict(line.strip().partition(": ")[::2] for line in text.splitlines())
+    parser = argparse.ArgumentParser(f"ublk.py {word}", description=text.split("\n\n")[0],
+                                     epilog="Device options: see `ublk.py --help`.",
+                                     allow_abbrev=False)
+    for name, kind, style, default in parameters(cls):
+        extra: dict[str, Any] = {"help": helps.get(name), "type": CONVERTERS.get(kind, str)}
+        if style == "option":
+            extra.update(dest=name, required=default is ..., default=default)
+            name = "--" + name.replace("_", "-")
+        elif default is not ...:
+            extra.update(nargs="?", default=default)
+        if kind == "bool":
+            extra = {"help": extra["help"], "dest": extra.get("dest"), "action": "store_true"}
+        elif kind == "Target":
+            extra = {"help": extra["help"], "nargs": argparse.REMAINDER}
+        elif style == "words":
+            extra["nargs"] = "+"
+        parser.add_argument(name, **extra)
+    return parser
+
+
+def make_target(words: Sequence[str]) -> Target:
+    """Make the target that words name, with its arguments. Raises UblkError."""
+    if not words:
+        raise Usage("a target is missing")
+    word, *rest = words
+    cls = find_target(word)
+    values = vars(target_parser(cls, word).parse_args(rest))
+    args: list[Any] = []
+    options: dict[str, Any] = {}
+    for name, kind, style, _ in parameters(cls):
+        value = make_target(values[name]) if kind == "Target" else values[name]
+        if style == "option":
+            options[name] = value
+        else:
+            args += value if style == "words" else [value]
+    try:
+        return cls(*args, **options)
+    except UblkError:
+        raise
+    except OSError as error:
+        named = f" {error.filename}" if error.filename else ""
+        raise UblkError(error.errno or errno.EIO, f"target {word}{named}",
+                        (error.strerror or str(error)).lower()) from error
+    except Exception as error:
+        raise UblkError(errno.EINVAL, f"target {word}", f"{type(error).__name__}: {error}") from error
+
+
+# ---- create -------------------------------------------------------------------------------------
+
+
+def device_parser() -> Any:
+    """Make the parser of the options every target takes."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        "ublk.py", usage="ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]", add_help=False,
+        allow_abbrev=False)
+    add = parser.add_argument
+    add("-n", "--id", type=int, default=-1, help="the N of /dev/ublkbN; default: the first free")
+    add("-q", "--queues", type=int, default=1, help="hardware queues (1)")
+    add("-d", "--depth", type=int, default=128, help="requests in flight per queue (128)")
+    add("--max-io", type=parse_size, default=512 << 10, help="largest request (512K)")
+    add("--block-size", type=parse_size, help="logical block size (the target's)")
+    add("--read-only", action="store_true", help="refuse writes")
+    add("--background", action="store_true", help="return when the block device is usable")
+    add("-r", "--recovery", choices=("requeue", "reissue", "fail"),
+        help="what becomes of requests when the server dies; the disk then outlives it")
+    add("--no-partition-scan", action="store_true", help="do not look for partitions (7.0)")
+    add("--json", action="store_true", help="print the device as a JSON object")
+    add("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def make_device(words: Sequence[str]) -> tuple[Device, Any]:
+    """Make the device that the words of a create describe; return it and its options."""
+    options, rest = device_parser().parse_known_args(words[1:])
+    target = make_target([words[0], *rest])
+    if options.block_size is not None:
+        target.block_size = options.block_size
+    target.read_only = target.read_only or options.read_only
+    device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
+                    max_io=options.max_io, recovery=options.recovery,
+                    partition_scan=not options.no_partition_scan, words=(words[0], rest))
+    return device, options
+
+
+def create(words: Sequence[str]) -> int:
+    """Create a device and serve it, in the foreground or in a process of its own."""
+    device, options = make_device(words)
+    if options.background:
+        return in_background(device, options)
+    serve(device, lambda: announce(device, options))
+    return 0
+
+
+def announce(device: Device, options: Any) -> None:
+    """Print where the new disk is."""
+    if options.json:
+        import json
+        print(json.dumps(describe(device.control, device.id)), flush=True)
+    else:
+        print(device.path, flush=True)
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM: take the disk away."""
+
+
+def serve(device: Device, started: Callable[[], None]) -> None:
+    """Serve a device until a signal takes it away or somebody else stops it."""
+    import signal
+
+    def on_signal(number: int, frame: Any) -> None:
+        raise Stopped
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        device.start()
+        started()
+        device.wait()
+    except Stopped:
+        pass
+    if device.failure is not None:
+        device.stop()
+        raise device.failure
+    device.stop()
+
+
+def in_background(device: Device, options: Any) -> int:
+    """Serve in a child process; return when the disk is usable or with the child's own error."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        background_child(device, options, writer)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as answers:
+        for line in answers:
+            kind, _, text = line.rstrip("\n").partition(" ")
+            if kind == "added":
+                device.id = int(text)
+            elif kind == "live":
+                print(text, flush=True)
+                return 0
+            else:
+                print(text, file=sys.stderr)
+                return 1
+    _, status = os.waitpid(child, 0)
+    if device.id >= 0:
+        with Control() as control:
+            delete(control, device.id)
+    raise UblkError(errno.ECHILD, "the server died before the disk was there",
+                    f"wait status {status}", "run it without --background to see more")
+
+
+def background_child(device: Device, options: Any, writer: int) -> NoReturn:
+    """Serve without a terminal; tell the parent on the pipe writer how the start went."""
+    def tell(line: str) -> None:
+        os.write(writer, line.encode() + b"\n")
+
+    def live() -> None:
+        import io
+        from contextlib import redirect_stdout
+        with redirect_stdout(io.StringIO()) as text:
+            announce(device, options)
+        log = os.open(f"{run_dir()}/{device.id}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(log, 2)
+        os.close(log)
+        tell(f"live {text.getvalue().rstrip()}")
+        os.close(writer)
+
+    status = 1
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        device.on_added = lambda dev_id: tell(f"added {dev_id}")
+        serve(device, live)
+        status = 0
+    except BaseException as error:
+        try:
+            tell(f"failed ublk: {error}")
+        except OSError:                 # the parent has gone: then it is for the log
+            print(f"ublk: {error}", file=sys.stderr)
+    finally:
+        os._exit(status)
+
+
+# ---- the other commands -----------------------------------------------------------------------
+
+
+def list_devices(options: Any) -> None:
+    """Print all devices, or one."""
+    import json
+    with Control() as control:
+        rows = []
+        for dev_id in device_ids() if options.id is None else [options.id]:
+            try:
+                rows.append(describe(control, dev_id))
+            except UblkError as error:
+                if options.id is not None or error.errno not in (errno.ENODEV, errno.EPERM,
+                                                                 errno.EACCES):
+                    raise
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    layout = "{:>3}  {:<8}  {:<10}  {:>8}  {:>5}  {:>6}  {:>5}  {:>7}  {:>9}  {}"
+    print(layout.format("ID", "STATE", "TARGET", "SIZE", "BLOCK", "QUEUES", "DEPTH", "PID", "OWNER",
+                        "FLAGS"))
+    for row in rows:
+        words = " ".join([row["target"] or "?", *(row["args"] or [])])
+        print(layout.format(row["id"], row["state"], words, format_size(row["size"]),
+                            row["block_size"], row["queues"], row["depth"], row["pid"],
+                            f"{row['owner_uid']}:{row['owner_gid']}", ",".join(row["flags"])))
+
+
+def stop_device(options: Any) -> None:
+    """Stop a disk; its device stays until `del`."""
+    with Control() as control:
+        if options.if_unused:
+            control.try_stop_dev(options.id)
+        else:
+            control.stop_dev(options.id)
+
+
+def delete_devices(options: Any) -> None:
+    """Stop and delete devices."""
+    if options.all == bool(options.id):
+        raise Usage("del needs one or more ids, or --all")
+    with Control() as control:
+        for dev_id in device_ids() if options.all else options.id:
+            control.get_dev_info(dev_id)
+            delete(control, dev_id)
+
+
+def resize(options: Any) -> None:
+    """Change the size of a live disk."""
+    with Control() as control:
+        block = 1 << control.get_params(options.id).basic.logical_bs_shift
+        if options.size <= 0 or options.size % block:
+            raise UblkError(errno.EINVAL, f"size {options.size}",
+                            f"not a positive multiple of the block size {block}")
+        control.update_size(options.id, options.size)
+
+
+def show_features(options: Any) -> None:
+    """Print what this kernel's driver offers."""
+    with Control() as control:
+        mask = control.features
+    rows = [{"bit": feature.bit, "name": feature.name, "since": feature.since,
+             "meaning": feature.meaning,
+             "supported": bool(mask & feature) if mask is not None else None} for feature in FEATURES]
+    if options.json:
+        import json
+        print(json.dumps(rows, indent=2))
+        return
+    if mask is None:
+        print("this kernel cannot tell (GET_FEATURES needs Linux 6.5)", file=sys.stderr)
+    answers = {True: "yes", False: "no", None: "?"}
+    for row in rows:
+        print(f"{row['bit']:>3}  {row['name']:<23} {answers[row['supported']]:<4} "
+              f"{row['since']:<5} {row['meaning']}")
+    for name in flag_names((mask or 0) & ~sum(FEATURES)):
+        print(f"{name[4:]:>3}  {name:<23} yes        (newer than this program)")
+
+
+def check(options: Any) -> int:
+    """Say what is missing on this machine, and the command that mends it."""
+    failures = 0
+    for name, problem, remedy in checks():
+        print(f"{'missing' if problem else 'ok':<8} {name}" + (f": {problem}: {remedy}" if problem
+                                                             else ""))
+        failures += bool(problem)
+    return 1 if failures else 0
+
+
+def checks() -> Iterator[tuple[str, str, str]]:
+    """Yield (what was looked at, problem or nothing, the command that mends it)."""
+    try:
+        Ring(2).close()
+        yield "io_uring", "", ""
+    except UblkError as error:
+        yield "io_uring", error.reason, error.remedy
+    loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists("/dev/ublk-control")
+    yield ("ublk driver", "" if loaded else "not loaded",
+           "modprobe ublk_drv (where there is none: install a kernel with CONFIG_BLK_DEV_UBLK)")
+    if loaded:
+        usable = os.access("/dev/ublk-control", os.R_OK | os.W_OK)
+        yield "/dev/ublk-control", "" if usable else "not yours to open", "run as root"
+    parent = run_dir()
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    yield (f"state directory {run_dir()}", "" if os.access(parent, os.W_OK) else "not writable",
+           "set UBLK_RUN_DIR to a directory of yours")
+
+
+# name -> function, help, arguments
+VERBS: dict[str, tuple[Callable[[Any], int | None], str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
+VERBS = {
+    "list": (list_devices, "show devices", [
+        (("id",), {"type": int, "nargs": "?"}), (("--json",), {"action": "store_true"})]),
+    "stop": (stop_device, "take a disk away", [
+        (("id",), {"type": int}),
+        (("--if-unused",), {"action": "store_true", "help": "only where nobody has it open"})]),
+    "del": (delete_devices, "stop and delete devices", [
+        (("id",), {"type": int, "nargs": "*"}), (("--all",), {"action": "store_true"})]),
+    "resize": (resize, "change the size of a live disk", [
+        (("id",), {"type": int}), (("size",), {"type": parse_size})]),
+    "features": (show_features, "show what this kernel offers", [
+        (("--json",), {"action": "store_true"})]),
+    "check": (check, "say what is missing on this machine", []),
+}
+
+
+def run_verb(words: Sequence[str]) -> int:
+    """Run one of the VERBS."""
+    import argparse
+    function, text, arguments = VERBS[words[0]]
+    parser = argparse.ArgumentParser(f"ublk.py {words[0]}", description=text, allow_abbrev=False)
+    for names, extra in arguments:
+        parser.add_argument(*names, **extra)
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    return function(parser.parse_args(words[1:])) or 0
+
+
+def print_help() -> None:
+    """Print the overview of the command line."""
+    print("usage: ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]\n       ublk.py COMMAND ...\n\ntargets "
+          "(`ublk.py TARGET --help` tells more):")
+    for name, cls in sorted(known_targets().items()):
+        print(f"  {name:<12} {(cls.__doc__ or '').splitlines()[0]}")
+    print("  FILE.py:CLASS  a Target of your own\n\ncommands:")
+    for verb, (_, text, _) in VERBS.items():
+        print(f"  {verb:<12} {text}")
+    print("\n" + device_parser().format_help().partition("\n\n")[2])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 0, 1 (it failed) or 2 (wrong usage)."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    sys.modules.setdefault("ublk", sys.modules[__name__])   # what a target's file imports is us
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print_help()
+            return 0 if words else 2
+        return run_verb(words) if words[0] in VERBS else create(words)
+    except Usage as error:
+        print(f"ublk: {error}", file=sys.stderr)
+        return 2
+    except (OSError, Stopped, KeyboardInterrupt) as error:
+        if "--debug" in words:
+            raise
+        print(f"ublk: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
