@@ -1,62 +1,61 @@
-#!/bin/sh
+#!/bin/busybox sh
 # First process of the lab's virtual machine (see lab.py). The kernel hands over ublk_lab=DIR, the directory on the host,
-# seen read-only through virtiofs, that holds what to run.
+# seen read-only through virtiofs, that holds what to run. Under emulation every program costs a tenth of a second to
+# load: busybox brings its own mount, mkdir and so on.
 set -e
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 . "$ublk_lab/settings"
 
+# The /proc seen so far is the host's, and busybox would take its own path from there.
+/bin/mount -t proc proc /proc
+release=$(uname -r)
+/sbin/modprobe -d "$CACHE/kernels/$KERNEL" overlay
+
 # The host's root file system stays read-only: every write ends in a tmpfs above it. /sys is the one directory that
 # surely exists and holds nothing of the host's.
-mount -t proc proc /proc
-release=$(uname -r)
-modprobe -d "$CACHE/kernels/$KERNEL" overlay
 mount -t tmpfs -o size=75% tmpfs /sys
 mkdir /sys/upper /sys/work /sys/root
 mount -t overlay -o lowerdir=/,upperdir=/sys/upper,workdir=/sys/work overlay /sys/root
+mount -t proc proc /sys/root/proc
 # A chroot would not do: user namespaces cannot be created inside one.
 cd /sys/root
 pivot_root . sys
-mount --bind /sys"$ublk_lab" /mnt
-# The cache may lie below a directory that is about to be covered.
+# The cache and the work tree may lie below a directory that is about to be covered.
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 mount -t tmpfs -o mode=1777 tmpfs /var/tmp
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/lock "$CACHE"
+mkdir -p /run/lock /run/lab "$CACHE" "$TREE" "/lib/modules/$release" /scratch
+mount --bind /sys"$ublk_lab" /run/lab
 mount --bind /sys"$CACHE" "$CACHE"
+mount --bind "$CACHE/kernels/$KERNEL/lib/modules/$release" "/lib/modules/$release"
 # The work tree is a copy made when the machine was started, so that edits on the host cannot tear a run in two.
-mkdir -p "$TREE"
 mount -t tmpfs tmpfs "$TREE"
-cp -a /mnt/tree/. "$TREE"
+cp -a /run/lab/tree/. "$TREE"
 umount -l /sys
 mount -t sysfs sysfs /sys
-mount -t proc proc /proc
+/sbin/modprobe -a ublk_drv virtio_blk virtio_console ext4 loop &
+loading=$!
 mountpoint -q /dev || mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t debugfs debugfs /sys/kernel/debug
-ln -sf /proc/self/fd /dev/fd
-ln -sf fd/0 /dev/stdin
-ln -sf fd/1 /dev/stdout
-ln -sf fd/2 /dev/stderr
-busybox ifconfig lo 127.0.0.1 up
+ln -s /proc/self/fd /dev/fd
+ln -s fd/0 /dev/stdin
+ln -s fd/1 /dev/stdout
+ln -s fd/2 /dev/stderr
+ifconfig lo 127.0.0.1 up
 echo ublk-lab >/proc/sys/kernel/hostname
 echo 60 >/proc/sys/kernel/watchdog_thresh
-echo 1048576 >/proc/sys/fs/nr_open
 echo 65536 >/proc/sys/user/max_user_namespaces
 [ ! -e /proc/sys/kernel/unprivileged_userns_clone ] || echo 1 >/proc/sys/kernel/unprivileged_userns_clone
 ulimit -n 65536
 ulimit -l unlimited
-
-mkdir -p "/lib/modules/$release"
-mount --bind "$CACHE/kernels/$KERNEL/lib/modules/$release" "/lib/modules/$release"
 /lib/systemd/systemd-udevd --daemon
-modprobe -a ublk_drv virtio_blk virtio_console loop
-mkdir -p /scratch
-until [ -b /dev/vda ]; do sleep 0.1; done
-mount -o noinit_itable,discard /dev/vda /scratch
+wait $loading
+mount -t ext4 -o noinit_itable,discard /dev/vda /scratch
 # Boot messages are of no interest; what the kernel says from here on is.
 echo 8 >/proc/sys/kernel/printk
 
@@ -67,7 +66,7 @@ mkfifo /run/lab-output
 cat </run/lab-output >$(echo /dev/vport*p1) &
 drain=$!
 [ -z "$WATCHDOG" ] || (sleep "$WATCHDOG"; echo w >/proc/sysrq-trigger; echo l >/proc/sysrq-trigger) >/dev/null 2>&1 &
-setsid sh /mnt/command >/run/lab-output 2>&1
+setsid /bin/sh /run/lab/command >/run/lab-output 2>&1
 status=$?
 # A background process that outlives the command may hold the pipe open for ever.
 (sleep 5; kill $drain) 2>/dev/null &

@@ -344,7 +344,7 @@ def qemu_command(kernel: str, directory: Path, console: Path, cpus: int, memory:
     """The emulator's command line: only devices that the guest needs, because each costs boot time."""
     home = CACHE / "kernels" / kernel
     append = ("rootfstype=virtiofs root=root ro console=ttyS0 loglevel=5 panic=-1 mitigations=off random.trust_cpu=1 "
-              "tsc=nowatchdog rcupdate.rcu_cpu_stall_timeout=120 "
+              "tsc=nowatchdog lpj=10000000 no_timer_check rcupdate.rcu_cpu_stall_timeout=120 "
               f"init={directory}/init ublk_lab={directory}")
     initrd = ["-initrd", str(home / "initramfs")] if KERNELS[kernel].old else []
     return [
