@@ -1,0 +1,780 @@
+# SPDX-License-Identifier: MIT
+"""Tests of ublk.py.
+
+    pytest test_ublk.py -m "not kernel"     what needs no driver, on any machine
+    pytest test_ublk.py -m kernel           the rest: as root, on a kernel with the ublk driver
+
+Tests marked ``kernel`` never skip because the driver is missing: that is a failure. Each of them
+must leave the machine as it was, and `nothing_left` looks: no device, process or mount of a test
+outlives it. A test that hangs ends the whole run after HANG seconds with every thread's stack.
+
+UBLK_TEST_KERNEL names the kernel of a run in the lab; UBLK_HEADERS is a directory with a newer
+linux/ublk_cmd.h than the system's. No test looks at the clock: on an emulated machine everything
+is slow.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import errno
+import faulthandler
+import gc
+import hashlib
+import inspect
+import json
+import mmap
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import ublk
+
+HERE = Path(__file__).resolve().parent
+UBLK = HERE / "ublk.py"
+HANG = 150                          # seconds: longer than any test takes, even under emulation
+IN_LAB = os.environ.get("UBLK_TEST_KERNEL", "host") != "host"
+
+kernel = pytest.mark.kernel
+
+# =================================================================================================
+# Helpers
+# =================================================================================================
+
+
+class Ram(ublk.Target):
+    """The ten lines of the documentation: a disk in memory."""
+
+    def __init__(self, size=1 << 20):
+        self.size = size
+        self.data = bytearray(size)
+
+    def read(self, offset, buffer):
+        buffer[:] = self.data[offset:offset + len(buffer)]
+
+    def write(self, offset, buffer):
+        self.data[offset:offset + len(buffer)] = buffer
+
+
+class AsyncRam(Ram):
+    """The same with coroutines, each of which lets others run before it does its work."""
+
+    async def read(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        super().read(offset, buffer)
+
+    async def write(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        super().write(offset, buffer)
+
+
+def sh(*words, check=True, **options):
+    """Run a program; return what it did with its output as text."""
+    done = subprocess.run([str(word) for word in words], stdin=subprocess.DEVNULL, text=True, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    assert not check or done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done
+
+
+def cli(*words, script=UBLK, check=True, **options):
+    """Run ublk.py as a program."""
+    return sh(sys.executable, script, *words, check=check, **options)
+
+
+@pytest.fixture
+def run(capfd):
+    """Run the command line in this process, which is quicker: run("list", "--json")."""
+    def run(*words):
+        capfd.readouterr()
+        try:
+            status = ublk.main([str(word) for word in words])
+        except SystemExit as end:
+            status = end.code
+        return SimpleNamespace(status=status, **capfd.readouterr()._asdict())
+    return run
+
+
+ERROR_LINE = re.compile(r"ublk: [^:\n]+.*: .+ \((\d+) ([A-Z0-9]+)\)(: .+)?\n\Z")
+
+
+def assert_error_line(text, number=None, *, says=""):
+    """Errors are one line, ``ublk: what failed: reason (ERRNO NAME): what to do``."""
+    found = ERROR_LINE.match(text)
+    assert found and text.count("\n") == 1, f"not an error line: {text!r}"
+    assert errno.errorcode[int(found[1])] == found[2]
+    assert number is None or int(found[1]) == number, text
+    assert says in text
+
+
+def direct_buffer(size):
+    """Return memory that O_DIRECT accepts."""
+    return mmap.mmap(-1, size)
+
+
+@contextmanager
+def opened(path, flags=os.O_RDWR):
+    """Open a disk past the page cache, so that each transfer is a request of its own."""
+    fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_at(fd, offset, size):
+    """Read with O_DIRECT."""
+    buffer = direct_buffer(size)
+    count = os.preadv(fd, [buffer], offset)
+    return buffer[:count]
+
+
+def write_at(fd, offset, data):
+    """Write with O_DIRECT."""
+    buffer = direct_buffer(len(data))
+    buffer[:] = data
+    return os.pwritev(fd, [buffer], offset)
+
+
+def error_of(function, *args):
+    """Return the errno with which function fails, 0 if it does not."""
+    try:
+        function(*args)
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+def until(condition, what="it", seconds=60):
+    """Wait for something to become true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.01)
+
+
+@contextmanager
+def server(*words, script=UBLK, **options):
+    """Serve a disk with ublk.py as a program, until SIGTERM: yields its process, with its .path."""
+    process = subprocess.Popen([sys.executable, str(script), *map(str, words)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **options)
+    try:
+        process.path = process.stdout.readline().rstrip("\n")
+        assert process.path.startswith("/dev/ublkb"), process.path + process.communicate()[1]
+        process.id = int(process.path[len("/dev/ublkb"):])
+        yield process
+        process.terminate()
+        process.errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def target_file(directory, body):
+    """Write a target file; its classes may use ublk and os."""
+    path = directory / "mine.py"
+    path.write_text("import os, time, ublk\n" + textwrap.dedent(body))
+    return path
+
+
+# ---- what must not be left behind ---------------------------------------------------------------
+
+
+def devices_left():
+    """Return the ids of ublk devices."""
+    return ublk.device_ids()
+
+
+def mounts_left():
+    """Return the mount points of ublk disks."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.startswith("/dev/ublkb")]
+
+
+def processes():
+    """Return {pid: (parent, name and arguments)} of all processes that are not zombies of others."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+            parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        found[int(entry)] = parent, [word.decode(errors="replace") for word in words if word]
+    return found
+
+
+def processes_left():
+    """Return the pids of our children, and of servers that went into the background."""
+    return [pid for pid, (parent, words) in processes().items() if pid != os.getpid()
+            and (parent == os.getpid() or any(word.endswith("ublk.py") for word in words[:3]))]
+
+
+def leftovers():
+    """Return a description of everything a test should have taken away; empty if all is well."""
+    found = [f"mount {path}" for path in mounts_left()]
+    found += [f"process {pid}: {' '.join(processes().get(pid, (0, ['gone']))[1])}" for pid in processes_left()]
+    found += [f"device {dev_id}" for dev_id in devices_left()]
+    return found + [f"node {node}" for node in sorted(Path("/dev").glob("ublk[bc]*"))]
+
+
+def clean_up():
+    """Take away what a test left behind, so that the next one starts well."""
+    for path in mounts_left():
+        sh("umount", "-l", path, check=False)
+    for pid in processes_left():
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except OSError:
+            pass
+    if devices_left():
+        with ublk.Control() as control:
+            for dev_id in devices_left():
+                try:
+                    control.del_dev(dev_id, timeout=10)
+                except OSError:
+                    pass
+
+
+@pytest.fixture(autouse=True)
+def run_dir(tmp_path, monkeypatch):
+    """Give every test a state directory of its own."""
+    path = tmp_path / "run"
+    monkeypatch.setenv("UBLK_RUN_DIR", str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs():
+    """End the run, with the stack of every thread, when a test takes far too long."""
+    faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """See that a kernel test has the driver, and leaves no device, process or mount behind."""
+    if request.node.get_closest_marker("kernel") is None:
+        yield
+        return
+    assert os.geteuid() == 0, "kernel tests run as root"
+    assert os.path.exists("/dev/ublk-control"), "there is no ublk driver: modprobe ublk_drv"
+    assert not leftovers(), "left by something else than this test"
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 10         # udev and dying processes need a moment
+    while leftovers() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = leftovers()
+    if left:
+        clean_up()
+        pytest.fail(f"the test left behind: {left}")
+
+
+@pytest.fixture
+def control():
+    """An open control plane."""
+    with ublk.Control() as control:
+        yield control
+
+
+# =================================================================================================
+# The file itself
+# =================================================================================================
+
+
+def interpreters():
+    """Return every Python from 3.9 on that is installed here, the one that runs this included."""
+    found = {sys.version_info[:2]: sys.executable}
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for path in sorted(root.glob("versions/3.*/bin/python3")):
+        found.setdefault(tuple(map(int, path.parts[-3].split(".")[:2])), str(path))
+    for minor in range(9, 30):
+        path = shutil.which(f"python3.{minor}")
+        if path and subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode == 0:
+            found.setdefault((3, minor), path)
+    return {f"{version[0]}.{version[1]}": path for version, path in sorted(found.items()) if version >= (3, 9)}
+
+
+SOURCE = ast.parse(UBLK.read_text())
+
+
+def definitions(node=SOURCE, prefix=""):
+    """Yield (name, node) of every public class, function and method."""
+    for item in node.body:
+        if isinstance(item, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = prefix + item.name
+            if not item.name.startswith("_"):
+                yield name, item
+                if isinstance(item, ast.ClassDef):
+                    yield from definitions(item, name + ".")
+
+
+def is_kernel_structure(name):
+    return isinstance(getattr(ublk, name, None), type) and issubclass(getattr(ublk, name), ctypes.Structure)
+
+
+@pytest.mark.parametrize("version, python", interpreters().items())
+def test_every_python_compiles_and_runs_it(version, python, tmp_path):
+    copy = shutil.copy(UBLK, tmp_path)
+    sh(python, "-W", "error", "-m", "py_compile", copy)
+    assert "usage: ublk.py" in sh(python, "-W", "error", "-I", copy, "--help").stdout
+
+
+def test_it_needs_the_standard_library_only():
+    names = {name.name.partition(".")[0] for node in ast.walk(SOURCE) if isinstance(node, ast.Import)
+             for name in node.names}
+    names |= {node.module.partition(".")[0] for node in ast.walk(SOURCE) if isinstance(node, ast.ImportFrom)}
+    library = Path(os.__file__).parent
+    for name in sorted(names):
+        spec = __import__("importlib.util").util.find_spec(name)
+        inside = spec.origin in ("built-in", "frozen") or library in Path(spec.origin).parents
+        assert inside and "site-packages" not in str(spec.origin), f"{name} is not in the standard library"
+
+
+def test_importing_it_starts_nothing():
+    code = "import threading, os, ublk; print(threading.active_count(), len(os.listdir('/proc/self/fd')))"
+    without = "import threading, os; print(threading.active_count(), len(os.listdir('/proc/self/fd')))"
+    assert sh(sys.executable, "-c", code, cwd=HERE).stdout == sh(sys.executable, "-c", without).stdout
+
+
+@pytest.mark.parametrize("name", [name for name, _ in definitions() if not is_kernel_structure(name)])
+def test_every_public_name_has_a_docstring(name):
+    item = ublk
+    for word in name.split("."):
+        item = getattr(item, word)
+    assert inspect.getdoc(item), f"{name} has none of its own and inherits none"
+
+
+def example():
+    """Return the Python example of the module's docstring."""
+    text = ublk.__doc__.split("\n\n", 1)[1].partition("\nor, from the shell")[0]
+    return textwrap.dedent(text)
+
+
+def test_example_in_the_docstring_is_python():
+    names = {node.name for node in ast.walk(ast.parse(example())) if isinstance(node, ast.ClassDef)}
+    assert names == {"Ram"}
+
+
+def test_packaging_names_the_modules_and_the_command():
+    text = (HERE / "pyproject.toml").read_text()
+    assert 'ublk = "ublk:main"' in text
+    assert 'py-modules = ["ublk", "ublk_targets"]' in text
+    assert re.search(r"^dependencies = \[\]$", text, re.M)
+
+
+# =================================================================================================
+# Kernel ABI against the C headers
+# =================================================================================================
+
+HEADERS = ["linux/ublk_cmd.h", "linux/io_uring.h", "linux/blkzoned.h", "linux/time_types.h"]
+C_NAMES = {"timespec": "__kernel_timespec"}
+
+
+def include_directory():
+    """Return the directory with the newest headers there are."""
+    for root in filter(None, [os.environ.get("UBLK_HEADERS"), "/usr/include"]):
+        for directory in (Path(root), Path(root, "usr/include")):
+            if (directory / HEADERS[0]).exists():
+                return directory
+    pytest.skip("no linux/ublk_cmd.h here: install linux-libc-dev, or set UBLK_HEADERS")
+
+
+def header_text():
+    return "\n".join((include_directory() / name).read_text() for name in HEADERS)
+
+
+def evaluate(expressions, tmp_path):
+    """Return the value of each C expression, as the compiler and the headers see it."""
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc here to compile the headers with")
+    lines = [f"#include <{name}>" for name in ["errno.h", "stddef.h", "stdio.h", *HEADERS]]
+    lines += ["int main(void)", "{"]
+    lines += [f'printf("%lld\\n", (long long)({expression}));' for expression in expressions]
+    source = tmp_path / "values.c"
+    source.write_text("\n".join([*lines, "return 0;", "}"]))
+    top = include_directory()
+    paths = [f"-I{top}", *(f"-I{path}" for path in sorted(top.glob(f"{os.uname().machine}-linux-gnu")))]
+    sh("gcc", "-w", *paths, "-o", tmp_path / "values", source)
+    return dict(zip(expressions, map(int, sh(tmp_path / "values").stdout.split())))
+
+
+def structures():
+    """Return the kernel's structures in ublk.py."""
+    return [item for name, item in vars(ublk).items()
+            if isinstance(item, type) and issubclass(item, ctypes.Structure) and name != "Py_buffer"]
+
+
+def meaningful(structure):
+    """Return the names of fields that are more than padding."""
+    return [name for name, *_ in structure._fields_ if not re.match(r"pad|resv|reserved", name)]
+
+
+def body_of(structure, text):
+    """Return the text of a structure in the headers, empty where they lack it."""
+    found = re.search(rf"^struct {C_NAMES.get(structure.__name__, structure.__name__)} \{{(.*?)^\}}", text,
+                      re.M | re.S)
+    return found[1] if found else ""
+
+
+def test_structures_have_the_layout_of_the_header(tmp_path):
+    text, expected = header_text(), {}
+    for structure in structures():
+        body, name = body_of(structure, text), C_NAMES.get(structure.__name__, structure.__name__)
+        fields = meaningful(structure)
+        known = [field for field in fields if re.search(rf"\b{field}\b", body)]
+        if known == fields:             # an older header has smaller structures
+            expected[f"sizeof(struct {name})"] = ctypes.sizeof(structure)
+        for field in known:
+            expected[f"offsetof(struct {name}, {field})"] = getattr(structure, field).offset
+            if known == fields and field != "cmd":      # cmd is an array of no length in C
+                expected[f"sizeof(((struct {name} *)0)->{field})"] = getattr(structure, field).size
+    assert len(expected) > 100
+    if os.environ.get("UBLK_HEADERS"):
+        complete = [item for item in structures()
+                    if f"sizeof(struct {C_NAMES.get(item.__name__, item.__name__)})" in expected]
+        assert complete == structures()
+    actual = evaluate(list(expected), tmp_path)
+    assert {key: actual[key] for key in expected} == expected
+
+
+def test_packed_records_have_the_size_of_their_structures():
+    assert ublk.IO_CMD.size == ctypes.sizeof(ublk.ublksrv_io_cmd)
+    assert ublk.IO_DESC.size == ctypes.sizeof(ublk.ublksrv_io_desc)
+    assert ublk.SQE.size == ublk.io_uring_sqe.cmd.offset
+    assert 4 * ublk.RESULT_WORD == ublk.io_uring_sqe.cmd.offset + ublk.ublksrv_io_cmd.result.offset
+
+
+def defined(pattern):
+    """Return the constants of the headers whose name matches."""
+    found = re.findall(r"^\s*#define\s+(\w+)(?!\()\s+\S|^\s*(\w+)\s*(?:=[^,]*)?,", header_text(), re.M)
+    return [name for pair in found for name in pair if name and re.fullmatch(pattern, name)]
+
+
+def test_constants_have_the_values_of_the_header(tmp_path):
+    ours = {name: int(value) for name, value in vars(ublk).items()
+            if re.match(r"UBLK|IORING_|IOSQE_", name) and isinstance(value, int)}
+    names = sorted(set(defined(r"(UBLK|IORING_|IOSQE_)\w+")) & set(ours))
+    assert len(names) > (110 if os.environ.get("UBLK_HEADERS") else 60)
+    actual = evaluate(names, tmp_path)
+    assert actual == {name: ours[name] for name in names}
+
+
+def test_encoded_commands_have_the_values_of_the_header(tmp_path):
+    names = defined(r"UBLK_U_CMD_\w+")
+    actual = evaluate(names, tmp_path)
+    ours = {f"UBLK_U_CMD_{command.name}": command.encoded for command in ublk.COMMANDS}
+    assert {name: ours.get(name) for name in names} == {name: actual[name] & 0xFFFFFFFF for name in names}
+
+
+def test_encoded_data_plane_commands_have_the_values_of_the_header(tmp_path):
+    names = defined(r"UBLK_U_IO_\w+")
+    actual = evaluate(names, tmp_path)
+    ours = {name: getattr(ublk, name, None) for name in names}
+    assert ours == {name: actual[name] & 0xFFFFFFFF for name in names}
+
+
+def test_every_feature_of_the_header_has_a_name_and_its_bit(tmp_path):
+    names = defined(r"UBLK_F_\w+")
+    assert len(names) >= 5
+    rows = {f"UBLK_F_{feature.name}": int(feature) for feature in ublk.FEATURES}
+    assert {name: rows.get(name) for name in names} == evaluate(names, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["UBLK_IO_OP_[A-Z]\\w+", "UBLK_IO_F_\\w+", "UBLK_S_DEV_\\w+", "UBLK_ATTR_\\w+",
+                                     "UBLK_PARAM_TYPE_\\w+", "UBLK_IO_RES_\\w+", "UBLK_BATCH_F_\\w+"])
+def test_no_constant_of_the_header_is_missing(pattern):
+    assert [name for name in defined(pattern) if not hasattr(ublk, name)] == []
+
+
+def test_tables_are_consistent():
+    assert [feature.bit for feature in ublk.FEATURES] == list(range(len(ublk.FEATURES)))
+    assert all(int(feature) == 1 << feature.bit and feature.meaning for feature in ublk.FEATURES)
+    assert len({command.name for command in ublk.COMMANDS}) == len(ublk.COMMANDS)
+    assert [1 << bit for bit in range(len(ublk.PARAM_TYPES))] == list(ublk.PARAM_TYPES)
+    assert ublk.STATES == ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
+    for feature in ublk.FEATURES:
+        assert re.fullmatch(r"[67]\.\d+", feature.since)
+        assert not feature.needs & feature.excludes
+
+
+def test_flags_are_named_even_those_of_the_future():
+    assert ublk.flag_names(ublk.UBLK_F_USER_COPY | 1 << 50) == ["USER_COPY", "BIT_50"]
+    assert ublk.flag_names(0) == []
+
+
+# =================================================================================================
+# Errors
+# =================================================================================================
+
+
+def test_an_error_is_one_line():
+    error = ublk.UblkError(errno.EBUSY, "device 3", "somebody has it open", "close it")
+    assert str(error) == "device 3: somebody has it open (16 EBUSY): close it"
+    assert isinstance(error, OSError) and error.errno == errno.EBUSY
+    assert str(ublk.UblkError(errno.EIO, "it")) == "it: input/output error (5 EIO)"
+
+
+@pytest.mark.parametrize("key", ublk.EXPLANATIONS, ids=lambda key: f"{key[0] and key[0].name}-{key[1]}")
+def test_every_explanation_makes_an_error_line(key):
+    command, number = key
+    error = ublk.explain(command or ublk.UBLK_CMD_GET_PARAMS, number, "device 5")
+    reason, remedy = ublk.EXPLANATIONS[key]
+    assert_error_line(f"ublk: {error}\n", number, says=reason)
+    assert error.remedy == remedy
+
+
+def test_an_unknown_command_names_the_kernel_that_has_it():
+    text = str(ublk.explain(ublk.UBLK_CMD_UPDATE_SIZE, errno.EOPNOTSUPP, "UPDATE_SIZE of device 0"))
+    assert f"needs Linux 6.16, this is {ublk.kernel_release()}" in text
+
+
+def test_an_errno_without_explanation_has_the_systems_text():
+    error = ublk.explain(ublk.UBLK_CMD_GET_PARAMS, errno.EFAULT, "GET_PARAMS")
+    assert str(error) == "GET_PARAMS: bad address (14 EFAULT)"
+
+
+# =================================================================================================
+# io_uring: rings on the running kernel
+# =================================================================================================
+
+
+def descriptors():
+    """Return how many descriptors and mappings this process has."""
+    maps = sum("io_uring" in line or "ublk" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    return len(os.listdir("/proc/self/fd")), maps
+
+
+def nops(ring, count, first=0):
+    """Push NOPs with ascending user_data."""
+    for number in range(first, first + count):
+        ring.prepare(number % ring.entries, ublk.IORING_OP_NOP, user_data=number)
+        ring.push(number % ring.entries)
+
+
+class TestRing:
+    """A ring on whatever kernel runs this; needs no ublk driver."""
+
+    @pytest.fixture
+    def ring(self):
+        try:
+            ring = ublk.Ring(8)
+        except ublk.UblkError as error:
+            pytest.skip(f"{error}") if not IN_LAB else pytest.fail(f"{error}")
+        yield ring
+        ring.close()
+
+    def test_nop_comes_back(self, ring):
+        nops(ring, 3)
+        assert ring.enter(3)
+        assert ring.reap() == ([0, 1, 2], [0, 0, 0])
+        assert ring.reap() == ([], [])
+
+    def test_reads_and_writes_a_file(self, ring, tmp_path):
+        with open(tmp_path / "file", "w+b", buffering=0) as file:
+            data, back = bytearray(b"through the ring"), bytearray(7)
+            ring.prepare(0, ublk.IORING_OP_WRITE, file.fileno(), 100, ublk.address_of(data), len(data), user_data=7)
+            ring.push(0)
+            ring.enter(1)
+            assert ring.reap() == ([7], [16])
+            ring.prepare(1, ublk.IORING_OP_READ, file.fileno(), 108, ublk.address_of(back), len(back), user_data=8)
+            ring.push(1)
+            ring.enter(1)
+            assert ring.reap() == ([8], [7]) and back == b"the rin"
+
+    def test_an_operation_that_fails_brings_its_errno(self, ring):
+        ring.prepare(0, ublk.IORING_OP_READ, fd=-1, user_data=1)
+        ring.push(0)
+        ring.enter(1)
+        assert ring.reap() == ([1], [-errno.EBADF])
+
+    def test_waiting_ends_with_the_timeout(self, ring):
+        assert ring.enter(1, timeout=0.02) is False
+        nops(ring, 1)
+        assert ring.enter(1, timeout=30) is True
+        assert ring.reap() == ([0], [0])
+
+    def test_waiting_ends_with_the_timeout_when_something_was_submitted(self, ring):
+        long = ublk.timespec(3600, 0)
+        ring.prepare(0, ublk.IORING_OP_TIMEOUT, addr=ctypes.addressof(long), length=1)
+        ring.push(0)
+        ring.enter(1, timeout=0.02)
+        assert ring.reap() == ([], [])
+
+    def test_timeout_of_the_kernel(self, ring):
+        short = ublk.timespec(0, 1000)
+        ring.prepare(0, ublk.IORING_OP_TIMEOUT, addr=ctypes.addressof(short), length=1, user_data=5)
+        ring.push(0)
+        assert ring.enter(1)
+        assert ring.reap() == ([5], [-errno.ETIME])
+
+    def test_a_signal_ends_the_wait_and_nothing_else(self, ring):
+        seen = []
+        old = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            assert ring.enter(1) is False           # without a time limit: only the signal ends it
+        finally:
+            signal.signal(signal.SIGALRM, old)
+        assert seen == [1]
+        nops(ring, 2)
+        ring.enter(2)
+        assert ring.reap() == ([0, 1], [0, 0])
+
+    def test_completions_that_do_not_fit_are_kept(self, ring):
+        for turn in range(8):
+            nops(ring, 8, first=8 * turn)
+            ring.enter()
+        found = []
+        for _ in range(8):
+            found += ring.reap()[0]
+            ring.enter()
+        assert sorted(found) == list(range(64))
+
+    def test_what_the_kernel_did_not_take_is_submitted_later(self, ring, monkeypatch):
+        system_call = ublk._syscall
+
+        def takes_half(number, fd, count, *rest):
+            return system_call(number, fd, count // 2, 0, *rest[1:])
+
+        nops(ring, 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(ublk, "_syscall", takes_half)
+            ring.enter(8)
+        assert ring.reap()[0] == [0, 1, 2, 3]
+        ring.enter(4)
+        assert ring.reap()[0] == [4, 5, 6, 7]
+
+    @pytest.mark.parametrize("number", [errno.EBUSY, errno.EAGAIN, errno.EINTR])
+    def test_a_refused_submission_is_repeated(self, ring, monkeypatch, number):
+        def refuses(*_):
+            ctypes.set_errno(number)
+            return -1
+
+        nops(ring, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(ublk, "_syscall", refuses)
+            ring.enter(1)
+        ring.enter(2)
+        assert ring.reap()[0] == [0, 1]
+
+    def test_one_bad_entry_does_not_hold_back_the_others(self, ring):
+        nops(ring, 1)
+        ring.prepare(1, 255, user_data=1)           # no such operation
+        ring.push(1)
+        nops(ring, 1, first=2)
+        ring.enter(3)
+        assert dict(zip(*ring.reap())) == {0: 0, 1: -errno.EINVAL, 2: 0}
+
+    @pytest.mark.parametrize("batch", [1, 3, 5, 8])
+    def test_both_queues_wrap_around(self, ring, batch):
+        expected = 0
+        for turn in range(40):
+            for slot in range(batch):
+                ring.prepare(slot, ublk.IORING_OP_NOP, user_data=expected + slot)
+            ring.push_all(list(range(batch)))
+            ring.enter(batch)
+            assert ring.reap()[0] == list(range(expected, expected + batch)), f"turn {turn}"
+            expected += batch
+
+    def test_an_entry_is_filled_once_and_submitted_often(self, ring):
+        ring.prepare(3, ublk.IORING_OP_NOP, user_data=77)
+        for _ in range(20):
+            ring.push(3)
+            ring.enter(1)
+            assert ring.reap() == ([77], [0])
+
+    def test_entries_of_128_bytes(self):
+        ring = ublk.Ring(4, sqe128=True)
+        try:
+            assert len(ring.sqes) == 4 * 128
+            nops(ring, 4)
+            ring.enter(4)
+            assert ring.reap() == ([0, 1, 2, 3], [0, 0, 0, 0])
+        finally:
+            ring.close()
+
+    def test_preparing_an_entry_clears_what_it_held(self, ring):
+        ring.prepare(0, ublk.IORING_OP_WRITE, fd=5, cmd=b"x" * 16)
+        ring.prepare(1, ublk.IORING_OP_WRITE, fd=6, cmd=b"y" * 16)
+        ring.prepare(0, ublk.IORING_OP_NOP)
+        assert bytes(ring.sqes[:64]) == ublk.SQE.pack(0, 0, 0, -1, 0, 0, 0, 0, 0, 0, 0, 0) + bytes(16)
+        assert bytes(ring.sqes[112:128]) == b"y" * 16
+
+    def test_another_thread_gets_an_error(self, ring):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(error_of(ring.enter)))
+        thread.start()
+        thread.join()
+        assert found == [errno.EEXIST]
+
+    def test_a_shared_ring_serves_every_thread(self):
+        ring = ublk.Ring(8, shared=True)
+        try:
+            for number in range(3):
+                nops(ring, 1, first=number)
+                thread = threading.Thread(target=ring.enter, args=(1,))
+                thread.start()
+                thread.join()
+            assert ring.reap()[0] == [0, 1, 2]
+        finally:
+            ring.close()
+
+    def test_closing_gives_everything_back(self, ring):
+        before = descriptors()
+        for _ in range(30):
+            other = ublk.Ring(64, sqe128=True)
+            nops(other, 5)
+            other.enter(5)
+            other.close()
+            other.close()
+        assert descriptors() == before
+
+    def test_its_descriptor_is_closed_in_programs_it_starts(self, ring):
+        assert not os.get_inheritable(ring.fd)
+
+    def test_a_closed_descriptor_is_an_error(self, ring):
+        os.close(ring.fd)
+        ring.fd, fd = os.open(os.devnull, os.O_RDWR), ring.fd
+        assert ring.fd == fd and error_of(ring.enter) in (errno.EOPNOTSUPP, errno.EBADF)
+
+
+@kernel
+class TestRingOfThisKernel(TestRing):
+    """The same in each kernel of the lab."""
+
+
+@pytest.mark.parametrize("number, says", [(errno.EPERM, "kernel.io_uring_disabled"),
+                                          (errno.ENOSYS, "CONFIG_IO_URING"), (errno.ENOMEM, "ulimit -l")])
+def test_no_ring_to_be_had_says_why(monkeypatch, number, says):
+    def refuses(*_):
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(ublk, "_syscall", refuses)
+    with pytest.raises(ublk.UblkError) as found:
+        ublk.Ring(8)
+    assert_error_line(f"ublk: {found.value}\n", number, says=says)
+
+
+def test_address_of_any_buffer():
+    data = bytearray(b"abc")
+    assert ublk.address_of(data) == ctypes.addressof(ctypes.c_char.from_buffer(data))
+    assert ctypes.string_at(ublk.address_of(memoryview(data)[1:]), 2) == b"bc"
+    assert ublk.address_of(b"") is not None
