@@ -1,0 +1,24 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+LAB := $(PYTHON) lab/lab.py
+
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+run: ## the main job, step by step: on this machine's driver (as root), else in a virtual machine [KERNEL=7.3]
+	@if [ -e /dev/ublk-control ] && [ "$$(id -u)" = 0 ]; then sh lab/demo.sh; \
+	else $(LAB) run $(or $(KERNEL),7.3) -- sh lab/demo.sh; fi
+
+test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one, K=word as in pytest -k, HOST=1 no virtual machine]
+	@$(LAB) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(K),-k "$(K)") $(if $(HOST),--host)
+
+lab: ## fetch what the tests need: emulator, file system tools, kernels [KERNEL=7.2 only that one]
+	@$(LAB) fetch $(KERNEL)
+
+lint: ## ruff and mypy
+	@$(LAB) lint
+
+clean: ## remove what Python left in the work tree
+	@rm -rf __pycache__ lab/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+.PHONY: help run test lab lint clean
