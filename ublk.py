@@ -67,8 +67,8 @@ import struct
 import sys
 import threading
 import time
-import weakref
 from array import array
+from functools import partial
 from types import CoroutineType
 from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 
@@ -963,7 +963,8 @@ class MappedCopy:
     from there when the request is committed. Pages of the buffers exist only once they are used.
     """
 
-    features = 0
+    features = 0            # the flags of a device with this data path
+    stages = 0              # SQEs a request needs besides the command of its tag
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.max_io = queue, queue.max_io
@@ -976,6 +977,10 @@ class MappedCopy:
     def address(self, tag: int) -> int:
         """Return what a command for this tag carries in its addr field."""
         return self.base + tag * self.max_io
+
+    def sqe_address(self, tag: int) -> int:
+        """Return what it carries in the addr field of the SQE itself."""
+        return 0
 
     def room(self, tag: int, length: int) -> memoryview:
         """Return the buffer a READ fills, cleared of what an earlier request left there."""
@@ -999,6 +1004,150 @@ class MappedCopy:
         self.read_only_view.release()
 
 
+class NeedGetData(MappedCopy):
+    """As before, but a write arrives twice: first the news, then, once asked for, its data.
+
+    A server could choose the buffer in between; this one always has the tag's own.
+    """
+
+    features = UBLK_F_NEED_GET_DATA
+    stages = 1
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        for tag in range(queue.depth):
+            queue.command(queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
+
+
+class UserCopy(MappedCopy):
+    """The server copies: pread and pwrite on /dev/ublkcN reach the pages of a request.
+
+    Where in the file a request lies is told by its queue and tag, see position().
+    """
+
+    features = UBLK_F_USER_COPY
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        self.fd = queue.device_fd
+        self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
+
+    def address(self, tag: int) -> int:
+        return 0
+
+    def position(self, tag: int) -> int:
+        """Return where in /dev/ublkcN the data of the tag's request starts."""
+        return self.origin + (tag << UBLK_TAG_OFF)
+
+    def data(self, tag: int, length: int) -> memoryview:
+        start, done = tag * self.max_io, 0
+        while done < length:
+            done += some(os.preadv(self.fd, [self.view[start + done:start + length]],
+                                   self.position(tag) + done))
+        return self.read_only_view[start:start + length]
+
+    def give(self, tag: int, buffer: memoryview) -> int:
+        done = 0
+        while done < len(buffer):
+            done += some(os.pwrite(self.fd, buffer[done:], self.position(tag) + done))
+        return done
+
+
+def some(count: int) -> int:
+    """Return the number of bytes a copy moved; none at all would go on for ever."""
+    if count == 0:
+        raise OSError(errno.EIO, "the request ended before its data")
+    return count
+
+
+class AutoZeroCopy(UserCopy):
+    """No copy: the driver puts the pages of a request into slot `tag` of the ring's buffer table.
+
+    READ_FIXED and WRITE_FIXED move data between them and any file; COMMIT takes them out again.
+    A target whose map() says where the data lives never touches it: the transfer and the commit go
+    to the kernel as one chain, and the next thing heard of the tag is its next request. What needs
+    the bytes in Python, or breaks a chain, is served by user copy.
+    """
+
+    features = UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY
+    stages = 1
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        ring, depth = queue.ring, queue.depth
+        ring.register_sparse_buffers(depth)
+        for tag in range(depth):
+            ring.prepare(depth + tag, IORING_OP_READ_FIXED, user_data=depth + tag, buf_index=tag,
+                         flags=IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS)
+        self.chains = [self.chain(depth, tag) for tag in range(depth)]
+        self.opcodes = ring.sqes[depth * 64:]
+        self.words = self.opcodes.cast("I")
+        self.offsets = self.opcodes.cast("Q")[1:]
+
+    def sqe_address(self, tag: int) -> int:
+        return tag | UBLK_AUTO_BUF_REG_FALLBACK << 16       # struct ublk_auto_buf_reg
+
+    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
+        """Return the SQE slots that serve a request of this tag, each linked to the next."""
+        return depth + tag, tag
+
+    def transfer(self, tag: int, operation: int, fd: int, position: int,
+                 length: int) -> tuple[int, ...]:
+        """Fill the chain that moves a READ's or WRITE's data from or to a file, and return it."""
+        self.opcodes[tag * 64] = IORING_OP_READ_FIXED + operation
+        self.words[tag * 16 + 1] = fd
+        self.offsets[tag * 8] = position
+        self.words[tag * 16 + 6] = length
+        self.queue.results[tag * 16] = length
+        return self.chains[tag]
+
+    def broken(self, tag: int, stage: int) -> None:
+        """Clean up after the stage of a chain that failed; what came behind it was cancelled."""
+
+    def moving(self, tag: int) -> bool:
+        """Tell whether a request of this tag is still ours: an idle tag has no data to copy."""
+        try:
+            os.pread(self.fd, 1, self.position(tag))
+        except OSError as error:
+            return error.errno != errno.EINVAL
+        return True
+
+    def close(self) -> None:
+        for view in (self.offsets, self.words, self.opcodes):
+            view.release()
+        super().close()
+
+
+class ZeroCopy(AutoZeroCopy):
+    """The same by hand (6.15): register the pages, transfer, unregister, commit, in one chain."""
+
+    features = UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_COPY
+    stages = 3
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        for stage, opcode in ((2, UBLK_U_IO_REGISTER_IO_BUF), (3, UBLK_U_IO_UNREGISTER_IO_BUF)):
+            for tag in range(queue.depth):
+                queue.command(stage * queue.depth + tag, tag, opcode, addr=tag,
+                              flags=IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS)
+
+    def sqe_address(self, tag: int) -> int:
+        return 0
+
+    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
+        return 2 * depth + tag, depth + tag, 3 * depth + tag, tag
+
+    def broken(self, tag: int, stage: int) -> None:
+        if stage == 1:
+            self.queue.ring.push(3 * self.queue.depth + tag)
+
+
+# What the command line and Device call the data paths, best first.
+DATA_PATHS: dict[str, type[MappedCopy]] = {
+    "auto-zero-copy": AutoZeroCopy, "zero-copy": ZeroCopy, "user-copy": UserCopy,
+    "get-data": NeedGetData, "copy": MappedCopy}
+
+
 class Operation:
     """An io_uring operation an ``async def`` handler awaits; the result is the kernel's (>= 0).
 
@@ -1018,6 +1167,7 @@ class Operation:
         return (yield self)
 
     def begin(self, task: Task) -> None:
+        """Put the operation on the ring of the task's queue."""
         task.queue.begin(self, task)
 
 
@@ -1083,6 +1233,7 @@ class Event:
         return self._value[0]
 
     def begin(self, task: Task) -> None:
+        """Let a task wait for set()."""
         self._waiting.append(task)
 
     def set(self, value: Any = None) -> None:
@@ -1159,19 +1310,20 @@ class Queue:
         self.sectors = self.descriptors.cast("I")[1:]       # at tag * self.desc_words
         self.desc_words = self.desc_size // 4
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
-        self.ring = Ring(max(2 * self.depth, 64))
+        own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
+        self.ring = Ring(own + 64)
         self.results = self.ring.sqes.cast("i")[RESULT_WORD:]    # at tag * 16
         self.path = device.data_path(self)
-        self.alive = self.depth             # tags the kernel has not ended
+        self.ended: set[int] = set()        # tags the kernel has taken back
         self.leaving = False
         self.in_flight = 0                  # requests that wait for a coroutine
         self._tasks: dict[int, tuple[Task, Operation]] = {}
-        self._free_slots = list(range(self.ring.entries - 1, self.depth, -1))
+        self._free_slots = list(range(own + 1, self.ring.entries))
         self._used_slots: list[int] = []
         self._backlog: list[tuple[Operation, Task]] = []
         self._next_operation = OPERATION
         self._handlers = self._table()
-        self._wake(device.wake_fd)
+        self._wake(own, device.wake_fd)
 
     def _table(self) -> list[Callable[[int, int, int, int], int | None]]:
         """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
@@ -1188,35 +1340,59 @@ class Queue:
 
         All go to the kernel in one system call, because it cannot take back half of them.
         """
+        path = self.path
         for tag in range(self.depth):
-            self._command(tag, UBLK_U_IO_FETCH_REQ)
+            self.command(tag, tag, UBLK_U_IO_FETCH_REQ, path.address(tag), path.sqe_address(tag))
         self.ring.push_all(range(self.depth))
         self.ring.enter()
         for tag in range(self.depth):
-            self._command(tag, UBLK_U_IO_COMMIT_AND_FETCH_REQ)
+            self.command(tag, tag, UBLK_U_IO_COMMIT_AND_FETCH_REQ, path.address(tag),
+                         path.sqe_address(tag))
 
-    def _command(self, tag: int, opcode: int) -> None:
-        self.ring.prepare(tag, IORING_OP_URING_CMD, self.device_fd, opcode & self.opcodes,
-                          user_data=tag,
-                          cmd=IO_CMD.pack(self.index, tag, 0, self.path.address(tag)))
+    def command(self, slot: int, tag: int, opcode: int, addr: int, sqe_addr: int = 0,
+                flags: int = 0) -> None:
+        """Fill SQE slot with a command for a tag; its CQE will carry the number of the slot, or of
+        the tag where the CQE means a request."""
+        request = opcode not in (UBLK_U_IO_REGISTER_IO_BUF, UBLK_U_IO_UNREGISTER_IO_BUF)
+        self.ring.prepare(slot, IORING_OP_URING_CMD, self.device_fd, opcode & self.opcodes,
+                          sqe_addr, user_data=tag if request else slot, flags=flags,
+                          cmd=IO_CMD.pack(self.index, tag, 0, addr))
 
     def run(self) -> None:
         """Serve until the device is stopped (every tag ends) or its server is told to go."""
-        answer = getattr(self.target, "answer", None)
-        while self.alive and not self.leaving:
-            tags = self.collect()
-            if answer is not None:
-                answer(self, tags)
-                continue
-            for tag in tags:
-                self.handle(tag)
-            if self.alive < self.depth and not self.in_flight:
-                self.ring.enter()           # a quiesced device: commit what is left and go
-                return
+        answer = self._answer()
+        while not self.leaving and not (self.ended and self._idle()):
+            answer(self.collect(0.01 if self.ended else None))
+        self.ring.enter()
 
-    def collect(self) -> list[int]:
+    def _answer(self) -> Callable[[list[int]], None]:
+        """Return the quickest way to serve a batch of tags that target and data path allow."""
+        if hasattr(self.target, "answer"):
+            return partial(self.target.answer, self)
+        if hasattr(self.target, "map") and isinstance(self.path, AutoZeroCopy):
+            return self._answer_by_map
+        return self._answer_by_handler
+
+    def _answer_by_handler(self, tags: list[int]) -> None:
+        for tag in tags:
+            self.handle(tag)
+
+    def _answer_by_map(self, tags: list[int]) -> None:
+        """Have the kernel move the data of reads and writes; the rest goes to the handlers."""
+        where, transfer, chains = self.target.map, self.path.transfer, []
+        for tag in tags:
+            flags, sectors, start, _ = IO_DESC.unpack_from(self.descriptors, tag * self.desc_size)
+            operation, length = flags & 0xFF, sectors * SECTOR
+            if operation > UBLK_IO_OP_WRITE or flags & (UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF):
+                self.handle(tag)
+                continue
+            fd, position = where(start * SECTOR, length, operation == UBLK_IO_OP_WRITE)
+            chains += transfer(tag, operation, fd, position, length)
+        self.ring.push_all(chains)
+
+    def collect(self, timeout: float | None = None) -> list[int]:
         """Submit what is pending, wait, and return the tags that have a new request."""
-        self.ring.enter(1)
+        self.ring.enter(1, timeout)
         if self._used_slots:
             self._recycle()
         data, results = self.ring.reap()
@@ -1226,15 +1402,31 @@ class Queue:
 
     def _is_request(self, user_data: int, result: int) -> bool:
         """Deal with a completion that may be something else than a new request."""
-        if user_data >= self.depth:
+        if user_data >= OPERATION:
             self._operation_done(user_data, result)
+        elif user_data >= self.depth:
+            stage, tag = divmod(user_data, self.depth)
+            self.path.broken(tag, stage)
+            self.handle(tag)
         elif result == UBLK_IO_RES_OK:
             return True
+        elif result == UBLK_IO_RES_NEED_GET_DATA:
+            self.ring.push(self.depth + user_data)
         elif result == UBLK_IO_RES_ABORT:
-            self.alive -= 1
+            self.ended.add(user_data)
         else:
             raise UblkError(-result, f"queue {self.index} lost tag {user_data}")
         return False
+
+    def _idle(self) -> bool:
+        """Tell, once tags have ended, whether nothing is left to do.
+
+        STOP_DEV ends every tag. QUIESCE_DEV ends only those that were idle: requests that were ours
+        by then must still be served, and no CQE will tell that the last commit was taken.
+        """
+        path = self.path
+        return not self.in_flight and not (isinstance(path, AutoZeroCopy) and any(
+            tag not in self.ended and path.moving(tag) for tag in range(self.depth)))
 
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
@@ -1345,19 +1537,18 @@ class Queue:
         else:
             task.step(error=OSError(-result, os.strerror(-result)))
 
-    def _wake(self, fd: int) -> None:
+    def _wake(self, slot: int, fd: int) -> None:
         """Leave the loop when fd becomes readable: the server is to end at once."""
-        self.ring.prepare(self.depth, IORING_OP_POLL_ADD, fd, rw_flags=select.POLLIN,
-                          user_data=WAKE)
-        self.ring.push(self.depth)
+        self.ring.prepare(slot, IORING_OP_POLL_ADD, fd, rw_flags=select.POLLIN, user_data=WAKE)
+        self.ring.push(slot)
 
     def close(self) -> None:
         """Close the ring, which makes the kernel take back every parked command."""
         self.results.release()
+        self.path.close()
         self.ring.close()
         self.sectors.release()
         self.descriptors.release()
-        self.path.close()
 
 
 # operation, name of the Queue method that serves it, method the target must have for it
@@ -1432,7 +1623,7 @@ class Null(Target):
         for tag in tags:
             flags, sectors, _, _ = IO_DESC.unpack_from(queue.descriptors, tag * queue.desc_size)
             if flags & 0xFF == UBLK_IO_OP_READ:
-                queue.path.room(tag, sectors * SECTOR)
+                queue.path.give(tag, queue.path.room(tag, sectors * SECTOR))
         queue.succeed(tags)
 
     def read(self, offset: int, buffer: memoryview) -> None:
@@ -1507,7 +1698,7 @@ class Device:
     def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
                  max_io: int = 512 << 10, recovery: str | None = None,
                  unprivileged: bool = False, partition_scan: bool = True,
-                 words: tuple[str, list[str]] | None = None) -> None:
+                 data_path: str | None = None, words: tuple[str, list[str]] | None = None) -> None:
         self.target, self.id = target, id
         self.wanted_queues, self.depth, self.max_io = queues, depth, max_io
         self.recovery, self.unprivileged, self.partition_scan = recovery, unprivileged, partition_scan
@@ -1515,7 +1706,8 @@ class Device:
         self.info = ublksrv_ctrl_dev_info()
         self.char_fd = self.wake_fd = self._wake_write = -1
         self.descriptors: list[mmap.mmap] = []
-        self.data_path = MappedCopy
+        self.data_path: type[MappedCopy] = MappedCopy
+        self.wanted_path = data_path
         self.failure: BaseException | None = None
         self._queues: dict[int, Queue] = {}
         self._workers: list[threading.Thread] = []
@@ -1584,7 +1776,8 @@ class Device:
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
         known = self.control.features or 0
-        flags = RECOVERY_MODES[self.recovery]
+        self.data_path = DATA_PATHS[self.wanted_path or self._best_path(known)]
+        flags = self.data_path.features | RECOVERY_MODES[self.recovery]
         if self.recovery:
             flags |= UBLK_F_QUIESCE & known
         if self.unprivileged:
@@ -1592,6 +1785,14 @@ class Device:
         if not self.partition_scan:
             flags |= UBLK_F_NO_AUTO_PART_SCAN
         return flags
+
+    def _best_path(self, known: int) -> str:
+        """Return the fastest data path that target, kernel and privileges allow."""
+        if hasattr(self.target, "map") and not self.unprivileged:
+            for name in ("auto-zero-copy", "zero-copy"):
+                if DATA_PATHS[name].features & ~known == 0:
+                    return name
+        return "copy"
 
     def _serve(self) -> None:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
@@ -2050,6 +2251,12 @@ def device_parser() -> Any:
     add("--background", action="store_true", help="return when the block device is usable")
     add("-r", "--recovery", choices=("requeue", "reissue", "fail"),
         help="what becomes of requests when the server dies; the disk then outlives it")
+    paths = parser.add_mutually_exclusive_group()
+    for letter, name in (("-u", "user-copy"), ("-z", "zero-copy"), ("-g", "need-get-data"),
+                         (None, "auto-zero-copy"), (None, "copy")):
+        paths.add_argument(*filter(None, (letter, f"--{name}")), dest="data_path",
+                           action="store_const", const=name.replace("need-", ""),
+                           help=f"data path: {DATA_PATHS[name.replace('need-', '')].__name__}")
     add("--no-partition-scan", action="store_true", help="do not look for partitions (7.0)")
     add("--json", action="store_true", help="print the device as a JSON object")
     add("--debug", action="store_true", help="show a traceback with an error")
@@ -2064,7 +2271,7 @@ def make_device(words: Sequence[str]) -> tuple[Device, Any]:
         target.block_size = options.block_size
     target.read_only = target.read_only or options.read_only
     device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
-                    max_io=options.max_io, recovery=options.recovery,
+                    max_io=options.max_io, recovery=options.recovery, data_path=options.data_path,
                     partition_scan=not options.no_partition_scan, words=(words[0], rest))
     return device, options
 
