@@ -2,6 +2,7 @@
 """Targets for ublk.py: what can stand behind a disk, each a short class that shows one idea.
 
     ram       memory                                   loop      a file or a block device
+    stripe    several files, chunk by chunk            fault     another target that fails and stalls
 
 Lying beside ublk.py, this file adds these names to its command line: ``ublk.py loop disk.img``.
 The parameters of a class are its arguments there: positional ones are words, keyword-only ones
@@ -14,8 +15,13 @@ import errno
 import fcntl
 import mmap
 import os
+import random
+import shlex
 import stat
-from typing import Any
+import sys
+from functools import partial
+from types import CoroutineType
+from typing import Any, Iterator
 
 import ublk
 
@@ -25,6 +31,11 @@ ZEROES = mmap.mmap(-1, 1 << 20)             # page-aligned, as O_DIRECT wants it
 # linux/falloc.h and linux/fs.h
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 BLKDISCARD, BLKSSZGET, BLKPBSZGET = 0x1277, 0x1268, 0x127B
+
+
+def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
+    """Make the error for arguments or files that make no sense."""
+    return ublk.UblkError(errno.EINVAL, what, reason, remedy)
 
 
 # =================================================================================================
@@ -42,7 +53,7 @@ class Ram(ublk.Target):
 
     def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30)) -> None:
         if size <= 0 or size % self.block_size:
-            raise ublk.UblkError(errno.EINVAL, f"ram of {size} bytes", "not a multiple of 512",
+            raise wrong(f"ram of {size} bytes", "not a multiple of 512",
                                  "choose another size")
         self.size = size
         # Shared, so that processes forked later see the same disk; pages exist once written.
@@ -168,7 +179,7 @@ def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
             return os.open(path, flags & ~os.O_EXCL | os.O_RDONLY), True
     except OSError as error:
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            raise ublk.UblkError(errno.EINVAL, path, "its file system has no direct I/O",
+            raise wrong(path, "its file system has no direct I/O",
                                  "leave --direct out") from None
         raise
 
@@ -177,7 +188,7 @@ def is_block(path: str) -> bool:
     """Tell a block device from a file; raise UblkError for what is neither."""
     mode = os.stat(path).st_mode
     if not stat.S_ISBLK(mode) and not stat.S_ISREG(mode):
-        raise ublk.UblkError(errno.EINVAL, path, "neither a file nor a block device",
+        raise wrong(path, "neither a file nor a block device",
                              "name one that is")
     return stat.S_ISBLK(mode)
 
@@ -202,7 +213,7 @@ def block_sizes(fd: int, path: str, direct: bool) -> tuple[int, int]:
                         raise
             size *= 2
     if size > PAGE_SIZE:
-        raise ublk.UblkError(errno.EINVAL, path, "its file system takes no direct I/O of a page",
+        raise wrong(path, "its file system takes no direct I/O of a page",
                              "leave --direct out")
     return size, max(size, 4096)
 
@@ -211,11 +222,11 @@ def size_of(fd: int, path: str, block_size: int) -> int:
     """Return the size of a file or device; raise UblkError for one that cannot be a disk's."""
     size = os.lseek(fd, 0, os.SEEK_END)
     if size == 0:
-        raise ublk.UblkError(errno.EINVAL, path, "it is empty",
+        raise wrong(path, "it is empty",
                              f"give it a size: truncate -s 1G {path}")
     if size % block_size:
         more = -(-size // block_size) * block_size
-        raise ublk.UblkError(errno.EINVAL, path, f"its size {size} is not a multiple of {block_size}",
+        raise wrong(path, f"its size {size} is not a multiple of {block_size}",
                              f"make it one: truncate -s {more} {path}")
     return size
 
@@ -232,3 +243,296 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def two_words(first: int, second: int) -> bytes:
     """Pack the argument of an ioctl on a range of a block device."""
     return first.to_bytes(8, "little") + second.to_bytes(8, "little")
+
+
+# =================================================================================================
+# Disks of several files
+# =================================================================================================
+
+
+class together:
+    """Run coroutines side by side on this queue: ``await together(a, b)`` until all have ended.
+
+    Raises the OSError of one that failed, if any did.
+    """
+
+    def __init__(self, *coroutines: Any) -> None:
+        self.coroutines, self.left, self.failure = coroutines, len(coroutines), 0
+
+    def __await__(self) -> Iterator[Any]:
+        if len(self.coroutines) == 1:
+            yield from self.coroutines[0].__await__()
+        else:
+            yield self
+
+    def begin(self, task: ublk.Task) -> None:
+        """Called by the queue with the task that awaits."""
+        def done(result: int) -> None:
+            self.left -= 1
+            self.failure = self.failure or -min(result, 0)
+            if not self.left:
+                error = OSError(self.failure, os.strerror(self.failure)) if self.failure else None
+                task.step(error=error)
+        for coroutine in self.coroutines:
+            ublk.Task(task.queue, coroutine, done).step()
+
+
+class Stripe(ublk.Target):
+    """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
+
+    paths: the files or block devices
+    chunk: how much lies on one before it goes on on the next
+    direct: transfer around the page cache (O_DIRECT)
+    """
+
+    processes = True
+
+    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10),
+                 direct: bool = False) -> None:
+        legs = self.legs = [Loop(path, direct=direct) for path in paths]
+        self.chunk, self.block_size = chunk, max(leg.block_size for leg in legs)
+        self.physical_block_size = max(leg.physical_block_size for leg in legs)
+        if chunk <= 0 or chunk % self.block_size:
+            raise wrong(f"chunk of {chunk} bytes",
+                                 f"not a multiple of the block size {self.block_size}")
+        rows = min(leg.size for leg in legs) // chunk
+        if not rows:
+            raise wrong(min(legs, key=lambda leg: leg.size).path,
+                                 f"smaller than a chunk of {chunk} bytes", "take a smaller --chunk")
+        self.size = rows * chunk * len(legs)
+        self.read_only = any(leg.read_only for leg in legs)
+        if all(hasattr(leg, "discard") for leg in legs):
+            self.discard = self._discard
+
+    def pieces(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int, int]]:
+        """Cut a range into (leg, offset there, offset in the range, length)."""
+        at = 0
+        while at < length:
+            chunk, within = divmod(offset + at, self.chunk)
+            row, leg = divmod(chunk, len(self.legs))
+            count = min(self.chunk - within, length - at)
+            yield self.legs[leg], row * self.chunk + within, at, count
+            at += count
+
+    def spans(self, offset: int, length: int) -> list[tuple[Loop, int, int]]:
+        """Cut a range into (leg, offset there, length), one for each leg: its chunks are adjacent."""
+        spans: dict[Loop, tuple[int, int]] = {}
+        for leg, at, _, count in self.pieces(offset, length):
+            first, total = spans.get(leg, (at, 0))
+            spans[leg] = first, total + count
+        return [(leg, at, count) for leg, (at, count) in spans.items()]
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await together(*[moved(leg.read, at, buffer[start:start + count])
+                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        await together(*[moved(leg.write, at, buffer[start:start + count])
+                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+
+    async def write_fua(self, offset: int, buffer: memoryview) -> None:
+        await together(*[moved(leg.write_fua, at, buffer[start:start + count])
+                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+
+    async def flush(self) -> None:
+        await together(*[leg.flush() for leg in self.legs])
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await together(*[leg.write_zeroes(at, count, unmap)
+                         for leg, at, count in self.spans(offset, length)])
+
+    async def _discard(self, offset: int, length: int) -> None:
+        await together(*[leg.discard(at, count) for leg, at, count in self.spans(offset, length)])
+
+    def close(self) -> None:
+        for leg in self.legs:
+            leg.close()
+
+
+async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
+    """Have a target's read or write handler, of whatever kind, move a whole buffer."""
+    await ublk.whole(handler, handler(offset, buffer), offset, buffer)
+
+
+# =================================================================================================
+# Targets over another target
+# =================================================================================================
+
+# What a target may define, and how the file system of a wrapper's disk is to see it
+HANDLERS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "zone_append",
+            "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_reset_all")
+PROPERTIES = ("size", "block_size", "physical_block_size", "read_only", "rotational",
+              "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
+              "processes", "report_zones", "start", "close")
+
+
+class Wrapper:
+    """A target over another one: it offers what the other offers, no more and no less.
+
+    Each request comes to call(handler's name, its arguments), for a subclass to come between.
+    """
+
+    def __init__(self, target: ublk.Target) -> None:
+        self.target = target
+        for name in PROPERTIES:
+            if hasattr(target, name):
+                setattr(self, name, getattr(target, name))
+        for name in HANDLERS:
+            if hasattr(target, name):
+                setattr(self, name, partial(self.call, name))
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Serve a request: return what the wrapped target's handler returns."""
+        return getattr(self.target, name)(*args)
+
+    def resized(self, size: int) -> None:
+        """Pass the new size on."""
+        if hasattr(self.target, "resized"):
+            self.target.resized(size)
+        self.size = size
+
+
+async def settled(outcome: Any) -> Any:
+    """Return what a handler of whatever kind returns in the end."""
+    return await outcome if type(outcome) is CoroutineType else outcome
+
+
+class Fault(Wrapper, ublk.Target):
+    """Make another target fail, stall or lie.
+
+    What happens: --error, --delay, --jitter, --torn, --lost, --hang. When: --on, --range, --after,
+    --rate; a request must pass them all. Several faults are wrapped in each other: ``fault --on
+    read --error EIO --rate 0.01 fault --delay 5ms loop disk.img``. A disk that is full after 100M:
+    ``fault --on write --after 100M --error ENOSPC``; one slow sector: ``fault --range 1M --delay 2s``.
+
+    on: operations, with commas between: read, write, flush, discard, write_zeroes (all of them)
+    range: only requests that touch this sector or these bytes, such as 1M or 1M-2M
+    after: only once so many bytes were written
+    rate: only this share of the requests, at random (1)
+    error: fail with this errno, such as EIO
+    delay: take so much longer, such as 10ms
+    jitter: and up to so much more, at random
+    torn: of a write, do only a part from its beginning, at random
+    lost: report success and do nothing: a flush that lies, a write that never happened
+    hang: wait until --control says otherwise
+    control: a file that may appear and change meanwhile: its words replace all options of this list
+    seed: makes the same random choices again (1)
+    target: the target that is to fail, with its own arguments
+    """
+
+    def __init__(self, target: ublk.Target, *, on: str = "", range: str = "",
+                 after: ublk.Size = ublk.Size(0), rate: float = 1.0, error: str = "",
+                 delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
+                 hang: bool = False, control: str = "", seed: int = 1) -> None:
+        super().__init__(target)
+        self.given = self.rule = Rule(on, range, after, rate, error, delay, jitter, torn, lost, hang)
+        self.control = os.path.abspath(control) if control else ""
+        self.parser = ublk.target_parser(Fault, "fault")
+        self.random, self.written = random.Random(seed), 0
+        self.seen: Any = None
+
+    def call(self, name: str, *args: Any) -> Any:
+        if self.control:
+            self.look()
+        rule = self.rule
+        if not rule.matches(name, args, self.written) or self.random.random() >= rule.rate:
+            return self.pass_on(name, *args)
+        if rule.delay or rule.jitter or rule.hang:
+            return self.stall(rule, name, args)
+        return self.strike(rule, name, args)
+
+    def pass_on(self, name: str, *args: Any) -> Any:
+        """Have the wrapped target serve it."""
+        if name in ("write", "write_fua"):
+            self.written += len(args[1])
+        return getattr(self.target, name)(*args)
+
+    async def stall(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
+        """Wait, then do what else there is to do."""
+        if rule.delay or rule.jitter:
+            await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
+        while rule.hang and self.rule is rule:
+            await ublk.uring_sleep(0.05)
+            self.look()
+        return await settled(self.strike(rule, name, args))
+
+    def strike(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
+        """Do a request wrong."""
+        if rule.torn and name in ("write", "write_fua"):
+            return self.tear(rule, name, *args)
+        if rule.error:
+            raise OSError(rule.error, os.strerror(rule.error))
+        return None if rule.lost else self.pass_on(name, *args)
+
+    async def tear(self, rule: Rule, name: str, offset: int, buffer: memoryview) -> None:
+        """Write only some of the blocks, from the beginning; --error tells, otherwise nobody does."""
+        kept = self.random.randrange(len(buffer) // self.block_size) * self.block_size
+        if kept:
+            await moved(partial(self.pass_on, name), offset, buffer[:kept])
+        if rule.error:
+            raise OSError(rule.error, os.strerror(rule.error))
+
+    def look(self) -> None:
+        """Take the options from the control file when that has changed."""
+        try:
+            status = os.stat(self.control)
+            seen: Any = status.st_mtime_ns, status.st_size, status.st_ino
+        except OSError:
+            seen = None
+        if seen == self.seen:
+            return
+        self.seen, self.written = seen, 0
+        try:
+            with open(self.control, encoding="utf-8") as file:
+                words = shlex.split(file.read(4096))
+            values = vars(self.parser.parse_args(words))
+            self.rule = Rule(**{key: values[key] for key in Rule.WORDS}) if words else self.given
+        except FileNotFoundError:
+            self.rule = self.given
+        except (OSError, ValueError, SystemExit) as error:
+            print(f"ublk: {self.control} is ignored: {error}", file=sys.stderr)
+
+
+class Rule:
+    """What a Fault does to which requests: its options, understood."""
+
+    WORDS = ("on", "range", "after", "rate", "error", "delay", "jitter", "torn", "lost", "hang")
+
+    def __init__(self, on: str, range: str, after: int, rate: float, error: str, delay: str,
+                 jitter: str, torn: bool, lost: bool, hang: bool) -> None:
+        self.on = frozenset(on.split(",")) if on else frozenset(HANDLERS)
+        if not self.on <= frozenset(HANDLERS):
+            raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
+        first, _, last = range.partition("-")
+        self.start = ublk.parse_size(first) if first else 0
+        self.end = ublk.parse_size(last) if last else self.start + ublk.SECTOR
+        self.anywhere = not range
+        if error and not hasattr(errno, error):
+            raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
+        self.error = getattr(errno, error) if error else 0
+        self.after, self.rate, self.torn, self.lost, self.hang = after, rate, torn, lost, hang
+        self.delay, self.jitter = seconds(delay), seconds(jitter)
+
+    def matches(self, name: str, args: tuple[Any, ...], written: int) -> bool:
+        """Tell whether a request may be struck."""
+        if written < self.after or name.replace("_fua", "") not in self.on:
+            return False
+        if self.anywhere:
+            return True
+        length = 0 if not args else ublk.SECTOR if len(args) < 2 else args[1]
+        if not isinstance(length, int):
+            length = len(length)
+        return bool(args) and args[0] < self.end and args[0] + length > self.start
+
+
+def seconds(text: str) -> float:
+    """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
+    number, factor = text, 1.0
+    for unit, factor in (("ms", 1e-3), ("us", 1e-6), ("s", 1.0), ("", 1.0)):
+        if text.endswith(unit):
+            number = text[:len(text) - len(unit)]
+            break
+    try:
+        return abs(float(number)) * factor
+    except ValueError:
+        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s") from None
