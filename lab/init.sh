@@ -61,13 +61,16 @@ echo 8 >/proc/sys/kernel/printk
 
 exec </dev/null
 set +e
+# A pipe in between, because a virtio port can neither be opened twice nor, as /dev/stderr, a second time. With the pipe
+# held open at both ends no opening has to wait, and so none can be interrupted by the end of some other process.
 mkfifo /run/lab-output
-# A pipe in between, because a virtio port can neither be opened twice nor, as /dev/stderr, a second time.
-cat </run/lab-output >$(echo /dev/vport*p1) &
+exec 3<>/run/lab-output
+cat </run/lab-output 3<&- >$(echo /dev/vport*p1) &
 drain=$!
-[ -z "$WATCHDOG" ] || (sleep "$WATCHDOG"; echo w >/proc/sysrq-trigger; echo l >/proc/sysrq-trigger) >/dev/null 2>&1 &
-setsid /bin/sh /run/lab/command >/run/lab-output 2>&1
+[ -z "$WATCHDOG" ] || (sleep "$WATCHDOG"; echo w >/proc/sysrq-trigger; echo l >/proc/sysrq-trigger) >/dev/null 3<&- 2>&1 &
+setsid /bin/sh /run/lab/command >/run/lab-output 2>&1 3<&-
 status=$?
+exec 3<&-
 # A background process that outlives the command may hold the pipe open for ever.
 (sleep 5; kill $drain) 2>/dev/null &
 wait $drain
