@@ -97,7 +97,7 @@ class UblkError(OSError):
     def __str__(self) -> str:
         name = errno.errorcode.get(self.errno or 0, "ERROR")
         text = f"{self.what}: {self.reason} ({self.errno} {name})"
-        return f"{text}: {self.remedy}" if self.remedy else text
+        return " ".join(f"{text}: {self.remedy}".splitlines() if self.remedy else text.splitlines())
 
 
 # =================================================================================================
@@ -1652,16 +1652,28 @@ NODE_TIMEOUT = 10.0             # seconds udev has to make a device node usable
 STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are doing
 
 
+def check_limits(device: Device) -> None:
+    """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
+    for name, value, least, most in (
+            ("id", device.id, -1, (1 << 20) - 1), ("queues", device.wanted_queues, 1, UBLK_MAX_NR_QUEUES),
+            ("depth", device.depth, 1, UBLK_MAX_QUEUE_DEPTH),
+            ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
+            ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
+            ("size", device.target.size, SECTOR, (1 << 63) - 1)):
+        if not isinstance(value, int) or not least <= value <= most:
+            raise UblkError(errno.EINVAL, f"{name} {value}", f"not a number from {least} to {most}",
+                            "choose another")
+
+
 def params_of(target: Target, max_io: int) -> ublk_params:
     """Return the parameters of a disk with this target; max_io in bytes.
 
     Raises UblkError (EINVAL) for a size or block size no disk can have.
     """
     block = target.block_size
-    if block < SECTOR or block > PAGE_SIZE or block & (block - 1):
-        raise UblkError(errno.EINVAL, f"block size {block}", "not possible",
-                        f"take a power of two from {SECTOR} to {PAGE_SIZE}")
-    if target.size <= 0 or target.size % block:
+    if block & (block - 1):
+        raise UblkError(errno.EINVAL, f"block size {block}", "not a power of two", "choose another")
+    if target.size % block:
         raise UblkError(errno.EINVAL, f"size {target.size}",
                         f"not a positive multiple of the block size {block}", "choose another size")
     physical = max(target.physical_block_size, block)
@@ -1742,6 +1754,7 @@ class Device:
 
     def start(self) -> None:
         """Create the device, serve it and wait until the disk is there."""
+        check_limits(self)
         params = params_of(self.target, self.max_io)
         self.control = Control()
         try:
@@ -1998,16 +2011,23 @@ def save_state(device: Device) -> None:
     import json
     state = {"id": device.id, "target": device.words[0], "args": device.words[1],
              "cwd": os.getcwd(), "pid": os.getpid()}
-    os.makedirs(run_dir(), mode=0o700, exist_ok=True)
     path = state_path(device.id)
-    with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
-        json.dump(state, file)
-    os.rename(f"{path}.new", path)
+    try:
+        os.makedirs(run_dir(), mode=0o700, exist_ok=True)
+        status = os.stat(run_dir())
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise PermissionError(errno.EPERM, "others may write there")
+        with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
+            json.dump(state, file)
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        raise UblkError(error.errno or errno.EIO, f"cannot write {path}", (error.strerror or "").lower(),
+                        "set UBLK_RUN_DIR to a directory of yours") from error
 
 
 def private(path: str, flags: int) -> int:
-    """Open a file only its owner may read, never through a symbolic link."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """Open a file only its owner may read, never through a symbolic link nor waiting for a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
 
 
 def load_state(dev_id: int) -> dict[str, Any]:
@@ -2027,10 +2047,12 @@ def load_state(dev_id: int) -> dict[str, Any]:
             raise ValueError("not the state of this device")
         if not isinstance(state.get("target"), str) or not isinstance(state.get("args"), list):
             raise ValueError("it names no target")
+        if not all(isinstance(word, str) for word in state["args"]):
+            raise ValueError("its arguments are not words")
         return state
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         print(f"ublk: ignoring {path}: {error}", file=sys.stderr)
         return {}
 
@@ -2072,10 +2094,13 @@ def parse_size(text: str) -> int:
     """Read a number of bytes such as 4096, 512K or 1G. Raises ValueError."""
     units = {"K": 10, "M": 20, "G": 30, "T": 40}
     unit = units.get(text[-1:].upper(), 0)
-    number = float(text[:-1] if unit else text) * (1 << unit)
-    if number != int(number) or number < 0:
-        raise ValueError(f"{text} is not a whole number of bytes")
-    return int(number)
+    whole, _, fraction = (text[:-1] if unit else text).partition(".")
+    digits = whole + fraction
+    if digits.isascii() and digits.isdigit():
+        size, rest = divmod(int(digits) << unit, 10 ** len(fraction))     # exact, as floats are not
+        if not rest:
+            return size
+    raise ValueError(f"{text} is not a whole number of bytes")
 
 
 def format_size(size: int) -> str:
@@ -2129,7 +2154,7 @@ def load_target(path: str, name: str) -> type[Target]:
         exec(compile(source, path, "exec"), module.__dict__)
     except OSError as error:
         raise UblkError(error.errno or errno.EIO, f"cannot load {path}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UblkError(errno.EINVAL, f"cannot load {path}", f"{type(error).__name__}: {error}",
                         "mend the file") from error
     classes = {key: item for key, item in vars(module).items() if isinstance(item, type)
@@ -2228,7 +2253,7 @@ def make_target(words: Sequence[str]) -> Target:
         named = f" {error.filename}" if error.filename else ""
         raise UblkError(error.errno or errno.EIO, f"target {word}{named}",
                         (error.strerror or str(error)).lower()) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UblkError(errno.EINVAL, f"target {word}", f"{type(error).__name__}: {error}") from error
 
 
@@ -2373,9 +2398,9 @@ def background_child(device: Device, options: Any, writer: int) -> NoReturn:
         status = 0
     except BaseException as error:
         try:
-            tell(f"failed ublk: {error}")
+            tell(f"failed {error_line(error)}")
         except OSError:                 # the parent has gone: then it is for the log
-            print(f"ublk: {error}", file=sys.stderr)
+            print(error_line(error), file=sys.stderr)
     finally:
         os._exit(status)
 
@@ -2544,8 +2569,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, Stopped, KeyboardInterrupt) as error:
         if "--debug" in words:
             raise
-        print(f"ublk: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
+
+
+def error_line(error: BaseException) -> str:
+    """Return the one line that standard error gets of a failure."""
+    if isinstance(error, OSError) and not isinstance(error, UblkError):
+        error = UblkError(error.errno or errno.EIO, str(error.filename or "a system call failed"))
+    text = str(error) or f"ended by {type(error).__name__}"
+    return f"ublk: {' '.join(text.splitlines())}"
 
 
 if __name__ == "__main__":
