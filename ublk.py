@@ -95,7 +95,9 @@ class UblkError(OSError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        name = errno.errorcode.get(self.errno or 0, "ERROR")
+        number = self.errno or 0
+        # errno 95 has two names; block devices know it by this one
+        name = "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, "ERROR")
         text = f"{self.what}: {self.reason} ({self.errno} {name})"
         return " ".join(f"{text}: {self.remedy}".splitlines() if self.remedy else text.splitlines())
 
@@ -141,7 +143,8 @@ UBLK_F_USER_RECOVERY_REISSUE = Feature(
     4, "USER_RECOVERY_REISSUE", "6.1", "requests the dead server held are sent to the new one",
     needs=UBLK_F_USER_RECOVERY)
 UBLK_F_UNPRIVILEGED_DEV = Feature(
-    5, "UNPRIVILEGED_DEV", "6.3", "created, owned and served by an ordinary user")
+    5, "UNPRIVILEGED_DEV", "6.3", "created, owned and served by an ordinary user",
+    excludes=UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_RECOVERY)
 UBLK_F_CMD_IOCTL_ENCODE = Feature(
     6, "CMD_IOCTL_ENCODE", "6.4", "commands are encoded like ioctls; the driver sets it")
 UBLK_F_USER_COPY = Feature(
@@ -897,7 +900,6 @@ class Control:
         except UblkError as error:
             if error.errno in (errno.EPERM, errno.EACCES):
                 raise
-            self._unprivileged.discard(dev_id)
             self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info)
         self._note(info)
         return info
@@ -1267,7 +1269,7 @@ class Task:
             awaited.begin(self)
 
 
-def failed(error: Exception) -> int:
+def failed(error: BaseException) -> int:
     """Return the negative errno a client gets for an exception in a handler.
 
     An OSError brings its own; anything else is a bug of the target: EIO, and a traceback once.
@@ -1595,6 +1597,7 @@ class Target:
     read_only: bool = False
     rotational: bool = False
     discard_granularity: int = 0        # bytes; 0: one block
+    processes: bool = False             # queues may be served by forked processes: state is shared
 
     def read(self, offset: int, buffer: memoryview) -> Any:
         """Fill buffer with the bytes at offset."""
@@ -1617,6 +1620,8 @@ class Null(Target):
 
     def __init__(self, *, size: Size = Size(250 << 30)) -> None:
         self.size = size
+
+    processes = True
 
     def answer(self, queue: Queue, tags: list[int]) -> None:
         """End every request at once; only reads after writes need their buffer cleared."""
@@ -1650,6 +1655,8 @@ PR_SET_IO_FLUSHER = 57
 MAX_DISCARD = 1 << 30           # bytes a single discard or write-zeroes may cover
 NODE_TIMEOUT = 10.0             # seconds udev has to make a device node usable
 STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are doing
+SERVER_TIMEOUT = 15.0           # seconds the kernel may take to notice that a server is gone
+GRACE = 2.0                     # seconds a worker has to leave its loop when told to
 
 
 def check_limits(device: Device) -> None:
@@ -1695,47 +1702,150 @@ def params_of(target: Target, max_io: int) -> ublk_params:
     return params
 
 
+class Worker(threading.Thread):
+    """The thread that serves one queue, and never leaves a deaf one behind."""
+
+    def __init__(self, device: Device, index: int, cpus: set[int]) -> None:
+        super().__init__(name=f"ublk{device.id}q{index}", daemon=True)
+        self.device, self.index, self.cpus = device, index, cpus
+        self.queue: Queue | None = None
+
+    def run(self) -> None:
+        failure = None
+        try:
+            self.attend(lambda: self.device.report(ready=1))
+        except BaseException as error:
+            failure = error
+        self.device.report(ended=1, failure=failure)
+
+    def attend(self, ready: Callable[[], object]) -> None:
+        """See the queue through its life; call ready() once requests can arrive."""
+        self.serve(ready)
+
+    def serve(self, ready: Callable[[], object]) -> None:
+        """Serve the queue in the calling thread until the device ends."""
+        io_flusher()
+        if self.cpus:
+            os.sched_setaffinity(0, self.cpus)
+        if hasattr(self.device.target, "start"):
+            self.device.target.start(self.index)
+        self.queue = Queue(self.device, self.index)
+        try:
+            self.queue.fetch()
+            ready()
+            self.queue.run()
+        finally:
+            if not self.device.abandoned:
+                self.queue.close()
+
+    def kill(self) -> None:
+        """Take the requests from a handler that does not return: the kernel fails them."""
+        if self.queue is not None:
+            self.queue.close()
+
+
+class Process(Worker):
+    """The same in a process of its own, forked after /dev/ublkcN was opened and mapped.
+
+    The child inherits both, and makes its ring itself; the thread here waits for its end.
+    """
+
+    def fork(self) -> None:
+        """Start the process. To be called before there are other threads."""
+        self.pipe, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(writer)
+        os.close(writer)
+
+    def _child(self, writer: int) -> NoReturn:
+        status = 1
+        try:
+            import signal
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent to act on
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.close(self.device.wake_write)    # so that wake_fd tells when the parent is gone
+            self.device.control.close()
+            self.serve(lambda: os.write(writer, b"+"))
+            status = 0
+        except UblkError as error:
+            os.write(writer, str(error).encode())
+        except BaseException as error:
+            failed(error)
+        finally:
+            os._exit(status)
+
+    def attend(self, ready: Callable[[], object]) -> None:
+        with open(self.pipe, "rb") as pipe:
+            if (first := pipe.read(1)) == b"+":
+                ready()
+                first = b""
+            text = (first + pipe.read()).decode()
+        status = os.waitpid(self.pid, 0)[1]
+        if status:
+            raise UblkError(errno.ECHILD, f"the process of queue {self.index} died",
+                            text or f"wait status {status}")
+
+    def kill(self) -> None:
+        import signal
+        os.kill(self.pid, signal.SIGKILL)
+
+
 class Device:
     """A disk and its server. ``with Device(target) as disk:`` is LIVE inside and gone after.
 
     target: the Target behind it. id: the N of /dev/ublkbN; -1: the first that is free.
-    queues: hardware queues, each with a thread of its own. depth: requests each carries at a time.
+    queues: hardware queues, each with a worker of its own. depth: requests each carries at a time.
     max_io: the largest request in bytes. recovery: None, "requeue", "reissue" or "fail": what
-    becomes of the disk and its requests when the server dies. partition_scan: whether the kernel
-    looks for partitions. words: what to note in the state file as (target, args).
+    becomes of the disk and its requests when the server dies. unprivileged: an ordinary user's
+    device; by itself for whoever lacks CAP_SYS_ADMIN. partition_scan: whether the kernel looks for
+    partitions. data_path: a name in DATA_PATHS; by itself the fastest possible. processes: serve
+    each queue in a process of its own, for a target whose state forked processes share; by itself
+    where the target promises that and threads would share one GIL. words: what to note in the
+    state file as target, arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
     """
 
     def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
                  max_io: int = 512 << 10, recovery: str | None = None,
-                 unprivileged: bool = False, partition_scan: bool = True,
-                 data_path: str | None = None, words: tuple[str, list[str]] | None = None) -> None:
+                 unprivileged: bool | None = None, partition_scan: bool = True,
+                 data_path: str | None = None, processes: bool | None = None,
+                 words: tuple[str, list[str], dict[str, Any]] | None = None) -> None:
         self.target, self.id = target, id
-        self.wanted_queues, self.depth, self.max_io = queues, depth, max_io
-        self.recovery, self.unprivileged, self.partition_scan = recovery, unprivileged, partition_scan
-        self.words = words or (type(target).__name__, [])
+        self.queues, self.depth, self.max_io = queues, depth, max_io
+        self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
+        self.unprivileged = not privileged() if unprivileged is None else unprivileged
+        gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+        self.processes = target.processes and gil if processes is None else processes
+        self.words = words or (type(target).__name__, [], {})
+        self.on_added: Callable[[int], object] = bool   # called once the device has its number
         self.info = ublksrv_ctrl_dev_info()
-        self.char_fd = self.wake_fd = self._wake_write = -1
-        self.descriptors: list[mmap.mmap] = []
         self.data_path: type[MappedCopy] = MappedCopy
-        self.wanted_path = data_path
+        self.char_fd = self.wake_fd = self.wake_write = -1
+        self.descriptors: list[mmap.mmap] = []
         self.failure: BaseException | None = None
-        self._queues: dict[int, Queue] = {}
-        self._workers: list[threading.Thread] = []
+        self.abandoned = False
+        self._control: Control | None = None
+        self._added = self._serving = False
+        self._workers: list[Worker] = []
         self._changed = threading.Condition()
         self._ready = self._ended = 0
-        self._added = self._abandoned = False
-        self.on_added: Callable[[int], object] = bool       # called once the device has its number
-
-    # ---- from nothing to a disk, and back --------------------------------------------------------
 
     def __enter__(self) -> Device:
-        self.start()
+        if not self._serving:
+            self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def control(self) -> Control:
+        """The control plane, opened when first needed."""
+        if self._control is None:
+            self._control = Control()
+        return self._control
 
     @property
     def path(self) -> str:
@@ -1743,39 +1853,32 @@ class Device:
         return f"/dev/ublkb{self.id}"
 
     @property
-    def char_path(self) -> str:
-        """The device node its server talks to, /dev/ublkcN."""
-        return f"/dev/ublkc{self.id}"
-
-    @property
     def desc_size(self) -> int:
         """Bytes from one request descriptor to the next; only the flag says the field is valid."""
         return self.info.io_desc_size if self.info.flags & UBLK_F_IO_DESC_SIZE else IO_DESC.size
+
+    # ---- from nothing to a disk ------------------------------------------------------------------
 
     def start(self) -> None:
         """Create the device, serve it and wait until the disk is there."""
         check_limits(self)
         params = params_of(self.target, self.max_io)
-        self.control = Control()
         try:
             self._add(params)
             self._serve()
             self.control.start_dev(self.id, os.getpid(), abort=lambda: self._ended > 0)
-            self._await_node(self.path, os.R_OK)
+            self._live()
         except BaseException as error:
-            cause = self.failure
-            self.stop()
-            if cause is not None and isinstance(error, Exception):
-                raise cause from None
-            raise
-        atexit.register(self.stop)
+            self._give_up(error, self.stop)
 
     def _add(self, params: ublk_params) -> None:
         """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
         flags = self._flags()
-        self.info = self.control.add_dev(self.id, self.wanted_queues, self.depth, self.max_io, flags)
+        check_flags(flags, self.control.features)
+        self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags)
         self.id, self._added = self.info.dev_id, True
-        require(flags & ~self.info.flags, "the device")
+        self.on_added(self.id)
+        require(flags & ~self.info.flags)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
         kept = self.control.get_params(self.id).types
@@ -1784,20 +1887,18 @@ class Device:
                 raise UblkError(errno.EOPNOTSUPP, f"parameters {name}",
                                 f"needs Linux {since}, this is {kernel_release()}")
         save_state(self)
-        self.on_added(self.id)
 
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
         known = self.control.features or 0
-        self.data_path = DATA_PATHS[self.wanted_path or self._best_path(known)]
-        flags = self.data_path.features | RECOVERY_MODES[self.recovery]
-        if self.recovery:
-            flags |= UBLK_F_QUIESCE & known
-        if self.unprivileged:
-            flags |= UBLK_F_UNPRIVILEGED_DEV
-        if not self.partition_scan:
-            flags |= UBLK_F_NO_AUTO_PART_SCAN
-        return flags
+        if self.unprivileged and privileged():
+            raise UblkError(errno.EINVAL, "an unprivileged device", "this process has CAP_SYS_ADMIN",
+                            "run as an ordinary user, or without -p")
+        flags = DATA_PATHS[self.path_name or self._best_path(known)].features
+        flags |= RECOVERY_MODES[self.recovery]
+        flags |= UBLK_F_QUIESCE & known if self.recovery else 0
+        flags |= UBLK_F_UNPRIVILEGED_DEV if self.unprivileged else 0
+        return flags | (0 if self.partition_scan else UBLK_F_NO_AUTO_PART_SCAN)
 
     def _best_path(self, known: int) -> str:
         """Return the fastest data path that target, kernel and privileges allow."""
@@ -1809,70 +1910,134 @@ class Device:
 
     def _serve(self) -> None:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
-        self._await_node(self.char_path, os.R_OK | os.W_OK)
-        self.char_fd = os.open(self.char_path, os.O_RDWR | os.O_CLOEXEC)
-        self.wake_fd, self._wake_write = os.pipe()
-        length = -(-self.info.queue_depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE
-        stride = -(-UBLK_MAX_QUEUE_DEPTH * self.desc_size // PAGE_SIZE) * PAGE_SIZE
-        for index in range(self.info.nr_hw_queues):
-            self.descriptors.append(mmap.mmap(self.char_fd, length, mmap.MAP_SHARED, mmap.PROT_READ,
-                                              offset=index * stride))
-        for index in range(self.info.nr_hw_queues):
-            worker = threading.Thread(target=self._work, args=(index,), daemon=True,
-                                      name=f"ublk{self.id}q{index}")
-            self._workers.append(worker)
+        self.data_path = next(path for path in DATA_PATHS.values()
+                              if path.features & ~self.info.flags == 0)
+        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK)
+        self.char_fd = os.open(f"/dev/ublkc{self.id}", os.O_RDWR | os.O_CLOEXEC)
+        self.wake_fd, self.wake_write = os.pipe()
+        count = self.info.nr_hw_queues
+        for index in range(count):
+            self.descriptors.append(mmap.mmap(
+                self.char_fd, pages(self.info.queue_depth * self.desc_size), mmap.MAP_SHARED,
+                mmap.PROT_READ, offset=index * pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)))
+            cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
+            kind = Process if self.processes and count > 1 else Worker
+            self._workers.append(kind(self, index, cpus & os.sched_getaffinity(0)))
+        for worker in self._workers:
+            if isinstance(worker, Process):
+                worker.fork()
+        for worker in self._workers:
             worker.start()
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._ready == len(self._workers))
+            self._changed.wait_for(lambda: self._ended or self._ready == count)
         if self.failure is not None:
             raise self.failure
 
-    def _work(self, index: int) -> None:
-        """Serve one queue, in a thread of its own, and never leave a deaf one behind."""
-        try:
-            io_flusher()
-            if hasattr(self.target, "start"):
-                self.target.start(index)
-            queue = self._queues[index] = Queue(self, index)
-            queue.fetch()
-            self._report(ready=1)
-            queue.run()
-        except BaseException as error:
-            if not self._abandoned:
-                self.failure = error
-                if not isinstance(error, UblkError):
-                    failed(error if isinstance(error, Exception) else RuntimeError(repr(error)))
-        finally:
-            if not self._abandoned and index in self._queues:
-                self._queues.pop(index).close()
-            self._report(ended=1)
-            if self.failure is not None:
-                self._wake_all()        # a device with one dead queue is deaf: end the others
-
-    def _report(self, ready: int = 0, ended: int = 0) -> None:
+    def report(self, ready: int = 0, ended: int = 0, failure: BaseException | None = None) -> None:
+        """Hear from a worker. One that failed leaves a device that is deaf: end the others too."""
+        if failure is not None and not self.abandoned:
+            self.failure = failure
+            if not isinstance(failure, UblkError):
+                failed(failure)
+            if self.wake_write >= 0:
+                os.write(self.wake_write, b"!")
         with self._changed:
             self._ready += ready
             self._ended += ended
             self._changed.notify_all()
 
-    def _wake_all(self) -> None:
-        if self._wake_write >= 0:
-            os.write(self._wake_write, b"!")
+    def _live(self) -> None:
+        await_node(self.path, os.R_OK)
+        self._serving = True
+        atexit.register(self.stop)
 
-    def _await_node(self, path: str, mode: int) -> None:
-        """Wait until udev has made a device node and, for ordinary users, handed it over."""
-        deadline, pause = time.monotonic() + NODE_TIMEOUT, 0.001
-        while not os.access(path, mode):
-            if time.monotonic() > deadline:
-                number = errno.EACCES if os.path.exists(path) else errno.ENOENT
-                raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+    def _give_up(self, error: BaseException, undo: Callable[[], None]) -> NoReturn:
+        """Undo a start that failed, and raise what it failed of."""
+        cause = self.failure
+        undo()
+        if cause is not None and isinstance(error, UblkError):
+            raise cause from None
+        raise error
+
+    # ---- from a disk without a server back to one with -------------------------------------------
+
+    @classmethod
+    def recover(cls, id: int, target: Target, **options: Any) -> Device:
+        """Serve a device whose server is gone, and return it LIVE; options are those of Device().
+
+        Waits until the kernel has noticed the old server's end. Nothing about the disk changes:
+        the target must be at least as large. Raises UblkError: ENODEV, EBUSY where its server
+        lives, EINVAL where it was not made to be recovered; the disk stays as it is then.
+        """
+        device = cls(target, id=id, **options)
+        device.resume()
+        return device
+
+    def resume(self) -> None:
+        """What recover() does, for a Device that was not started."""
+        try:
+            self._adopt()
+            self._serve()
+            self.control.end_user_recovery(self.id, os.getpid(), abort=lambda: self._ended > 0)
+            self._live()
+        except BaseException as error:
+            self._give_up(error, self.detach)
+        self._added = True
+
+    def _adopt(self) -> None:
+        """Take over what the kernel knows of the device, once it is ready for a new server."""
+        self.info = self.control.get_dev_info(self.id)
+        if not self.info.flags & UBLK_F_USER_RECOVERY:
+            raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
+                            "it was not made to be recovered",
+                            f"delete it (`ublk.py del {self.id}`) and create it with -r")
+        basic = self.control.get_params(self.id).basic
+        size, self.target.block_size = basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
+        if self.target.size != size and hasattr(self.target, "resized"):
+            self.target.resized(size)
+        elif self.target.size < size:
+            raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
+                            f"the target has {self.target.size} bytes, the disk {size}",
+                            "give it a target as large as the disk")
+        self._await_end_of_server()
+        save_state(self)
+
+    def _await_end_of_server(self) -> None:
+        """START_USER_RECOVERY, as soon as the kernel allows it."""
+        begun, told = time.monotonic(), False
+        while True:
+            info = self.control.get_dev_info(self.id)
+            if info.state == UBLK_S_DEV_DEAD:
+                raise UblkError(errno.EINVAL, f"cannot recover device {self.id}", "it is stopped",
+                                f"delete it: `ublk.py del {self.id}`")
+            waited, lives = time.monotonic() - begun, alive(info.ublksrv_pid)
+            try:
+                if info.state != UBLK_S_DEV_LIVE:
+                    return self.control.start_user_recovery(self.id)
+            except UblkError as error:
+                if error.errno == errno.EINVAL:     # up to 6.15: prepared by an earlier attempt
+                    return None
+                if error.errno != errno.EBUSY or waited > SERVER_TIMEOUT:
+                    raise
+            if waited > (2.0 if lives else SERVER_TIMEOUT):
+                raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY,
+                              f"cannot recover device {self.id}")
+            if waited > 1.0 and not told:
+                told = True
+                print(f"ublk: waiting for the kernel to notice that the server of device {self.id} "
+                      "is gone", file=sys.stderr)
+            time.sleep(0.02)
+
+    # ---- the end ---------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the server has ended (somebody stopped the disk, or a queue failed)."""
         with self._changed:
             return self._changed.wait_for(lambda: self._ended > 0, timeout)
+
+    def resize(self, size: int) -> None:
+        """Change the size of the disk while it is in use, in bytes (6.16)."""
+        self.control.update_size(self.id, size)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
@@ -1881,24 +2046,19 @@ class Device:
         Raises UblkError (EBUSY) that names who still holds the disk open: the device goes when
         they close it.
         """
-        atexit.unregister(self.stop)
         try:
-            if self._added:
+            if self._added and self._ended < len(self._workers):
                 self._stop_disk(timeout)
             self._release()
             if self._added:
                 self._added = False
                 delete(self.control, self.id)
         finally:
-            if hasattr(self, "control"):
-                self.control.close()
-            if hasattr(self.target, "close"):
-                self.target.close()
+            self.detach()
 
     def _stop_disk(self, timeout: float) -> None:
         try:
-            if self._ended < len(self._workers):
-                self.control.stop_dev(self.id, timeout)
+            self.control.stop_dev(self.id, timeout)
         except UblkError as error:
             if error.errno == errno.ETIMEDOUT:
                 print(f"ublk: device {self.id}: a handler does not return, its requests fail now",
@@ -1906,23 +2066,34 @@ class Device:
             elif error.errno != errno.ENODEV:
                 raise
 
+    def detach(self) -> None:
+        """End the server but not the device, which waits for a new one if it can be recovered."""
+        self._release()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+            if hasattr(self.target, "close"):
+                self.target.close()
+
     def _release(self) -> None:
         """End the workers and give back everything that refers to /dev/ublkcN."""
-        self._wake_all()
+        atexit.unregister(self.stop)
+        if self.wake_write >= 0:
+            os.write(self.wake_write, b"!")
         for worker in self._workers:
-            worker.join(1.0)
-        self._abandoned = True
-        for queue in self._queues.values():     # their threads are stuck in a handler
-            queue.close()
-        self._queues.clear()
+            worker.join(GRACE)
+        self.abandoned = True
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
         self._workers.clear()
         for mapping in self.descriptors:
             mapping.close()
         self.descriptors.clear()
-        for fd in (self.char_fd, self.wake_fd, self._wake_write):
+        for fd in (self.char_fd, self.wake_fd, self.wake_write):
             if fd >= 0:
                 os.close(fd)
-        self.char_fd = self.wake_fd = self._wake_write = -1
+        self.char_fd = self.wake_fd = self.wake_write = -1
 
 
 RECOVERY_MODES = {
@@ -1933,13 +2104,62 @@ RECOVERY_MODES = {
 }
 
 
-def require(missing: int, what: str) -> None:
+def pages(size: int) -> int:
+    """Round a size in bytes up to whole pages."""
+    return -(-size // PAGE_SIZE) * PAGE_SIZE
+
+
+def privileged() -> bool:
+    """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next(line for line in file if line.startswith("CapEff"))
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        outside = file.read().split() == ["0", "0", "4294967295"]
+    return outside and bool(int(effective.split()[1], 16) >> 21 & 1)
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process exists that is more than a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+def check_flags(flags: int, known: int | None) -> None:
+    """Refuse what the kernel would refuse or silently drop, saying why. Raises UblkError."""
+    for feature in FEATURES:
+        if flags & feature and feature.needs and not flags & feature.needs:
+            raise UblkError(errno.EINVAL, f"{feature.name} ({feature.meaning})",
+                            "not possible without " + " or ".join(flag_names(feature.needs)))
+        if flags & feature and flags & feature.excludes:
+            other = " and ".join(flag_names(flags & feature.excludes))
+            raise UblkError(errno.EINVAL, f"{feature.name} ({feature.meaning})",
+                            f"the kernel does not allow it together with {other}",
+                            "choose one of them")
+    if known is not None:
+        require(flags & ~known)
+
+
+def require(missing: int) -> None:
     """Raise UblkError for the first feature in the mask missing, naming the kernel that has it."""
     for feature in FEATURES:
         if missing & feature:
-            raise UblkError(errno.EOPNOTSUPP, f"{what} with {feature.name}",
+            raise UblkError(errno.EOPNOTSUPP, f"{feature.name} ({feature.meaning})",
                             f"needs Linux {feature.since}, this is {kernel_release()}",
                             "do without it, or use a newer kernel")
+
+
+def await_node(path: str, mode: int) -> None:
+    """Wait until udev has made a device node and, for ordinary users, handed it over."""
+    deadline, pause = time.monotonic() + NODE_TIMEOUT, 0.001
+    while not os.access(path, mode):
+        if time.monotonic() > deadline:
+            number = errno.EACCES if os.path.exists(path) else errno.ENOENT
+            raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
 
 
 def io_flusher() -> None:
@@ -1998,7 +2218,20 @@ def run_dir() -> str:
         return os.environ["UBLK_RUN_DIR"]
     if os.geteuid() == 0:
         return "/run/ublk"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}", "ublk")
+    if "XDG_RUNTIME_DIR" in os.environ:
+        return os.path.join(os.environ["XDG_RUNTIME_DIR"], "ublk")
+    return f"/tmp/ublk-{os.geteuid()}"
+
+
+def make_run_dir() -> str:
+    """Make the directory of the state files, and make sure that nobody else can write there."""
+    directory = run_dir()
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise UblkError(errno.EPERM, f"state directory {directory}", "others may write there",
+                        "set UBLK_RUN_DIR to a directory of yours with mode 0700")
+    return directory
 
 
 def state_path(dev_id: int) -> str:
@@ -2007,22 +2240,15 @@ def state_path(dev_id: int) -> str:
 
 
 def save_state(device: Device) -> None:
-    """Write the state file of a device atomically, in a directory only its owner may enter."""
+    """Write the state file of a device atomically."""
     import json
-    state = {"id": device.id, "target": device.words[0], "args": device.words[1],
+    target, args, options = device.words
+    state = {"id": device.id, "target": target, "args": args, "options": options,
              "cwd": os.getcwd(), "pid": os.getpid()}
-    path = state_path(device.id)
-    try:
-        os.makedirs(run_dir(), mode=0o700, exist_ok=True)
-        status = os.stat(run_dir())
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise PermissionError(errno.EPERM, "others may write there")
-        with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
-            json.dump(state, file)
-        os.rename(f"{path}.new", path)
-    except OSError as error:
-        raise UblkError(error.errno or errno.EIO, f"cannot write {path}", (error.strerror or "").lower(),
-                        "set UBLK_RUN_DIR to a directory of yours") from error
+    path = os.path.join(make_run_dir(), f"{device.id}.json")
+    with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
+        json.dump(state, file)
+    os.rename(f"{path}.new", path)
 
 
 def private(path: str, flags: int) -> int:
@@ -2045,24 +2271,37 @@ def load_state(dev_id: int) -> dict[str, Any]:
             state = json.loads(file.read(1 << 20))
         if not isinstance(state, dict) or state.get("id") != dev_id:
             raise ValueError("not the state of this device")
-        if not isinstance(state.get("target"), str) or not isinstance(state.get("args"), list):
+        words = [state.get("target"), state.get("cwd"), *state.get("args", [None])]
+        if not all(isinstance(word, str) for word in words):
             raise ValueError("it names no target")
-        if not all(isinstance(word, str) for word in state["args"]):
-            raise ValueError("its arguments are not words")
         return state
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         print(f"ublk: ignoring {path}: {error}", file=sys.stderr)
         return {}
 
 
-def forget_state(dev_id: int) -> None:
-    """Remove the state file of a device."""
+def forget_state(dev_id: int) -> bool:
+    """Remove the state file of a device, and its log if nothing is in it."""
+    log = os.path.join(run_dir(), f"{dev_id}.log")
+    if os.path.exists(log) and not os.path.getsize(log):
+        os.unlink(log)
     try:
         os.unlink(state_path(dev_id))
     except OSError:
-        pass
+        return False
+    return True
+
+
+def stale_states(ids: Sequence[int]) -> list[int]:
+    """Return the devices that have a state file and are not among ids."""
+    try:
+        names = os.listdir(run_dir())
+    except OSError:
+        return []
+    found = (int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+    return sorted(set(found) - set(ids))
 
 
 def describe(control: Control, dev_id: int) -> dict[str, Any]:
@@ -2078,7 +2317,7 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
         "block_size": 1 << params.basic.logical_bs_shift,
         "queues": info.nr_hw_queues, "depth": info.queue_depth,
         "max_io_bytes": info.max_io_buf_bytes, "flags": flag_names(info.flags),
-        "pid": info.ublksrv_pid, "owner_uid": info.owner_uid, "owner_gid": info.owner_gid}
+        "pid": info.ublksrv_pid if alive(info.ublksrv_pid) else -1, "owner_uid": info.owner_uid, "owner_gid": info.owner_gid}
 
 
 # =================================================================================================
@@ -2282,127 +2521,256 @@ def device_parser() -> Any:
         paths.add_argument(*filter(None, (letter, f"--{name}")), dest="data_path",
                            action="store_const", const=name.replace("need-", ""),
                            help=f"data path: {DATA_PATHS[name.replace('need-', '')].__name__}")
+    add("--restart", action="store_true", help="start another server when it dies")
+    add("-p", "--unprivileged", action="store_const", const=True,
+        help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
     add("--no-partition-scan", action="store_true", help="do not look for partitions (7.0)")
     add("--json", action="store_true", help="print the device as a JSON object")
     add("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
-def make_device(words: Sequence[str]) -> tuple[Device, Any]:
-    """Make the device that the words of a create describe; return it and its options."""
-    options, rest = device_parser().parse_known_args(words[1:])
-    target = make_target([words[0], *rest])
+def make_device(words: Sequence[str], options: Any) -> Device:
+    """Make the device with the target that words name."""
+    target = make_target(words)
     if options.block_size is not None:
         target.block_size = options.block_size
     target.read_only = target.read_only or options.read_only
-    device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
-                    max_io=options.max_io, recovery=options.recovery, data_path=options.data_path,
-                    partition_scan=not options.no_partition_scan, words=(words[0], rest))
-    return device, options
+    return Device(target, id=options.id, queues=options.queues, depth=options.depth,
+                  max_io=options.max_io, recovery=options.recovery, unprivileged=options.unprivileged,
+                  partition_scan=not options.no_partition_scan, data_path=options.data_path,
+                  words=(words[0], list(words[1:]), vars(options)))
 
 
 def create(words: Sequence[str]) -> int:
-    """Create a device and serve it, in the foreground or in a process of its own."""
-    device, options = make_device(words)
+    """Create a device and serve it: here, in the background, or under a supervisor."""
+    options, rest = device_parser().parse_known_args(words[1:])
+    if options.restart and not options.recovery:
+        options.recovery = "reissue"
+
+    def first(started: Started) -> None:
+        device = make_device([words[0], *rest], options)
+        if device.unprivileged:
+            print("ublk: note: a disk of an ordinary user has no partitions and no recovery, and a "
+                  "request that takes 30 seconds ends its server", file=sys.stderr)
+        serve(device, device.start, started)
+
+    return launch(first, options)
+
+
+def launch(run: Callable[[Started], None], options: Any) -> int:
+    """Run a server the way the options --background and --restart say."""
+    if options.restart:
+        run = partial(supervise, run)
     if options.background:
-        return in_background(device, options)
-    serve(device, lambda: announce(device, options))
+        return in_background(run, options)
+    run(Started(options.json))
     return 0
 
 
-def announce(device: Device, options: Any) -> None:
-    """Print where the new disk is."""
-    if options.json:
+class Started:
+    """Tells whoever waits for a disk that it is there: on standard output."""
+
+    def __init__(self, json: bool = False) -> None:
+        self.json = json
+
+    def added(self, dev_id: int) -> None:
+        """The device has its number."""
+
+    def live(self, device: Device) -> None:
+        """The disk is there."""
+        print(self.text(device), flush=True)
+
+    def settle(self, dev_id: int) -> None:
+        """From now on nobody waits."""
+
+    def text(self, device: Device) -> str:
+        """Return the path of the disk, or the disk as a JSON object."""
+        if not self.json:
+            return device.path
         import json
-        print(json.dumps(describe(device.control, device.id)), flush=True)
-    else:
-        print(device.path, flush=True)
+        return json.dumps(describe(device.control, device.id))
+
+
+class Relay(Started):
+    """Tells a parent process through a pipe, which is also our standard error until the disk is there.
+
+    Lines ``\\0added ID`` and ``\\0live TEXT`` are news; all others are for its standard error.
+    """
+
+    def added(self, dev_id: int) -> None:
+        os.write(2, f"\0added {dev_id}\n".encode())
+
+    def live(self, device: Device) -> None:
+        os.write(2, f"\0live {self.text(device)}\n".encode())
+        self.settle(device.id)
+
+    def settle(self, dev_id: int) -> None:
+        log = os.open(f"{run_dir()}/{dev_id}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(log, 2)
+        os.close(log)
 
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM: take the disk away."""
 
 
-def serve(device: Device, started: Callable[[], None]) -> None:
-    """Serve a device until a signal takes it away or somebody else stops it."""
+def on_signals(action: Callable[[int, Any], None]) -> None:
+    """Have SIGINT and SIGTERM call action."""
     import signal
+    signal.signal(signal.SIGINT, action)
+    signal.signal(signal.SIGTERM, action)
 
-    def on_signal(number: int, frame: Any) -> None:
-        raise Stopped
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+def stop_now(number: int, frame: Any) -> None:
+    """Handle a signal."""
+    raise Stopped
+
+
+def serve(device: Device, start: Callable[[], object], started: Started) -> None:
+    """Serve a device until a signal takes it away or somebody else stops or detaches it."""
+    on_signals(stop_now)
+    device.on_added = started.added
     try:
-        device.start()
-        started()
-        device.wait()
+        start()
+        started.live(device)
+        notify(f"READY=1\nSTATUS=serving {device.path}")
+        pause = float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
+        while not device.wait(pause):
+            notify("WATCHDOG=1")
     except Stopped:
-        pass
-    if device.failure is not None:
+        notify("STOPPING=1")
         device.stop()
-        raise device.failure
-    device.stop()
+        return
+    failure = device.failure
+    if failure is not None and not device.info.flags & UBLK_F_USER_RECOVERY:
+        device.stop()
+    device.detach()
+    if failure is not None:
+        raise failure
 
 
-def in_background(device: Device, options: Any) -> int:
+def notify(message: str) -> None:
+    """Tell systemd (sd_notify(3)), where it started us and asked to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        import socket
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.sendto(message.encode(), address.replace("@", "\0", 1))
+
+
+def in_background(run: Callable[[Started], None], options: Any) -> int:
     """Serve in a child process; return when the disk is usable or with the child's own error."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(reader)
-        background_child(device, options, writer)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as answers:
-        for line in answers:
-            kind, _, text = line.rstrip("\n").partition(" ")
-            if kind == "added":
-                device.id = int(text)
-            elif kind == "live":
-                print(text, flush=True)
-                return 0
-            else:
-                print(text, file=sys.stderr)
-                return 1
-    _, status = os.waitpid(child, 0)
-    if device.id >= 0:
-        with Control() as control:
-            delete(control, device.id)
-    raise UblkError(errno.ECHILD, "the server died before the disk was there",
-                    f"wait status {status}", "run it without --background to see more")
-
-
-def background_child(device: Device, options: Any, writer: int) -> NoReturn:
-    """Serve without a terminal; tell the parent on the pipe writer how the start went."""
-    def tell(line: str) -> None:
-        os.write(writer, line.encode() + b"\n")
-
-    def live() -> None:
-        import io
-        from contextlib import redirect_stdout
-        with redirect_stdout(io.StringIO()) as text:
-            announce(device, options)
-        log = os.open(f"{run_dir()}/{device.id}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(log, 2)
-        os.close(log)
-        tell(f"live {text.getvalue().rstrip()}")
-        os.close(writer)
-
-    status = 1
-    try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        device.on_added = lambda dev_id: tell(f"added {dev_id}")
-        serve(device, live)
+        for fd, copy in ((null, 0), (null, 1), (writer, 2)):
+            os.dup2(fd, copy)
+        os.close(reader)
+        os.close(writer)
+        to_the_end(partial(run, Relay(options.json)))
+    os.close(writer)
+    dev_id = -1
+    with open(reader, encoding="utf-8", errors="replace") as answers:
+        for line in answers:
+            if line.startswith("\0live "):
+                print(line[6:].rstrip(), flush=True)
+                return 0
+            if line.startswith("\0added "):
+                dev_id = int(line[7:])
+            else:
+                print(line, end="", file=sys.stderr)
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        return 1
+    if dev_id >= 0:
+        with Control() as control:
+            delete(control, dev_id)
+    raise UblkError(errno.ECHILD, "the server died before the disk was there",
+                    f"killed by signal {os.WTERMSIG(status)}", "see the kernel's log")
+
+
+def to_the_end(run: Callable[[], object]) -> NoReturn:
+    """Run a forked child, and end it without what its parent has registered for its own end."""
+    status = 1
+    try:
+        run()
         status = 0
+    except (OSError, Stopped) as error:
+        print(f"ublk: {error}", file=sys.stderr)
     except BaseException as error:
-        try:
-            tell(f"failed {error_line(error)}")
-        except OSError:                 # the parent has gone: then it is for the log
-            print(error_line(error), file=sys.stderr)
+        failed(error)
     finally:
+        sys.stdout.flush()
         os._exit(status)
+
+
+RESTARTS, LONG_LIFE = 10, 30.0      # so many deaths in a row, none after a life of so many seconds
+
+
+def supervise(run: Callable[[Started], None], started: Started) -> None:
+    """Keep a server alive: a parent that holds nothing of the device, and recovers it.
+
+    Waits 0.1, 0.2, 0.4 ... seconds before each new try.
+    """
+    deaths, dev_id = 0, -1
+    while True:
+        begun = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            to_the_end(partial(run, started))
+        on_signals(lambda number, frame: os.kill(child, number))
+        status = os.waitpid(child, 0)[1]
+        if status == 0:
+            return
+        deaths = 1 if time.monotonic() - begun > LONG_LIFE else deaths + 1
+        if dev_id < 0:
+            dev_id = device_of(child)
+            started.settle(dev_id)
+        if deaths > RESTARTS:
+            raise UblkError(errno.ECHILD, f"the server of device {dev_id} died", "too often",
+                            f"mend its target, then `ublk.py recover {dev_id}`")
+        print(f"ublk: the server of device {dev_id} died (wait status {status}), starting another",
+              file=sys.stderr)
+        notify(f"STATUS=recovering /dev/ublkb{dev_id}")
+        time.sleep(0.1 * 2 ** (deaths - 1))
+        run, started = partial(recover_from_state, dev_id), Quiet()
+
+
+class Quiet(Started):
+    """Nobody waits: the disk has been there before."""
+
+    def live(self, device: Device) -> None:
+        """Say nothing."""
+
+
+def device_of(pid: int) -> int:
+    """Return the device a dead server left to be recovered; raise UblkError if there is none."""
+    with Control() as control:
+        for dev_id in device_ids():
+            if load_state(dev_id).get("pid") == pid:
+                if control.get_dev_info(dev_id).state != UBLK_S_DEV_DEAD:
+                    return dev_id
+                delete(control, dev_id)
+    raise UblkError(errno.ECHILD, "the server died before the disk was there")
+
+
+def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ()) -> None:
+    """Serve a device anew, with the target its state file names or, without one, words do."""
+    state = load_state(dev_id)
+    if words and state:
+        raise Usage(f"device {dev_id} has a state file, which names its target: leave out --target")
+    words = words or [state["target"], *state["args"]] if state else words
+    if not words:
+        raise UblkError(errno.ENOENT, f"cannot recover device {dev_id}",
+                        f"there is no state file {state_path(dev_id)}",
+                        f"name its target: `ublk.py recover {dev_id} --target TARGET ...`")
+    os.chdir(state.get("cwd", "."))
+    device = Device(make_target(words), id=dev_id,
+                    words=(words[0], list(words[1:]), state.get("options", {})))
+    serve(device, device.resume, started)
 
 
 # ---- the other commands -----------------------------------------------------------------------
@@ -2416,10 +2784,12 @@ def list_devices(options: Any) -> None:
         for dev_id in device_ids() if options.id is None else [options.id]:
             try:
                 rows.append(describe(control, dev_id))
-            except UblkError as error:
-                if options.id is not None or error.errno not in (errno.ENODEV, errno.EPERM,
-                                                                 errno.EACCES):
+            except UblkError:           # of other users, other containers, or just deleted
+                if options.id is not None:
                     raise
+    for dev_id in stale_states(device_ids()):
+        print(f"ublk: {state_path(dev_id)} is left of a device that is gone: `ublk.py del {dev_id}` "
+              "removes it", file=sys.stderr)
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -2436,25 +2806,53 @@ def list_devices(options: Any) -> None:
 def stop_device(options: Any) -> None:
     """Stop a disk; its device stays until `del`."""
     with Control() as control:
+        control.get_dev_info(options.id)
         if options.if_unused:
+            require(UBLK_F_SAFE_STOP_DEV & ~(control.features or 0))
             control.try_stop_dev(options.id)
         else:
             control.stop_dev(options.id)
 
 
 def delete_devices(options: Any) -> None:
-    """Stop and delete devices."""
+    """Stop and delete devices; a state file that has no device any more is removed."""
     if options.all == bool(options.id):
         raise Usage("del needs one or more ids, or --all")
     with Control() as control:
-        for dev_id in device_ids() if options.all else options.id:
-            control.get_dev_info(dev_id)
-            delete(control, dev_id)
+        ids = device_ids()
+        for dev_id in [*ids, *stale_states(ids)] if options.all else options.id:
+            try:
+                control.get_dev_info(dev_id)
+            except UblkError as error:
+                if error.errno != errno.ENODEV or not forget_state(dev_id):
+                    raise
+            else:
+                delete(control, dev_id)
+
+
+def recover(options: Any) -> int:
+    """Start a new server for a device."""
+    return launch(lambda started: recover_from_state(options.id, started, options.target), options)
+
+
+def quiesce(options: Any) -> None:
+    """Detach the server of a device; the disk keeps its clients waiting for `recover`."""
+    with Control() as control:
+        require(UBLK_F_QUIESCE & ~(control.features or 0))
+        control.quiesce_dev(options.id, options.timeout)
+        deadline = time.monotonic() + SERVER_TIMEOUT
+        while control.get_dev_info(options.id).state == UBLK_S_DEV_LIVE:
+            if time.monotonic() > deadline:
+                raise UblkError(errno.ETIMEDOUT, f"device {options.id}", "its server does not leave",
+                                "end it, then `ublk.py recover` the device")
+            time.sleep(0.01)
 
 
 def resize(options: Any) -> None:
     """Change the size of a live disk."""
     with Control() as control:
+        require(UBLK_F_UPDATE_SIZE & ~(control.features or 0))
+        control.get_dev_info(options.id)
         block = 1 << control.get_params(options.id).basic.logical_bs_shift
         if options.size <= 0 or options.size % block:
             raise UblkError(errno.EINVAL, f"size {options.size}",
@@ -2503,14 +2901,55 @@ def checks() -> Iterator[tuple[str, str, str]]:
     loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists("/dev/ublk-control")
     yield ("ublk driver", "" if loaded else "not loaded",
            "modprobe ublk_drv (where there is none: install a kernel with CONFIG_BLK_DEV_UBLK)")
+    install = (f"{UDEV_COMMAND} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm control "
+               "--reload && udevadm trigger (as root)")
     if loaded:
         usable = os.access("/dev/ublk-control", os.R_OK | os.W_OK)
-        yield "/dev/ublk-control", "" if usable else "not yours to open", "run as root"
+        yield "/dev/ublk-control", "" if usable else "not yours to open", f"run as root, or {install}"
+    if not privileged():
+        rules = any(UDEV_MARK in text for text in udev_rules())
+        yield "udev rules", "" if rules else "ordinary users get no device nodes", install
     parent = run_dir()
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
     yield (f"state directory {run_dir()}", "" if os.access(parent, os.W_OK) else "not writable",
            "set UBLK_RUN_DIR to a directory of yours")
+
+
+UDEV_MARK = "ublk.py udev-owner"
+UDEV_COMMAND = f"{sys.executable} -I {os.path.abspath(__file__)}"
+
+
+def udev_rules() -> Iterator[str]:
+    """Yield the text of all udev rules on this machine."""
+    for directory in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d"):
+        for name in os.listdir(directory) if os.path.isdir(directory) else ():
+            with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
+                yield file.read()
+
+
+def print_udev_rules(options: Any) -> None:
+    """Print the udev rules that let ordinary users create disks of their own."""
+    print(f"""\
+# Ordinary users may create ublk devices, and get the nodes of those they created.
+# root runs the command below at every new device: keep that file where only root can write.
+KERNEL=="ublk-control", MODE="0666", OPTIONS+="static_node=ublk-control"
+KERNEL=="ublk[bc][0-9]*", ACTION=="add|change", PROGRAM="{UDEV_COMMAND} udev-owner %k", \\
+  OWNER="%c{{1}}", GROUP="%c{{2}}"\n""", end="")
+
+
+def udev_owner(options: Any) -> int:
+    """Print owner and group the kernel has noted for an ordinary user's device node; else fail."""
+    name = options.node
+    number = name[5:].partition("p")[0]
+    if name[:5] not in ("ublkb", "ublkc") or not (number.isascii() and number.isdigit()):
+        raise Usage(f"{name!r} is not the name of a ublk device node")
+    with Control() as control:
+        info = control.get_dev_info(int(number[:7]))
+    if not info.flags & UBLK_F_UNPRIVILEGED_DEV:
+        return 1
+    print(info.owner_uid, info.owner_gid)
+    return 0
 
 
 # name -> function, help, arguments
@@ -2523,11 +2962,22 @@ VERBS = {
         (("--if-unused",), {"action": "store_true", "help": "only where nobody has it open"})]),
     "del": (delete_devices, "stop and delete devices", [
         (("id",), {"type": int, "nargs": "*"}), (("--all",), {"action": "store_true"})]),
+    "recover": (recover, "start a new server for a disk whose server is gone", [
+        (("id",), {"type": int}), (("--background",), {"action": "store_true"}),
+        (("--restart",), {"action": "store_true"}), (("--json",), {"action": "store_true"}),
+        (("--target",), {"nargs": "...", "default": [], "metavar": "TARGET [TARGET ARGS]",
+                         "help": "where the state file is lost"})]),
+    "quiesce": (quiesce, "detach a disk's server for another to `recover` it, without an error", [
+        (("id",), {"type": int}),
+        (("--timeout",), {"type": float, "default": 30.0, "metavar": "SECONDS"})]),
     "resize": (resize, "change the size of a live disk", [
         (("id",), {"type": int}), (("size",), {"type": parse_size})]),
     "features": (show_features, "show what this kernel offers", [
         (("--json",), {"action": "store_true"})]),
     "check": (check, "say what is missing on this machine", []),
+    "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", []),
+    "udev-owner": (udev_owner, "used by these rules: print the owner of a device node", [
+        (("node",), {})]),
 }
 
 
