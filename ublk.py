@@ -1662,7 +1662,7 @@ GRACE = 2.0                     # seconds a worker has to leave its loop when to
 def check_limits(device: Device) -> None:
     """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
     for name, value, least, most in (
-            ("id", device.id, -1, (1 << 20) - 1), ("queues", device.wanted_queues, 1, UBLK_MAX_NR_QUEUES),
+            ("id", device.id, -1, (1 << 20) - 1), ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
             ("depth", device.depth, 1, UBLK_MAX_QUEUE_DEPTH),
             ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
             ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
@@ -2272,7 +2272,7 @@ def load_state(dev_id: int) -> dict[str, Any]:
         if not isinstance(state, dict) or state.get("id") != dev_id:
             raise ValueError("not the state of this device")
         words = [state.get("target"), state.get("cwd"), *state.get("args", [None])]
-        if not all(isinstance(word, str) for word in words):
+        if not isinstance(state.get("args"), list) or not all(isinstance(word, str) for word in words):
             raise ValueError("it names no target")
         return state
     except FileNotFoundError:
