@@ -778,3 +778,377 @@ def test_address_of_any_buffer():
     assert ublk.address_of(data) == ctypes.addressof(ctypes.c_char.from_buffer(data))
     assert ctypes.string_at(ublk.address_of(memoryview(data)[1:]), 2) == b"bc"
     assert ublk.address_of(b"") is not None
+
+
+# =================================================================================================
+# Words into targets
+# =================================================================================================
+
+
+@pytest.mark.parametrize("text, size", [
+    ("0", 0), ("4096", 4096), ("512K", 512 << 10), ("1m", 1 << 20), ("1G", 1 << 30), ("2T", 2 << 40),
+    ("1.5K", 1536), ("0.5G", 512 << 20), (str((1 << 53) + 1), (1 << 53) + 1), ("7000000T", 7000000 << 40)])
+def test_sizes(text, size):
+    assert ublk.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "x", "1P", "1KB", "-1", "-1K", "1.0001", "nan", "inf", "-inf", "infK",
+                                  "1e400", "0x10", "1 2", "1_000"])
+def test_what_is_not_a_size(text):
+    with pytest.raises(ValueError):
+        ublk.parse_size(text)
+
+
+@pytest.mark.parametrize("size", [0, 1, 512, 1000, 1024, 1536, 1 << 20, 3 << 30, 5 << 40, (1 << 40) + 512])
+def test_sizes_are_written_as_they_are_read(size):
+    assert ublk.parse_size(ublk.format_size(size)) == size
+
+
+class Sample(ublk.Target):
+    """Show every kind of parameter.
+
+    path: where it lies
+    delay: seconds
+    """
+
+    def __init__(self, path, count: int = 3, *, delay: float = 0.5, big: ublk.Size = ublk.Size(4096),
+                 loud: bool = False, name_of: str = "x"):
+        self.all = path, count, delay, big, loud, name_of
+
+
+class Wrapper(ublk.Target):
+    """Wrap another target."""
+
+    def __init__(self, inner: ublk.Target, *, rate: int = 1):
+        self.inner, self.rate = inner, rate
+
+
+class Many(ublk.Target):
+    """Take several words."""
+
+    def __init__(self, *paths, mirror: bool = False):
+        self.paths, self.mirror = paths, mirror
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """Let the command line know the targets above."""
+    monkeypatch.setattr(ublk, "known_targets", lambda: {"sample": Sample, "wrapper": Wrapper, "many": Many,
+                                                        "null": ublk.Null})
+
+
+def test_a_signature_becomes_parameters():
+    styles = {parameter.name: (parameter.kind, parameter.style, parameter.default)
+              for parameter in ublk.parameters(Sample)}
+    assert styles == {"path": ("str", "word", ...), "count": ("int", "word", 3), "delay": ("float", "option", 0.5),
+                      "big": ("Size", "option", 4096), "loud": ("bool", "option", False),
+                      "name_of": ("str", "option", "x")}
+    assert [parameter.style for parameter in ublk.parameters(Many)] == ["words", "option"]
+    assert ublk.parameters(type("Plain", (ublk.Target,), {})) == []
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("a", ("a", 3, 0.5, 4096, False, "x")),
+    ("a 2K --delay 2 --big 1M --loud --name-of y", ("a", 2048, 2.0, 1 << 20, True, "y")),
+    ("--loud a", ("a", 3, 0.5, 4096, True, "x"))])
+def test_words_become_arguments(samples, words, expected):
+    assert ublk.make_target(["sample", *words.split()]).all == expected
+
+
+def test_a_target_wraps_the_words_that_remain(samples):
+    target = ublk.make_target("wrapper --rate 5 sample a --delay 9".split())
+    assert target.rate == 5 and target.inner.all[:3] == ("a", 3, 9.0)
+
+
+def test_a_target_takes_many_words(samples):
+    assert ublk.make_target("many a b c --mirror".split()).paths == ("a", "b", "c")
+
+
+def test_help_of_a_target_comes_from_its_docstring(samples, run):
+    done = run("sample", "--help")
+    assert done.status == 0
+    for text in ("Show every kind of parameter.", "where it lies", "--delay", "seconds", "--name-of"):
+        assert text in done.out
+
+
+@pytest.mark.parametrize("words", ["sample", "sample a --delay x", "sample a 1 2", "sample a --big 1P", "many",
+                                   "sample a --unknown 1"])
+def test_wrong_words_for_a_target_are_wrong_usage(samples, run, words):
+    done = run(*words.split())
+    assert done.status == 2 and "usage: ublk.py" in done.err and "Traceback" not in done.err
+    assert run("wrapper").status == 2
+
+
+def test_targets_of_the_users_own_file(tmp_path):
+    path = target_file(tmp_path, """
+        class One(ublk.Target):
+            def __init__(self, *, size: ublk.Size = ublk.Size(1 << 20)):
+                self.size = size
+    """)
+    for word in (str(path), f"{path}:One"):
+        target = ublk.make_target([word, "--size", "2M"])
+        assert isinstance(target, ublk.Target) and target.size == 2 << 20
+
+
+def test_a_target_file_may_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("SIZE = 8192\n")
+    path = target_file(tmp_path, """
+        from neighbour_of_mine import SIZE
+        class One(ublk.Target):
+            size = SIZE
+    """)
+    assert ublk.make_target([str(path)]).size == 8192
+
+
+# =================================================================================================
+# Bad input that no driver needs to see
+# =================================================================================================
+
+
+@pytest.fixture
+def no_driver(monkeypatch):
+    """Make /dev/ublk-control disappear, so that what gets that far fails in one known way."""
+    system_open = os.open
+
+    def refuses(path, *args, **options):
+        if path == "/dev/ublk-control":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return system_open(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuses)
+
+
+def assert_fails(done, status, says, number=None):
+    """Exit status 1 is one error line, 2 is wrong usage; nothing on standard output."""
+    assert (done.status, done.out) == (status, ""), done
+    assert says in done.err and "Traceback" not in done.err, done.err
+    if status == 1:
+        assert_error_line(done.err, number)
+
+
+def test_no_driver(no_driver, run):
+    for words in ("null", "list", "stop 0", "del 0", "del --all", "resize 0 1G", "features"):
+        assert_fails(run(*words.split()), 1, "cannot open /dev/ublk-control: ", errno.ENOENT)
+        assert "ublk.py check" in run(*words.split()).err
+
+
+def test_check_says_what_to_do_about_a_missing_driver(run, monkeypatch):
+    system_exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: "ublk-control" not in str(path) and system_exists(path))
+    done = run("check")
+    assert done.status == 1 and re.search(r"missing +ublk driver: .*modprobe ublk_drv", done.out)
+
+
+def test_check_says_what_to_do_about_a_missing_io_uring(run, monkeypatch):
+    def refuses(*_):
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    monkeypatch.setattr(ublk, "_syscall", refuses)
+    done = run("check")
+    assert done.status == 1 and re.search(r"missing +io_uring: .*sysctl kernel.io_uring_disabled=0", done.out)
+
+
+@pytest.mark.parametrize("words, status, says, number", [
+    ("nul", 1, "unknown target or command 'nul'", errno.EINVAL),
+    ("lisst", 1, "targets are ", errno.EINVAL),
+    ("null --size 0", 1, "size 0", errno.EINVAL),
+    ("null --size 1000", 1, "size 1000", errno.EINVAL),
+    ("null --size 4608 --block-size 4K", 1, "not a positive multiple of the block size 4096", errno.EINVAL),
+    ("null --size 9000000T", 1, "size 9895604649984000000", errno.EINVAL),
+    ("null --size -1", 2, "--size", None),
+    ("null --size much", 2, "--size", None),
+    ("null --block-size 1000", 1, "block size 1000", errno.EINVAL),
+    ("null --block-size 256", 1, "block size 256", errno.EINVAL),
+    ("null --block-size 128K", 1, "block size 131072", errno.EINVAL),
+    ("null --depth 0", 1, "depth 0", errno.EINVAL),
+    ("null --depth 5000", 1, "depth 5000", errno.EINVAL),
+    ("null --depth -1", 1, "depth -1", errno.EINVAL),
+    ("null --depth many", 2, "--depth", None),
+    ("null --queues 0", 1, "queues 0", errno.EINVAL),
+    ("null --queues 5000", 1, "queues 5000", errno.EINVAL),
+    ("null --max-io 0", 1, "0", errno.EINVAL),
+    ("null --max-io 1000", 1, "1000", errno.EINVAL),
+    ("null --max-io 1G", 1, "1073741824", errno.EINVAL),
+    ("null --id -7", 1, "id -7", errno.EINVAL),
+    ("null --id 99999999", 1, "id 99999999", errno.EINVAL),
+    ("null --id x", 2, "--id", None),
+    ("null --recovery maybe", 2, "--recovery", None),
+    ("null --sise 1G", 2, "--sise", None),
+    ("null surplus", 2, "surplus", None),
+    ("del", 2, "del needs one or more ids, or --all", None),
+    ("del 1 --all", 2, "del needs one or more ids, or --all", None),
+    ("del x", 2, "x", None),
+    ("stop", 2, "id", None),
+    ("stop 1 2", 2, "2", None),
+    ("list --jason", 2, "--jason", None),
+    ("resize 0", 2, "size", None),
+    ("resize 0 big", 2, "big", None),
+])
+def test_bad_words(no_driver, run, words, status, says, number):
+    assert_fails(run(*words.split()), status, says, number)
+
+
+def test_no_words_at_all_is_wrong_usage_and_help_is_not(run):
+    assert run().status == 2
+    done = run("--help")
+    assert done.status == 0 and "null" in done.out and "--background" in done.out
+    for verb in ublk.VERBS:
+        assert verb in done.out and run(verb, "--help").status == 0
+
+
+@pytest.mark.parametrize("body, says", [
+    ("class Broken(ublk.Target:\n    pass", "SyntaxError"),
+    ("import nowhere_to_be_found", "ModuleNotFoundError"),
+    ("1 / 0", "ZeroDivisionError"),
+    ("raise SystemExit(3)", "SystemExit"),
+    ("class Disk: pass", "Target"),
+    ("class A(ublk.Target): pass\nclass B(ublk.Target): pass", "A, B"),
+    ("class A(ublk.Target):\n    def __init__(self): raise ValueError('not today')", "ValueError: not today"),
+    ("class A(ublk.Target):\n    def __init__(self): raise OSError(28, 'No space', 'disk')", "28 ENOSPC"),
+    ("class A(ublk.Target):\n    def __init__(self): open('/no/such/file')", "/no/such/file"),
+    ("class A(ublk.Target):\n    def __init__(self): raise ValueError('two\\nlines')", "two"),
+    ("class A(ublk.Target): size = 0", "size 0"),
+    ("class A(ublk.Target): size = 'large'", "large"),
+    ("class A(ublk.Target): size = 4096.0", "size"),
+    ("class A(ublk.Target): size, block_size = 4096, 'x'", "block"),
+])
+def test_bad_target_files(no_driver, run, tmp_path, body, says):
+    assert_fails(run(target_file(tmp_path, body)), 1, says)
+
+
+@pytest.mark.parametrize("word, says", [
+    ("/no/such/file.py", "/no/such/file.py"), ("{}", "irectory"), ("{}/mine.py:Other", "Other"),
+    ("{}/mine.py:ublk", "ublk"), ("{}/latin.py", "latin.py"), ("{}/zero.py", "zero.py")])
+def test_bad_target_words(no_driver, run, tmp_path, word, says):
+    directory = tmp_path / "dir.py"
+    directory.mkdir()
+    target_file(directory, "class Mine(ublk.Target):\n    size = 4096")
+    (directory / "latin.py").write_bytes(b"name = '\xe9'\n")
+    (directory / "zero.py").write_bytes(b"a\0b")
+    assert_fails(run(word.format(directory)), 1, says)
+
+
+def test_debug_shows_the_traceback():
+    done = cli("null", "--size", "0", "--debug", check=False)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "UblkError" in done.stderr
+
+
+def test_a_state_directory_that_cannot_be_is_an_error_line(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path / "file" / "run"))
+    device = ublk.Device(Ram())
+    device.id = 7
+    with pytest.raises(OSError) as found:
+        ublk.save_state(device)
+    assert_error_line(f"{ublk.error_line(found.value)}\n", says=str(tmp_path))
+
+
+# =================================================================================================
+# State files
+# =================================================================================================
+
+
+@pytest.fixture
+def state(run_dir):
+    """Write the state file of device 7 as it is told to, and load it: state(bytes)."""
+    def load(content):
+        run_dir.mkdir(mode=0o700, exist_ok=True)
+        (run_dir / "7.json").write_bytes(content)
+        return ublk.load_state(7)
+    return load
+
+
+GOOD_STATE = {"id": 7, "target": "null", "args": ["--size", "1G"], "cwd": "/", "pid": 1}
+
+
+def test_a_state_file_is_read_as_it_was_written(run_dir):
+    device = ublk.Device(Ram(), words=("null", ["--size", "1G"], {}))
+    device.id = 7
+    ublk.save_state(device)
+    loaded = ublk.load_state(7)
+    assert (loaded["target"], loaded["args"], loaded["pid"]) == ("null", ["--size", "1G"], os.getpid())
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE((run_dir / "7.json").stat().st_mode) == 0o600
+    assert os.listdir(run_dir) == ["7.json"]
+    ublk.forget_state(7)
+    ublk.forget_state(7)
+    assert os.listdir(run_dir) == [] and ublk.load_state(7) == {}
+
+
+def test_a_good_state_file_is_believed(state, capsys):
+    assert state(json.dumps(GOOD_STATE).encode()) == GOOD_STATE
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", json.dumps(GOOD_STATE).encode()[:-9], b"\xff\xfe\x00", b"null", b"[]", b'"x"', b"7", b"{}",
+    json.dumps({**GOOD_STATE, "id": 8}).encode(), json.dumps({**GOOD_STATE, "id": "7"}).encode(),
+    json.dumps({**GOOD_STATE, "target": ["null"]}).encode(), json.dumps({**GOOD_STATE, "args": "x"}).encode(),
+    json.dumps({**GOOD_STATE, "args": [1, {}]}).encode(), b"[" * 100000, b"0" * (2 << 20),
+    b"9" * 10000, b'{"id": 7, "target": "null", "args": [NaN]}'],
+    ids=lambda content: f"{len(content)}-{content[:24]!r}")
+def test_a_damaged_state_file_is_reported_and_ignored(state, capsys, content):
+    assert state(content) == {}
+    warning = capsys.readouterr().err
+    assert warning.startswith("ublk: ignoring ") and warning.count("\n") == 1
+
+
+def make_link(path):
+    (path.parent / "elsewhere").write_text(json.dumps(GOOD_STATE))
+    path.symlink_to("elsewhere")
+
+
+def make_foreign(path):
+    path.write_text(json.dumps(GOOD_STATE))
+    os.chown(path, 12345, 12345)
+
+
+@pytest.mark.parametrize("make", [make_link, make_foreign, os.mkdir, os.mkfifo,
+                                  lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)])
+def test_a_hostile_state_file_is_reported_and_ignored(run_dir, capsys, make):
+    if make is make_foreign and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    run_dir.mkdir()
+    make(run_dir / "7.json")
+    assert ublk.load_state(7) == {}
+    assert capsys.readouterr().err.startswith("ublk: ignoring ")
+
+
+def test_a_planted_link_is_not_written_through(run_dir, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    run_dir.mkdir(mode=0o700)
+    (run_dir / "7.json.new").symlink_to(victim)
+    (run_dir / "7.json").symlink_to(victim)
+    device = ublk.Device(Ram())
+    device.id = 7
+    try:
+        ublk.save_state(device)
+    except OSError:
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_a_state_directory_of_somebody_else_is_not_used(run_dir):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    run_dir.mkdir(mode=0o777)
+    os.chmod(run_dir, 0o777)
+    os.chown(run_dir, 12345, 12345)
+    device = ublk.Device(Ram())
+    device.id = 7
+    with pytest.raises(OSError) as found:
+        ublk.save_state(device)
+    assert_error_line(f"{ublk.error_line(found.value)}\n", says=str(run_dir))
+
+
+def test_where_state_files_lie(monkeypatch):
+    monkeypatch.delenv("UBLK_RUN_DIR")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert ublk.run_dir() == "/run/ublk"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert ublk.run_dir() == "/run/user/1000/ublk"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert "1000" in ublk.run_dir()
