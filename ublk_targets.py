@@ -2,7 +2,8 @@
 """Targets for ublk.py: what can stand behind a disk, each a short class that shows one idea.
 
     ram       memory                                   loop      a file or a block device
-    stripe    several files, chunk by chunk            fault     another target that fails and stalls
+    stripe    several files, chunk by chunk            mirror    several files with the same content
+    fault     another target that fails and stalls
 
 Lying beside ublk.py, this file adds these names to its command line: ``ublk.py loop disk.img``.
 The parameters of a class are its arguments there: positional ones are words, keyword-only ones
@@ -19,6 +20,9 @@ import random
 import shlex
 import stat
 import sys
+import threading
+import time
+import zlib
 from functools import partial
 from types import CoroutineType
 from typing import Any, Iterator
@@ -53,8 +57,7 @@ class Ram(ublk.Target):
 
     def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30)) -> None:
         if size <= 0 or size % self.block_size:
-            raise wrong(f"ram of {size} bytes", "not a multiple of 512",
-                                 "choose another size")
+            raise wrong(f"ram of {size} bytes", "not a multiple of 512", "choose another size")
         self.size = size
         # Shared, so that processes forked later see the same disk; pages exist once written.
         noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -180,7 +183,7 @@ def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
     except OSError as error:
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
             raise wrong(path, "its file system has no direct I/O",
-                                 "leave --direct out") from None
+                        "leave --direct out") from None
         raise
 
 
@@ -188,8 +191,7 @@ def is_block(path: str) -> bool:
     """Tell a block device from a file; raise UblkError for what is neither."""
     mode = os.stat(path).st_mode
     if not stat.S_ISBLK(mode) and not stat.S_ISREG(mode):
-        raise wrong(path, "neither a file nor a block device",
-                             "name one that is")
+        raise wrong(path, "neither a file nor a block device", "name one that is")
     return stat.S_ISBLK(mode)
 
 
@@ -213,8 +215,7 @@ def block_sizes(fd: int, path: str, direct: bool) -> tuple[int, int]:
                         raise
             size *= 2
     if size > PAGE_SIZE:
-        raise wrong(path, "its file system takes no direct I/O of a page",
-                             "leave --direct out")
+        raise wrong(path, "its file system takes no direct I/O of a page", "leave --direct out")
     return size, max(size, 4096)
 
 
@@ -222,12 +223,11 @@ def size_of(fd: int, path: str, block_size: int) -> int:
     """Return the size of a file or device; raise UblkError for one that cannot be a disk's."""
     size = os.lseek(fd, 0, os.SEEK_END)
     if size == 0:
-        raise wrong(path, "it is empty",
-                             f"give it a size: truncate -s 1G {path}")
+        raise wrong(path, "it is empty", f"give it a size: truncate -s 1G {path}")
     if size % block_size:
         more = -(-size // block_size) * block_size
         raise wrong(path, f"its size {size} is not a multiple of {block_size}",
-                             f"make it one: truncate -s {more} {path}")
+                    f"make it one: truncate -s {more} {path}")
     return size
 
 
@@ -294,11 +294,11 @@ class Stripe(ublk.Target):
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
         if chunk <= 0 or chunk % self.block_size:
             raise wrong(f"chunk of {chunk} bytes",
-                                 f"not a multiple of the block size {self.block_size}")
+                        f"not a multiple of the block size {self.block_size}")
         rows = min(leg.size for leg in legs) // chunk
         if not rows:
             raise wrong(min(legs, key=lambda leg: leg.size).path,
-                                 f"smaller than a chunk of {chunk} bytes", "take a smaller --chunk")
+                        f"smaller than a chunk of {chunk} bytes", "take a smaller --chunk")
         self.size = rows * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
         if all(hasattr(leg, "discard") for leg in legs):
@@ -347,6 +347,239 @@ class Stripe(ublk.Target):
     def close(self) -> None:
         for leg in self.legs:
             leg.close()
+
+
+class Mirror(ublk.Target):
+    """Keep the same on several files or block devices (RAID 1).
+
+    A leg that fails, or is not there, is dropped: this is said on standard error and noted in the
+    state file, so that a later start does not take its old data for good. The disk lives as long as
+    one good leg does.
+
+    paths: the files or block devices, its legs
+    rebuild: try dropped legs again and copy to them what they missed, while the disk is in use
+    stale: a leg that holds old data, such as a new one; with commas between: several
+    state: the file that notes which legs are dropped (one in /var/lib/ublk or ~/.local/state/ublk)
+    retry: time between two tries (5s)
+    direct: transfer around the page cache (O_DIRECT)
+    """
+
+    def __init__(self, *paths: str, rebuild: bool = False, stale: str = "", state: str = "",
+                 retry: str = "5s", direct: bool = False) -> None:
+        self.paths, self.direct, self.retry = paths, direct, seconds(retry) if rebuild else 0.0
+        self.state = os.path.abspath(state) if state else self._default_state()
+        self.disks: dict[str, Loop] = {}            # path -> what is open
+        named = set(filter(None, stale.split(",")))
+        if not named <= set(paths):
+            raise wrong(f"--stale {stale}", "not a leg of this mirror", f"name one of {paths}")
+        self.dropped: set[str] = set()
+        self.rebuilding: set[str] = set()
+        old = self._load() | named
+        problem: OSError | None = None
+        for path in paths:
+            try:
+                self.disks[path] = Loop(path, direct=direct)
+            except OSError as error:
+                problem = error
+        good = [self.disks[path] for path in paths if path in self.disks and path not in old]
+        if not good:
+            raise problem or wrong("mirror", "all its legs hold old data",
+                                   f"name the worst with --stale and remove {self.state}")
+        self.size = min(disk.size for disk in good)
+        self.block_size = max(disk.block_size for disk in good)
+        self.read_only = any(disk.read_only for disk in good)
+        if all(hasattr(disk, "discard") for disk in self.disks.values()):
+            self.discard = self._discard
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
+        self.copying = (0, 0)                               # the range the rebuild copies now
+        self.reasons: dict[str, str] = {}                   # why a leg was dropped, as told
+        self.mender: threading.Thread | None = None
+        missing = {path for path in paths if path not in self.disks
+                   or self.disks[path].size < self.size}
+        if missing | old:
+            self._drop(missing | old, "missing or out of date")
+
+    # ---- requests --------------------------------------------------------------------------------
+
+    def good(self) -> list[str]:
+        """Return the legs whose data is right."""
+        return [path for path in self.paths if path not in self.dropped]
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        """Read from the first good leg that can."""
+        failed: dict[str, OSError] = {}
+        for path in self.good():
+            try:
+                await moved(self.disks[path].read, offset, buffer)
+                break
+            except OSError as error:
+                failed[path] = error
+        self._judge(failed)
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        await self.everywhere(lambda disk: moved(disk.write, offset, buffer), offset, len(buffer))
+
+    async def write_fua(self, offset: int, buffer: memoryview) -> None:
+        await self.everywhere(lambda disk: moved(disk.write_fua, offset, buffer), offset, len(buffer))
+
+    async def flush(self) -> None:
+        await self.everywhere(lambda disk: disk.flush(), 0, 0)
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await self.everywhere(lambda disk: disk.write_zeroes(offset, length, unmap), offset, length)
+
+    async def _discard(self, offset: int, length: int) -> None:
+        await self.everywhere(lambda disk: disk.discard(offset, length), offset, length)
+
+    async def everywhere(self, change: Any, offset: int, length: int) -> None:
+        """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
+        failed: dict[str, OSError] = {}
+
+        async def attempt(path: str) -> None:
+            try:
+                await change(self.disks[path])
+            except OSError as error:
+                failed[path] = error
+
+        me = object()
+        while not (legs := self._enter(me, offset, offset + length)):
+            await ublk.uring_sleep(0.001)
+        try:
+            await together(*map(attempt, legs))
+            self._judge(failed)
+        finally:
+            del self.writing[me]
+
+    def _enter(self, me: object, start: int, end: int) -> list[str]:
+        """Note that a request changes a range; return where it is to, or [] while that is copied."""
+        with self.lock:
+            if start < self.copying[1] and self.copying[0] < end:
+                return []
+            self.writing[me] = start, end
+            return [*self.good(), *self.rebuilding]
+
+    def _judge(self, failed: dict[str, OSError]) -> None:
+        """Drop legs that failed where another did not; before the client is told of success."""
+        if failed:
+            if failed.keys() >= set(self.good()):
+                raise next(iter(failed.values()))
+            self._drop(set(failed), "; ".join(sorted({str(error) for error in failed.values()})))
+
+    # ---- legs that fail and come back --------------------------------------------------------------
+
+    def _default_state(self) -> str:
+        base = "/var/lib" if os.geteuid() == 0 else os.path.expanduser("~/.local/state")
+        names = "\n".join(map(os.path.abspath, self.paths)).encode()
+        return os.path.join(base, "ublk", f"mirror-{zlib.crc32(names):08x}")
+
+    def _load(self) -> set[str]:
+        try:
+            with open(self.state, encoding="utf-8") as file:
+                return set(file.read().splitlines()) & set(self.paths)
+        except FileNotFoundError:
+            return set()
+
+    def _save(self) -> None:
+        os.makedirs(os.path.dirname(self.state), exist_ok=True)
+        replace_file(self.state, "".join(f"{path}\n" for path in sorted(self.dropped)).encode())
+
+    def _drop(self, paths: set[str], reason: str) -> None:
+        """Take legs out of use; say so once."""
+        with self.lock:
+            new = not paths <= self.dropped
+            self.dropped, self.rebuilding = self.dropped | paths, self.rebuilding - paths
+            if new:
+                self._save()
+        news = sorted(path for path in paths if self.reasons.get(path) != reason)
+        if news:
+            self.reasons.update(dict.fromkeys(news, reason))
+            print(f"ublk: mirror: dropped {', '.join(news)}: {reason}", file=sys.stderr)
+
+    def start(self, index: int) -> None:
+        """Start the thread that rebuilds, once."""
+        if index == 0 and self.retry:
+            self.mender = threading.Thread(target=self._mend, daemon=True, name="rebuild")
+            self.mender.start()
+
+    def _mend(self) -> None:
+        ublk.io_flusher()
+        while True:
+            for path in sorted(self.dropped):
+                try:
+                    self._rebuild(path)
+                except OSError as error:
+                    self._drop({path}, str(error))
+            # By the next try nobody uses the leg's descriptor any more, and it can be closed.
+            if self.closed.wait(self.retry):
+                return
+
+    def _rebuild(self, path: str) -> None:
+        """Copy everything to a dropped leg; what is written meanwhile goes there as well."""
+        if path in self.disks:
+            self.disks.pop(path).close()
+        disk = self.disks[path] = Loop(path, direct=self.direct)
+        if disk.size < self.size or disk.read_only or disk.block_size > self.block_size:
+            raise wrong(path, "too small, for reading only, or with larger blocks")
+        self.rebuilding = self.rebuilding | {path}
+        for offset in range(0, self.size, len(ZEROES)):
+            if self.closed.is_set() or path not in self.rebuilding:
+                return
+            self._copy(offset, min(offset + len(ZEROES), self.size), disk)
+        os.fdatasync(disk.fd)
+        with self.lock:
+            if path not in self.rebuilding:
+                return
+            self.dropped, self.rebuilding = self.dropped - {path}, self.rebuilding - {path}
+            self.reasons.pop(path, None)
+            self._save()
+        print(f"ublk: mirror: rebuilt {path}", file=sys.stderr)
+
+    def _copy(self, start: int, end: int, disk: Loop) -> None:
+        """Copy a range that no request changes meanwhile from a good leg; only what differs."""
+        with self.lock:
+            self.copying = start, end
+        try:
+            while any(start < b and a < end for a, b in list(self.writing.values())):
+                time.sleep(0.001)
+            with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
+                transfer(os.preadv, self.disks[self.good()[0]].fd, new, start)
+                transfer(os.preadv, disk.fd, old, start)
+                if new[:] != old[:]:
+                    transfer(os.pwritev, disk.fd, new, start)
+        finally:
+            self.copying = (0, 0)
+
+    def close(self) -> None:
+        self.closed.set()
+        if self.mender:
+            self.mender.join()
+        for disk in self.disks.values():
+            disk.close()
+
+
+def transfer(function: Any, fd: int, buffer: Any, offset: int) -> None:
+    """Fill or write a whole buffer with os.preadv or os.pwritev."""
+    with memoryview(buffer) as view:
+        done = 0
+        while done < len(view):
+            with view[done:] as rest:
+                count = function(fd, [rest], offset + done)
+            if not count:
+                raise OSError(errno.EIO, "unexpected end of file")
+            done += count
+
+
+def replace_file(path: str, content: bytes) -> None:
+    """Write a small file so that after any crash it has its old content or the new one."""
+    with open(f"{path}.new", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(f"{path}.new", path)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(directory)
+    os.close(directory)
 
 
 async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
