@@ -1879,6 +1879,7 @@ class Device:
         self.id, self._added = self.info.dev_id, True
         self.on_added(self.id)
         require(flags & ~self.info.flags)
+        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
         kept = self.control.get_params(self.id).types
@@ -1912,7 +1913,6 @@ class Device:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
         self.data_path = next(path for path in DATA_PATHS.values()
                               if path.features & ~self.info.flags == 0)
-        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK)
         self.char_fd = os.open(f"/dev/ublkc{self.id}", os.O_RDWR | os.O_CLOEXEC)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
@@ -1954,7 +1954,10 @@ class Device:
     def _give_up(self, error: BaseException, undo: Callable[[], None]) -> NoReturn:
         """Undo a start that failed, and raise what it failed of."""
         cause = self.failure
-        undo()
+        try:
+            undo()
+        except UblkError as left:
+            print(f"ublk: device {self.id} is left behind: {left}", file=sys.stderr)
         if cause is not None and isinstance(error, UblkError):
             raise cause from None
         raise error
@@ -2646,6 +2649,8 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
     if failure is not None and not device.info.flags & UBLK_F_USER_RECOVERY:
         device.stop()
     device.detach()
+    if device.id not in device_ids():
+        forget_state(device.id)
     if failure is not None:
         raise failure
 
@@ -2839,6 +2844,7 @@ def quiesce(options: Any) -> None:
     """Detach the server of a device; the disk keeps its clients waiting for `recover`."""
     with Control() as control:
         require(UBLK_F_QUIESCE & ~(control.features or 0))
+        control.get_dev_info(options.id)
         control.quiesce_dev(options.id, options.timeout)
         deadline = time.monotonic() + SERVER_TIMEOUT
         while control.get_dev_info(options.id).state == UBLK_S_DEV_LIVE:
