@@ -1833,7 +1833,7 @@ class Device:
         self._ready = self._ended = 0
 
     def __enter__(self) -> Device:
-        if not self._serving:
+        if not self._serving or self.abandoned:
             self.start()
         return self
 
@@ -1860,7 +1860,8 @@ class Device:
     # ---- from nothing to a disk ------------------------------------------------------------------
 
     def start(self) -> None:
-        """Create the device, serve it and wait until the disk is there."""
+        """Create the device, serve it and wait until the disk is there. A Device lives once."""
+        self._only_once()
         check_limits(self)
         params = params_of(self.target, self.max_io)
         try:
@@ -1870,6 +1871,12 @@ class Device:
             self._live()
         except BaseException as error:
             self._give_up(error, self.stop)
+
+    def _only_once(self) -> None:
+        """Refuse a second life: START_DEV after STOP_DEV on one open node crashes older kernels."""
+        if self._serving or self.abandoned:
+            raise UblkError(errno.EALREADY, f"device {self.id}", "this Device was started before",
+                            "make a new Device")
 
     def _add(self, params: ublk_params) -> None:
         """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
@@ -1978,6 +1985,7 @@ class Device:
 
     def resume(self) -> None:
         """What recover() does, for a Device that was not started."""
+        self._only_once()
         try:
             self._adopt()
             self._serve()
@@ -2704,7 +2712,7 @@ def to_the_end(run: Callable[[], object]) -> NoReturn:
         run()
         status = 0
     except (OSError, Stopped) as error:
-        print(f"ublk: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
     except BaseException as error:
         failed(error)
     finally:
