@@ -105,7 +105,11 @@ def run(capfd):
         except SystemExit as end:
             status = end.code
         return SimpleNamespace(status=status, **capfd.readouterr()._asdict())
-    return run
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 ERROR_LINE = re.compile(r"ublk: [^:\n]+.*: .+ \((\d+) ([A-Z0-9]+)\)(: .+)?\n\Z")
@@ -115,7 +119,7 @@ def assert_error_line(text, number=None, *, says=""):
     """Errors are one line, ``ublk: what failed: reason (ERRNO NAME): what to do``."""
     found = ERROR_LINE.match(text)
     assert found and text.count("\n") == 1, f"not an error line: {text!r}"
-    assert errno.errorcode[int(found[1])] == found[2]
+    assert getattr(errno, found[2]) == int(found[1])
     assert number is None or int(found[1]) == number, text
     assert says in text
 
@@ -188,6 +192,48 @@ def target_file(directory, body):
     path = directory / "mine.py"
     path.write_text("import os, time, ublk\n" + textwrap.dedent(body))
     return path
+
+
+def needs(*programs):
+    """Skip a test where programs are missing; in the lab they are all there, so that is a failure."""
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing:
+        (pytest.fail if IN_LAB else pytest.skip)(f"not installed here: {', '.join(missing)}")
+
+
+def at_least(release):
+    """Tell whether the running kernel is of this release, such as "6.16", or newer."""
+    return tuple(map(int, ublk.kernel_release().split("."))) >= tuple(map(int, release.split(".")))
+
+
+def as_user(uid, function):
+    """Call function in a forked process of an ordinary user; return the text it returns."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            text = function()
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def message(function, *args):
+    """Return the text of the UblkError with which function fails."""
+    try:
+        function(*args)
+    except ublk.UblkError as error:
+        return str(error)
+    return ""
 
 
 # ---- what must not be left behind ---------------------------------------------------------------
@@ -1152,3 +1198,341 @@ def test_where_state_files_lie(monkeypatch):
     assert ublk.run_dir() == "/run/user/1000/ublk"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert "1000" in ublk.run_dir()
+
+
+# =================================================================================================
+# A disk from the command line
+# =================================================================================================
+
+FIELDS = ["id", "path", "char_path", "state", "target", "args", "size", "block_size", "queues", "depth",
+          "max_io_bytes", "flags", "pid", "owner_uid", "owner_gid"]
+
+
+@kernel
+def test_the_file_alone_in_an_empty_directory_serves_null(tmp_path):
+    script = shutil.copy(UBLK, tmp_path)
+    with server("null", "--size", "1G", script=script, cwd=tmp_path) as disk:
+        with opened(disk.path) as fd:
+            assert os.lseek(fd, 0, os.SEEK_END) == 1 << 30
+            assert write_at(fd, 4096, b"x" * 8192) == 8192
+            assert read_at(fd, 4096, 8192) == bytes(8192)
+        assert " null " in cli("list", script=script).stdout
+    assert disk.returncode == 0 and disk.errors == ""
+
+
+@kernel
+@pytest.mark.parametrize("words", [["ram", "--size", "4M"], ["loop", "disk.img"]])
+def test_with_its_companion_it_serves_ram_and_loop(tmp_path, words):
+    script = shutil.copy(UBLK, tmp_path)
+    shutil.copy(HERE / "ublk_targets.py", tmp_path)
+    with open(tmp_path / "disk.img", "wb") as file:
+        file.truncate(4 << 20)
+    with server(*words, script=script, cwd=tmp_path) as disk:
+        data = os.urandom(65536)
+        with opened(disk.path) as fd:
+            assert os.lseek(fd, 0, os.SEEK_END) == 4 << 20
+            write_at(fd, 1 << 20, data)
+            assert read_at(fd, 1 << 20, 65536) == data
+    assert disk.returncode == 0 and disk.errors == ""
+
+
+@kernel
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_the_disk_away(number):
+    with server("null") as disk:
+        disk.send_signal(number)
+        assert disk.wait(60) == 0
+        assert leftovers() == []
+
+
+@kernel
+def test_list_tells_all_about_a_disk(run):
+    with server("null", "--size", "8M", "-n", 7, "-q", 1, "-d", 32, "--max-io", "256K", "--block-size", "4K") as disk:
+        rows = json.loads(run("list", "--json").out)
+        row, = rows
+        assert list(row) == FIELDS
+        assert {**row, "flags": 0} == {
+            "id": 7, "path": "/dev/ublkb7", "char_path": "/dev/ublkc7", "state": "LIVE", "target": "null",
+            "args": ["--size", "8M"], "size": 8 << 20, "block_size": 4096, "queues": 1, "depth": 32,
+            "max_io_bytes": 256 << 10, "flags": 0, "pid": disk.pid, "owner_uid": 0, "owner_gid": 0}
+        assert set(row["flags"]) <= {feature.name for feature in ublk.FEATURES}
+        assert json.loads(run("list", "7", "--json").out) == rows
+        lines = run("list").out.splitlines()
+        assert len(lines) == 2 and lines[1].split()[:4] == ["7", "LIVE", "null", "--size"]
+    assert json.loads(run("list", "--json").out) == []
+
+
+@kernel
+def test_create_prints_the_disk_as_json():
+    process = subprocess.Popen([sys.executable, UBLK, "null", "--json"], stdout=subprocess.PIPE, text=True)
+    row = json.loads(process.stdout.readline())
+    assert list(row) == FIELDS and row["state"] == "LIVE" and os.path.exists(row["path"])
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == 0
+
+
+@kernel
+def test_background_returns_when_the_disk_is_usable(run):
+    done = cli("null", "--background", "--size", "1M")
+    assert done.stdout == "/dev/ublkb0\n" and done.stderr == ""
+    with opened("/dev/ublkb0") as fd:
+        assert read_at(fd, 0, 4096) == bytes(4096)
+    row, = json.loads(run("list", "--json").out)
+    assert row["pid"] in processes() and os.getsid(row["pid"]) == row["pid"]
+    done = run("del", "0")
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert devices_left() == []
+
+
+@kernel
+def test_stop_ends_the_server_and_del_removes_the_device(run):
+    with server("null") as disk:
+        assert run("stop", disk.id).status == 0
+        assert disk.wait(60) == 0
+        assert not os.path.exists(disk.path)
+        assert run("del", disk.id).status == 0
+        assert leftovers() == []
+
+
+@kernel
+def test_stop_if_unused(run):
+    with server("null") as disk:
+        if not at_least("7.0"):
+            assert_fails(run("stop", disk.id, "--if-unused"), 1, "needs Linux 7.0, this is", errno.EOPNOTSUPP)
+            return
+        with opened(disk.path):
+            assert_fails(run("stop", disk.id, "--if-unused"), 1, "somebody has it open", errno.EBUSY)
+        until(lambda: run("stop", disk.id, "--if-unused").status == 0, "udev to close the disk")
+        assert disk.wait(60) == 0
+        assert run("del", disk.id).status == 0
+
+
+@kernel
+def test_del_takes_many_or_all(run):
+    for _ in range(3):
+        cli("null", "--background")
+    assert run("del", 0, 2).status == 0 and devices_left() == [1]
+    assert run("del", "--all").status == 0 and devices_left() == []
+    assert run("del", "--all").status == 0
+
+
+@kernel
+@pytest.mark.parametrize("words", ["list 5", "stop 5", "stop 5 --if-unused", "del 5", "resize 5 1G"])
+def test_a_device_that_does_not_exist(run, words):
+    done = run(*words.split())
+    if "resize" in words and not at_least("6.16") or "unused" in words and not at_least("7.0"):
+        assert_fails(done, 1, "needs Linux", errno.EOPNOTSUPP)
+    else:
+        assert_fails(done, 1, "device 5: there is no such device", errno.ENODEV)
+
+
+@kernel
+def test_resize(run):
+    with server("null", "--size", "1M", "--block-size", "4K") as disk:
+        if not at_least("6.16"):
+            assert_fails(run("resize", disk.id, "2M"), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
+            return
+        for size in (2 << 20, 512 << 10):
+            assert run("resize", disk.id, size).status == 0
+            with opened(disk.path) as fd:
+                assert os.lseek(fd, 0, os.SEEK_END) == size
+        for size in (0, 512, 4097):
+            assert_fails(run("resize", disk.id, size), 1, f"size {size}", errno.EINVAL)
+
+
+@kernel
+def test_features_names_every_bit_of_this_kernel(run, control):
+    rows = json.loads(run("features", "--json").out)
+    assert [list(row) for row in rows] == [["bit", "name", "since", "meaning", "supported"]] * len(ublk.FEATURES)
+    if not at_least("6.5"):
+        assert control.features is None and all(row["supported"] is None for row in rows)
+        return
+    assert control.features & ~sum(ublk.FEATURES) == 0, "a bit without a name"
+    assert sum(1 << row["bit"] for row in rows if row["supported"]) == control.features
+    lines = run("features").out.splitlines()
+    assert [line.split()[1] for line in lines] == [feature.name for feature in ublk.FEATURES]
+    for feature in ublk.FEATURES:
+        if feature & control.features and feature is not ublk.UBLK_F_SUPPORT_ZERO_COPY:
+            assert at_least(feature.since), f"{feature.name} is older than the table says"
+
+
+@kernel
+def test_check_finds_nothing_wrong(run):
+    done = run("check")
+    assert done.status == 0 and "missing" not in done.out and "ok       ublk driver" in done.out
+
+
+@kernel
+def test_an_id_of_choice_and_an_id_that_is_taken(run):
+    with server("null", "--id", 11) as disk:
+        assert disk.path == "/dev/ublkb11"
+        done = cli("null", "--id", 11, check=False)
+        assert done.returncode == 1
+        assert_error_line(done.stderr, errno.EEXIST, says="device 11: the id is taken")
+        assert json.loads(run("list", "--json").out)[0]["pid"] == disk.pid
+
+
+@kernel
+def test_an_ordinary_user_is_told_that_the_driver_is_not_theirs():
+    text = as_user(65534, lambda: message(ublk.Control))
+    assert_error_line(f"ublk: {text}\n", errno.EACCES, says="/dev/ublk-control")
+
+
+@kernel
+def test_io_uring_disabled_by_sysctl(run):
+    path = Path("/proc/sys/kernel/io_uring_disabled")
+    if not path.exists():
+        pytest.skip(f"Linux {ublk.kernel_release()} has no kernel.io_uring_disabled (6.6)")
+    before = path.read_text()
+    try:
+        path.write_text("2")
+        assert_fails(run("list"), 1, "kernel.io_uring_disabled=0", errno.EPERM)
+        assert run("check").status == 1
+    finally:
+        path.write_text(before)
+
+
+@kernel
+def test_without_the_driver(run):
+    if not IN_LAB:
+        pytest.skip("takes the driver away: in the lab only")
+    sh("modprobe", "-r", "ublk_drv")            # which says, too, that nothing refers to it any more
+    try:
+        assert_fails(run("null"), 1, "cannot open /dev/ublk-control", errno.ENOENT)
+        done = run("check")
+        assert done.status == 1 and "modprobe ublk_drv" in done.out
+    finally:
+        sh("modprobe", "ublk_drv")
+        until(lambda: os.path.exists("/dev/ublk-control"))
+
+
+@kernel
+@pytest.mark.parametrize("words, says, number", [
+    ("loop /no/such/image", "/no/such/image", errno.ENOENT), ("loop {}/empty", "empty", errno.EINVAL),
+    ("loop {}/odd", "odd", errno.EINVAL), ("loop {}", "", None), ("ram --size 0", "0", errno.EINVAL),
+    ("ram --size 1000", "1000", errno.EINVAL), ("null --max-io 4M --depth 5000", "5000", errno.EINVAL)])
+def test_bad_backing(run, tmp_path, words, says, number):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "odd").write_bytes(b"x" * 1000)
+    assert_fails(run(*words.format(tmp_path).split()), 1, says, number)
+
+
+# =================================================================================================
+# A disk from import
+# =================================================================================================
+
+
+@kernel
+def test_the_example_of_the_documentation_runs():
+    needs("mkfs.ext4")
+    exec(compile(example(), "example", "exec"), {"__name__": "example"})
+
+
+@kernel
+def test_two_disks_at_once():
+    with ublk.Device(Ram()) as one, ublk.Device(AsyncRam()) as two:
+        assert {one.path, two.path} == {"/dev/ublkb0", "/dev/ublkb1"}
+        with opened(one.path) as first, opened(two.path) as second:
+            write_at(first, 0, b"1" * 4096)
+            write_at(second, 0, b"2" * 4096)
+            assert read_at(first, 0, 4096) == b"1" * 4096
+            assert read_at(second, 0, 4096) == b"2" * 4096
+
+
+@kernel
+def test_a_device_lives_once():
+    device = ublk.Device(Ram())
+    with device as disk:
+        assert "started before" in message(device.start)
+        with opened(disk.path) as fd:
+            assert read_at(fd, 0, 4096) == bytes(4096)
+    device.stop()
+    for again in (device.start, device.resume, device.__enter__):
+        assert_error_line(f"ublk: {message(again)}\n", errno.EALREADY, says="make a new Device")
+    assert devices_left() == []
+
+
+@kernel
+def test_more_queues_than_processors_are_as_many_as_these(control):
+    cpus = os.sysconf("SC_NPROCESSORS_CONF")
+    with ublk.Device(Ram(), queues=cpus + 3) as disk:
+        assert disk.info.nr_hw_queues == cpus
+        found = [control.get_queue_affinity(disk.id, queue) for queue in range(cpus)]
+        assert set.union(*found) >= os.sched_getaffinity(0)
+        with opened(disk.path) as fd:
+            for cpu in os.sched_getaffinity(0):
+                os.sched_setaffinity(0, {cpu})
+                write_at(fd, 4096 * cpu, bytes([cpu + 1]) * 4096)
+                assert read_at(fd, 4096 * cpu, 4096) == bytes([cpu + 1]) * 4096
+
+
+@pytest.fixture(autouse=True)
+def all_processors():
+    """Let every test run on all processors, whatever the one before did."""
+    cpus = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, cpus)
+
+
+@kernel
+@pytest.mark.parametrize("options", [{}, {"depth": 1}, {"depth": 4096}, {"max_io": 4096}, {"max_io": 4 << 20}])
+def test_the_data_come_back_whatever_the_limits(options):
+    data = os.urandom(3 << 20)
+    with ublk.Device(Ram(8 << 20), **options) as disk, opened(disk.path) as fd:
+        assert write_at(fd, 1 << 20, data) == len(data)
+        assert read_at(fd, 1 << 20, len(data)) == data
+    assert disk.target.data[1 << 20:4 << 20] == data
+
+
+@kernel
+@pytest.mark.parametrize("block", [512, 1024, 2048, 4096])
+def test_block_sizes(block):
+    class Blocks(Ram):
+        block_size = block
+
+        def read(self, offset, buffer):
+            assert offset % block == 0 == len(buffer) % block
+            super().read(offset, buffer)
+
+    with ublk.Device(Blocks()) as disk, opened(disk.path) as fd:
+        assert read_at(fd, block, block) == bytes(block)
+        assert block == 512 or error_of(read_at, fd, 512, 512) == errno.EINVAL
+
+
+@kernel
+def test_a_read_only_disk_refuses_writes():
+    target = Ram()
+    target.read_only = True
+    with ublk.Device(target) as disk:
+        assert Path(f"/sys/block/ublkb{disk.id}/ro").read_text() == "1\n"
+        with opened(disk.path, os.O_RDONLY) as fd:
+            assert read_at(fd, 0, 4096) == bytes(4096)
+        assert error_of(lambda: os.close(os.open(disk.path, os.O_RDWR))) in (errno.EACCES, errno.EROFS, errno.EPERM, 0)
+        with opened(disk.path, os.O_RDONLY) as fd:
+            assert error_of(write_at, fd, 0, bytes(4096)) == errno.EBADF
+
+
+@kernel
+def test_what_a_class_does_not_define_is_not_offered():
+    with ublk.Device(Ram()) as plain, ublk.Device(ublk.Null()) as full:
+        for name, offered in (("discard_max_bytes", True), ("write_zeroes_max_bytes", True)):
+            assert int(Path(f"/sys/block/ublkb{plain.id}/queue/{name}").read_text()) == 0
+            assert int(Path(f"/sys/block/ublkb{full.id}/queue/{name}").read_text()) > 0
+        assert Path(f"/sys/block/ublkb{plain.id}/queue/write_cache").read_text() == "write through\n"
+        assert Path(f"/sys/block/ublkb{full.id}/queue/write_cache").read_text() == "write back\n"
+
+
+@kernel
+def test_signals_do_not_disturb_the_server():
+    old = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        with ublk.Device(Ram()) as disk, opened(disk.path) as fd:
+            signal.setitimer(signal.ITIMER_REAL, 0.003, 0.003)
+            for block in range(100):
+                write_at(fd, 4096 * block, bytes([block]) * 4096)
+            for block in range(100):
+                assert read_at(fd, 4096 * block, 4096) == bytes([block]) * 4096
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
