@@ -1536,3 +1536,480 @@ def test_signals_do_not_disturb_the_server():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+# =================================================================================================
+# Data
+# =================================================================================================
+
+
+@pytest.fixture
+def targets():
+    """The companion's targets."""
+    return __import__("ublk_targets")
+
+
+@pytest.fixture
+def image(tmp_path):
+    """Make a sparse file: image("64M")."""
+    def make(size):
+        path = tmp_path / "disk.img"
+        with open(path, "wb") as file:
+            file.truncate(ublk.parse_size(size))
+        return path
+    return make
+
+
+def digest(path):
+    """Return a checksum of a file or disk."""
+    result = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            result.update(chunk)
+    return result.hexdigest()
+
+
+FIO_JOBS = [("512", "0", "128k"), ("4k", "1m", "1m"), ("64k", "8m", "4m"), ("1m", "16m", "8m")]
+
+
+def fio_verify(path):
+    """Write at random with four block sizes at once, 128 requests deep, and verify checksums."""
+    common = [f"--filename={path}", "--direct=1", "--ioengine=libaio", "--iodepth=128", "--rw=randwrite", "--thread",
+              "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0", "--minimal"]
+    jobs = [word for block, offset, size in FIO_JOBS
+            for word in (f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common)]
+    done = sh("fio", *jobs, cwd="/tmp")
+    assert "verify" not in done.stderr, done.stderr
+
+
+@kernel
+@pytest.mark.parametrize("name, queues", [("ram", 1), ("ram", 4), ("loop", 1), ("loop", 4), ("coroutines", 4)])
+def test_random_writes_verify(targets, image, name, queues):
+    needs("fio")
+    make = {"ram": lambda: targets.Ram(size=32 << 20), "loop": lambda: targets.Loop(str(image("32M"))),
+            "coroutines": lambda: AsyncRam(32 << 20)}
+    with ublk.Device(make[name](), queues=queues) as disk:
+        assert disk.info.nr_hw_queues == min(queues, os.sysconf("SC_NPROCESSORS_CONF"))
+        fio_verify(disk.path)
+        if name == "loop":
+            os.sync()
+            assert digest(disk.path) == digest(disk.target.path)
+
+
+@kernel
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_backing_file_of_a_loop_is_what_was_written(targets, image, direct):
+    path = image("8M")
+    expected = bytearray(8 << 20)
+    target = make_loop(targets, path, direct)
+    with ublk.Device(target) as disk, opened(disk.path) as fd:
+        for offset, size in ((0, 4096), (12 << 10, 1 << 20), (4 << 20, 3 << 20), ((8 << 20) - 4096, 4096)):
+            expected[offset:offset + size] = data = os.urandom(size)
+            write_at(fd, offset, data)
+            assert read_at(fd, offset, size) == data
+        os.fsync(fd)
+        assert read_at(fd, 0, 8 << 20) == expected
+    assert path.read_bytes() == expected
+
+
+def make_loop(targets, path, direct):
+    """Make a loop target; direct I/O where the file system has it."""
+    try:
+        return targets.Loop(str(path), direct=direct)
+    except ublk.UblkError as error:
+        pytest.skip(f"{error}")
+
+
+MKFS = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"]}
+FSCK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check"]}
+SIZES = {"ext4": "64M", "xfs": "320M", "btrfs": "128M"}
+
+
+@contextmanager
+def mounted(path, directory, *options):
+    """Mount a disk."""
+    directory.mkdir(exist_ok=True)
+    sh("mount", *options, path, directory)
+    try:
+        yield directory
+    finally:
+        sh("umount", directory)
+
+
+def carries(kind, disk, directory):
+    """See that a disk carries a file system: make, mount, fill, unmount, check, mount, compare."""
+    needs(MKFS[kind][0], FSCK[kind][0])
+    sh(*MKFS[kind], disk.path)
+    files = {f"{number % 3}/{number}": os.urandom(number * number * 1000 % 300_000) for number in range(15)}
+    with mounted(disk.path, directory):
+        for name, data in files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(data)
+    with mounted(disk.path, directory):
+        for name, data in files.items():
+            assert (directory / name).read_bytes() == data, name
+        (directory / "0").rename(directory / "9")
+    sh(*FSCK[kind], disk.path)
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_a_loop_carries_a_file_system(targets, image, tmp_path, kind):
+    with ublk.Device(targets.Loop(str(image(SIZES[kind])))) as disk:
+        carries(kind, disk, tmp_path / "mnt")
+
+
+@kernel
+@pytest.mark.parametrize("make", [Ram, AsyncRam])
+def test_a_target_of_ten_lines_carries_a_file_system(tmp_path, make):
+    with ublk.Device(make(64 << 20)) as disk:
+        carries("ext4", disk, tmp_path / "mnt")
+
+
+@kernel
+def test_discard_frees_blocks_of_the_backing_file(targets, image):
+    needs("blkdiscard")
+    path = image("16M")
+    with ublk.Device(targets.Loop(str(path))) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, os.urandom(8 << 20))
+        os.sync()
+        full = os.stat(path).st_blocks
+        assert full * 512 >= 8 << 20
+        sh("blkdiscard", "-o", 1 << 20, "-l", 4 << 20, disk.path)
+        assert os.stat(path).st_blocks * 512 <= full * 512 - (4 << 20)
+        with opened(disk.path) as fd:
+            assert read_at(fd, 1 << 20, 4 << 20) == bytes(4 << 20)
+            assert read_at(fd, 0, 4096) == path.read_bytes()[:4096] != bytes(4096)
+
+
+@kernel
+@pytest.mark.parametrize("name", ["ram", "loop"])
+def test_zeroes_are_written_exactly_where_they_should(targets, image, name):
+    needs("blkdiscard")
+    target = targets.Ram(size=1 << 20) if name == "ram" else targets.Loop(str(image("1M")))
+    expected = bytearray(os.urandom(1 << 20))
+    with ublk.Device(target) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, expected)
+        for offset, length in ((512, 512), (4096, 8192), (20480 + 512, 65536), ((1 << 20) - 1024, 1024)):
+            sh("blkdiscard", "-z", "-o", offset, "-l", length, disk.path)
+            expected[offset:offset + length] = bytes(length)
+        with opened(disk.path) as fd:
+            assert read_at(fd, 0, 1 << 20) == expected
+
+
+class Recorder(Ram):
+    """A disk that notes what it is asked for."""
+
+    def __init__(self, size=1 << 20):
+        super().__init__(size)
+        self.calls = []
+
+    def write(self, offset, buffer):
+        self.calls.append(("write", offset, len(buffer)))
+        super().write(offset, buffer)
+
+    def write_fua(self, offset, buffer):
+        self.calls.append(("write_fua", offset, len(buffer)))
+        super().write(offset, buffer)
+
+    def flush(self):
+        self.calls.append(("flush",))
+
+    def discard(self, offset, length):
+        self.calls.append(("discard", offset, length))
+
+    def write_zeroes(self, offset, length, unmap):
+        self.calls.append(("write_zeroes", offset, length, unmap))
+
+
+@kernel
+def test_requests_reach_the_methods_they_are_for():
+    needs("blkdiscard")
+    target = Recorder()
+    with ublk.Device(target) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 8192, b"x" * 4096)
+            assert target.calls == [("write", 8192, 4096)]
+            os.fsync(fd)
+            assert target.calls[1:] == [("flush",)]
+        del target.calls[:]
+        with opened(disk.path, os.O_RDWR | os.O_DSYNC) as fd:
+            write_at(fd, 4096, b"y" * 4096)
+        assert ("write_fua", 4096, 4096) in target.calls
+        sh("blkdiscard", "-o", 65536, "-l", 131072, disk.path)
+        assert target.calls[-1] == ("discard", 65536, 131072)
+        sh("blkdiscard", "-z", "-o", 65536, "-l", 131072, disk.path)
+        assert target.calls[-1][:3] == ("write_zeroes", 65536, 131072)
+
+
+@kernel
+def test_a_flush_reaches_the_disk_below(targets):
+    below = Recorder()
+    with ublk.Device(below) as disk, ublk.Device(targets.Loop(disk.path)) as loop:
+        sh("dd", "if=/dev/urandom", f"of={loop.path}", "bs=4k", "count=4", "conv=fsync", "status=none")
+        names = [call[0] for call in below.calls]
+        assert "flush" in names and "write" in names[:names.index("flush")], names
+        assert loop.target.fd >= 0 and digest(loop.path) == digest(disk.path)
+
+
+# =================================================================================================
+# Handlers
+# =================================================================================================
+
+
+def dd(path, block, *words):
+    """Write one block of 4 KiB with dd, past the page cache."""
+    return sh("dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=1", f"seek={block}", "oflag=direct", "status=none",
+              check=False, env={**os.environ, "LC_ALL": "C"})
+
+
+class Fails(Ram):
+    """Fail writes at 4096 with a bug."""
+
+    def write(self, offset, buffer):
+        if offset == 4096:
+            raise ZeroDivisionError("a bug of the target")
+        super().write(offset, buffer)
+
+
+class AsyncFails(AsyncRam):
+    """The same with coroutines."""
+
+    async def write(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        if offset == 4096:
+            raise ZeroDivisionError("a bug of the target")
+
+
+@kernel
+@pytest.mark.parametrize("make", [Fails, AsyncFails])
+def test_an_exception_fails_its_request_and_no_other(make, capfd):
+    with ublk.Device(make()) as disk:
+        assert dd(disk.path, 0).returncode == 0
+        capfd.readouterr()
+        done = dd(disk.path, 1)
+        assert done.returncode == 1 and "Input/output error" in done.stderr
+        assert dd(disk.path, 2).returncode == 0
+        text = capfd.readouterr().err
+        assert text.count("Traceback") == 1 and "ZeroDivisionError: a bug of the target" in text
+
+
+# What the block layer keeps of an errno; everything else becomes EIO.
+KEPT = [errno.ENOSPC, errno.EOPNOTSUPP, errno.ETIMEDOUT, errno.ENOLINK, errno.EREMOTEIO, errno.EILSEQ, errno.ENOMEM,
+        errno.ENODATA]
+
+
+class Errors(Ram):
+    """Fail each request with the errno that is its block number."""
+
+    def read(self, offset, buffer):
+        if offset and offset % 4096 == 0 and 1 < offset // 4096 < 134 and len(buffer) == 4096:
+            raise OSError(offset // 4096, "as asked")
+
+    write = read
+
+
+class AsyncErrors(Errors):
+    """The same with coroutines."""
+
+    async def read(self, offset, buffer):
+        Errors.read(self, offset, buffer)
+
+    write = read
+
+
+@kernel
+@pytest.mark.parametrize("make", [Errors, AsyncErrors])
+def test_an_oserror_reaches_the_client_as_its_errno(make, capfd):
+    with ublk.Device(make()) as disk, opened(disk.path) as fd:
+        for number in KEPT:
+            assert error_of(read_at, fd, 4096 * number, 4096) == number
+            assert error_of(write_at, fd, 4096 * number, bytes(4096)) == number
+        for number in (errno.EIO, errno.EPERM, errno.ENOENT, errno.EPIPE):
+            assert error_of(read_at, fd, 4096 * number, 4096) == errno.EIO
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@kernel
+@pytest.mark.parametrize("data_path", [None, *ublk.DATA_PATHS])
+def test_what_a_handler_did_not_fill_shows_no_other_request(data_path):
+    class Half(Ram):
+        def read(self, offset, buffer):
+            if offset >= 65536:
+                buffer[:len(buffer) // 2] = b"h" * (len(buffer) // 2)
+
+    device = ublk.Device(Half(), depth=1, data_path=data_path)      # one tag: its buffer is used again
+    flags = ublk.DATA_PATHS[data_path or "copy"].features
+    with ublk.Control() as control:
+        if flags & ~(control.features or ublk.UBLK_F_NEED_GET_DATA):
+            pytest.skip(f"{data_path} needs a newer kernel")
+    if flags & (ublk.UBLK_F_SUPPORT_ZERO_COPY | ublk.UBLK_F_AUTO_BUF_REG):
+        pytest.skip(f"with {data_path} a target fills no buffers")
+    with device as disk, opened(disk.path) as fd:
+        for size in (4096, 65536):
+            write_at(fd, 0, b"secret! " * (65536 // 8))
+            assert read_at(fd, 65536, size) == b"h" * (size // 2) + bytes(size // 2)
+
+
+class Short(Ram):
+    """Move at most 1000 bytes at a time."""
+
+    def read(self, offset, buffer):
+        count = min(len(buffer), 1000)
+        buffer[:count] = self.data[offset:offset + count]
+        return count
+
+    def write(self, offset, buffer):
+        count = min(len(buffer), 1000)
+        self.data[offset:offset + count] = buffer[:count]
+        return count
+
+
+class AsyncShort(Short):
+    """The same with coroutines."""
+
+    async def read(self, offset, buffer):
+        return Short.read(self, offset, buffer)
+
+    async def write(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        return Short.write(self, offset, buffer)
+
+
+@kernel
+@pytest.mark.parametrize("make", [Short, AsyncShort])
+def test_short_transfers_are_continued(make):
+    data = os.urandom(256 << 10)
+    with ublk.Device(make()) as disk, opened(disk.path) as fd:
+        assert write_at(fd, 4096, data) == len(data)
+        assert disk.target.data[4096:4096 + len(data)] == data
+        assert read_at(fd, 4096, len(data)) == data
+
+
+@kernel
+@pytest.mark.parametrize("outcome", [0, -1, -5, 4097, 1 << 40, "text", b"", 1.5, [], True],
+                         ids=lambda outcome: repr(outcome))
+def test_a_nonsensical_result_is_an_io_error(outcome):
+    class Nonsense(Ram):
+        def read(self, offset, buffer):
+            return outcome if offset == 8192 else None
+
+        def write(self, offset, buffer):
+            return outcome if offset == 8192 else None
+
+    with ublk.Device(Nonsense()) as disk, opened(disk.path) as fd:
+        assert error_of(read_at, fd, 8192, 4096) == (0 if outcome is True else errno.EIO)
+        assert error_of(write_at, fd, 8192, bytes(4096)) == (0 if outcome is True else errno.EIO)
+        assert read_at(fd, 0, 4096) == bytes(4096)
+
+
+@kernel
+def test_buffers_are_what_the_documentation_says():
+    seen = {}
+
+    class Looks(Ram):
+        def read(self, offset, buffer):
+            seen["read"] = type(buffer), buffer.readonly, buffer.nbytes, bytes(buffer) == bytes(len(buffer))
+
+        def write(self, offset, buffer):
+            seen["write"] = type(buffer), buffer.readonly, buffer.nbytes, bytes(buffer) == b"w" * len(buffer)
+
+    with ublk.Device(Looks(), depth=1) as disk, opened(disk.path) as fd:
+        write_at(fd, 0, b"w" * 8192)
+        read_at(fd, 0, 8192)
+    assert seen == {"read": (memoryview, False, 8192, True), "write": (memoryview, True, 8192, True)}
+
+
+@kernel
+def test_a_handler_that_keeps_its_buffers_does_not_hold_the_device():
+    kept = []
+
+    class Keeps(Ram):
+        def read(self, offset, buffer):
+            kept.append(buffer)
+
+        def write(self, offset, buffer):
+            kept.append(buffer[:10])
+
+    with ublk.Device(Keeps()) as disk, opened(disk.path) as fd:
+        read_at(fd, 0, 4096)
+        write_at(fd, 0, bytes(4096))
+    assert devices_left() == [] and bytes(kept[-1]) is not None
+
+
+@kernel
+def test_coroutines_of_one_queue_run_side_by_side():
+    class Meets(AsyncRam):
+        """Answer no write before four have come."""
+
+        def __init__(self):
+            super().__init__()
+            self.event, self.count = ublk.Event(), 0
+
+        async def write(self, offset, buffer):
+            self.count += 1
+            if self.count == 4:
+                self.event.set()
+            await self.event
+
+    with ublk.Device(Meets(), depth=8) as disk, opened(disk.path) as fd:
+        clients = [threading.Thread(target=write_at, args=(fd, 65536 * number, bytes(4096))) for number in range(4)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(60)
+        assert disk.target.count == 4
+
+
+@kernel
+def test_every_queue_starts_its_target_before_it_serves():
+    order = []
+
+    class Starts(Ram):
+        def start(self, index):
+            order.append(("start", index, threading.current_thread().name))
+
+        def read(self, offset, buffer):
+            order.append(("read",))
+
+        def close(self):
+            order.append(("close",))
+
+    with ublk.Device(Starts(), queues=2) as disk, opened(disk.path) as fd:
+        read_at(fd, 0, 4096)
+    count = disk.info.nr_hw_queues
+    starts = [step[1:] for step in order[:count]]
+    assert sorted(starts) == [(index, f"ublk{disk.id}q{index}") for index in range(count)]
+    assert order[count] == ("read",) and order[-1] == ("close",) and order.count(("close",)) == 1
+
+
+@kernel
+@pytest.mark.parametrize("trouble", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError])
+def test_whatever_a_handler_raises_no_client_waits_for_ever(trouble):
+    class Raises(Ram):
+        def read(self, offset, buffer):
+            if offset == 8192:
+                raise trouble()
+
+    with ublk.Device(Raises()) as disk, opened(disk.path) as fd:
+        assert error_of(read_at, fd, 8192, 4096) == errno.EIO
+
+
+@kernel
+def test_a_queue_that_dies_ends_the_device(capfd):
+    class Dies(Ram):
+        def answer(self, queue, tags):
+            raise RuntimeError("not again")
+
+    device = ublk.Device(Dies(), partition_scan=True)
+    try:
+        device.start()
+    except (OSError, RuntimeError):
+        assert devices_left() == []
+        return
+    assert error_of(lambda: sh("dd", f"if={device.path}", "of=/dev/null", "bs=4k", "count=1") and 0) == 0 or True
+    assert device.wait(60) and isinstance(device.failure, RuntimeError)
+    device.stop()
+    assert "RuntimeError: not again" in capfd.readouterr().err
