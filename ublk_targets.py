@@ -3,6 +3,7 @@
 
     ram       memory                                   loop      a file or a block device
     stripe    several files, chunk by chunk            mirror    several files with the same content
+    cow       an overlay over a base                   record    another target, with a log to replay
     fault     another target that fails and stalls
 
 Lying beside ublk.py, this file adds these names to its command line: ``ublk.py loop disk.img``.
@@ -14,18 +15,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import random
 import shlex
 import stat
+import struct
+import subprocess
 import sys
 import threading
 import time
 import zlib
 from functools import partial
 from types import CoroutineType
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import ublk
 
@@ -582,6 +586,175 @@ def replace_file(path: str, content: bytes) -> None:
     os.close(directory)
 
 
+COW_HEADER = struct.Struct("<8sQQ36s")          # magic, size, block size, boot id; then a CRC-32
+COW_MAGIC = b"ublkcow1"
+
+
+class Cow(ublk.Target):
+    """A writable overlay over a base that stays as it is (copy on write).
+
+    What is written goes to the same place of the overlay, a sparse file, and a bit for the block is
+    set there. Data first, bit second: so no kill can make a block of garbage visible. Because a loss
+    of power may reorder the two, a second map gets the bits only after their data is durable, and
+    counts alone when the overlay was last open before the machine was started. Bits are only ever
+    set: zeroes and discarded blocks become holes of the overlay.
+
+    base: the file or block device that is read
+    overlay: the file that takes the changes; made if it is not there; delete it to discard them
+    commit: first write the changes of earlier times into the base, and start with none
+    """
+
+    def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
+        is_block(base)
+        self.base = os.open(base, (os.O_RDWR if commit else os.O_RDONLY) | os.O_CLOEXEC)
+        self.block_size, self.physical_block_size = block_sizes(self.base, base, False)
+        self.size = size_of(self.base, base, self.block_size)
+        self.map_size = -(-self.size // (8 * self.block_size * PAGE_SIZE)) * PAGE_SIZE
+        self.live_at, self.durable_at = PAGE_SIZE, PAGE_SIZE + self.map_size
+        self.data_at = PAGE_SIZE + 2 * self.map_size
+        if not os.path.exists(overlay) or not os.path.getsize(overlay):
+            with open(overlay, "wb") as file:
+                file.truncate(self.data_at + self.size)
+        self.top, self.path = Loop(overlay), overlay
+        self.read_only = self.top.read_only
+        self.lock = threading.Lock()
+        self.fresh: set[tuple[int, int]] = set()    # ranges of map bytes not yet durable
+        self._open()
+        # Reading through a mapping is quick; writing through one could kill us when the file
+        # system is full, where pwrite returns ENOSPC.
+        self.live = mmap.mmap(self.top.fd, self.map_size, prot=mmap.PROT_READ, offset=self.live_at)
+        if commit:
+            self._commit()
+
+    def _open(self) -> None:
+        """Check the overlay's header, or write a new one, and settle which of the maps counts."""
+        try:
+            fcntl.flock(self.top.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ublk.UblkError(errno.EBUSY, self.path, "another server uses this overlay") from None
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            boot = file.read(36)
+        found = os.pread(self.top.fd, COW_HEADER.size + 4, 0)
+        if found == bytes(len(found)):                      # new, or killed while it was made
+            found = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.block_size, boot))
+        magic, size, block, last_boot = COW_HEADER.unpack(found[:COW_HEADER.size])
+        if magic != COW_MAGIC or found != sealed(found[:COW_HEADER.size]):
+            raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
+        if (size, block) != (self.size, self.block_size):
+            raise wrong(self.path, f"made for a base of {size} bytes in blocks of {block}, "
+                        f"this one has {self.size} in {self.block_size}", "name its own base")
+        if self.top.size != self.data_at + size:
+            raise wrong(self.path, "its end is missing", "restore it, or delete it")
+        if self.read_only:
+            return
+        if last_boot != boot:
+            for at in range(0, self.map_size, PAGE_SIZE):
+                page = os.pread(self.top.fd, PAGE_SIZE, self.durable_at + at)
+                os.pwrite(self.top.fd, page, self.live_at + at)
+        os.pwrite(self.top.fd, sealed(COW_HEADER.pack(magic, size, block, boot)), 0)
+        os.fsync(self.top.fd)
+
+    def runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
+        """Cut a range into (whether the overlay has it, offset, length)."""
+        first, count = offset // self.block_size, length // self.block_size
+        bits = int.from_bytes(self.live[first // 8:(first + count + 7) // 8], "little") >> first % 8
+        bits &= (1 << count) - 1
+        while count:
+            other = ~bits if bits & 1 else bits     # its lowest bit that is set ends the run
+            run = min((other & -other).bit_length() - 1 if other else count, count)
+            yield bool(bits & 1), offset, run * self.block_size
+            offset, bits, count = offset + run * self.block_size, bits >> run, count - run
+
+    def _mark(self, offset: int, length: int) -> None:
+        """Note in the live map that the overlay has a range."""
+        first, count = offset // self.block_size, length // self.block_size
+        start, end = first // 8, (first + count + 7) // 8
+        with self.lock:
+            old = int.from_bytes(self.live[start:end], "little")
+            new = old | ((1 << count) - 1) << first % 8
+            if new != old:
+                write_all(self.top.fd, new.to_bytes(end - start, "little"), self.live_at + start)
+                self.fresh.add((start, end))
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await together(*[moved(partial(read_at, self.top.fd), self.data_at + at, buffer[at - offset:][:n])
+                         if ours else
+                         moved(partial(read_at, self.base), at, buffer[at - offset:][:n])
+                         for ours, at, n in self.runs(offset, len(buffer))])
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        await moved(self.top.write, self.data_at + offset, buffer)
+        self._mark(offset, len(buffer))
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await self.top.write_zeroes(self.data_at + offset, length, unmap)
+        self._mark(offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.write_zeroes(offset, length, True)
+
+    async def flush(self) -> None:
+        with self.lock:
+            fresh = [(start, self.live[start:end]) for start, end in self.fresh]
+            self.fresh.clear()
+        try:
+            await self.top.flush()
+            self._make_durable(fresh)
+            await self.top.flush()
+        except OSError:
+            with self.lock:
+                self.fresh |= {(start, start + len(bits)) for start, bits in fresh}
+            raise
+
+    def _make_durable(self, fresh: list[tuple[int, bytes]]) -> None:
+        """Add bits, whose data is durable, to the map that counts after a loss of power."""
+        with self.lock:
+            for start, bits in fresh:
+                old = os.pread(self.top.fd, len(bits), self.durable_at + start)
+                new = int.from_bytes(old, "little") | int.from_bytes(bits, "little")
+                write_all(self.top.fd, new.to_bytes(len(bits), "little"), self.durable_at + start)
+
+    def _commit(self) -> None:
+        """Copy the overlay into the base. Killed at any moment, it can be done again."""
+        for at in range(0, self.size, len(ZEROES)):
+            for ours, start, length in self.runs(at, min(len(ZEROES), self.size - at)):
+                if ours:
+                    write_all(self.base, os.pread(self.top.fd, length, self.data_at + start), start)
+        os.fsync(self.base)
+        for at in range(self.live_at, self.data_at, PAGE_SIZE):
+            write_all(self.top.fd, bytes(PAGE_SIZE), at)
+        os.fsync(self.top.fd)
+        os.ftruncate(self.top.fd, self.data_at)
+        os.ftruncate(self.top.fd, self.data_at + self.size)
+
+    def close(self) -> None:
+        if self.top.fd >= 0 and not self.read_only:
+            os.fdatasync(self.top.fd)
+            self._make_durable([(start, self.live[start:end]) for start, end in self.fresh])
+            os.fdatasync(self.top.fd)
+        self.top.close()
+        if self.base >= 0:
+            os.close(self.base)
+            self.base = -1
+
+
+def sealed(data: bytes) -> bytes:
+    """Put a CRC-32 behind data."""
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+async def read_at(fd: int, offset: int, buffer: memoryview) -> int:
+    """Read from a file, as a handler reads."""
+    return await ublk.uring_read(fd, buffer, offset)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of data at offset; raises OSError."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
 async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
     """Have a target's read or write handler, of whatever kind, move a whole buffer."""
     await ublk.whole(handler, handler(offset, buffer), offset, buffer)
@@ -769,3 +942,223 @@ def seconds(text: str) -> float:
         return abs(float(number)) * factor
     except ValueError:
         raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s") from None
+
+
+# =================================================================================================
+# Recording a disk, and crashing it afterwards
+# =================================================================================================
+
+LOG_HEADER = struct.Struct("<8sQ")          # magic, size of the disk; then a CRC-32
+LOG_MAGIC = b"ublklog1"
+ENTRY = struct.Struct("<4sIQQQ")            # magic, kind, offset, length, time; a CRC-32; the data
+ENTRY_MAGIC = b"entr"
+KINDS = ("write", "write_fua", "flush", "discard", "write_zeroes")
+
+
+class Record(Wrapper, ublk.Target):
+    """Log every change of another target, in the order the changes were done, with all data.
+
+    `ublk.py replay LOG` makes from it the disk as it was after any of them. An entry is written
+    once the target has done its work and before the client hears of it. A log that is there is
+    continued: delete it before you record a disk that starts afresh.
+
+    log: the file for the log
+    target: the target to be recorded, with its own arguments
+    """
+
+    def __init__(self, log: str, target: ublk.Target) -> None:
+        super().__init__(target)
+        self.processes, self.lock = False, threading.Lock()
+        self.fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        if os.path.getsize(log) < LOG_HEADER.size + 4:
+            os.ftruncate(self.fd, 0)
+            os.write(self.fd, sealed(LOG_HEADER.pack(LOG_MAGIC, self.size)))
+        with open(log, "rb") as file:
+            size = log_size(file, log)
+            if size != self.size:
+                raise wrong(log, f"the log of a disk of {size} bytes, this one has {self.size}",
+                            "name another file")
+            self.end = max((entry.end for entry in entries(file)), default=file.tell())
+        os.ftruncate(self.fd, self.end)         # an entry the server was killed in
+
+    def call(self, name: str, *args: Any) -> Any:
+        outcome = getattr(self.target, name)(*args)
+        if name not in KINDS:
+            return outcome
+        return self.note(name, *args) if outcome is None else self.later(name, outcome, *args)
+
+    async def later(self, name: str, outcome: Any, *args: Any) -> None:
+        """Wait for the end of what the target does, then log it."""
+        if name.startswith("write") and name != "write_zeroes":
+            await ublk.whole(getattr(self.target, name), outcome, *args)
+        else:
+            await settled(outcome)
+        self.note(name, *args)
+
+    def note(self, name: str, offset: int = 0, what: Any = 0, unmap: bool = False) -> None:
+        """Append an entry; what is the data or a length."""
+        data, length = (b"", what) if isinstance(what, int) else (what, len(what))
+        head = ENTRY.pack(ENTRY_MAGIC, KINDS.index(name), offset, length, time.time_ns())
+        crc = zlib.crc32(data, zlib.crc32(head)).to_bytes(4, "little")
+        with self.lock:
+            size = len(head) + 4 + len(data)
+            if os.writev(self.fd, [head, crc, data]) != size:
+                os.ftruncate(self.fd, self.end)
+                raise OSError(errno.ENOSPC, "no room for the log")
+            self.end += size
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if hasattr(self.target, "close"):
+            self.target.close()
+
+
+class Entry(NamedTuple):
+    """One change of a recorded disk; its data, if any, lies in the log from data_at to end."""
+
+    number: int
+    kind: str
+    offset: int
+    length: int
+    time: int
+    data_at: int
+    end: int
+
+
+def log_size(file: Any, path: str) -> int:
+    """Read the header of a log and return the size of the disk."""
+    head = file.read(LOG_HEADER.size + 4)
+    if len(head) != LOG_HEADER.size + 4 or head != sealed(head[:-4]) or not head.startswith(LOG_MAGIC):
+        raise wrong(path, "not a log of the target record")
+    return LOG_HEADER.unpack(head[:-4])[1]
+
+
+def entries(file: Any) -> Iterator[Entry]:
+    """Yield the whole entries of a log from here on; what a kill cut off at the end is left out."""
+    limit, number = os.fstat(file.fileno()).st_size, 0
+    at = file.tell()
+    while True:
+        file.seek(at)
+        head = file.read(ENTRY.size + 4)
+        if len(head) < ENTRY.size + 4:
+            return
+        magic, kind, offset, length, when = ENTRY.unpack(head[:ENTRY.size])
+        if magic != ENTRY_MAGIC or kind >= len(KINDS):
+            raise wrong(file.name, f"damaged after entry {number}", "take --to before it")
+        data_at = at + ENTRY.size + 4
+        at = data_at + (length if kind < 2 else 0)
+        if at > limit:
+            return
+        number += 1
+        yield Entry(number, KINDS[kind], offset, length, when, data_at, at)
+
+
+def apply(log: Any, entry: Entry, disk: Any) -> None:
+    """Do to a disk image what an entry says, with a piece of it in memory at a time."""
+    if entry.kind == "flush":
+        return
+    if entry.data_at == entry.end:
+        try:
+            fallocate(disk.fileno(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.offset, entry.length)
+            return
+        except OSError:
+            pass
+    log.seek(entry.data_at - ENTRY.size - 4)
+    head, crc = log.read(ENTRY.size), int.from_bytes(log.read(4), "little")
+    found = zlib.crc32(head)
+    disk.seek(entry.offset)
+    for start in range(0, entry.length, len(ZEROES)):
+        count = min(len(ZEROES), entry.length - start)
+        data = log.read(count) if entry.end > entry.data_at else bytes(count)
+        found = zlib.crc32(data, found)
+        disk.write(data)
+    if entry.end > entry.data_at and found != crc:
+        raise wrong(log.name, f"entry {entry.number} is damaged", f"take --to {entry.number - 1}")
+
+
+def copy_sparse(source: str, target: str) -> None:
+    """Copy a disk image without its holes, sharing its blocks where the file system can."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        size, at = os.fstat(old.fileno()).st_size, 0
+        new.truncate(size)
+        while at < size:
+            try:
+                at = os.lseek(old.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                return
+            end = os.lseek(old.fileno(), at, os.SEEK_HOLE)
+            while at < end:
+                data = os.pread(old.fileno(), min(len(ZEROES), end - at), at)
+                write_all(new.fileno(), data, at)
+                at += len(data)
+
+
+def replay(argv: Sequence[str]) -> int:
+    """Rebuild a recorded disk, or look for the first moment at which a crash would be fatal."""
+    import argparse
+    parser = argparse.ArgumentParser("ublk.py replay", description=replay.__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("log", help="what the target record has written")
+    add("disk", nargs="?", help="the disk image to make")
+    add("--base", help="what the disk contained when the recording began (nothing)")
+    add("--to", type=int, help="stop after this entry (the last)")
+    add("--list", action="store_true", help="show the entries")
+    add("--check", metavar="COMMAND", help="for each crash point run a shell command on a copy of the "
+        "disk, {} in it being the copy's path; stop where it fails")
+    add("--every", choices=("flush", "entry"), default="flush", help="crash points (flush)")
+    add("--lose", type=int, metavar="SEED", help="at a crash lose about half of what was not flushed, "
+        "at random")
+    options = parser.parse_args(argv)
+    with open(options.log, "rb") as log:
+        size = log_size(log, options.log)
+        wanted = itertools.takewhile(lambda entry: options.to is None or entry.number <= options.to,
+                                     entries(log))
+        if options.list or not options.disk:
+            for entry in wanted:
+                print(f"{entry.number:>8}  {entry.time / 1e9:.6f}  {entry.kind:<12} {entry.offset:>14} "
+                      f"{entry.length:>10}")
+            return 0
+        with open(options.disk, "xb") as disk:
+            disk.truncate(size)
+        if options.base:
+            copy_sparse(options.base, options.disk)
+        with open(options.disk, "r+b", buffering=0) as disk:
+            if options.check:
+                return find_bad_crash(log, wanted, disk, options)
+            for entry in wanted:
+                apply(log, entry, disk)
+    return 0
+
+
+def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -> int:
+    """Check the disk after each crash point; tell the first bad one and keep its disk.
+
+    disk is only ever brought up to the last flush: a crash is a copy of it with some of the rest.
+    """
+    copy, points, chance = f"{disk.name}.crash", 0, random.Random(options.lose)
+    pending: list[Entry] = []
+    for entry in wanted:
+        pending.append(entry)
+        if entry.kind == "flush":
+            for done in pending:
+                apply(log, done, disk)
+            pending.clear()
+        if options.every == "flush" and entry.kind not in ("flush", "write_fua"):
+            continue
+        copy_sparse(disk.name, copy)
+        with open(copy, "r+b", buffering=0) as crashed:
+            for done in pending:
+                if options.lose is None or done.kind == "write_fua" or chance.random() < 0.5:
+                    apply(log, done, crashed)
+        points += 1
+        command = options.check.replace("{}", shlex.quote(copy))
+        result = subprocess.run(command, shell=True, check=False)
+        if result.returncode:
+            print(f"bad after entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
+                  f"status {result.returncode}: see {copy}")
+            return 1
+        os.unlink(copy)
+    print(f"good at {points} crash points")
+    return 0
