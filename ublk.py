@@ -711,6 +711,7 @@ class Ring:
 # Control plane: commands to /dev/ublk-control
 # =================================================================================================
 
+MAX_DEVICES = 1 << 20
 COMMAND_TIMEOUT = 60.0      # seconds; the kernel answers in milliseconds unless a server hangs
 
 
@@ -769,6 +770,8 @@ class Control:
     def _run(self, command: Command, dev_id: int, payload: Any = None, data: int = 0,
              timeout: float = COMMAND_TIMEOUT, abort: Callable[[], bool] | None = None) -> int:
         """Send one command; payload (a ctypes object) is sent and then filled with the answer."""
+        if not -1 <= dev_id < MAX_DEVICES:      # cut to 32 bits it would mean another device
+            raise explain(command, errno.ENODEV, f"{command.name} of device {dev_id}")
         path = self._path(command, dev_id)
         size = ctypes.sizeof(payload) if payload is not None else 0
         buffer = ctypes.create_string_buffer(path + bytes(payload or b""), max(len(path) + size, 1))
@@ -1662,7 +1665,7 @@ GRACE = 2.0                     # seconds a worker has to leave its loop when to
 def check_limits(device: Device) -> None:
     """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
     for name, value, least, most in (
-            ("id", device.id, -1, (1 << 20) - 1), ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
+            ("id", device.id, -1, MAX_DEVICES - 1), ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
             ("depth", device.depth, 1, UBLK_MAX_QUEUE_DEPTH),
             ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
             ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
@@ -2163,9 +2166,12 @@ def require(missing: int) -> None:
 
 
 def await_node(path: str, mode: int) -> None:
-    """Wait until udev has made a device node and, for ordinary users, handed it over."""
+    """Wait until udev has made a device node and, for ordinary users, handed it over.
+
+    In a container a plain file may stand in its place first, for the node to be mounted upon.
+    """
     deadline, pause = time.monotonic() + NODE_TIMEOUT, 0.001
-    while not os.access(path, mode):
+    while not os.access(path, mode) or os.path.isfile(path):
         if time.monotonic() > deadline:
             number = errno.EACCES if os.path.exists(path) else errno.ENOENT
             raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
@@ -2311,8 +2317,9 @@ def stale_states(ids: Sequence[int]) -> list[int]:
         names = os.listdir(run_dir())
     except OSError:
         return []
-    found = (int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
-    return sorted(set(found) - set(ids))
+    digits = [name[:-5] for name in names if name.endswith(".json") and name[:-5].isdecimal()]
+    found = {int(text) for text in digits if len(text) < 8 and f"{int(text)}.json" in names}
+    return sorted(found - set(ids))
 
 
 def describe(control: Control, dev_id: int) -> dict[str, Any]:
@@ -2669,7 +2676,10 @@ def notify(message: str) -> None:
     if address:
         import socket
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.sendto(message.encode(), address.replace("@", "\0", 1))
+            try:
+                channel.sendto(message.encode(), address.replace("@", "\0", 1))
+            except OSError:         # nobody listens: no reason to take a disk away
+                pass
 
 
 def in_background(run: Callable[[Started], None], options: Any) -> int:
