@@ -853,6 +853,8 @@ class Control:
         try:
             self._run(UBLK_CMD_ADD_DEV, dev_id, info)
         except UblkError as error:
+            if error.errno == errno.EPERM:      # which kernels that know the flag do not answer to it
+                require(flags & UBLK_F_UNPRIVILEGED_DEV)
             error.what = "cannot create a device" if dev_id < 0 else f"cannot create device {dev_id}"
             raise
         self._note(info)
@@ -2738,28 +2740,47 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
 
     Waits 0.1, 0.2, 0.4 ... seconds before each new try.
     """
-    deaths, dev_id = 0, -1
-    while True:
-        begun = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            to_the_end(partial(run, started))
-        on_signals(lambda number, frame: os.kill(child, number))
-        status = os.waitpid(child, 0)[1]
-        if status == 0:
-            return
-        deaths = 1 if time.monotonic() - begun > LONG_LIFE else deaths + 1
-        if dev_id < 0:
-            dev_id = device_of(child)
-            started.settle(dev_id)
-        if deaths > RESTARTS:
-            raise UblkError(errno.ECHILD, f"the server of device {dev_id} died", "too often",
-                            f"mend its target, then `ublk.py recover {dev_id}`")
-        print(f"ublk: the server of device {dev_id} died (wait status {status}), starting another",
-              file=sys.stderr)
-        notify(f"STATUS=recovering /dev/ublkb{dev_id}")
-        time.sleep(0.1 * 2 ** (deaths - 1))
-        run, started = partial(recover_from_state, dev_id), Quiet()
+    child, dev_id, deaths, stopping = 0, -1, 0, False
+
+    def pass_on(number: int, frame: Any) -> None:
+        nonlocal stopping
+        stopping = True
+        if not alive(child):
+            raise Stopped
+        os.kill(child, number)
+
+    on_signals(pass_on)
+    try:
+        while True:
+            begun = time.monotonic()
+            child = os.fork()
+            if child == 0:
+                to_the_end(partial(run, started))
+            status = os.waitpid(child, 0)[1]
+            if status == 0:
+                return
+            if stopping:
+                raise Stopped
+            deaths = 1 if time.monotonic() - begun > LONG_LIFE else deaths + 1
+            if dev_id < 0:
+                dev_id = device_of(child)
+                started.settle(dev_id)
+            run, started = partial(recover_from_state, dev_id), Quiet()
+            pause_after_death(dev_id, status, deaths)
+    except Stopped:             # while there is no server to take the disk away
+        with Control() as control:
+            delete(control, dev_id if dev_id >= 0 else device_of(child))
+
+
+def pause_after_death(dev_id: int, status: int, deaths: int) -> None:
+    """Say that a server died, and wait, the longer the more did so in a row. Raises UblkError."""
+    if deaths > RESTARTS:
+        raise UblkError(errno.ECHILD, f"the server of device {dev_id} died", "too often",
+                        f"mend its target, then `ublk.py recover {dev_id}`")
+    print(f"ublk: the server of device {dev_id} died (wait status {status}), starting another",
+          file=sys.stderr)
+    notify(f"STATUS=recovering /dev/ublkb{dev_id}")
+    time.sleep(0.1 * 2 ** (deaths - 1))
 
 
 class Quiet(Started):
@@ -2782,6 +2803,8 @@ def device_of(pid: int) -> int:
 
 def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ()) -> None:
     """Serve a device anew, with the target its state file names or, without one, words do."""
+    with Control() as control:
+        control.get_dev_info(dev_id)        # a device that is not there or not ours is the first news
     state = load_state(dev_id)
     if words and state:
         raise Usage(f"device {dev_id} has a state file, which names its target: leave out --target")
