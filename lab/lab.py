@@ -150,8 +150,9 @@ def virtiofsd_command(socket: Path) -> list[str]:
     if OLD_VIRTIOFSD.exists():
         options = "source=/,cache=always,sandbox=chroot,no_posix_lock,xattr"
         return [str(OLD_VIRTIOFSD), f"--socket-path={socket}", "-o", options]
-    return [str(NEW_VIRTIOFSD), f"--socket-path={socket}", "--shared-dir=/", "--cache=always",
-            "--sandbox=chroot", "--xattr"]
+    # Announced mount points would be automounts in the guest, which overlayfs refuses.
+    return [str(NEW_VIRTIOFSD), f"--socket-path={socket}", "--shared-dir=/", "--cache=always", "--readonly",
+            "--sandbox=chroot", "--xattr", "--no-announce-submounts"]
 
 
 def qemu_command(machine: Machine, directory: Path) -> list[str]:
