@@ -235,9 +235,9 @@ def heading(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Lay out all medians: value, ratio to the first of the group (lowest to highest), CPU time per I/O."""
-    lines = [heading(result), f"on {result['host_cpu']}; load of the machine "
-             f"{result['load_average_before']:.1f} to {result['load_average_after']:.1f}; the CPU time is that "
-             "of the server's processes"]
+    load = f"{result['load_average_before']:.1f} before, {result['load_average_after']:.1f} after"
+    lines = [heading(result), f"on {result['host_cpu']}; load of the machine {load}; user and system: CPU time "
+             "of the server's own processes per I/O"]
     last = None
     for row in result["summary"]:
         if (row["group"], row["workload"]) != last:
@@ -245,7 +245,8 @@ def table(result: dict[str, Any]) -> str:
             title, _, unit = WORKLOADS.get(row["workload"], START)
             lines.append(f"\n{row['group']}: {title}")
         value = f"{row['value']:>10,.{2 if unit == 's' else 0}f} {unit:<6}"
-        line = (f"  {row['case']:<32}{value}{row['ratio']:>6.2f}  ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})")
+        spread = f"({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})"
+        line = f"  {row['case']:<32}{value}{row['ratio']:>6.2f}  {spread}"
         if row["user_us"] or row["system_us"]:
             line = f"{line:<72}  user {row['user_us']:6.1f}  system {row['system_us']:6.1f} us"
         lines.append(line)
@@ -278,7 +279,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options.rounds = options.rounds or (1 if options.quick else 5)
     options.seconds = options.seconds or (1 if options.quick else 1.5)
     if options.verb == "inside":
-        measure(options.rounds, options.seconds, options.cases.split(",") if options.cases else (), options.quick)
+        words = options.cases.split(",") if options.cases else ()
+        measure(options.rounds, options.seconds, words, options.quick)
         return 0
     result = json.loads(RESULTS.read_text()) if options.verb == "report" else collect(options)
     report(result)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import ublk  # noqa: E402
+import ublk
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 servers = []
