@@ -168,7 +168,8 @@ UBLK_F_PER_IO_DAEMON = Feature(
 UBLK_F_BUF_REG_OFF_DAEMON = Feature(
     14, "BUF_REG_OFF_DAEMON", "6.17", "any task may register request pages; the driver sets it")
 UBLK_F_BATCH_IO = Feature(
-    15, "BATCH_IO", "7.0", "one command fetches or commits many requests")
+    15, "BATCH_IO", "7.0", "one command fetches or commits many requests",
+    excludes=UBLK_F_NEED_GET_DATA)
 UBLK_F_INTEGRITY = Feature(
     16, "INTEGRITY", "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
 UBLK_F_SAFE_STOP_DEV = Feature(
@@ -679,6 +680,14 @@ class Ring:
         self._words[self._cq_head_at] = tail
         return data, results
 
+    def reap_all(self) -> list[tuple[int, int, int]]:
+        """The same as a list of (user_data, result, flags)."""
+        head, tail = self._words[self._cq_head_at], self._words[self._cq_tail_at]
+        slots = [(head + n) & self._cq_mask for n in range((tail - head) & 0xFFFFFFFF)]
+        cqes = [(self._cq64[2 * at], self._cq32[4 * at + 2], self._cq32[4 * at + 3]) for at in slots]
+        self._words[self._cq_head_at] = tail
+        return cqes
+
     def register(self, opcode: int, arg: int, count: int) -> None:
         """io_uring_register(2); raises OSError."""
         if _syscall(SYS_io_uring_register, self.fd, opcode, arg, count, 0, 0) < 0:
@@ -959,8 +968,11 @@ def device_ids() -> list[int]:
 
 IO_CMD = struct.Struct("=HHiQ")         # ublksrv_io_cmd
 IO_DESC = struct.Struct("=IIQQ")        # ublksrv_io_desc
+BATCH_IO = struct.Struct("=HHHBBQ")     # ublk_batch_io
 RESULT_WORD = (48 + 4) // 4             # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
-OPERATION, WAKE = 1 << 32, 1 << 33      # user_data of what is not the command of a tag
+ADDRESS_WORD = (48 + 8) // 8            # and ublksrv_io_cmd.addr, in 64-bit words
+# user_data of what is not the command of a tag
+OPERATION, WAKE, FETCH, COMMIT = 1 << 32, 1 << 60, 1 << 61, 1 << 62
 
 
 class MappedCopy:
@@ -970,7 +982,7 @@ class MappedCopy:
     from there when the request is committed. Pages of the buffers exist only once they are used.
     """
 
-    features = 0            # the flags of a device with this data path
+    features: int = 0       # the flags of a device with this data path
     stages = 0              # SQEs a request needs besides the command of its tag
 
     def __init__(self, queue: Queue) -> None:
@@ -1032,7 +1044,7 @@ class UserCopy(MappedCopy):
     Where in the file a request lies is told by its queue and tag, see position().
     """
 
-    features = UBLK_F_USER_COPY
+    features = int(UBLK_F_USER_COPY)
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
@@ -1083,10 +1095,12 @@ class AutoZeroCopy(UserCopy):
         super().__init__(queue)
         ring, depth = queue.ring, queue.depth
         ring.register_sparse_buffers(depth)
+        flags = queue.link_last if self.stages == 1 else Queue.link_last
         for tag in range(depth):
             ring.prepare(depth + tag, IORING_OP_READ_FIXED, user_data=depth + tag, buf_index=tag,
-                         flags=IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS)
-        self.chains = [self.chain(depth, tag) for tag in range(depth)]
+                         flags=flags)
+        self.chains = [self.chain(depth, tag) + (tag,) * bool(queue.link_last)
+                       for tag in range(depth)]
         self.opcodes = ring.sqes[depth * 64:]
         self.words = self.opcodes.cast("I")
         self.offsets = self.opcodes.cast("Q")[1:]
@@ -1096,7 +1110,7 @@ class AutoZeroCopy(UserCopy):
 
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
-        return depth + tag, tag
+        return (depth + tag,)
 
     def transfer(self, tag: int, operation: int, fd: int, position: int,
                  length: int) -> tuple[int, ...]:
@@ -1134,19 +1148,43 @@ class ZeroCopy(AutoZeroCopy):
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
         for stage, opcode in ((2, UBLK_U_IO_REGISTER_IO_BUF), (3, UBLK_U_IO_UNREGISTER_IO_BUF)):
+            flags = queue.link_last if stage == 3 else Queue.link_last
             for tag in range(queue.depth):
-                queue.command(stage * queue.depth + tag, tag, opcode, addr=tag,
-                              flags=IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS)
+                queue.command(stage * queue.depth + tag, tag, opcode, addr=tag, flags=flags)
 
     def sqe_address(self, tag: int) -> int:
         return 0
 
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
-        return 2 * depth + tag, depth + tag, 3 * depth + tag, tag
+        return 2 * depth + tag, depth + tag, 3 * depth + tag
 
     def broken(self, tag: int, stage: int) -> None:
         if stage == 1:
             self.queue.ring.push(3 * self.queue.depth + tag)
+
+
+class SharedCopy:
+    """Not a path of its own (SHMEM_ZC, 7.1): the request's pages are memory we share with its client.
+
+    The descriptor's address says which memory, and where in it.
+    """
+
+    def __init__(self, queue: Queue, memories: dict[int, memoryview]) -> None:
+        self.queue, self.memories = queue, memories
+
+    def room(self, tag: int, length: int) -> memoryview:
+        """Return the memory a READ fills, which is its client's already."""
+        address = IO_DESC.unpack_from(self.queue.descriptors, tag * self.queue.desc_size)[3]
+        start = address & 0xFFFFFFFF
+        return self.memories[address >> 32][start:start + length]
+
+    def data(self, tag: int, length: int) -> memoryview:
+        """Return what a WRITE wrote."""
+        return self.room(tag, length).toreadonly()
+
+    def give(self, tag: int, buffer: memoryview) -> int:
+        """There is nothing left to hand over; return the length in bytes."""
+        return len(buffer)
 
 
 # What the command line and Device call the data paths, best first.
@@ -1252,12 +1290,13 @@ class Event:
 
 
 class Task:
-    """A coroutine that runs on a queue; done(result or -errno) is called at its end."""
+    """A coroutine that runs on a queue; done(value) is called at its end, or failed(-errno)."""
 
-    __slots__ = ("queue", "coroutine", "done")
+    __slots__ = ("queue", "coroutine", "done", "failed")
 
-    def __init__(self, queue: Queue, coroutine: Any, done: Callable[[int], None]) -> None:
-        self.queue, self.coroutine, self.done = queue, coroutine, done
+    def __init__(self, queue: Queue, coroutine: Any, done: Callable[[Any], object],
+                 failed: Callable[[int], object]) -> None:
+        self.queue, self.coroutine, self.done, self.failed = queue, coroutine, done, failed
 
     def step(self, value: Any = None, error: OSError | None = None) -> None:
         """Go on with the result of what was awaited, up to the next await or the end."""
@@ -1266,10 +1305,10 @@ class Task:
                 awaited = self.coroutine.send(value)
             else:
                 awaited = self.coroutine.throw(error)
-        except StopIteration:
-            self.done(0)
+        except StopIteration as end:
+            self.done(end.value)
         except Exception as failure:
-            self.done(failed(failure))
+            self.failed(failed(failure))
         else:
             awaited.begin(self)
 
@@ -1305,12 +1344,15 @@ class Queue:
     It must be made, used and closed by one thread. Slot t of the ring is the command of tag t, all
     filled once: to answer a request is to store its result in the SQE and push the slot.
 
-    For a target's answer() method, which gets a list of tags with new requests:
-    request(tag) tells what is wanted, complete(tag, result) and succeed(tags) end requests.
+    For a target's answer() method, which gets a list of tags with new requests: descriptors tell
+    what is wanted, path moves data, complete(tag, result) and succeed(tags) end requests.
     """
 
+    link_last = IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS      # flags of a chain's last own SQE
+
     def __init__(self, device: Device, index: int) -> None:
-        self.index, self.target, self.device_fd = index, device.target, device.char_fd
+        self.target: Any = device.target        # what it has beyond Target is found by hasattr()
+        self.index, self.device_fd = index, device.char_fd
         self.depth, self.max_io = device.info.queue_depth, device.info.max_io_buf_bytes
         self.desc_size = device.desc_size
         self.descriptors = memoryview(device.descriptors[index])
@@ -1320,7 +1362,9 @@ class Queue:
         own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
         self.ring = Ring(own + 64)
         self.results = self.ring.sqes.cast("i")[RESULT_WORD:]    # at tag * 16
-        self.path = device.data_path(self)
+        self.addresses = self.ring.sqes.cast("Q")[ADDRESS_WORD:]    # at tag * 8
+        self._appended: list[int] = []
+        self.path: Any = device.data_path(self)
         self.ended: set[int] = set()        # tags the kernel has taken back
         self.leaving = False
         self.in_flight = 0                  # requests that wait for a coroutine
@@ -1330,15 +1374,8 @@ class Queue:
         self._backlog: list[tuple[Operation, Task]] = []
         self._next_operation = OPERATION
         self._handlers = self._table()
+        self.shared = SharedCopy(self, device.shared)
         self._wake(own, device.wake_fd)
-
-    def _table(self) -> list[Callable[[int, int, int, int], int | None]]:
-        """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
-        table: list[Callable[[int, int, int, int], int | None]] = [self._unsupported] * 256
-        for operation, name, method in OPERATIONS:
-            if hasattr(self.target, method):
-                table[operation] = getattr(self, "_" + name)
-        return table
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -1372,7 +1409,7 @@ class Queue:
             answer(self.collect(0.01 if self.ended else None))
         self.ring.enter()
 
-    def _answer(self) -> Callable[[list[int]], None]:
+    def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
         if hasattr(self.target, "answer"):
             return partial(self.target.answer, self)
@@ -1384,9 +1421,13 @@ class Queue:
         for tag in tags:
             self.handle(tag)
 
-    def _answer_by_map(self, tags: list[int]) -> None:
-        """Have the kernel move the data of reads and writes; the rest goes to the handlers."""
-        where, transfer, chains = self.target.map, self.path.transfer, []
+    def _answer_by_map(self, tags: list[int]) -> int:
+        """Have the kernel move the data of reads and writes; the rest goes to the handlers.
+
+        Returns the number of SQEs in the chains for it.
+        """
+        where, transfer = self.target.map, self.path.transfer
+        chains: list[int] = []
         for tag in tags:
             flags, sectors, start, _ = IO_DESC.unpack_from(self.descriptors, tag * self.desc_size)
             operation, length = flags & 0xFF, sectors * SECTOR
@@ -1396,11 +1437,12 @@ class Queue:
             fd, position = where(start * SECTOR, length, operation == UBLK_IO_OP_WRITE)
             chains += transfer(tag, operation, fd, position, length)
         self.ring.push_all(chains)
+        return len(chains)
 
     def collect(self, timeout: float | None = None) -> list[int]:
         """Submit what is pending, wait, and return the tags that have a new request."""
         self.ring.enter(1, timeout)
-        if self._used_slots:
+        if self._used_slots or self._appended:
             self._recycle()
         data, results = self.ring.reap()
         if not data or max(data) < self.depth and not any(results):
@@ -1413,8 +1455,7 @@ class Queue:
             self._operation_done(user_data, result)
         elif user_data >= self.depth:
             stage, tag = divmod(user_data, self.depth)
-            self.path.broken(tag, stage)
-            self.handle(tag)
+            self.chain_done(tag, stage, result)
         elif result == UBLK_IO_RES_OK:
             return True
         elif result == UBLK_IO_RES_NEED_GET_DATA:
@@ -1424,6 +1465,11 @@ class Queue:
         else:
             raise UblkError(-result, f"queue {self.index} lost tag {user_data}")
         return False
+
+    def chain_done(self, tag: int, stage: int, result: int) -> None:
+        """Hear of a stage of a chain: only those that fail are heard of. Serve the request anew."""
+        self.path.broken(tag, stage)
+        self.handle(tag)
 
     def _idle(self) -> bool:
         """Tell, once tags have ended, whether nothing is left to do.
@@ -1443,8 +1489,7 @@ class Queue:
         except Exception as error:
             result = failed(error)
         if result is not None:
-            self.results[tag * 16] = result
-            self.ring.push(tag)
+            self.complete(tag, result)
 
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno."""
@@ -1458,60 +1503,89 @@ class Queue:
             results[tag * 16] = sectors[tag * words] * SECTOR
         self.ring.push_all(tags)
 
-    # ---- one function for each operation ---------------------------------------------------------
+    # ---- the handlers: each returns the result, or None where a coroutine will ------------------
 
-    def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        buffer = self.path.room(tag, length)
-        outcome = self.target.read(offset, buffer)
-        if outcome is None:
-            return self.path.give(tag, buffer)
-        return self._later(tag, whole(self.target.read, outcome, offset, buffer),
-                           lambda: self.path.give(tag, buffer))
-
-    def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        function = self.target.write
-        if flags & UBLK_IO_F_FUA:
-            function = self.target.write_fua        # type: ignore[attr-defined]
-        buffer = self.path.data(tag, length)
-        outcome = function(offset, buffer)
-        if outcome is None:
-            return length
-        return self._later(tag, whole(function, outcome, offset, buffer), lambda: length)
-
-    def _simple(self, tag: int, outcome: Any, length: int) -> int | None:
-        """End a request without data, whose result is only good or bad."""
-        if type(outcome) is CoroutineType:
-            return self._later(tag, outcome, lambda: length)
-        return length
-
-    def _flush(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        return self._simple(tag, self.target.flush(), 0)      # type: ignore[attr-defined]
-
-    def _discard(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        outcome = self.target.discard(offset, length)         # type: ignore[attr-defined]
-        return self._simple(tag, outcome, length)
-
-    def _write_zeroes(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        unmap = not flags & UBLK_IO_F_NOUNMAP
-        outcome = self.target.write_zeroes(offset, length, unmap)     # type: ignore[attr-defined]
-        return self._simple(tag, outcome, length)
+    def _table(self) -> list[Callable[[int, int, int, int], int | None]]:
+        """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
+        table: list[Callable[[int, int, int, int], int | None]] = [self._unsupported] * 256
+        table[UBLK_IO_OP_READ], table[UBLK_IO_OP_WRITE] = self._read, self._write
+        table[UBLK_IO_OP_REPORT_ZONES], table[UBLK_IO_OP_ZONE_APPEND] = self._report, self._append
+        for operation, (name, arguments) in SIMPLE_OPERATIONS.items():
+            if hasattr(self.target, name):
+                table[operation] = partial(self._simple, getattr(self.target, name), arguments)
+        return table
 
     def _unsupported(self, tag: int, flags: int, offset: int, length: int) -> int:
         return -errno.EOPNOTSUPP
 
+    def _simple(self, function: Callable[..., Any], arguments: Callable[[int, int, int], Any],
+                tag: int, flags: int, offset: int, length: int) -> int | None:
+        """Serve a request without data: its result is only good or bad."""
+        outcome = function(*arguments(flags, offset, length))
+        if type(outcome) is CoroutineType:
+            return self._later(tag, outcome, lambda _: length)
+        return length
+
+    def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        path = self.path if not flags & UBLK_IO_F_SHMEM_ZC else self.shared
+        buffer = path.room(tag, length)
+        outcome = self.target.read(offset, buffer)
+        if outcome is None:
+            return path.give(tag, buffer)
+        return self._later(tag, whole(self.target.read, outcome, offset, buffer),
+                           lambda _: path.give(tag, buffer))
+
+    def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        path = self.path if not flags & UBLK_IO_F_SHMEM_ZC else self.shared
+        function = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
+        buffer = path.data(tag, length)
+        outcome = function(offset, buffer)
+        if outcome is None:
+            return length
+        return self._later(tag, whole(function, outcome, offset, buffer), lambda _: length)
+
+    def _report(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        """REPORT_ZONES: where others say sectors, this says zones."""
+        zones = b"".join(map(bytes, self.target.report_zones(offset, length // SECTOR)))
+        self.path.give(tag, memoryview(zones[:length // SECTOR * ctypes.sizeof(blk_zone)]))
+        return length
+
+    def _append(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        def landed(position: int) -> int:
+            self.appended(tag, position // SECTOR)
+            return length
+
+        outcome = self.target.zone_append(offset, self.path.data(tag, length))
+        if type(outcome) is CoroutineType:
+            return self._later(tag, outcome, landed)
+        return landed(outcome)
+
+    def appended(self, tag: int, sector: int) -> None:
+        """Note where the data of a ZONE_APPEND landed: its COMMIT says so, and no other may."""
+        self.addresses[tag * 8] = sector
+        self._appended.append(tag)
+
     # ---- coroutines ------------------------------------------------------------------------------
 
-    def _later(self, tag: int, coroutine: Any, finish: Callable[[], int]) -> None:
-        """Run a handler's coroutine; the request ends when it does."""
-        def done(result: int) -> None:
-            self.in_flight -= 1
+    def _later(self, tag: int, coroutine: Any, finish: Callable[[Any], int]) -> int | None:
+        """Run a handler's coroutine; the request ends when it does. Returns None."""
+        def done(value: Any) -> None:
             try:
-                result = finish() if result >= 0 else result
+                ended(finish(value))
             except Exception as error:
-                result = failed(error)
+                ended(failed(error))
+
+        def ended(result: int) -> None:
+            self.in_flight -= 1
             self.complete(tag, result)
+
         self.in_flight += 1
-        Task(self, coroutine, done).step()
+        Task(self, coroutine, done, ended).step()
+        return None
+
+    def spawn(self, coroutine: Any) -> None:
+        """Run a coroutine of the target's own beside the requests; it ends with the queue."""
+        Task(self, coroutine, bool, bool).step()
 
     def begin(self, operation: Operation, task: Task) -> None:
         """Put an operation on the ring; the task goes on when it completes."""
@@ -1528,6 +1602,9 @@ class Queue:
 
     def _recycle(self) -> None:
         """The kernel has taken the SQEs: their slots are free again."""
+        for tag in self._appended:
+            self.addresses[tag * 8] = 0
+        self._appended.clear()
         self._free_slots += self._used_slots
         self._used_slots.clear()
         backlog, self._backlog = self._backlog, []
@@ -1552,18 +1629,168 @@ class Queue:
     def close(self) -> None:
         """Close the ring, which makes the kernel take back every parked command."""
         self.results.release()
+        self.addresses.release()
         self.path.close()
         self.ring.close()
         self.sectors.release()
         self.descriptors.release()
 
 
-# operation, name of the Queue method that serves it, method the target must have for it
-OPERATIONS = (
-    (UBLK_IO_OP_READ, "read", "read"), (UBLK_IO_OP_WRITE, "write", "write"),
-    (UBLK_IO_OP_FLUSH, "flush", "flush"), (UBLK_IO_OP_DISCARD, "discard", "discard"),
-    (UBLK_IO_OP_WRITE_ZEROES, "write_zeroes", "write_zeroes"),
-)
+# Requests without data: the target's method, and its arguments made of flags, offset and length.
+SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...]]]] = {
+    UBLK_IO_OP_FLUSH: ("flush", lambda flags, offset, length: ()),
+    UBLK_IO_OP_DISCARD: ("discard", lambda flags, offset, length: (offset, length)),
+    UBLK_IO_OP_WRITE_ZEROES: (
+        "write_zeroes", lambda flags, offset, length: (offset, length, not flags & UBLK_IO_F_NOUNMAP)),
+    UBLK_IO_OP_ZONE_OPEN: ("zone_open", lambda flags, offset, length: (offset,)),
+    UBLK_IO_OP_ZONE_CLOSE: ("zone_close", lambda flags, offset, length: (offset,)),
+    UBLK_IO_OP_ZONE_FINISH: ("zone_finish", lambda flags, offset, length: (offset,)),
+    UBLK_IO_OP_ZONE_RESET: ("zone_reset", lambda flags, offset, length: (offset,)),
+    UBLK_IO_OP_ZONE_RESET_ALL: ("zone_reset_all", lambda flags, offset, length: ()),
+}
+
+
+class BatchQueue(Queue):
+    """A queue with BATCH_IO (7.0): one command fetches for a whole queue, one commits many requests.
+
+    PREP_IO_CMDS parks all tags. FETCH_IO_CMDS is multishot: whenever requests arrive, the kernel
+    writes their tags as 16-bit numbers into the next of our provided buffers and posts a CQE that
+    names it. COMMIT_IO_CMDS takes an array of elements: tag, buffer index and result in one 64-bit
+    word, then the buffer's address in mapped copy, then the sector of an append on a zoned disk.
+    """
+
+    BUFFERS, TAGS_EACH = 64, 128        # provided buffers, and how many tags go into each
+    link_last = 0                       # a chain has no COMMIT at its end: its last CQE is needed
+
+    def __init__(self, device: Device, index: int) -> None:
+        self._pending: list[int] = []       # words of the elements for the next commit
+        self._extra = [0] * device.zoned    # the words behind an element's first
+        super().__init__(device, index)
+        self.copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
+        self.words_each = 1 + self.copies + device.zoned
+        self._prep_slot, self._fetch_slot = self._free_slots.pop(), self._free_slots.pop()
+        flags = UBLK_BATCH_F_HAS_BUF_ADDR * self.copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
+        if self.path.features & UBLK_F_AUTO_BUF_REG:
+            flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
+        self._flags, self._lba = flags, 0
+        size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.words_each * 8
+        self.memory = mmap.mmap(-1, size)
+        self._base = address_of(self.memory)
+        self._tags_at = 1024                # behind the ring of BUFFERS 16-byte entries
+        self._elements_at = self._tags_at + self.BUFFERS * self.TAGS_EACH * 2
+        view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
+        self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
+        self._buffer_tail = 0
+        for number in range(self.BUFFERS):
+            self._offer(number)
+
+    def _offer(self, number: int) -> None:
+        """Give a buffer (back) to the kernel. The ring's tail overlays the end of its first entry."""
+        address = self._base + self._tags_at + number * self.TAGS_EACH * 2
+        struct.pack_into("=QIH", self.memory, self._buffer_tail % self.BUFFERS * 16, address,
+                         self.TAGS_EACH * 2, number)
+        self._buffer_tail = (self._buffer_tail + 1) & 0xFFFF
+        struct.pack_into("=H", self.memory, 14, self._buffer_tail)
+
+    def fetch(self) -> None:
+        for tag in range(self.depth):
+            self.complete(tag, 0)
+        self._send(UBLK_U_IO_PREP_IO_CMDS)
+        self.ring.enter(1)
+        for _, result, _ in self.ring.reap_all():
+            if result < 0:
+                raise UblkError(-result, f"cannot set up queue {self.index}")
+        self._fetch_again()
+        self.ring.enter()
+
+    def _fetch_again(self) -> None:
+        self.ring.prepare(self._fetch_slot, IORING_OP_URING_CMD, self.device_fd,
+                          UBLK_U_IO_FETCH_IO_CMDS, rw_flags=IORING_URING_CMD_MULTISHOT,
+                          user_data=FETCH, flags=IOSQE_BUFFER_SELECT,
+                          cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0))
+        self.ring.push(self._fetch_slot)
+
+    def complete(self, tag: int, result: int) -> None:
+        index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
+        self._pending.append(tag | index << 16 | (result & 0xFFFFFFFF) << 32)
+        if self.copies:
+            self._pending.append(self.path.address(tag))
+        if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
+            self._pending.append(self._lba)
+            self._lba = 0
+
+    def succeed(self, tags: list[int]) -> None:
+        for tag in tags:
+            self.complete(tag, self.sectors[tag * self.desc_words] * SECTOR)
+
+    def appended(self, tag: int, sector: int) -> None:
+        self._lba = sector
+
+    def _send(self, opcode: int) -> None:
+        """Have all pending elements committed (or prepared) by the next enter()."""
+        size = 8 * len(self._pending)
+        self.memory[self._elements_at:self._elements_at + size] = array("Q", self._pending).tobytes()
+        self._sent, self._pending = self._pending, []
+        self.ring.prepare(
+            self._prep_slot, IORING_OP_URING_CMD, self.device_fd, opcode,
+            self._base + self._elements_at, size, user_data=COMMIT,
+            cmd=BATCH_IO.pack(self.index, self._flags, len(self._sent) // self.words_each,
+                              8 * self.words_each, 0, 0))
+        self.ring.push(self._prep_slot)
+
+    def collect(self, timeout: float | None = None) -> list[int]:
+        if self._pending:
+            self._send(UBLK_U_IO_COMMIT_IO_CMDS)
+        self.ring.enter(1, timeout)
+        self._recycle()
+        tags: list[int] = []
+        for user_data, result, flags in self.ring.reap_all():
+            if user_data == FETCH:
+                tags += self._fetched(result, flags)
+            elif user_data == COMMIT:
+                self._committed(result)
+            elif self._is_request(user_data, result):
+                tags.append(user_data)
+        return tags
+
+    def _fetched(self, result: int, flags: int) -> list[int]:
+        """Return the tags in the buffer a CQE names; start the command again where it ended."""
+        tags: list[int] = []
+        if flags & IORING_CQE_F_BUFFER:
+            number = flags >> IORING_CQE_BUFFER_SHIFT
+            start = self._tags_at + number * self.TAGS_EACH * 2
+            tags = array("H", self.memory[start:start + max(result, 0)]).tolist()
+            self._offer(number)
+        if result == UBLK_IO_RES_ABORT:
+            self.ended.add(-1)
+        elif not flags & IORING_CQE_F_MORE:
+            if result < 0 and result != -errno.ENOBUFS:
+                raise UblkError(-result, f"queue {self.index} lost its requests")
+            self._fetch_again()
+        return tags
+
+    def _committed(self, result: int) -> None:
+        """See to it that every element was taken: those behind a failed one were not."""
+        if result < 0:
+            raise UblkError(-result, f"queue {self.index} cannot commit")
+        self._pending = self._sent[result // 8:] + self._pending
+
+    def _answer_by_map(self, tags: list[int]) -> int:
+        pushed = super()._answer_by_map(tags)
+        self.in_flight += pushed // self.path.stages
+        return pushed
+
+    def _idle(self) -> bool:
+        return not self.in_flight
+
+    def chain_done(self, tag: int, stage: int, result: int) -> None:
+        self.in_flight -= 1
+        length = self.sectors[tag * self.desc_words] * SECTOR
+        if stage == self.path.stages and result == (length if stage == 1 else 0):
+            self.complete(tag, length)
+        else:
+            super().chain_done(tag, stage, result)
+
 
 # =================================================================================================
 # Targets: what stands behind a disk
@@ -1677,7 +1904,7 @@ def check_limits(device: Device) -> None:
                             "choose another")
 
 
-def params_of(target: Target, max_io: int) -> ublk_params:
+def params_of(target: Any, max_io: int) -> ublk_params:
     """Return the parameters of a disk with this target; max_io in bytes.
 
     Raises UblkError (EINVAL) for a size or block size no disk can have.
@@ -1698,6 +1925,12 @@ def params_of(target: Target, max_io: int) -> ublk_params:
         attrs=attrs, logical_bs_shift=block.bit_length() - 1,
         physical_bs_shift=physical.bit_length() - 1, io_min_shift=physical.bit_length() - 1,
         max_sectors=max_io // SECTOR, dev_sectors=target.size // SECTOR)
+    if hasattr(target, "zone_size"):
+        params.types |= UBLK_PARAM_TYPE_ZONED
+        params.basic.chunk_sectors = target.zone_size // SECTOR
+        params.zoned = ublk_param_zoned(
+            max_open_zones=target.max_open_zones, max_active_zones=target.max_active_zones,
+            max_zone_append_sectors=min(target.max_append, max_io) // SECTOR)
     if hasattr(target, "discard") or hasattr(target, "write_zeroes"):
         params.types |= UBLK_PARAM_TYPE_DISCARD
         params.discard = ublk_param_discard(
@@ -1734,7 +1967,8 @@ class Worker(threading.Thread):
             os.sched_setaffinity(0, self.cpus)
         if hasattr(self.device.target, "start"):
             self.device.target.start(self.index)
-        self.queue = Queue(self.device, self.index)
+        kind = BatchQueue if self.device.info.flags & UBLK_F_BATCH_IO else Queue
+        self.queue = kind(self.device, self.index)
         try:
             self.queue.fetch()
             ready()
@@ -1804,7 +2038,8 @@ class Device:
     max_io: the largest request in bytes. recovery: None, "requeue", "reissue" or "fail": what
     becomes of the disk and its requests when the server dies. unprivileged: an ordinary user's
     device; by itself for whoever lacks CAP_SYS_ADMIN. partition_scan: whether the kernel looks for
-    partitions. data_path: a name in DATA_PATHS; by itself the fastest possible. processes: serve
+    partitions. data_path: a name in DATA_PATHS; by itself the fastest possible. batch:
+    commands for many requests at a time (7.0). share_memory: allow share(). processes: serve
     each queue in a process of its own, for a target whose state forked processes share; by itself
     where the target promises that and threads would share one GIL. words: what to note in the
     state file as target, arguments and options.
@@ -1815,11 +2050,13 @@ class Device:
     def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
                  max_io: int = 512 << 10, recovery: str | None = None,
                  unprivileged: bool | None = None, partition_scan: bool = True,
-                 data_path: str | None = None, processes: bool | None = None,
+                 data_path: str | None = None, batch: bool = False, share_memory: bool = False,
+                 processes: bool | None = None,
                  words: tuple[str, list[str], dict[str, Any]] | None = None) -> None:
         self.target, self.id = target, id
         self.queues, self.depth, self.max_io = queues, depth, max_io
         self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
+        self.batch, self.share_memory = batch, share_memory
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         self.processes = target.processes and gil if processes is None else processes
@@ -1829,6 +2066,8 @@ class Device:
         self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
         self.descriptors: list[mmap.mmap] = []
+        self.zoned = hasattr(target, "zone_size")
+        self.shared: dict[int, memoryview] = {}         # memory shared with clients, by its index
         self.failure: BaseException | None = None
         self.abandoned = False
         self._control: Control | None = None
@@ -1909,12 +2148,16 @@ class Device:
                             "run as an ordinary user, or without -p")
         flags = DATA_PATHS[self.path_name or self._best_path(known)].features
         flags |= RECOVERY_MODES[self.recovery]
+        flags |= (UBLK_F_ZONED if self.zoned else 0) | (UBLK_F_BATCH_IO if self.batch else 0)
+        flags |= UBLK_F_SHMEM_ZC if self.share_memory else 0
         flags |= UBLK_F_QUIESCE & known if self.recovery else 0
         flags |= UBLK_F_UNPRIVILEGED_DEV if self.unprivileged else 0
         return flags | (0 if self.partition_scan else UBLK_F_NO_AUTO_PART_SCAN)
 
     def _best_path(self, known: int) -> str:
         """Return the fastest data path that target, kernel and privileges allow."""
+        if self.zoned:
+            return "user-copy"
         if hasattr(self.target, "map") and not self.unprivileged:
             for name in ("auto-zero-copy", "zero-copy"):
                 if DATA_PATHS[name].features & ~known == 0:
@@ -2050,6 +2293,22 @@ class Device:
         """Wait until the server has ended (somebody stopped the disk, or a queue failed)."""
         with self._changed:
             return self._changed.wait_for(lambda: self._ended > 0, timeout)
+
+    def share(self, memory: mmap.mmap, read_only: bool = False) -> int:
+        """Share memory with clients (7.1): direct I/O from and to these pages is not copied.
+
+        memory: a mapping of a memfd that clients map too, whole pages. read_only: only for their
+        writes. Returns its index for unshare(). Raises UblkError; needs share_memory=True.
+        """
+        view = memoryview(memory)
+        index = self.control.reg_buf(self.id, address_of(view), len(view), read_only)
+        self.shared[index] = view
+        return index
+
+    def unshare(self, index: int) -> None:
+        """End what share() began."""
+        self.control.unreg_buf(self.id, index)
+        self.shared.pop(index).release()
 
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16)."""
@@ -2544,6 +2803,7 @@ def device_parser() -> Any:
     add("--restart", action="store_true", help="start another server when it dies")
     add("-p", "--unprivileged", action="store_const", const=True,
         help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
+    add("-b", "--batch", action="store_true", help="commands for many requests at a time (7.0)")
     add("--no-partition-scan", action="store_true", help="do not look for partitions (7.0)")
     add("--json", action="store_true", help="print the device as a JSON object")
     add("--debug", action="store_true", help="show a traceback with an error")
@@ -2559,7 +2819,7 @@ def make_device(words: Sequence[str], options: Any) -> Device:
     return Device(target, id=options.id, queues=options.queues, depth=options.depth,
                   max_io=options.max_io, recovery=options.recovery, unprivileged=options.unprivileged,
                   partition_scan=not options.no_partition_scan, data_path=options.data_path,
-                  words=(words[0], list(words[1:]), vars(options)))
+                  batch=options.batch, words=(words[0], list(words[1:]), vars(options)))
 
 
 def create(words: Sequence[str]) -> int:
