@@ -342,95 +342,60 @@ UBLK_SHMEM_BUF_READ_ONLY = 1
 
 UBLK_ATTR_READ_ONLY, UBLK_ATTR_ROTATIONAL, UBLK_ATTR_VOLATILE_CACHE, UBLK_ATTR_FUA = 1, 2, 4, 8
 
-u8, u16, u32, u64, s32 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_int32
+C_TYPES: dict[str, Any] = {"u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32,
+                           "u64": ctypes.c_uint64, "s32": ctypes.c_int32, "s64": ctypes.c_int64}
 
 
-class ublksrv_ctrl_cmd(ctypes.Structure):
-    _fields_ = [("dev_id", u32), ("queue_id", u16), ("len", u16), ("addr", u64), ("data", u64 * 1),
-                ("dev_path_len", u16), ("pad", u16), ("reserved", u32)]
+def structure(name: str, members: str) -> Any:
+    """Make a ctypes.Structure from members written as in C: ``u32 len, u8 pad[4], ...``."""
+    fields = []
+    for member in members.split(","):
+        kind, field = member.split()
+        field, _, count = field.rstrip("]").partition("[")
+        fields.append((field, C_TYPES[kind] * int(count) if count else C_TYPES[kind]))
+    C_TYPES[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
+    return C_TYPES[name]
 
 
-class ublksrv_ctrl_dev_info(ctypes.Structure):
-    _fields_ = [("nr_hw_queues", u16), ("queue_depth", u16), ("state", u16), ("io_desc_size", u16),
-                ("max_io_buf_bytes", u32), ("dev_id", u32), ("ublksrv_pid", s32), ("pad1", u32),
-                ("flags", u64), ("ublksrv_flags", u64), ("owner_uid", u32), ("owner_gid", u32),
-                ("reserved1", u64), ("reserved2", u64)]
-
-
-class ublksrv_io_desc(ctypes.Structure):
-    _fields_ = [("op_flags", u32), ("nr_sectors", u32), ("start_sector", u64), ("addr", u64)]
-
-
-class ublksrv_io_cmd(ctypes.Structure):
-    _fields_ = [("q_id", u16), ("tag", u16), ("result", s32), ("addr", u64)]
-
-
-class ublk_elem_header(ctypes.Structure):
-    _fields_ = [("tag", u16), ("buf_index", u16), ("result", s32)]
-
-
-class ublk_batch_io(ctypes.Structure):
-    _fields_ = [("q_id", u16), ("flags", u16), ("nr_elem", u16), ("elem_bytes", u8),
-                ("reserved", u8), ("reserved2", u64)]
-
-
-class ublk_auto_buf_reg(ctypes.Structure):
-    _fields_ = [("index", u16), ("flags", u8), ("reserved0", u8), ("reserved1", u32)]
-
-
-class ublk_shmem_buf_reg(ctypes.Structure):
-    _fields_ = [("addr", u64), ("len", u64), ("flags", u32), ("reserved", u32)]
-
-
-class blk_zone(ctypes.Structure):
-    _fields_ = [("start", u64), ("len", u64), ("wp", u64), ("type", u8), ("cond", u8),
-                ("non_seq", u8), ("reset", u8), ("resv", u8 * 4), ("capacity", u64),
-                ("reserved", u8 * 24)]
-
-
-class ublk_param_basic(ctypes.Structure):
-    _fields_ = [("attrs", u32), ("logical_bs_shift", u8), ("physical_bs_shift", u8),
-                ("io_opt_shift", u8), ("io_min_shift", u8), ("max_sectors", u32),
-                ("chunk_sectors", u32), ("dev_sectors", u64), ("virt_boundary_mask", u64)]
-
-
-class ublk_param_discard(ctypes.Structure):
-    _fields_ = [("discard_alignment", u32), ("discard_granularity", u32),
-                ("max_discard_sectors", u32), ("max_write_zeroes_sectors", u32),
-                ("max_discard_segments", u16), ("reserved0", u16)]
-
-
-class ublk_param_devt(ctypes.Structure):
-    _fields_ = [("char_major", u32), ("char_minor", u32), ("disk_major", u32), ("disk_minor", u32)]
-
-
-class ublk_param_zoned(ctypes.Structure):
-    _fields_ = [("max_open_zones", u32), ("max_active_zones", u32),
-                ("max_zone_append_sectors", u32), ("reserved", u8 * 20)]
-
-
-class ublk_param_dma_align(ctypes.Structure):
-    _fields_ = [("alignment", u32), ("pad", u8 * 4)]
-
-
-class ublk_param_segment(ctypes.Structure):
-    _fields_ = [("seg_boundary_mask", u64), ("max_segment_size", u32), ("max_segments", u16),
-                ("pad", u8 * 2)]
-
-
-class ublk_param_integrity(ctypes.Structure):
-    _fields_ = [("flags", u32), ("max_integrity_segments", u16), ("interval_exp", u8),
-                ("metadata_size", u8), ("pi_offset", u8), ("csum_type", u8), ("tag_size", u8),
-                ("pad", u8 * 5)]
-
-
-class ublk_params(ctypes.Structure):
-    _fields_ = [("len", u32), ("types", u32), ("basic", ublk_param_basic),
-                ("discard", ublk_param_discard), ("devt", ublk_param_devt),
-                ("zoned", ublk_param_zoned), ("dma", ublk_param_dma_align),
-                ("seg", ublk_param_segment), ("integrity", ublk_param_integrity)]
-
-
+ublksrv_ctrl_cmd = structure(
+    "ublksrv_ctrl_cmd", "u32 dev_id, u16 queue_id, u16 len, u64 addr, u64 data[1], u16 dev_path_len, "
+    "u16 pad, u32 reserved")
+ublksrv_ctrl_dev_info = structure(
+    "ublksrv_ctrl_dev_info", "u16 nr_hw_queues, u16 queue_depth, u16 state, u16 io_desc_size, "
+    "u32 max_io_buf_bytes, u32 dev_id, s32 ublksrv_pid, u32 pad1, u64 flags, u64 ublksrv_flags, "
+    "u32 owner_uid, u32 owner_gid, u64 reserved1, u64 reserved2")
+ublksrv_io_desc = structure(
+    "ublksrv_io_desc", "u32 op_flags, u32 nr_sectors, u64 start_sector, u64 addr")
+ublksrv_io_cmd = structure("ublksrv_io_cmd", "u16 q_id, u16 tag, s32 result, u64 addr")
+ublk_elem_header = structure("ublk_elem_header", "u16 tag, u16 buf_index, s32 result")
+ublk_batch_io = structure(
+    "ublk_batch_io", "u16 q_id, u16 flags, u16 nr_elem, u8 elem_bytes, u8 reserved, u64 reserved2")
+ublk_auto_buf_reg = structure("ublk_auto_buf_reg", "u16 index, u8 flags, u8 reserved0, u32 reserved1")
+ublk_shmem_buf_reg = structure("ublk_shmem_buf_reg", "u64 addr, u64 len, u32 flags, u32 reserved")
+blk_zone = structure(
+    "blk_zone", "u64 start, u64 len, u64 wp, u8 type, u8 cond, u8 non_seq, u8 reset, u8 resv[4], "
+    "u64 capacity, u8 reserved[24]")
+ublk_param_basic = structure(
+    "ublk_param_basic", "u32 attrs, u8 logical_bs_shift, u8 physical_bs_shift, u8 io_opt_shift, "
+    "u8 io_min_shift, u32 max_sectors, u32 chunk_sectors, u64 dev_sectors, u64 virt_boundary_mask")
+ublk_param_discard = structure(
+    "ublk_param_discard", "u32 discard_alignment, u32 discard_granularity, u32 max_discard_sectors, "
+    "u32 max_write_zeroes_sectors, u16 max_discard_segments, u16 reserved0")
+ublk_param_devt = structure(
+    "ublk_param_devt", "u32 char_major, u32 char_minor, u32 disk_major, u32 disk_minor")
+ublk_param_zoned = structure(
+    "ublk_param_zoned", "u32 max_open_zones, u32 max_active_zones, u32 max_zone_append_sectors, "
+    "u8 reserved[20]")
+ublk_param_dma_align = structure("ublk_param_dma_align", "u32 alignment, u8 pad[4]")
+ublk_param_segment = structure(
+    "ublk_param_segment", "u64 seg_boundary_mask, u32 max_segment_size, u16 max_segments, u8 pad[2]")
+ublk_param_integrity = structure(
+    "ublk_param_integrity", "u32 flags, u16 max_integrity_segments, u8 interval_exp, "
+    "u8 metadata_size, u8 pi_offset, u8 csum_type, u8 tag_size, u8 pad[5]")
+ublk_params = structure(
+    "ublk_params", "u32 len, u32 types, ublk_param_basic basic, ublk_param_discard discard, "
+    "ublk_param_devt devt, ublk_param_zoned zoned, ublk_param_dma_align dma, ublk_param_segment seg, "
+    "ublk_param_integrity integrity")
 UBLK_PARAM_TYPE_BASIC, UBLK_PARAM_TYPE_DISCARD, UBLK_PARAM_TYPE_DEVT = 1 << 0, 1 << 1, 1 << 2
 UBLK_PARAM_TYPE_ZONED, UBLK_PARAM_TYPE_DMA_ALIGN, UBLK_PARAM_TYPE_SEGMENT = 1 << 3, 1 << 4, 1 << 5
 UBLK_PARAM_TYPE_INTEGRITY = 1 << 6
@@ -467,55 +432,28 @@ IORING_URING_CMD_MULTISHOT = 2
 IOSQE_IO_LINK, IOSQE_BUFFER_SELECT, IOSQE_CQE_SKIP_SUCCESS = 1 << 2, 1 << 5, 1 << 6
 
 
-class io_sqring_offsets(ctypes.Structure):
-    _fields_ = [("head", u32), ("tail", u32), ("ring_mask", u32), ("ring_entries", u32),
-                ("flags", u32), ("dropped", u32), ("array", u32), ("resv1", u32),
-                ("user_addr", u64)]
-
-
-class io_cqring_offsets(ctypes.Structure):
-    _fields_ = [("head", u32), ("tail", u32), ("ring_mask", u32), ("ring_entries", u32),
-                ("overflow", u32), ("cqes", u32), ("flags", u32), ("resv1", u32),
-                ("user_addr", u64)]
-
-
-class io_uring_params(ctypes.Structure):
-    _fields_ = [("sq_entries", u32), ("cq_entries", u32), ("flags", u32), ("sq_thread_cpu", u32),
-                ("sq_thread_idle", u32), ("features", u32), ("wq_fd", u32), ("resv", u32 * 3),
-                ("sq_off", io_sqring_offsets), ("cq_off", io_cqring_offsets)]
-
-
-class io_uring_sqe(ctypes.Structure):
-    """The kernel's unions are named by the member that ublk and this file use."""
-
-    _fields_ = [("opcode", u8), ("flags", u8), ("ioprio", u16), ("fd", s32),
-                ("off", u64),            # or cmd_op in its low half
-                ("addr", u64), ("len", u32),
-                ("rw_flags", u32),       # or fsync_flags, msg_flags, uring_cmd_flags, ...
-                ("user_data", u64), ("buf_index", u16), ("personality", u16),
-                ("file_index", s32),
-                ("cmd", u8 * 16)]        # 80 bytes in a ring of 128-byte entries
-
-
-class io_uring_cqe(ctypes.Structure):
-    _fields_ = [("user_data", u64), ("res", s32), ("flags", u32)]
-
-
-class io_uring_getevents_arg(ctypes.Structure):
-    _fields_ = [("sigmask", u64), ("sigmask_sz", u32), ("min_wait_usec", u32), ("ts", u64)]
-
-
-class io_uring_rsrc_register(ctypes.Structure):
-    _fields_ = [("nr", u32), ("flags", u32), ("resv2", u64), ("data", u64), ("tags", u64)]
-
-
-class io_uring_buf_reg(ctypes.Structure):
-    _fields_ = [("ring_addr", u64), ("ring_entries", u32), ("bgid", u16), ("flags", u16),
-                ("resv", u64 * 3)]
-
-
-class timespec(ctypes.Structure):
-    _fields_ = [("tv_sec", ctypes.c_int64), ("tv_nsec", ctypes.c_int64)]
+io_sqring_offsets = structure(
+    "io_sqring_offsets", "u32 head, u32 tail, u32 ring_mask, u32 ring_entries, u32 flags, u32 dropped, "
+    "u32 array, u32 resv1, u64 user_addr")
+io_cqring_offsets = structure(
+    "io_cqring_offsets", "u32 head, u32 tail, u32 ring_mask, u32 ring_entries, u32 overflow, u32 cqes, "
+    "u32 flags, u32 resv1, u64 user_addr")
+io_uring_params = structure(
+    "io_uring_params", "u32 sq_entries, u32 cq_entries, u32 flags, u32 sq_thread_cpu, "
+    "u32 sq_thread_idle, u32 features, u32 wq_fd, u32 resv[3], io_sqring_offsets sq_off, "
+    "io_cqring_offsets cq_off")
+# Unions are named by the member used here: off may be cmd_op, rw_flags any other flags.
+io_uring_sqe = structure(
+    "io_uring_sqe", "u8 opcode, u8 flags, u16 ioprio, s32 fd, u64 off, u64 addr, u32 len, "
+    "u32 rw_flags, u64 user_data, u16 buf_index, u16 personality, s32 file_index, u8 cmd[16]")
+io_uring_cqe = structure("io_uring_cqe", "u64 user_data, s32 res, u32 flags")
+io_uring_getevents_arg = structure(
+    "io_uring_getevents_arg", "u64 sigmask, u32 sigmask_sz, u32 min_wait_usec, u64 ts")
+io_uring_rsrc_register = structure(
+    "io_uring_rsrc_register", "u32 nr, u32 flags, u64 resv2, u64 data, u64 tags")
+io_uring_buf_reg = structure(
+    "io_uring_buf_reg", "u64 ring_addr, u32 ring_entries, u16 bgid, u16 flags, u64 resv[3]")
+timespec = structure("timespec", "s64 tv_sec, s64 tv_nsec")
 
 
 _libc = ctypes.CDLL(None, use_errno=True)        # CDLL, not PyDLL: it drops the GIL while waiting
@@ -597,7 +535,7 @@ class Ring:
         self._timeout = timespec()
         self._wait_arg = io_uring_getevents_arg(ts=ctypes.addressof(self._timeout))
 
-    def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> io_uring_params:
+    def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> Any:
         """Create the ring with the best flags this kernel takes; an unknown flag is EINVAL."""
         base = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL
         base |= IORING_SETUP_SQE128 if sqe128 else 0
@@ -807,7 +745,7 @@ class Control:
                 return f"/dev/ublkc{dev_id}\0".encode()
         return b""
 
-    def _send(self, command: Command, header: ublksrv_ctrl_cmd, buffer: Any, timeout: float,
+    def _send(self, command: Command, header: Any, buffer: Any, timeout: float,
               abort: Callable[[], bool] | None) -> int:
         token = self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
                              off=int(command) if self.legacy else command.encoded)
@@ -845,12 +783,12 @@ class Control:
 
     def get_features(self) -> int:
         """GET_FEATURES (6.5): return the mask of all features the driver knows."""
-        mask = u64()
+        mask = ctypes.c_uint64()
         self._run(UBLK_CMD_GET_FEATURES, -1, mask)
         return mask.value
 
     def add_dev(self, dev_id: int, queues: int, depth: int, max_io: int, flags: int,
-                ublksrv_flags: int = 0) -> ublksrv_ctrl_dev_info:
+                ublksrv_flags: int = 0) -> Any:
         """ADD_DEV: create /dev/ublkcN; dev_id -1 takes the first free number.
 
         max_io is the largest request in bytes. Returns what the kernel made of it: queues are
@@ -869,7 +807,7 @@ class Control:
         self._note(info)
         return info
 
-    def _note(self, info: ublksrv_ctrl_dev_info) -> None:
+    def _note(self, info: Any) -> None:
         (self._unprivileged.add if info.flags & UBLK_F_UNPRIVILEGED_DEV
          else self._unprivileged.discard)(info.dev_id)
 
@@ -895,18 +833,18 @@ class Control:
         """TRY_STOP_DEV (7.0): the same, but EBUSY where somebody has the disk open."""
         self._run(UBLK_CMD_TRY_STOP_DEV, dev_id)
 
-    def set_params(self, dev_id: int, params: ublk_params) -> None:
+    def set_params(self, dev_id: int, params: Any) -> None:
         """SET_PARAMS: the geometry of a device that was not started yet."""
         params.len = ctypes.sizeof(params)
         self._run(UBLK_CMD_SET_PARAMS, dev_id, params)
 
-    def get_params(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> ublk_params:
+    def get_params(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> Any:
         """GET_PARAMS: what the kernel kept of SET_PARAMS; members it does not know stay zero."""
         params = ublk_params(len=ctypes.sizeof(ublk_params))
         self._run(UBLK_CMD_GET_PARAMS, dev_id, params, timeout=timeout)
         return params
 
-    def get_dev_info(self, dev_id: int) -> ublksrv_ctrl_dev_info:
+    def get_dev_info(self, dev_id: int) -> Any:
         """GET_DEV_INFO2 (6.3), or GET_DEV_INFO where the kernel lacks it."""
         info = ublksrv_ctrl_dev_info()
         try:
@@ -920,7 +858,7 @@ class Control:
 
     def get_queue_affinity(self, dev_id: int, queue: int) -> set[int]:
         """GET_QUEUE_AFFINITY: return the CPUs whose requests go to this queue."""
-        mask = (u8 * 1024)()
+        mask = (ctypes.c_uint8 * 1024)()
         self._run(UBLK_CMD_GET_QUEUE_AFFINITY, dev_id, mask, data=queue)
         return {cpu for cpu in range(8 * len(mask)) if mask[cpu >> 3] >> (cpu & 7) & 1}
 
@@ -1904,7 +1842,7 @@ def check_limits(device: Device) -> None:
                             "choose another")
 
 
-def params_of(target: Any, max_io: int) -> ublk_params:
+def params_of(target: Any, max_io: int) -> Any:
     """Return the parameters of a disk with this target; max_io in bytes.
 
     Raises UblkError (EINVAL) for a size or block size no disk can have.
@@ -2122,7 +2060,7 @@ class Device:
             raise UblkError(errno.EALREADY, f"device {self.id}", "this Device was started before",
                             "make a new Device")
 
-    def _add(self, params: ublk_params) -> None:
+    def _add(self, params: Any) -> None:
         """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
         flags = self._flags()
         check_flags(flags, self.control.features)
