@@ -387,7 +387,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         kernels = options.kernel or DEFAULT_KERNELS
         return test(kernels, options.word, options.host, options.jobs, options.timeout)
     interactive = options.verb == "shell"
-    command = ["setsid", "-c", "bash"] if interactive else options.command
+    command = ["bash"] if interactive else options.command
     return run(Machine(options.kernel, command, options.cpus, options.memory, options.timeout, options.env,
                        options.fail_on_oops, interactive))
 
