@@ -1245,7 +1245,7 @@ class Task:
                 awaited = self.coroutine.throw(error)
         except StopIteration as end:
             self.done(end.value)
-        except Exception as failure:
+        except BaseException as failure:
             self.failed(failed(failure))
         else:
             awaited.begin(self)
@@ -1424,7 +1424,7 @@ class Queue:
         flags, sectors, start, _ = IO_DESC.unpack_from(self.descriptors, tag * self.desc_size)
         try:
             result = self._handlers[flags & 0xFF](tag, flags, start * SECTOR, sectors * SECTOR)
-        except Exception as error:
+        except BaseException as error:      # even SystemExit: a client waits for an answer
             result = failed(error)
         if result is not None:
             self.complete(tag, result)
@@ -2137,6 +2137,8 @@ class Device:
         with self._changed:
             self._ready += ready
             self._ended += ended
+            if self.failure is not None and self._ended == len(self._workers):
+                self._close_files()         # the kernel fails the requests that died with a worker
             self._changed.notify_all()
 
     def _live(self) -> None:
@@ -2300,13 +2302,18 @@ class Device:
             if worker.is_alive():
                 worker.kill()
         self._workers.clear()
-        for mapping in self.descriptors:
-            mapping.close()
-        self.descriptors.clear()
-        for fd in (self.char_fd, self.wake_fd, self.wake_write):
-            if fd >= 0:
-                os.close(fd)
-        self.char_fd = self.wake_fd = self.wake_write = -1
+        self._close_files()
+
+    def _close_files(self) -> None:
+        """Give back everything that refers to /dev/ublkcN."""
+        with self._changed:
+            for mapping in self.descriptors:
+                mapping.close()
+            self.descriptors.clear()
+            for fd in (self.char_fd, self.wake_fd, self.wake_write):
+                if fd >= 0:
+                    os.close(fd)
+            self.char_fd = self.wake_fd = self.wake_write = -1
 
 
 RECOVERY_MODES = {
