@@ -67,10 +67,12 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from array import array
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from types import CoroutineType
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 __version__ = "1.0"
 
@@ -487,7 +489,7 @@ def address_of(buffer: Any) -> int:
     return address
 
 
-# One SQE as a flat record: opcode flags ioprio fd off addr len rw_flags user_data buf_index personality file_index
+# io_uring_sqe up to file_index, as one record
 SQE = struct.Struct("=BBHiQQIIQHHi")
 
 
@@ -771,7 +773,7 @@ class Control:
         deadline = time.monotonic() + timeout
         while token not in self._results:
             left = deadline - time.monotonic()
-            if left <= 0 or abort and abort():
+            if left <= 0 or (abort and abort()):
                 return False
             self.ring.enter(1, timeout=min(left, 0.2))
             for done, result in zip(*self.ring.reap()):
@@ -1137,7 +1139,7 @@ class Operation:
     Raises OSError with the kernel's errno. The buffer is kept alive until the operation ends.
     """
 
-    __slots__ = ("opcode", "fd", "off", "addr", "length", "rw_flags", "buffer")
+    __slots__ = ("addr", "buffer", "fd", "length", "off", "opcode", "rw_flags")
 
     def __init__(self, opcode: int, fd: int = -1, off: int = 0, buffer: Any = None, length: int = 0,
                  rw_flags: int = 0, addr: int = 0) -> None:
@@ -1146,7 +1148,7 @@ class Operation:
         self.addr = addr if buffer is None else address_of(buffer)
         self.length = length if buffer is None else len(buffer)
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, Any]:
         return (yield self)
 
     def begin(self, task: Task) -> None:
@@ -1194,7 +1196,7 @@ class uring_sleep(Operation):
         super().__init__(IORING_OP_TIMEOUT, buffer=struct.pack("=qq", whole, fraction))
         self.length = 1
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, Any]:
         try:
             yield self
         except OSError as error:
@@ -1209,7 +1211,7 @@ class Event:
         self._waiting: list[Task] = []
         self._value: tuple[Any] | None = None
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, Any]:
         if self._value is None:
             yield self
         assert self._value is not None
@@ -1230,7 +1232,7 @@ class Event:
 class Task:
     """A coroutine that runs on a queue; done(value) is called at its end, or failed(-errno)."""
 
-    __slots__ = ("queue", "coroutine", "done", "failed")
+    __slots__ = ("coroutine", "done", "failed", "queue")
 
     def __init__(self, queue: Queue, coroutine: Any, done: Callable[[Any], object],
                  failed: Callable[[int], object]) -> None:
@@ -1383,7 +1385,7 @@ class Queue:
         if self._used_slots or self._appended:
             self._recycle()
         data, results = self.ring.reap()
-        if not data or max(data) < self.depth and not any(results):
+        if not data or (max(data) < self.depth and not any(results)):
             return data
         return [tag for tag, result in zip(data, results) if self._is_request(tag, result)]
 
@@ -1782,16 +1784,19 @@ class Size(int):
     """A number of bytes; on the command line it may end in K, M, G or T (powers of 1024)."""
 
 
+NULL_SIZE = Size(250 << 30)
+
+
 class Null(Target):
     """Read zeroes, forget writes: what remains is the cost of ublk itself.
 
     size: size of the disk
     """
 
-    def __init__(self, *, size: Size = Size(250 << 30)) -> None:
-        self.size = size
-
     processes = True
+
+    def __init__(self, *, size: Size = NULL_SIZE) -> None:
+        self.size = size
 
     def answer(self, queue: Queue, tags: list[int]) -> None:
         """End every request at once; only reads after writes need their buffer cleared."""
@@ -2121,6 +2126,7 @@ class Device:
                 worker.fork()
         for worker in self._workers:
             worker.start()
+        _served.add(self)
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._ready == count)
         if self.failure is not None:
@@ -2301,6 +2307,22 @@ class Device:
         for worker in self._workers:
             if worker.is_alive():
                 worker.kill()
+        self._close()
+
+    def disown(self) -> None:
+        """Give up what a forked child inherited of the device: it is its parent's to serve."""
+        atexit.unregister(self.stop)
+        for worker in self._workers:
+            if worker.queue is not None:
+                worker.queue.close()
+        self._close()
+        self._added, self.abandoned = False, True
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+    def _close(self) -> None:
+        _served.discard(self)
         self._workers.clear()
         self._close_files()
 
@@ -2315,6 +2337,17 @@ class Device:
                     os.close(fd)
             self.char_fd = self.wake_fd = self.wake_write = -1
 
+
+_served: weakref.WeakSet[Device] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for device in list(_served):
+        device.disown()
+
+
+# A child that a program forks for purposes of its own would keep DEL_DEV waiting for its copies.
+os.register_at_fork(after_in_child=_disown_all)
 
 RECOVERY_MODES = {
     None: 0,
@@ -2541,7 +2574,8 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
         "block_size": 1 << params.basic.logical_bs_shift,
         "queues": info.nr_hw_queues, "depth": info.queue_depth,
         "max_io_bytes": info.max_io_buf_bytes, "flags": flag_names(info.flags),
-        "pid": info.ublksrv_pid if alive(info.ublksrv_pid) else -1, "owner_uid": info.owner_uid, "owner_gid": info.owner_gid}
+        "pid": info.ublksrv_pid if alive(info.ublksrv_pid) else -1,
+        "owner_uid": info.owner_uid, "owner_gid": info.owner_gid}
 
 
 # =================================================================================================
@@ -2622,7 +2656,7 @@ def load_target(path: str, name: str) -> type[Target]:
                         "mend the file") from error
     classes = {key: item for key, item in vars(module).items() if isinstance(item, type)
                and issubclass(item, Target) and item.__module__ == module.__name__}
-    if name in classes or not name and len(classes) == 1:
+    if name in classes or (not name and len(classes) == 1):
         return classes.get(name) or classes.popitem()[1]
     raise UblkError(errno.EINVAL, f"cannot load {path}", f"it has no Target class {name or ''}".strip(),
                     f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target")
@@ -2703,7 +2737,7 @@ def make_target(words: Sequence[str]) -> Target:
     args: list[Any] = []
     options: dict[str, Any] = {}
     for name, kind, style, _ in parameters(cls):
-        value = make_target(values[name]) if kind == "Target" else values[name]
+        value: Any = make_target(values[name]) if kind == "Target" else values[name]
         if style == "option":
             options[name] = value
         else:
@@ -2840,7 +2874,7 @@ class Stopped(BaseException):
     """SIGINT or SIGTERM: take the disk away."""
 
 
-def on_signals(action: Callable[[int, Any], None]) -> None:
+def on_signals(action: Callable[[int, Any], object]) -> None:
     """Have SIGINT and SIGTERM call action."""
     import signal
     signal.signal(signal.SIGINT, action)
@@ -2864,6 +2898,7 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
         while not device.wait(pause):
             notify("WATCHDOG=1")
     except Stopped:
+        on_signals(lambda number, frame: None)      # it is on its way
         notify("STOPPING=1")
         device.stop()
         return
@@ -3116,9 +3151,9 @@ def show_features(options: Any) -> None:
     """Print what this kernel's driver offers."""
     with Control() as control:
         mask = control.features
-    rows = [{"bit": feature.bit, "name": feature.name, "since": feature.since,
-             "meaning": feature.meaning,
-             "supported": bool(mask & feature) if mask is not None else None} for feature in FEATURES]
+    rows: list[dict[str, Any]] = [
+        {"bit": feature.bit, "name": feature.name, "since": feature.since, "meaning": feature.meaning,
+         "supported": bool(mask & feature) if mask is not None else None} for feature in FEATURES]
     if options.json:
         import json
         print(json.dumps(rows, indent=2))
