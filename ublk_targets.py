@@ -4,7 +4,7 @@
     ram       memory                                   loop      a file or a block device
     stripe    several files, chunk by chunk            mirror    several files with the same content
     cow       an overlay over a base                   record    another target, with a log to replay
-    fault     another target that fails and stalls
+    fault     another target that fails and stalls     nbd       what an NBD server serves
 
 Lying beside ublk.py, this file adds these names to its command line: ``ublk.py loop disk.img``.
 The parameters of a class are its arguments there: positional ones are words, keyword-only ones
@@ -20,6 +20,7 @@ import mmap
 import os
 import random
 import shlex
+import socket
 import stat
 import struct
 import subprocess
@@ -257,11 +258,12 @@ def two_words(first: int, second: int) -> bytes:
 class together:
     """Run coroutines side by side on this queue: ``await together(a, b)`` until all have ended.
 
-    Raises the OSError of one that failed, if any did.
+    Raises what the first that failed raised.
     """
 
     def __init__(self, *coroutines: Any) -> None:
-        self.coroutines, self.left, self.failure = coroutines, len(coroutines), 0
+        self.coroutines, self.left = coroutines, len(coroutines)
+        self.failure: Any = None
 
     def __await__(self) -> Iterator[Any]:
         if len(self.coroutines) == 1:
@@ -271,14 +273,17 @@ class together:
 
     def begin(self, task: ublk.Task) -> None:
         """Called by the queue with the task that awaits."""
-        def done(result: int) -> None:
-            self.left -= 1
-            self.failure = self.failure or -min(result, 0)
-            if not self.left:
-                error = OSError(self.failure, os.strerror(self.failure)) if self.failure else None
-                task.step(error=error)
         for coroutine in self.coroutines:
-            ublk.Task(task.queue, coroutine, done).step()
+            task.queue.spawn(self._run(coroutine, task))
+
+    async def _run(self, coroutine: Any, task: ublk.Task) -> None:
+        try:
+            await coroutine
+        except Exception as error:
+            self.failure = self.failure or error
+        self.left -= 1
+        if not self.left:
+            task.step(error=self.failure)
 
 
 class Stripe(ublk.Target):
@@ -942,6 +947,414 @@ def seconds(text: str) -> float:
         return abs(float(number)) * factor
     except ValueError:
         raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s") from None
+
+
+# =================================================================================================
+# Disks of other machines
+# =================================================================================================
+
+# The NBD protocol: github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
+NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY = 7, 8
+NBD_REP_ACK, NBD_REP_INFO, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 3, 1 << 31 | 5, 1 << 31 | 6
+NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
+NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA = 1 << 1, 1 << 2, 1 << 3
+NBD_FLAG_ROTATIONAL, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES = 1 << 4, 1 << 5, 1 << 6
+NBD_FLAG_CAN_MULTI_CONN = 1 << 8
+NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES = 0, 1, 2, 3, 4, 6
+NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE = 1, 2
+NBD_REQUEST = struct.Struct(">IHHQQI")      # magic, flags, command, cookie, offset, length
+NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
+NBD_OPTION_MAGIC, NBD_OPTION_REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
+NBD_ERRORS = (errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW,
+              errno.EOPNOTSUPP)
+
+
+class Nbd(ublk.Target):
+    """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
+
+    Each queue has a connection of its own and sends all its requests at once. When a connection
+    is lost, a new one is made and gets the requests that had no reply yet.
+
+    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    timeout: requests fail when the server is silent or away for so long (60s)
+    """
+
+    processes = True
+
+    def __init__(self, uri: str, *, timeout: str = "60s") -> None:
+        self.uri, self.timeout = uri, seconds(timeout)
+        self.address, self.export = nbd_address(uri)
+        self.links: dict[int, NbdLink] = {}         # of each thread that serves a queue
+        first = NbdLink(self)
+        first.connect()
+        self.links[-1] = first      # kept: some servers end with their first client
+        minimum, self.maximum, flags = first.minimum, first.maximum, first.flags
+        if minimum & minimum - 1 or minimum > PAGE_SIZE:
+            raise wrong(uri, f"its block size {minimum} is not possible here")
+        self.block_size = max(ublk.SECTOR, minimum)
+        self.size = first.size // self.block_size * self.block_size
+        if not self.size:
+            raise wrong(uri, f"its size {first.size} is less than a block")
+        self.flags, self.read_only = flags, bool(flags & NBD_FLAG_READ_ONLY)
+        self.rotational = bool(flags & NBD_FLAG_ROTATIONAL)
+        for bit, name in ((NBD_FLAG_SEND_FLUSH, "flush"), (NBD_FLAG_SEND_FUA, "write_fua"),
+                          (NBD_FLAG_SEND_TRIM, "discard"),
+                          (NBD_FLAG_SEND_WRITE_ZEROES, "write_zeroes")):
+            if flags & bit:
+                setattr(self, name, getattr(self, "_" + name))
+
+    def start(self, index: int) -> None:
+        """Connect, in the thread or process of a queue."""
+        if index and not self.flags & NBD_FLAG_CAN_MULTI_CONN:
+            raise wrong(self.uri, "this server allows one connection", "use one queue")
+        link = self.links.pop(-1, None) if index == 0 else None
+        if link is None:
+            link = NbdLink(self)
+            link.connect()
+        self.links[threading.get_ident()] = link
+
+    def ask(self, command: int, offset: int, length: int, flags: int = 0, buffer: Any = None) -> Any:
+        return self.links[threading.get_ident()].ask(command, offset, length, flags, buffer)
+
+    async def read(self, offset: int, buffer: memoryview) -> int:
+        buffer = buffer[:self.maximum]
+        await self.ask(NBD_CMD_READ, offset, len(buffer), 0, buffer)
+        return len(buffer)
+
+    async def write(self, offset: int, buffer: memoryview, flags: int = 0) -> int:
+        buffer = buffer[:self.maximum]
+        await self.ask(NBD_CMD_WRITE, offset, len(buffer), flags, buffer)
+        return len(buffer)
+
+    async def _write_fua(self, offset: int, buffer: memoryview) -> int:
+        return await self.write(offset, buffer, NBD_CMD_FLAG_FUA)
+
+    async def _flush(self) -> None:
+        await self.ask(NBD_CMD_FLUSH, 0, 0)
+
+    async def _discard(self, offset: int, length: int) -> None:
+        await self.ask(NBD_CMD_TRIM, offset, length)
+
+    async def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await self.ask(NBD_CMD_WRITE_ZEROES, offset, length, 0 if unmap else NBD_CMD_FLAG_NO_HOLE)
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.close()
+
+
+def nbd_address(uri: str) -> tuple[Any, str]:
+    """Take an NBD URI apart: (a path or (host, port), name of the export)."""
+    from urllib.parse import parse_qs, unquote, urlsplit
+    parts = urlsplit(uri)
+    export = unquote(parts.path[1:])
+    if parts.scheme == "nbd" and parts.hostname:
+        return (parts.hostname, parts.port or 10809), export
+    if parts.scheme == "nbd+unix" and "socket" in parse_qs(parts.query):
+        return parse_qs(parts.query)["socket"][0], export
+    if parts.scheme.startswith("nbds"):
+        raise wrong(uri, "TLS is not spoken here", "let a local `nbdkit nbd` or stunnel speak it")
+    raise wrong(uri, "not an NBD address",
+                "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+
+
+class NbdRequest:
+    """A request that waits for its reply."""
+
+    def __init__(self, command: int, offset: int, length: int, flags: int, buffer: Any) -> None:
+        self.command, self.offset, self.length, self.flags = command, offset, length, flags
+        self.buffer, self.done = buffer, ublk.Event()
+        self.error, self.filled = 0, 0          # what chunks of a structured reply said so far
+
+    def message(self, cookie: int) -> list[Any]:
+        """Return what to send."""
+        head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, self.flags, self.command, cookie, self.offset,
+                                self.length)
+        return [head, self.buffer] if self.command == NBD_CMD_WRITE else [head]
+
+
+class NbdLink:
+    """A connection to an NBD server, for one queue.
+
+    Three tasks serve it: _send sends what is in the outbox, _receive takes the replies and makes a
+    new connection when it has to, _watch ends a connection on which nothing comes.
+    """
+
+    def __init__(self, target: Nbd) -> None:
+        self.target, self.socket = target, socket.socket()
+        self.pending: dict[int, NbdRequest] = {}        # by cookie
+        self.outbox: list[tuple[int, NbdRequest]] = []
+        # A reply to somebody who had this connection before us must not look like one of ours.
+        self.cookie = int.from_bytes(os.urandom(6), "big") << 16
+        self.running = self.sending = False
+        self.inbox, self.start, self.end = memoryview(bytearray(1 << 16)), 0, 0
+        self.heard = 0.0                                # when the last reply came
+
+    # ---- connecting, which may block -----------------------------------------------------------
+
+    def connect(self) -> None:
+        """Connect and shake hands; raises OSError."""
+        self.socket.close()
+        try:
+            if isinstance(self.target.address, str):
+                self.socket = socket.socket(socket.AF_UNIX)
+                self.socket.settimeout(5.0)
+                self.socket.connect(self.target.address)
+            else:
+                self.socket = socket.create_connection(self.target.address, 5.0)
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._shake_hands()
+            self.socket.settimeout(None)
+        except ublk.UblkError:
+            raise
+        except OSError as error:
+            raise ublk.UblkError(error.errno if (error.errno or 0) > 0 else errno.ETIMEDOUT, self.target.uri,
+                                 remedy="see whether the server runs there") from None
+        self.start = self.end = 0
+
+    def _shake_hands(self) -> None:
+        uri = self.target.uri
+        if self._take(8) != b"NBDMAGIC":
+            raise wrong(uri, "no NBD server answers there")
+        magic, flags = struct.unpack(">QH", self._take(10))
+        if magic != NBD_OPTION_MAGIC or not flags & 1:
+            raise wrong(uri, "the server speaks only the old style of NBD", "use a newer server")
+        self.socket.sendall(struct.pack(">I", flags & 3))
+        self.size = 0
+        self.minimum, self.maximum, self.flags = 1, 32 << 20, 0
+        for kind, _ in self._option(NBD_OPT_STRUCTURED_REPLY, b""):
+            if kind == NBD_REP_ERR_TLS_REQD:
+                raise wrong(uri, "the server demands TLS, which is not spoken here",
+                            "let a local `nbdkit nbd` or stunnel speak it")
+        name = self.target.export.encode()
+        request = struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
+        for kind, data in self._option(NBD_OPT_GO, request):
+            if kind >> 31:
+                text = data.decode(errors="replace") or f"error {kind & 0xFFFF}"
+                what = "there is no such export" if kind == NBD_REP_ERR_UNKNOWN else "refused"
+                raise wrong(uri, f"{what}: {text}", "name one the server has")
+            self._learn(data)
+
+    def _learn(self, data: bytes) -> None:
+        """Take in what the server says of the export."""
+        kind = int.from_bytes(data[:2], "big")
+        if kind == NBD_INFO_EXPORT and len(data) == 12:
+            self.size, self.flags = struct.unpack(">QH", data[2:])
+        elif kind == NBD_INFO_BLOCK_SIZE and len(data) == 14:
+            self.minimum, _, self.maximum = struct.unpack(">III", data[2:])
+
+    def _option(self, option: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Ask for an option; yield what the server replies, but for the last ACK."""
+        self.socket.sendall(struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data)) + data)
+        while True:
+            magic, of, kind, length = struct.unpack(">QIII", self._take(20))
+            if magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16:
+                raise wrong(self.target.uri, "the server does not keep to the protocol")
+            payload = self._take(length)
+            if kind == NBD_REP_ACK:
+                return
+            yield kind, payload
+            if kind >> 31:
+                return
+
+    def _take(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = self.socket.recv(count - len(data))
+            if not more:
+                raise OSError(errno.ECONNRESET, "the server closed the connection")
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Say goodbye."""
+        try:
+            self.socket.settimeout(0.1)
+            self.socket.sendall(NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0))
+        except OSError:
+            pass
+        self.socket.close()
+
+    # ---- requests ------------------------------------------------------------------------------
+
+    async def ask(self, command: int, offset: int, length: int, flags: int, buffer: Any) -> None:
+        """Have the server do something; raises OSError."""
+        request = NbdRequest(command, offset, length, flags, buffer)
+        if not self.pending:
+            self.heard = time.monotonic()
+        self.cookie += 1
+        self.pending[self.cookie] = request
+        self.outbox.append((self.cookie, request))
+        if not self.running:
+            self.running = True
+            await beside(self._receive())
+            await beside(self._watch())
+        if not self.sending:
+            self.sending = True
+            await beside(self._send())
+        error = await request.done
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    async def _send(self) -> None:
+        """Send everything in the outbox; what fails is sent again by the next connection."""
+        try:
+            while self.outbox:
+                batch, self.outbox = self.outbox[:32], self.outbox[32:]
+                data = b"".join(part for cookie, request in batch for part in request.message(cookie))
+                left = memoryview(data)
+                while left:
+                    left = left[await ublk.uring_send(self.socket.fileno(), left, socket.MSG_NOSIGNAL):]
+        except OSError:
+            self.hang_up()
+        self.sending = False
+
+    def hang_up(self) -> None:
+        """End the connection, so that _receive notices and makes another."""
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    async def _watch(self) -> None:
+        while True:
+            await ublk.uring_sleep(min(1.0, self.target.timeout / 8))
+            if self.pending and time.monotonic() - self.heard > self.target.timeout / 3:
+                self.hang_up()
+
+    async def _receive(self) -> None:
+        while True:
+            try:
+                while True:
+                    await self._reply()
+            except (OSError, struct.error) as error:
+                await self._reconnect(error)
+
+    async def _reconnect(self, error: Exception) -> None:
+        """Make a new connection, for as long as it takes, and send what waits on it."""
+        if self.pending:
+            print(f"ublk: {self.target.uri}: connection lost: {error}", file=sys.stderr)
+        self.hang_up()
+        pause = 0.05
+        while True:
+            while self.sending:
+                await ublk.uring_sleep(0.01)
+            try:
+                self.sending = True                 # nobody is to send before the handshake
+                self.connect()
+                if self.size < self.target.size:
+                    raise wrong(self.target.uri, "the export has become smaller")
+                break
+            except OSError as failure:
+                error = failure
+            finally:
+                self.sending = False
+            if self.pending and time.monotonic() - self.heard > self.target.timeout:
+                print(f"ublk: {self.target.uri}: giving requests up: {error}", file=sys.stderr)
+                lost, self.pending, self.outbox = self.pending, {}, []
+                for request in lost.values():
+                    request.done.set(errno.ETIMEDOUT)
+            await ublk.uring_sleep(pause)
+            pause = min(2 * pause, 1.0)
+        for request in self.pending.values():
+            request.error = request.filled = 0
+        self.outbox = list(self.pending.items())
+        self.sending = True
+        await beside(self._send())
+
+    # ---- replies -------------------------------------------------------------------------------
+
+    async def _fill(self, view: memoryview) -> None:
+        """Receive exactly what fits into view."""
+        while view:
+            if self.start < self.end:
+                count = min(len(view), self.end - self.start)
+                view[:count] = self.inbox[self.start:self.start + count]
+                self.start += count
+            elif len(view) >= 4096:
+                count = await self._some(view)
+            else:
+                count, self.start, self.end = 0, 0, await self._some(self.inbox)
+            view = view[count:]
+
+    async def _some(self, view: memoryview) -> int:
+        count = await ublk.uring_recv(self.socket.fileno(), view)
+        if not count:
+            raise OSError(errno.ECONNRESET, "the server closed the connection")
+        return count
+
+    async def _bytes(self, count: int) -> bytes:
+        data = bytearray(count)
+        await self._fill(memoryview(data))
+        return bytes(data)
+
+    async def _reply(self) -> None:
+        """Receive a reply, or one chunk of a structured one."""
+        magic, = struct.unpack(">I", await self._bytes(4))
+        if magic == NBD_SIMPLE_REPLY_MAGIC:
+            error, cookie = struct.unpack(">IQ", await self._bytes(12))
+            request = self._request(cookie)
+            if request.command == NBD_CMD_READ and not error:
+                await self._fill(request.buffer)
+            self._end(cookie, request, error)
+            return
+        flags, kind, cookie, length = struct.unpack(">HHQI", await self._bytes(16))
+        if magic != NBD_STRUCTURED_REPLY_MAGIC:
+            raise OSError(errno.EPROTO, "the server sent no reply but something else")
+        request = self._request(cookie)
+        await self._chunk(request, kind, length)
+        if flags & 1:                               # NBD_REPLY_FLAG_DONE
+            if request.command == NBD_CMD_READ and request.filled != request.length:
+                request.error = request.error or errno.EIO
+            self._end(cookie, request, request.error)
+
+    async def _chunk(self, request: NbdRequest, kind: int, length: int) -> None:
+        """Receive the payload of a chunk: data, a hole, an error or nothing."""
+        if length > 64 + request.length:
+            raise OSError(errno.EPROTO, f"the server sent a chunk of {length} bytes")
+        if kind >> 15 and length >= 4:              # an error
+            data = await self._bytes(length)
+            request.error = int.from_bytes(data[:4], "big") or errno.EIO
+        elif kind in (1, 2) and length >= 8 and request.command == NBD_CMD_READ:
+            at = struct.unpack(">Q", await self._bytes(8))[0] - request.offset
+            count = length - 8 if kind == 1 else int.from_bytes(await self._bytes(length - 8), "big")
+            if not 0 <= at <= at + count <= request.length:
+                raise OSError(errno.EPROTO, "the server sent data nobody asked for")
+            if kind == 1:
+                await self._fill(request.buffer[at:at + count])
+            else:
+                request.buffer[at:at + count] = bytes(count)
+            request.filled += count
+        elif kind or length:
+            raise OSError(errno.EPROTO, f"the server sent a chunk of unknown type {kind}")
+
+    def _request(self, cookie: int) -> NbdRequest:
+        if cookie not in self.pending:
+            raise OSError(errno.EPROTO, "the server replied to what nobody asked")
+        return self.pending[cookie]
+
+    def _end(self, cookie: int, request: NbdRequest, error: int) -> None:
+        """The reply to a request is complete."""
+        if error == errno.ESHUTDOWN:                # NBD has it mean: ask again, elsewhere
+            raise OSError(error, "the server is shutting down")
+        self.heard = time.monotonic()
+        del self.pending[cookie]
+        request.done.set(error if error in NBD_ERRORS or not error else errno.EIO)
+
+
+class beside:
+    """Start a coroutine that goes on by itself on this queue: ``await beside(coroutine)``."""
+
+    def __init__(self, coroutine: Any) -> None:
+        self.coroutine = coroutine
+
+    def __await__(self) -> Iterator[Any]:
+        yield self
+
+    def begin(self, task: ublk.Task) -> None:
+        """Called by the queue with the task that awaits."""
+        task.queue.spawn(self.coroutine)
+        task.step()
 
 
 # =================================================================================================
