@@ -2072,6 +2072,7 @@ class Device:
         self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags)
         self.id, self._added = self.info.dev_id, True
         self.on_added(self.id)
+        save_state(self)            # first of all, for who cleans up should this server die at once
         require(flags & ~self.info.flags)
         await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
@@ -2081,7 +2082,6 @@ class Device:
             if params.types & ~kept & kind:
                 raise UblkError(errno.EOPNOTSUPP, f"parameters {name}",
                                 f"needs Linux {since}, this is {kernel_release()}")
-        save_state(self)
 
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
