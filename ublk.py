@@ -1948,7 +1948,7 @@ class Process(Worker):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.close(self.device.wake_write)    # so that wake_fd tells when the parent is gone
             self.device.control.close()
-            self.serve(lambda: os.write(writer, b"+"))
+            self.serve(lambda: (os.write(writer, b"+"), self.device.on_forked(self.device.id)))
             status = 0
         except UblkError as error:
             os.write(writer, str(error).encode())
@@ -2005,6 +2005,7 @@ class Device:
         self.processes = target.processes and gil if processes is None else processes
         self.words = words or (type(target).__name__, [], {})
         self.on_added: Callable[[int], object] = bool   # called once the device has its number
+        self.on_forked: Callable[[int], object] = bool  # called in the process of a queue, once it serves
         self.info = ublksrv_ctrl_dev_info()
         self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
@@ -2889,7 +2890,7 @@ def stop_now(number: int, frame: Any) -> None:
 def serve(device: Device, start: Callable[[], object], started: Started) -> None:
     """Serve a device until a signal takes it away or somebody else stops or detaches it."""
     on_signals(stop_now)
-    device.on_added = started.added
+    device.on_added, device.on_forked = started.added, started.settle
     try:
         start()
         started.live(device)
