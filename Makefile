@@ -12,8 +12,17 @@ run: ## the main job, step by step: on this machine's driver (as root), else in 
 test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one, K=word as in pytest -k, HOST=1 no virtual machine]
 	@$(LAB) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(K),-k "$(K)") $(if $(HOST),--host)
 
+soak: ## kill servers under load, again and again, in a virtual machine [ROUNDS=100, KERNEL=7.3, MODE="reissue ext4"]
+	@$(LAB) run $(or $(KERNEL),7.3) --timeout=86400 -- python3 lab/soak.py --rounds $(or $(ROUNDS),100) $(MODE)
+
 lab: ## fetch what the tests need: emulator, file system tools, kernels [KERNEL=7.2 only that one]
 	@$(LAB) fetch $(KERNEL)
+
+bench: ## compare with the kernel's drivers, nbdkit and FUSE [QUICK=1 one short round, CASES=word only these]
+	@$(PYTHON) lab/bench.py $(if $(QUICK),--quick) $(if $(CASES),--cases "$(CASES)")
+
+profile: ## where the server's time goes, per I/O [TARGET="null --batch" only that]
+	@$(PYTHON) lab/profiling.py $(if $(TARGET),"$(TARGET)")
 
 lint: ## ruff and mypy
 	@$(LAB) lint
@@ -21,4 +30,4 @@ lint: ## ruff and mypy
 clean: ## remove what Python left in the work tree
 	@rm -rf __pycache__ lab/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help run test lab lint clean
+.PHONY: help run test soak lab bench profile lint clean

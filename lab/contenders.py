@@ -13,7 +13,7 @@ import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ UBLK = HERE.parent / "ublk.py"
 OURS, NBD, FUSE, IDLE = (HERE / "disks" / f"{name}.py" for name in ("ours", "nbd", "fuse", "idle"))
 BACKING = Path("/scratch/bench.img")
 BACKING_SIZE = 64 << 20
+# As the command that pip installs does it; a script, in contrast, is compiled at each start.
+COMPILED = ("-c", f"import sys; sys.path.insert(0, {str(UBLK.parent)!r}); import ublk; sys.exit(ublk.main())")
 PATIENCE = 120      # seconds for anything to start or end
 TICK = os.sysconf("SC_CLK_TCK")
 ALL = "r4k1 r4k32 r4k128 w4k128 r64k32 r1m8"
@@ -77,11 +79,11 @@ def wait_for(condition: Callable[[], object], server: subprocess.Popen[bytes], e
 
 # ---- kinds of disks --------------------------------------------------------------------------------------
 
-def ours(*words: str) -> Callable[[ExitStack], Disk]:
-    """A disk of ublk.py."""
+def ours(*words: str, launcher: Sequence[str] = (str(UBLK),)) -> Callable[[ExitStack], Disk]:
+    """A disk of ublk.py; launcher: what Python is told to run."""
     def start(stack: ExitStack) -> Disk:
         words_here = [word.replace("BACKING", str(backing())) for word in words]
-        server, errors = serve(stack, ["python3", str(UBLK), *words_here, "--json"])
+        server, errors = serve(stack, ["python3", *launcher, *words_here, "--json"])
         assert server.stdout
         line = b""
         while not line.endswith(b"}\n"):
@@ -213,6 +215,7 @@ CASES: list[Case] = []
 STARTS: dict[str, Callable[[ExitStack], object]] = {
     "python3 -c pass": python_alone,
     "ublk.py null": ours("null"),
+    "ublk.py null, compiled before": ours("null", launcher=COMPILED),
     "ublk.py loop": ours("loop", "BACKING"),
     "nbdkit null, nbd-client": nbdkit("null", "size=1G"),
 }
