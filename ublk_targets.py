@@ -5,6 +5,7 @@
     stripe    several files, chunk by chunk            mirror    several files with the same content
     cow       an overlay over a base                   record    another target, with a log to replay
     fault     another target that fails and stalls     nbd       what an NBD server serves
+    zoned     a disk of zones, in memory or a file
 
 Lying beside ublk.py, this file adds these names to its command line: ``ublk.py loop disk.img``.
 The parameters of a class are its arguments there: positional ones are words, keyword-only ones
@@ -45,6 +46,14 @@ BLKDISCARD, BLKSSZGET, BLKPBSZGET = 0x1277, 0x1268, 0x127B
 def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
     """Make the error for arguments or files that make no sense."""
     return ublk.UblkError(errno.EINVAL, what, reason, remedy)
+
+
+def say(text: str) -> None:
+    """Tell whoever watches the server; that nobody does must not hurt a request."""
+    try:
+        print(f"ublk: {text}", file=sys.stderr)
+    except OSError:
+        pass
 
 
 # =================================================================================================
@@ -503,7 +512,7 @@ class Mirror(ublk.Target):
         news = sorted(path for path in paths if self.reasons.get(path) != reason)
         if news:
             self.reasons.update(dict.fromkeys(news, reason))
-            print(f"ublk: mirror: dropped {', '.join(news)}: {reason}", file=sys.stderr)
+            say(f"mirror: dropped {', '.join(news)}: {reason}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
@@ -542,7 +551,7 @@ class Mirror(ublk.Target):
             self.dropped, self.rebuilding = self.dropped - {path}, self.rebuilding - {path}
             self.reasons.pop(path, None)
             self._save()
-        print(f"ublk: mirror: rebuilt {path}", file=sys.stderr)
+        say(f"mirror: rebuilt {path}")
 
     def _copy(self, start: int, end: int, disk: Loop) -> None:
         """Copy a range that no request changes meanwhile from a good leg; only what differs."""
@@ -901,7 +910,7 @@ class Fault(Wrapper, ublk.Target):
         except FileNotFoundError:
             self.rule = self.given
         except (OSError, ValueError, SystemExit) as error:
-            print(f"ublk: {self.control} is ignored: {error}", file=sys.stderr)
+            say(f"{self.control} is ignored: {error}")
 
 
 class Rule:
@@ -1233,7 +1242,7 @@ class NbdLink:
     async def _reconnect(self, error: Exception) -> None:
         """Make a new connection, for as long as it takes, and send what waits on it."""
         if self.pending:
-            print(f"ublk: {self.target.uri}: connection lost: {error}", file=sys.stderr)
+            say(f"{self.target.uri}: connection lost: {error}")
         self.hang_up()
         pause = 0.05
         while True:
@@ -1250,7 +1259,7 @@ class NbdLink:
             finally:
                 self.sending = False
             if self.pending and time.monotonic() - self.heard > self.target.timeout:
-                print(f"ublk: {self.target.uri}: giving requests up: {error}", file=sys.stderr)
+                say(f"{self.target.uri}: giving requests up: {error}")
                 lost, self.pending, self.outbox = self.pending, {}, []
                 for request in lost.values():
                     request.done.set(errno.ETIMEDOUT)
@@ -1355,6 +1364,205 @@ class beside:
         """Called by the queue with the task that awaits."""
         task.queue.spawn(self.coroutine)
         task.step()
+
+
+# =================================================================================================
+# A zoned disk
+# =================================================================================================
+
+# linux/blkzoned.h
+BLK_ZONE_TYPE_CONVENTIONAL, BLK_ZONE_TYPE_SEQWRITE_REQ = 1, 2
+BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN = range(4)
+BLK_ZONE_COND_CLOSED, BLK_ZONE_COND_FULL = 4, 14
+IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
+ZONED_HEADER = struct.Struct("<8sQQQ")          # magic, size, zone size, conventional; then a CRC-32
+ZONED_MAGIC = b"ublkzone"
+ZONE_STATE = struct.Struct("<QQ")               # write pointer, condition
+
+
+class Zone:
+    """What changes of a zone: where the next write goes, in bytes of the disk, and its condition."""
+
+    def __init__(self, number: int, start: int, end: int, wp: int, cond: int) -> None:
+        self.number, self.start, self.end, self.wp, self.cond = number, start, end, wp, cond
+
+
+class Zoned(ublk.Target):
+    """A host-managed zoned disk: a zone is written from its start to its end and reset as a whole.
+
+    It lies in a file: a header, write pointer and condition of each zone, then the data.
+
+    file: keep it in this file; made if it is not there (in memory)
+    size: size of a new disk
+    zone_size: size of its zones, a power of two
+    conventional: so many zones at its start may be written anywhere
+    max_open: so many zones may be open at once (0: any number)
+    max_active: so many may be open or closed, that is, written in part (0: any number)
+    """
+
+    block_size = 4096
+
+    def __init__(self, *, file: str = "", size: ublk.Size = ublk.Size(1 << 30),
+                 zone_size: ublk.Size = ublk.Size(16 << 20), conventional: int = 0,
+                 max_open: int = 0, max_active: int = 0) -> None:
+        if zone_size < self.block_size or zone_size & zone_size - 1:
+            raise wrong(f"--zone-size {zone_size}", "not a power of two from 4096 up")
+        if size <= 0 or size % zone_size or conventional * zone_size >= size:
+            raise wrong(f"--size {size}", f"not some zones of {zone_size} bytes behind the "
+                        "conventional ones")
+        self.size, self.zone_size, self.conventional = size, zone_size, conventional
+        self.max_open_zones, self.max_active_zones = max_open, max_active
+        self.max_append = 1 << 20
+        self.count = size // zone_size
+        self.data_at = PAGE_SIZE + -(-self.count * ZONE_STATE.size // PAGE_SIZE) * PAGE_SIZE
+        self.lock = threading.Lock()
+        self.memory = -1 if file else os.memfd_create("zoned")
+        path = file or f"/proc/self/fd/{self.memory}"
+        if not os.path.exists(path) or not os.path.getsize(path):
+            with open(path, "wb") as new:
+                new.truncate(self.data_at + size)
+        self.disk, self.path = Loop(path), path
+        self._open()
+
+    # ---- zones -----------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Read header and zones, or write them to a new file."""
+        header = sealed(ZONED_HEADER.pack(ZONED_MAGIC, self.size, self.zone_size, self.conventional))
+        found = os.pread(self.disk.fd, len(header), 0)
+        if found == bytes(len(found)):
+            write_all(self.disk.fd, header, 0)
+        elif found != sealed(found[:-4]) or not found.startswith(ZONED_MAGIC):
+            raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
+        elif found != header or self.disk.size != self.data_at + self.size:
+            _, size, zone_size, conventional = ZONED_HEADER.unpack(found[:-4])
+            raise wrong(self.path, "it was made with another geometry", f"use --size {size} "
+                        f"--zone-size {zone_size} --conventional {conventional}")
+        table = os.pread(self.disk.fd, self.count * ZONE_STATE.size, PAGE_SIZE)
+        self.zones: list[Zone] = []
+        for number, (wp, cond) in enumerate(ZONE_STATE.iter_unpack(table)):
+            start = number * self.zone_size
+            wp = wp if start <= wp <= start + self.zone_size else start
+            if number < self.conventional:
+                cond = BLK_ZONE_COND_NOT_WP
+            elif cond != BLK_ZONE_COND_FULL:        # who had zones open is gone
+                cond = BLK_ZONE_COND_CLOSED if wp > start else BLK_ZONE_COND_EMPTY
+            self.zones.append(Zone(number, start, start + self.zone_size, wp, cond))
+        # Those that count against the limits, in the order in which they came to
+        self.active = {zone: None for zone in self.zones if zone.cond == BLK_ZONE_COND_CLOSED}
+
+    def _set(self, zone: Zone, cond: int) -> None:
+        """Change the condition of a zone, and keep it."""
+        zone.cond = cond
+        if cond in (*IS_OPEN, BLK_ZONE_COND_CLOSED):
+            self.active[zone] = None
+        else:
+            self.active.pop(zone, None)
+        write_all(self.disk.fd, ZONE_STATE.pack(zone.wp, cond), PAGE_SIZE + zone.number * ZONE_STATE.size)
+
+    def _make_open(self, zone: Zone, cond: int) -> None:
+        """Open a zone if the limits allow; one that is open only by the way may be closed for it."""
+        if zone.cond not in IS_OPEN:
+            if zone not in self.active and 0 < self.max_active_zones <= len(self.active):
+                raise OSError(errno.EOVERFLOW, "too many active zones")
+            opened = [other for other in self.active if other.cond in IS_OPEN]
+            if 0 < self.max_open_zones <= len(opened):
+                victims = [other for other in opened if other.cond == BLK_ZONE_COND_IMP_OPEN]
+                if not victims:
+                    raise OSError(errno.ETOOMANYREFS, "too many open zones")
+                self._set(victims[0], BLK_ZONE_COND_CLOSED)
+        if zone.cond != BLK_ZONE_COND_EXP_OPEN:
+            self._set(zone, cond)
+
+    def _sequential(self, offset: int) -> Zone:
+        zone = self.zones[offset // self.zone_size]
+        if zone.cond == BLK_ZONE_COND_NOT_WP:
+            raise OSError(errno.EIO, "a conventional zone")
+        return zone
+
+    def report_zones(self, offset: int, count: int) -> list[ublk.blk_zone]:
+        """Describe zones from offset on, in sectors."""
+        first = offset // self.zone_size
+        return [ublk.blk_zone(
+            start=zone.start // ublk.SECTOR, len=self.zone_size // ublk.SECTOR,
+            capacity=self.zone_size // ublk.SECTOR, wp=zone.wp // ublk.SECTOR, cond=zone.cond,
+            type=BLK_ZONE_TYPE_CONVENTIONAL if zone.cond == BLK_ZONE_COND_NOT_WP
+            else BLK_ZONE_TYPE_SEQWRITE_REQ) for zone in self.zones[first:first + count]]
+
+    def zone_open(self, offset: int) -> None:
+        with self.lock:
+            zone = self._sequential(offset)
+            if zone.cond == BLK_ZONE_COND_FULL:
+                raise OSError(errno.EIO, "the zone is full")
+            self._make_open(zone, BLK_ZONE_COND_EXP_OPEN)
+
+    def zone_close(self, offset: int) -> None:
+        with self.lock:
+            zone = self._sequential(offset)
+            if zone.cond in IS_OPEN:
+                empty = zone.wp == zone.start
+                self._set(zone, BLK_ZONE_COND_EMPTY if empty else BLK_ZONE_COND_CLOSED)
+
+    def zone_finish(self, offset: int) -> None:
+        with self.lock:
+            zone = self._sequential(offset)
+            zone.wp = zone.end
+            self._set(zone, BLK_ZONE_COND_FULL)
+
+    async def zone_reset(self, offset: int) -> None:
+        zone = self._sequential(offset)
+        if zone.wp != zone.start:
+            await self.disk.write_zeroes(self.data_at + zone.start, self.zone_size, True)
+        with self.lock:
+            zone.wp = zone.start
+            self._set(zone, BLK_ZONE_COND_EMPTY)
+
+    async def zone_reset_all(self) -> None:
+        for zone in self.zones[self.conventional:]:
+            if zone.cond != BLK_ZONE_COND_EMPTY:
+                await self.zone_reset(zone.start)
+
+    # ---- data ------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, buffer: memoryview) -> int:
+        return await self.disk.read(self.data_at + offset, buffer)
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        zone = self.zones[offset // self.zone_size]
+        if zone.cond == BLK_ZONE_COND_NOT_WP:
+            await moved(self.disk.write, self.data_at + offset, buffer)
+        else:
+            await self._write_at_pointer(zone, buffer, offset)
+
+    async def zone_append(self, offset: int, buffer: memoryview) -> int:
+        return await self._write_at_pointer(self._sequential(offset), buffer)
+
+    async def _write_at_pointer(self, zone: Zone, buffer: memoryview, offset: int = -1) -> int:
+        """Write where the zone's pointer is, which must be at offset if that is given."""
+        with self.lock:
+            at, end = zone.wp, zone.wp + len(buffer)
+            if zone.cond == BLK_ZONE_COND_FULL or end > zone.end or offset not in (-1, at):
+                raise OSError(errno.EIO, "not at the write pointer")
+            self._make_open(zone, BLK_ZONE_COND_IMP_OPEN)
+            zone.wp = end           # now, so that the next append goes behind this one
+        try:
+            await moved(self.disk.write, self.data_at + at, buffer)
+        except OSError:
+            with self.lock:
+                zone.wp = at if zone.wp == end else zone.wp
+            raise
+        with self.lock:
+            self._set(zone, BLK_ZONE_COND_FULL if zone.wp == zone.end else zone.cond)
+        return at
+
+    async def flush(self) -> None:
+        await self.disk.flush()
+
+    def close(self) -> None:
+        self.disk.close()
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
 
 
 # =================================================================================================
