@@ -930,7 +930,8 @@ class MappedCopy:
         self.memory = mmap.mmap(-1, queue.depth * queue.max_io)
         self.view = memoryview(self.memory)
         self.read_only_view = self.view.toreadonly()
-        self.zeroes = bytes(queue.max_io)
+        self.zeroes = memoryview(bytes(queue.max_io))
+        self.written: set[int] = set()      # tags whose buffer may hold what a client wrote
         self.base = address_of(self.view)
 
     def address(self, tag: int) -> int:
@@ -952,6 +953,12 @@ class MappedCopy:
         """Return what a WRITE wrote."""
         start = tag * self.max_io
         return self.read_only_view[start:start + length]
+
+    def blank(self, tag: int, length: int) -> None:
+        """Have a READ return zeroes; quick where all that happened to the tag is noted in written."""
+        if tag in self.written:
+            self.written.discard(tag)
+            self.view[tag * self.max_io:(tag + 1) * self.max_io] = self.zeroes
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
@@ -1004,6 +1011,9 @@ class UserCopy(MappedCopy):
             done += some(os.preadv(self.fd, [self.view[start + done:start + length]],
                                    self.position(tag) + done))
         return self.read_only_view[start:start + length]
+
+    def blank(self, tag: int, length: int) -> None:
+        self.give(tag, self.zeroes[:length])
 
     def give(self, tag: int, buffer: memoryview) -> int:
         done = 0
@@ -1303,6 +1313,7 @@ class Queue:
         self.ring = Ring(own + 64)
         self.results = self.ring.sqes.cast("i")[RESULT_WORD:]    # at tag * 16
         self.addresses = self.ring.sqes.cast("Q")[ADDRESS_WORD:]    # at tag * 8
+        self._done: list[int] = []          # tags whose commit is to be submitted
         self._appended: list[int] = []
         self.path: Any = device.data_path(self)
         self.ended: set[int] = set()        # tags the kernel has taken back
@@ -1347,6 +1358,7 @@ class Queue:
         answer = self._answer()
         while not self.leaving and not (self.ended and self._idle()):
             answer(self.collect(0.01 if self.ended else None))
+        self.commit()
         self.ring.enter()
 
     def _answer(self) -> Callable[[list[int]], object]:
@@ -1381,6 +1393,7 @@ class Queue:
 
     def collect(self, timeout: float | None = None) -> list[int]:
         """Submit what is pending, wait, and return the tags that have a new request."""
+        self.commit()
         self.ring.enter(1, timeout)
         if self._used_slots or self._appended:
             self._recycle()
@@ -1388,6 +1401,12 @@ class Queue:
         if not data or (max(data) < self.depth and not any(results)):
             return data
         return [tag for tag, result in zip(data, results) if self._is_request(tag, result)]
+
+    def commit(self) -> None:
+        """Have the next enter() hand in every request that was completed."""
+        if self._done:
+            self.ring.push_all(self._done)
+            self._done.clear()
 
     def _is_request(self, user_data: int, result: int) -> bool:
         """Deal with a completion that may be something else than a new request."""
@@ -1434,14 +1453,14 @@ class Queue:
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno."""
         self.results[tag * 16] = result
-        self.ring.push(tag)
+        self._done.append(tag)
 
     def succeed(self, tags: list[int]) -> None:
         """End all these requests with full success."""
         results, sectors, words = self.results, self.sectors, self.desc_words
         for tag in tags:
             results[tag * 16] = sectors[tag * words] * SECTOR
-        self.ring.push_all(tags)
+        self._done += tags
 
     # ---- the handlers: each returns the result, or None where a coroutine will ------------------
 
@@ -1678,9 +1697,12 @@ class BatchQueue(Queue):
                               8 * self.words_each, 0, 0))
         self.ring.push(self._prep_slot)
 
-    def collect(self, timeout: float | None = None) -> list[int]:
+    def commit(self) -> None:
         if self._pending:
             self._send(UBLK_U_IO_COMMIT_IO_CMDS)
+
+    def collect(self, timeout: float | None = None) -> list[int]:
+        self.commit()
         self.ring.enter(1, timeout)
         self._recycle()
         tags: list[int] = []
@@ -1799,11 +1821,15 @@ class Null(Target):
         self.size = size
 
     def answer(self, queue: Queue, tags: list[int]) -> None:
-        """End every request at once; only reads after writes need their buffer cleared."""
+        """End every request at once; a read must not see what was written under its tag before."""
+        descriptors, size, path = queue.descriptors, queue.desc_size, queue.path
+        first = 0 if sys.byteorder == "little" else 3       # the byte that has the operation
         for tag in tags:
-            flags, sectors, _, _ = IO_DESC.unpack_from(queue.descriptors, tag * queue.desc_size)
-            if flags & 0xFF == UBLK_IO_OP_READ:
-                queue.path.give(tag, queue.path.room(tag, sectors * SECTOR))
+            operation = descriptors[tag * size + first]
+            if operation == UBLK_IO_OP_WRITE:
+                path.written.add(tag)
+            elif operation == UBLK_IO_OP_READ:
+                path.blank(tag, queue.sectors[tag * queue.desc_words] * SECTOR)
         queue.succeed(tags)
 
     def read(self, offset: int, buffer: memoryview) -> None:
