@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import os
 import re
 import select
@@ -58,6 +59,7 @@ WARNING = re.compile(r"WARNING: ")
 STATUS_KERNEL_TROUBLE = 99
 STATUS_NO_ANSWER = 124
 NO_TESTS_COLLECTED = 5
+JOBS = max(1, (os.cpu_count() or 1) // 2)       # virtual machines at a time: each has two processors
 
 
 @dataclass
@@ -88,7 +90,7 @@ def run(machine: Machine) -> int:
         # virtiofsd shows the guest all of this machine's files.
         os.execvp("sudo", ["sudo", "env", f"UBLK_LAB={CACHE}", sys.executable, *sys.argv])
     machine.console.parent.mkdir(parents=True, exist_ok=True)
-    with run_directory() as directory, contextlib.ExitStack() as processes:
+    with turn(), run_directory() as directory, contextlib.ExitStack() as processes:
         prepare(machine, directory)
         files = start(virtiofsd_command(directory / "fs"), machine.console.with_suffix(".virtiofsd"))
         processes.callback(stop, files)
@@ -99,6 +101,22 @@ def run(machine: Machine) -> int:
         if not copy_output(qemu, machine.timeout):
             say(f"{machine.kernel}: time limit of {machine.timeout:.0f} s reached")
         return verdict(machine, directory / "status")
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Wait until fewer machines run than processors can bear: emulated ones that share one get very slow."""
+    places = [open(CACHE / f"turn-{number}.lock", "w") for number in range(JOBS)]
+    with contextlib.ExitStack() as files:
+        for place in places:
+            files.enter_context(place)
+        while True:
+            for place in places:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield
+                    return
+            time.sleep(0.5)
 
 
 @contextlib.contextmanager
@@ -364,9 +382,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     verb.add_argument("--kernel", action="append", choices=KERNELS)
     verb.add_argument("-k", dest="word", default="", help="only tests that match, as in pytest")
     verb.add_argument("--host", action="store_true", help="everything natively, on this machine's driver")
-    # Each has two processors of its own, and emulated processors that share one get very slow.
-    jobs = max(1, (os.cpu_count() or 1) // 2)
-    verb.add_argument("--jobs", type=int, default=jobs, help="virtual machines at once")
+    verb.add_argument("--jobs", type=int, default=JOBS, help="virtual machines at once")
     verb.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for each kernel")
     verbs.add_parser("lint", help="ruff and mypy")
     return parser.parse_args(arguments)
