@@ -2254,7 +2254,7 @@ class Device:
             if waited > (2.0 if lives else SERVER_TIMEOUT):
                 raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY,
                               f"cannot recover device {self.id}")
-            if waited > 1.0 and not told:
+            if waited > 1.0 and not lives and not told:
                 told = True
                 print(f"ublk: waiting for the kernel to notice that the server of device {self.id} "
                       "is gone", file=sys.stderr)
