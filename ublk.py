@@ -3315,7 +3315,17 @@ def print_help() -> None:
     print("  FILE.py:CLASS  a Target of your own\n\ncommands:")
     for verb, (_, text, _) in VERBS.items():
         print(f"  {verb:<12} {text}")
+    print("  replay       rebuild a recorded disk as it was at a given moment (target record)")
     print("\n" + device_parser().format_help().partition("\n\n")[2])
+
+
+def replay(words: Sequence[str]) -> int:
+    """Rebuild a recorded disk; the companion, which records, knows how."""
+    module = companion()
+    if module is None:
+        raise UblkError(errno.ENOENT, "cannot replay", "ublk_targets.py is not here",
+                        "put it beside ublk.py")
+    return module.replay(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3326,6 +3336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words or words[0] in ("-h", "--help"):
             print_help()
             return 0 if words else 2
+        if words[0] == "replay":
+            return replay(words[1:])
         return run_verb(words) if words[0] in VERBS else create(words)
     except Usage as error:
         print(f"ublk: {error}", file=sys.stderr)
