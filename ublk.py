@@ -592,9 +592,8 @@ class Ring:
         if timeout is not None:
             self._timeout.tv_sec, self._timeout.tv_nsec = divmod(int(max(timeout, 0) * 1e9), 10**9)
             flags, arg, size = flags | IORING_ENTER_EXT_ARG, ctypes.addressof(self._wait_arg), 24
-        pending = self._tail - self._submitted
         self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
-        taken = _syscall(SYS_io_uring_enter, self.fd, pending, min_complete, flags, arg, size)
+        taken = _syscall(SYS_io_uring_enter, self.fd, self._tail - self._submitted, min_complete, flags, arg, size)
         if taken >= 0:
             self._submitted += taken
             return True
@@ -638,6 +637,11 @@ class Ring:
         """Make a table of count empty fixed buffers (5.19), for request pages to be put in."""
         table = io_uring_rsrc_register(nr=count, flags=IORING_RSRC_REGISTER_SPARSE)
         self.register(IORING_REGISTER_BUFFERS2, ctypes.addressof(table), ctypes.sizeof(table))
+
+    @property
+    def pending(self) -> int:
+        """How many SQEs were pushed that the kernel has not taken yet."""
+        return self._tail - self._submitted
 
     @property
     def overflow(self) -> int:
@@ -931,7 +935,7 @@ class MappedCopy:
         self.view = memoryview(self.memory)
         self.read_only_view = self.view.toreadonly()
         self.zeroes = memoryview(bytes(queue.max_io))
-        self.written: set[int] = set()      # tags whose buffer may hold what a client wrote
+        self.written: dict[int, int] = {}   # tag -> bytes of its buffer that hold a client's data
         self.base = address_of(self.view)
 
     def address(self, tag: int) -> int:
@@ -956,9 +960,9 @@ class MappedCopy:
 
     def blank(self, tag: int, length: int) -> None:
         """Have a READ return zeroes; quick where all that happened to the tag is noted in written."""
-        if tag in self.written:
-            self.written.discard(tag)
-            self.view[tag * self.max_io:(tag + 1) * self.max_io] = self.zeroes
+        start, dirty = tag * self.max_io, self.written.pop(tag, 0)
+        if dirty:
+            self.view[start:start + dirty] = self.zeroes[:dirty]
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
@@ -1386,8 +1390,12 @@ class Queue:
             if operation > UBLK_IO_OP_WRITE or flags & (UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF):
                 self.handle(tag)
                 continue
-            fd, position = where(start * SECTOR, length, operation == UBLK_IO_OP_WRITE)
-            chains += transfer(tag, operation, fd, position, length)
+            try:
+                fd, position = where(start * SECTOR, length, operation == UBLK_IO_OP_WRITE)
+            except Exception as error:
+                self.complete(tag, failed(error))
+            else:
+                chains += transfer(tag, operation, fd, position, length)
         self.ring.push_all(chains)
         return len(chains)
 
@@ -1560,7 +1568,9 @@ class Queue:
         self.ring.push(slot)
 
     def _recycle(self) -> None:
-        """The kernel has taken the SQEs: their slots are free again."""
+        """Use the slots of SQEs again that the kernel has taken."""
+        if self.ring.pending:
+            return
         for tag in self._appended:
             self.addresses[tag * 8] = 0
         self._appended.clear()
@@ -1826,10 +1836,11 @@ class Null(Target):
         first = 0 if sys.byteorder == "little" else 3       # the byte that has the operation
         for tag in tags:
             operation = descriptors[tag * size + first]
+            length = queue.sectors[tag * queue.desc_words] * SECTOR
             if operation == UBLK_IO_OP_WRITE:
-                path.written.add(tag)
+                path.written[tag] = max(length, path.written.get(tag, 0))
             elif operation == UBLK_IO_OP_READ:
-                path.blank(tag, queue.sectors[tag * queue.desc_words] * SECTOR)
+                path.blank(tag, length)
         queue.succeed(tags)
 
     def read(self, offset: int, buffer: memoryview) -> None:
