@@ -593,7 +593,8 @@ class Ring:
             self._timeout.tv_sec, self._timeout.tv_nsec = divmod(int(max(timeout, 0) * 1e9), 10**9)
             flags, arg, size = flags | IORING_ENTER_EXT_ARG, ctypes.addressof(self._wait_arg), 24
         self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
-        taken = _syscall(SYS_io_uring_enter, self.fd, self._tail - self._submitted, min_complete, flags, arg, size)
+        taken = _syscall(SYS_io_uring_enter, self.fd, self._tail - self._submitted, min_complete,
+                         flags, arg, size)
         if taken >= 0:
             self._submitted += taken
             return True
