@@ -29,9 +29,10 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from types import CoroutineType
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import ublk
 
@@ -274,7 +275,7 @@ class together:
         self.coroutines, self.left = coroutines, len(coroutines)
         self.failure: Any = None
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, Any]:
         if len(self.coroutines) == 1:
             yield from self.coroutines[0].__await__()
         else:
@@ -778,7 +779,7 @@ async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
 # Targets over another target
 # =================================================================================================
 
-# What a target may define, and how the file system of a wrapper's disk is to see it
+# What a target may define: handlers of requests, and all else
 HANDLERS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "zone_append",
             "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_reset_all")
 PROPERTIES = ("size", "block_size", "physical_block_size", "read_only", "rotational",
@@ -947,13 +948,9 @@ class Rule:
 
 def seconds(text: str) -> float:
     """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
-    number, factor = text, 1.0
-    for unit, factor in (("ms", 1e-3), ("us", 1e-6), ("s", 1.0), ("", 1.0)):
-        if text.endswith(unit):
-            number = text[:len(text) - len(unit)]
-            break
+    unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
     try:
-        return abs(float(number)) * factor
+        return abs(float(text[:len(text) - len(unit)])) * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
     except ValueError:
         raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s") from None
 
@@ -969,7 +966,8 @@ NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
 NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA = 1 << 1, 1 << 2, 1 << 3
 NBD_FLAG_ROTATIONAL, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES = 1 << 4, 1 << 5, 1 << 6
 NBD_FLAG_CAN_MULTI_CONN = 1 << 8
-NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES = 0, 1, 2, 3, 4, 6
+NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = 0, 1, 2, 3, 4
+NBD_CMD_WRITE_ZEROES = 6
 NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE = 1, 2
 NBD_REQUEST = struct.Struct(">IHHQQI")      # magic, flags, command, cookie, offset, length
 NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
@@ -1117,7 +1115,8 @@ class NbdLink:
         except ublk.UblkError:
             raise
         except OSError as error:
-            raise ublk.UblkError(error.errno if (error.errno or 0) > 0 else errno.ETIMEDOUT, self.target.uri,
+            number = max(error.errno or 0, 0) or errno.ETIMEDOUT    # names not found are negative
+            raise ublk.UblkError(number, self.target.uri,
                                  remedy="see whether the server runs there") from None
         self.start = self.end = 0
 
@@ -1357,7 +1356,7 @@ class beside:
     def __init__(self, coroutine: Any) -> None:
         self.coroutine = coroutine
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, Any]:
         yield self
 
     def begin(self, task: ublk.Task) -> None:
@@ -1728,6 +1727,8 @@ def replay(argv: Sequence[str]) -> int:
     add("--list", action="store_true", help="show the entries")
     add("--check", metavar="COMMAND", help="for each crash point run a shell command on a copy of the "
         "disk, {} in it being the copy's path; stop where it fails")
+    add("--from", type=int, default=0, dest="start", help="check no crash before this entry, such as "
+        "the last of mkfs")
     add("--every", choices=("flush", "entry"), default="flush", help="crash points (flush)")
     add("--lose", type=int, metavar="SEED", help="at a crash lose about half of what was not flushed, "
         "at random")
@@ -1766,7 +1767,8 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
             for done in pending:
                 apply(log, done, disk)
             pending.clear()
-        if options.every == "flush" and entry.kind not in ("flush", "write_fua"):
+        if entry.number < options.start or (options.every == "flush"
+                                            and entry.kind not in ("flush", "write_fua")):
             continue
         copy_sparse(disk.name, copy)
         with open(copy, "r+b", buffering=0) as crashed:
