@@ -30,7 +30,7 @@ serve() {
     [ -b "$disk" ]
 }
 stop() {
-    show python3 ublk.py stop "$(identity)"
+    show python3 ublk.py del "$(identity)"
     [ ! -e "$disk" ] || { echo "$disk is still there"; exit 1; }
     disk=
 }
