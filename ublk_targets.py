@@ -748,6 +748,7 @@ class Cow(ublk.Target):
             self._make_durable([(start, self.live[start:end]) for start, end in self.fresh])
             os.fdatasync(self.top.fd)
         self.top.close()
+        self.live.close()       # it has a descriptor of its own, and with that the lock
         if self.base >= 0:
             os.close(self.base)
             self.base = -1
@@ -796,7 +797,7 @@ class Wrapper:
     def __init__(self, target: ublk.Target) -> None:
         self.target = target
         for name in PROPERTIES:
-            if hasattr(target, name):
+            if hasattr(target, name) and name not in vars(type(self)):
                 setattr(self, name, getattr(target, name))
         for name in HANDLERS:
             if hasattr(target, name):
@@ -1095,7 +1096,7 @@ class NbdLink:
         self.cookie = int.from_bytes(os.urandom(6), "big") << 16
         self.running = self.sending = False
         self.inbox, self.start, self.end = memoryview(bytearray(1 << 16)), 0, 0
-        self.heard = 0.0                                # when the last reply came
+        self.heard = self.met = 0.0             # when the last reply came, when we last connected
 
     # ---- connecting, which may block -----------------------------------------------------------
 
@@ -1118,7 +1119,7 @@ class NbdLink:
             number = max(error.errno or 0, 0) or errno.ETIMEDOUT    # names not found are negative
             raise ublk.UblkError(number, self.target.uri,
                                  remedy="see whether the server runs there") from None
-        self.start = self.end = 0
+        self.start, self.end, self.met = 0, 0, time.monotonic()
 
     def _shake_hands(self) -> None:
         uri = self.target.uri
@@ -1227,7 +1228,8 @@ class NbdLink:
     async def _watch(self) -> None:
         while True:
             await ublk.uring_sleep(min(1.0, self.target.timeout / 8))
-            if self.pending and time.monotonic() - self.heard > self.target.timeout / 3:
+            silence = time.monotonic() - max(self.heard, self.met)
+            if self.pending and silence > self.target.timeout / 3:
                 self.hang_up()
 
     async def _receive(self) -> None:
