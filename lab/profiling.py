@@ -4,26 +4,25 @@
     profiling.py [TARGET...]        null, loop, plain, async or words for ublk.py, quoted: "null --batch"
 
 Each target is served twice. First undisturbed: IOPS, CPU time in user mode and in the kernel, and from the
-kernel's tracer the system calls. Then below cProfile, which makes calls dear: of that run only each function's
-share is taken, of the user time measured before. With `perf` installed, the functions of kernel and interpreter
-are sampled too.
+kernel's tracer the system calls. Then below cProfile with the thread's CPU time as its clock. That makes
+calls dear: of this run only the share of each function is taken, of the time measured before. A function
+that calls the kernel bears the kernel's time too.
 """
 from __future__ import annotations
 
-import os
 import pstats
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench import KERNEL, WORKLOADS, fio, requests
-from contenders import OURS, UBLK, Disk, Failed, family, ours, run
+from contenders import OURS, UBLK, Failed, family, ours, run
 
 HERE = Path(__file__).resolve()
 TARGETS = {"null": "null", "loop": "loop BACKING --direct",
@@ -51,8 +50,7 @@ def profile(name: str, words: list[str], workload: str) -> None:
               f"  {system:8.1f} us in the kernel (system)")
         for call, count in calls.items():
             print(f"  {count / done:8.3f}     {call}, one for {done / count:.1f} requests")
-        kernel_functions(disk, workload, user + system)
-    python_functions(words, workload, user)
+    python_functions(words, workload, user + system)
 
 
 @contextmanager
@@ -73,29 +71,9 @@ def counted_calls(pid: int) -> Iterator[dict[str, int]]:
         (SYSCALLS / "trigger").write_text("!" + trigger)
 
 
-def kernel_functions(disk: Disk, workload: str, total: float) -> None:
-    """Sample the server and say which functions the processor was found in, the interpreter's included."""
-    if not shutil.which("perf"):
-        return
+def python_functions(words: list[str], workload: str, total: float) -> None:
+    """Serve the target again below cProfile and share out the CPU time."""
     with tempfile.TemporaryDirectory() as directory:
-        data = f"{directory}/perf.data"
-        command = ["perf", "record", "-q", "-e", "cpu-clock", "-F", "499", "-o", data, "-p", str(disk.pid)]
-        sampler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        fio(disk, WORKLOADS[workload], SECONDS)
-        sampler.terminate()
-        sampler.wait(60)
-        report = subprocess.run(["perf", "report", "-q", "-i", data, "--stdio", "--sort", "dso,symbol"],
-                                check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    rows = re.findall(r"^\s*([\d.]+)%\s+(\S+)\s+\[(.)\]\s+(.+?)\s*$", report.stdout, re.M)
-    if rows:
-        print("  by perf, of all its CPU time:")
-    for share, place, _, symbol in rows[:LINES]:
-        print(f"  {float(share) * total / 100:8.1f} us  {symbol} ({place})")
-
-
-def python_functions(words: list[str], workload: str, user: float) -> None:
-    """Serve the target again below cProfile and share out the user time."""
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         output = f"{directory}/profile"
         with ExitStack() as serving:
             disk = ours(*words, launcher=(str(HERE), "serve", output))(serving)
@@ -103,19 +81,13 @@ def python_functions(words: list[str], workload: str, user: float) -> None:
             fio(disk, WORKLOADS[workload], SECONDS)
             done = requests(disk.path) - before
         statistics: Any = pstats.Stats(output)
-        stack.callback(os.unlink, output)
-        rows = sorted(((own, calls, where) for where, (_, calls, own, _, _) in statistics.stats.items()
-                       if not is_enter(where)), reverse=True)
-    total = sum(own for own, _, _ in rows)
-    print("  by cProfile, of the user time:")
+        rows = sorted(((own, calls, where) for where, (_, calls, own, _, _) in statistics.stats.items()),
+                      reverse=True)
+    profiled = sum(own for own, _, _ in rows)
+    print("  by cProfile, of all this CPU time:")
     for own, calls, (file, line, name) in rows[:LINES]:
         place = f" ({Path(file).name}:{line})" if line else ""
-        print(f"  {own / total * user:8.1f} us  {calls / done:7.2f} calls  {name}{place}")
-
-
-def is_enter(where: tuple[str, int, str]) -> bool:
-    """The function whose own time is the system call's: Python's part of it is small."""
-    return where[2] == "enter" and Path(where[0]).name == UBLK.name
+        print(f"  {own / profiled * total:8.1f} us  {calls / done:7.2f} calls  {name}{place}")
 
 
 def serve(output: str, words: list[str]) -> int:
@@ -126,7 +98,7 @@ def serve(output: str, words: list[str]) -> int:
     original = ublk.Worker.serve
 
     def profiled(self: Any, *arguments: Any) -> None:
-        profiler = cProfile.Profile()
+        profiler = cProfile.Profile(time.thread_time)
         try:
             profiler.runcall(original, self, *arguments)
         finally:
