@@ -62,6 +62,7 @@ import errno
 import mmap
 import os
 import select
+import signal
 import stat
 import struct
 import sys
@@ -855,11 +856,15 @@ class Control:
         """GET_DEV_INFO2 (6.3), or GET_DEV_INFO where the kernel lacks it."""
         info = ublksrv_ctrl_dev_info()
         try:
-            self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info)
+            try:
+                self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info)
+            except UblkError as error:
+                if error.errno in (errno.EPERM, errno.EACCES):
+                    raise
+                self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info)
         except UblkError as error:
-            if error.errno in (errno.EPERM, errno.EACCES):
-                raise
-            self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info)
+            error.what = f"device {dev_id}"
+            raise
         self._note(info)
         return info
 
@@ -927,6 +932,7 @@ class MappedCopy:
     from there when the request is committed. Pages of the buffers exist only once they are used.
     """
 
+    summary = "the kernel copies to and from our buffers"
     features: int = 0       # the flags of a device with this data path
     stages = 0              # SQEs a request needs besides the command of its tag
 
@@ -981,6 +987,7 @@ class NeedGetData(MappedCopy):
     A server could choose the buffer in between; this one always has the tag's own.
     """
 
+    summary = "as --copy, but a write's data is asked for after its news"
     features = UBLK_F_NEED_GET_DATA
     stages = 1
 
@@ -996,6 +1003,7 @@ class UserCopy(MappedCopy):
     Where in the file a request lies is told by its queue and tag, see position().
     """
 
+    summary = "the server copies, with pread and pwrite on /dev/ublkcN (6.5)"
     features = int(UBLK_F_USER_COPY)
 
     def __init__(self, queue: Queue) -> None:
@@ -1043,6 +1051,7 @@ class AutoZeroCopy(UserCopy):
     the bytes in Python, or breaks a chain, is served by user copy.
     """
 
+    summary = "nobody copies: the kernel registers a request's pages with the ring (6.16)"
     features = UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY
     stages = 1
 
@@ -1097,6 +1106,7 @@ class AutoZeroCopy(UserCopy):
 class ZeroCopy(AutoZeroCopy):
     """The same by hand (6.15): register the pages, transfer, unregister, commit, in one chain."""
 
+    summary = "nobody copies: the server registers the pages (6.15)"
     features = UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_COPY
     stages = 3
 
@@ -1788,7 +1798,14 @@ class Target:
         start(index)                    called in each thread or process that serves a queue,
                                         before its first request
         close()                         the disk is gone
+        map(offset, length, write)      return (fd, position) where these bytes lie in a file: with
+                                        zero copy the kernel moves them, Python never sees them
         answer(queue, tags)             serve a batch of requests at once, see Queue
+    and, for a zoned disk, with attributes zone_size, max_append (bytes), max_open_zones and
+    max_active_zones:
+        report_zones(offset, count)     return a list of blk_zone
+        zone_append(offset, buffer)     write where the zone's data ends; return where that was
+        zone_open, zone_close, zone_finish, zone_reset (each of offset), zone_reset_all()
 
     Each may be an ``async def`` and await operations of the queue's ring (uring_read, ...). The
     value returned is None, or for read and write the number of bytes moved: what is short is asked
@@ -1930,6 +1947,8 @@ class Worker(threading.Thread):
         self.queue: Queue | None = None
 
     def run(self) -> None:
+        # Signals are for the main thread: one that a worker takes may not wake it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         failure = None
         try:
             self.attend(lambda: self.device.report(ready=1))
@@ -1981,7 +2000,6 @@ class Process(Worker):
     def _child(self, writer: int) -> NoReturn:
         status = 1
         try:
-            import signal
             signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent to act on
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.close(self.device.wake_write)    # so that wake_fd tells when the parent is gone
@@ -2007,7 +2025,6 @@ class Process(Worker):
                             text or f"wait status {status}")
 
     def kill(self) -> None:
-        import signal
         os.kill(self.pid, signal.SIGKILL)
 
 
@@ -2063,8 +2080,13 @@ class Device:
             self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.stop()
+        except UblkError as error:
+            if kind is None:
+                raise
+            print(f"ublk: {error}", file=sys.stderr)    # what went wrong first matters more
 
     @property
     def control(self) -> Control:
@@ -2817,7 +2839,7 @@ def device_parser() -> Any:
                          (None, "auto-zero-copy"), (None, "copy")):
         paths.add_argument(*filter(None, (letter, f"--{name}")), dest="data_path",
                            action="store_const", const=name.replace("need-", ""),
-                           help=f"data path: {DATA_PATHS[name.replace('need-', '')].__name__}")
+                           help=DATA_PATHS[name.replace("need-", "")].summary)
     add("--restart", action="store_true", help="start another server when it dies")
     add("-p", "--unprivileged", action="store_const", const=True,
         help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
@@ -2915,7 +2937,6 @@ class Stopped(BaseException):
 
 def on_signals(action: Callable[[int, Any], object]) -> None:
     """Have SIGINT and SIGTERM call action."""
-    import signal
     signal.signal(signal.SIGINT, action)
     signal.signal(signal.SIGTERM, action)
 
@@ -3059,7 +3080,7 @@ def pause_after_death(dev_id: int, status: int, deaths: int) -> None:
     print(f"ublk: the server of device {dev_id} died (wait status {status}), starting another",
           file=sys.stderr)
     notify(f"STATUS=recovering /dev/ublkb{dev_id}")
-    time.sleep(0.1 * 2 ** (deaths - 1))
+    time.sleep(min(0.1 * 2 ** (deaths - 1), 10.0))
 
 
 class Quiet(Started):
@@ -3118,14 +3139,20 @@ def list_devices(options: Any) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    layout = "{:>3}  {:<8}  {:<10}  {:>8}  {:>5}  {:>6}  {:>5}  {:>7}  {:>9}  {}"
-    print(layout.format("ID", "STATE", "TARGET", "SIZE", "BLOCK", "QUEUES", "DEPTH", "PID", "OWNER",
-                        "FLAGS"))
+    set_by_driver = [feature.name for feature in FEATURES if feature.meaning.endswith("driver sets it")]
+    print_table([("ID", "STATE", "TARGET", "SIZE", "BLOCK", "QUEUES", "DEPTH", "PID", "OWNER", "FLAGS"),
+                 *((row["id"], row["state"], " ".join([row["target"] or "?", *(row["args"] or [])]),
+                    format_size(row["size"]), row["block_size"], row["queues"], row["depth"],
+                    row["pid"], f"{row['owner_uid']}:{row['owner_gid']}",
+                    ",".join(name for name in row["flags"] if name not in set_by_driver) or "-")
+                   for row in rows)])
+
+
+def print_table(rows: Sequence[tuple[object, ...]]) -> None:
+    """Print rows in columns as wide as what is in them."""
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        words = " ".join([row["target"] or "?", *(row["args"] or [])])
-        print(layout.format(row["id"], row["state"], words, format_size(row["size"]),
-                            row["block_size"], row["queues"], row["depth"], row["pid"],
-                            f"{row['owner_uid']}:{row['owner_gid']}", ",".join(row["flags"])))
+        print("  ".join(str(item).ljust(width) for item, width in zip(row, widths)).rstrip())
 
 
 def stop_device(options: Any) -> None:
@@ -3243,7 +3270,7 @@ def checks() -> Iterator[tuple[str, str, str]]:
 
 
 UDEV_MARK = "ublk.py udev-owner"
-UDEV_COMMAND = f"{sys.executable} -I {os.path.abspath(__file__)}"
+UDEV_COMMAND = f"{os.path.realpath(sys.executable)} -I {os.path.abspath(__file__)}"
 
 
 def udev_rules() -> Iterator[str]:
@@ -3354,6 +3381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Usage as error:
         print(f"ublk: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:         # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (OSError, Stopped, KeyboardInterrupt) as error:
         if "--debug" in words:
             raise
