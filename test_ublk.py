@@ -29,9 +29,11 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+import traceback
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -2544,3 +2546,1347 @@ def test_the_partition_table_is_read_while_the_disk_starts():
         with opened(f"{disk.path}p1") as fd:
             write_at(fd, 0, b"p" * 4096)
     assert target.data[2048 * 512:2048 * 512 + 4096] == b"p" * 4096
+
+
+# =================================================================================================
+# Servers that die: helpers
+# =================================================================================================
+
+ROUNDS = 5                          # so often a server is killed in one test
+
+
+class Forked:
+    """ublk.py's command line in a forked process: it starts ten times faster than a new Python.
+
+    change is called in the process first. pid, path and id are those of the server and its disk.
+    """
+
+    def __init__(self, *words, change=None):
+        self.output, self.errors = tempfile.TemporaryFile("a+b"), tempfile.TemporaryFile("a+b")
+        self.path, self.id, self.status = "", -1, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child([str(word) for word in words], change)
+
+    def _child(self, words, change):
+        status = 70
+        try:
+            os.setsid()
+            os.dup2(self.output.fileno(), 1)
+            os.dup2(self.errors.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
+            if change:
+                change()
+            status = ublk.main(words)
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def said(self, file=None):
+        """Return what is on standard error, or on standard output."""
+        return os.pread((file or self.errors).fileno(), 1 << 20, 0).decode()
+
+    def ended(self):
+        """Tell whether the process has ended; its status then is that of subprocess."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is not None
+
+    def live(self):
+        """Wait for the disk."""
+        until(lambda: self.ended() or self.said(self.output).endswith("\n"), "the disk")
+        self.path = self.said(self.output).strip()
+        assert self.path.startswith("/dev/ublkb"), self.said()
+        self.id = int(self.path[len("/dev/ublkb"):])
+        return self
+
+    def wait(self):
+        """Wait for the end; return its status."""
+        until(self.ended, "the end of the server")
+        return self.status
+
+    def kill(self, number=signal.SIGKILL):
+        """End the process by a signal; return its status."""
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def __enter__(self):
+        try:
+            return self.live()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_):
+        if not self.ended():
+            self.kill(signal.SIGTERM)
+        for pid, (_, words) in processes().items():         # what a killed parent left behind
+            if words and pid != os.getpid() and os.getsid(pid) == self.pid:
+                os.kill(pid, signal.SIGKILL)
+
+
+def recovered(disk, **options):
+    """Serve a disk anew, without other words."""
+    return Forked("recover", disk.id, **options).live()
+
+
+def state_of(dev_id):
+    """Return the state of a device as `list` names it."""
+    with ublk.Control() as control:
+        return ublk.STATES[control.get_dev_info(dev_id).state]
+
+
+def await_state(dev_id, *states):
+    """Wait until the kernel says a device is in one of these states."""
+    until(lambda: state_of(dev_id) in states, f"device {dev_id} to be {' or '.join(states)}")
+
+
+def stuck():
+    """Return the processes in uninterruptible sleep."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            text = Path(f"/proc/{entry}/stat").read_text()
+        except OSError:
+            continue
+        if text.rpartition(") ")[2][0] == "D":
+            found.append(text.partition(")")[0])
+    return found
+
+
+def completed(disk):
+    """Return how many requests the disk has completed."""
+    words = Path(f"/sys/block/{os.path.basename(disk.path)}/stat").read_text().split()
+    return int(words[0]) + int(words[4])
+
+
+# What fio needs to be told to count failed requests, not to end; it does not know EREMOTEIO to be one of them.
+CONTINUE = ["--continue_on_error=io", f"--ignore_error={errno.EREMOTEIO},{errno.EREMOTEIO}"]
+
+
+class Fio:
+    """fio: writes with checksums, reads all back, and begins again, until finish()."""
+
+    def __init__(self, disk, *words):
+        needs("fio")
+        self.disk, self.words, self.process, self.errors = disk, words, None, 0
+
+    def _start(self):
+        self.output = tempfile.NamedTemporaryFile("r")
+        self.process = subprocess.Popen(
+            ["fio", "--name=x", f"--filename={self.disk.path}", "--direct=1", "--rw=randwrite", "--bs=4k",
+             "--iodepth=16", "--ioengine=io_uring", "--size=4M", "--verify=crc32c", "--verify_fatal=1",
+             "--output-format=json", f"--output={self.output.name}", *self.words],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def busy(self):
+        """Wait until requests are flowing."""
+        before = completed(self.disk)
+
+        def flowing():
+            if self.process is None:
+                self._start()
+            elif self.process.poll() is not None:
+                self.finish()
+            return completed(self.disk) > before + 20
+        until(flowing, "fio")
+
+    def finish(self):
+        """Let this pass end; return how many requests failed. All others must have brought the right data."""
+        text = self.process.communicate()[0]
+        job, = json.loads("{" + self.output.read().partition("{")[2])["jobs"]
+        assert "verify" not in text and job["error"] in (0, errno.EIO, errno.EREMOTEIO), text
+        assert self.process.returncode == 0, text
+        self.process = None
+        failed = job.get("total_err", 0)
+        self.errors += failed
+        return failed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def image():
+    """A file of 64 MiB for the target loop, on the lab's ext4 where there is one."""
+    directory = tempfile.mkdtemp(dir="/scratch" if IN_LAB else None)
+    path = Path(directory, "disk.img")
+    with open(path, "wb") as file:
+        file.truncate(64 << 20)
+    yield path
+    shutil.rmtree(directory)
+
+
+# =================================================================================================
+# A server is killed, again and again
+# =================================================================================================
+
+
+def needs_fail_io(*words):
+    """Where the mode `fail` is missing, see that the error names the kernel that has it."""
+    if at_least("6.13"):
+        return False
+    disk = Forked(*words)
+    assert disk.wait() == 1
+    assert_error_line(disk.said(), errno.EOPNOTSUPP, says="needs Linux 6.13, this is")
+    return True
+
+
+@kernel
+def test_reissue_loses_nothing(image):
+    disk = Forked("loop", image, "-r", "reissue").live()
+    with Fio(disk) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_requeue_fails_only_what_was_in_flight(image):
+    disk = Forked("loop", image, "-r", "requeue").live()
+    with Fio(disk, *CONTINUE) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+        assert fio.errors <= 16 * ROUNDS            # its depth
+        fio.busy()
+        assert fio.finish() == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_fail_answers_at_once_and_is_whole_after_recovery(image):
+    if needs_fail_io("loop", image, "-r", "fail"):
+        return
+    disk = Forked("loop", image, "-r", "fail").live()
+    with Fio(disk, *CONTINUE) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            disk.kill()
+            await_state(disk.id, "FAIL_IO")
+            with opened(disk.path) as fd:
+                assert error_of(write_at, fd, 0, bytes(4096)) in (errno.EIO, errno.EREMOTEIO)
+            fio.finish()
+            disk = recovered(disk)
+        assert fio.errors > 0
+        fio.busy()
+        assert fio.finish() == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+class Files:
+    """A process that writes files and syncs each, and tells which are on the disk for good."""
+
+    CODE = """
+import hashlib, os, sys
+directory, journal = sys.argv[1:]
+journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+number = 0
+while not os.path.exists(directory + "/stop"):
+    data = os.urandom(4096 + number * 1237 % 60000)
+    name = f"{directory}/{number % 200}-{number}"
+    with open(name, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.write(journal, f"{name} {hashlib.md5(data).hexdigest()}\\n".encode())
+    number += 1
+"""
+
+    def __init__(self, directory, journal):
+        self.directory, self.journal = directory, journal
+        self.process = subprocess.Popen([sys.executable, "-c", self.CODE, directory, journal],
+                                        stderr=subprocess.PIPE, text=True)
+
+    def synced(self):
+        """Return {name: digest} of the files that are on the disk for good."""
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        return dict(line.split() for line in lines)
+
+    def busy(self):
+        """Wait until another two files are written."""
+        before = len(self.synced())
+        until(lambda: self.process.poll() is not None or len(self.synced()) > before + 1, "two files")
+        assert self.process.poll() is None, self.process.stderr.read()
+
+    def finish(self):
+        """End the process, without a single error."""
+        Path(self.directory, "stop").write_text("")
+        assert self.process.communicate(timeout=60)[1] == "" and self.process.returncode == 0
+
+    def check(self):
+        """Read all files back."""
+        for name, digest in self.synced().items():
+            assert hashlib.md5(Path(name).read_bytes()).hexdigest() == digest, name
+
+
+@contextmanager
+def mounted(disk, directory):
+    """Make an ext4 on a disk, mount it, and see afterwards that it can be unmounted and is sound."""
+    needs("mkfs.ext4", "e2fsck", "mount")
+    sh("mkfs.ext4", "-Fq", "-E", "nodiscard,lazy_itable_init=0", disk.path, "32M")
+    directory.mkdir()
+    sh("mount", disk.path, directory)
+    try:
+        yield
+    except BaseException:
+        sh("umount", "-l", directory, check=False)
+        raise
+    sh("umount", directory)
+    sh("e2fsck", "-fn", disk.path)
+
+
+def churn(directory, files, once, rounds=ROUNDS):
+    """Do something to a disk again and again while files are written to it."""
+    for _ in range(rounds):
+        files.busy()
+        once()
+    files.busy()
+    files.finish()
+    assert " ro," not in next(line for line in Path("/proc/self/mounts").read_text().splitlines()
+                              if str(directory) in line)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    files.check()
+
+
+@kernel
+def test_a_mounted_file_system_survives(image, tmp_path):
+    disk = Forked("loop", image, "-r", "reissue").live()
+
+    def once():
+        nonlocal disk
+        disk.kill()
+        disk = recovered(disk)
+    with mounted(disk, tmp_path / "mnt"):
+        files = Files(tmp_path / "mnt", tmp_path / "journal")
+        churn(tmp_path / "mnt", files, once)
+    assert len(files.synced()) > 2 * ROUNDS
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+TARGET = """
+    VERSION = b"old"
+
+    class Mine(ublk.Target):
+        def __init__(self, path):
+            self.fd = os.open(path, os.O_RDWR)
+            self.size = os.fstat(self.fd).st_size
+        def read(self, offset, buffer):
+            if offset >= self.size - 4096:
+                buffer[:3] = VERSION                # the end of the disk tells what serves it
+            else:
+                assert os.preadv(self.fd, [buffer], offset) == len(buffer)
+        def write(self, offset, buffer):
+            assert os.pwrite(self.fd, buffer, offset) == len(buffer)
+        def flush(self):
+            os.fdatasync(self.fd)
+        def close(self):
+            os.close(self.fd)
+"""
+
+
+@kernel
+def test_an_edited_target_serves_with_the_file_system_mounted(image, tmp_path, run):
+    path = target_file(tmp_path, TARGET)
+    disk = Forked(f"{path}:Mine", image, "-r", "reissue").live()
+    versions = iter([b"new", b"3rd"])
+
+    def once():
+        nonlocal disk
+        version = next(versions)
+        target_file(tmp_path, TARGET.replace("old", version.decode()))
+        if at_least("6.16"):
+            assert run("quiesce", disk.id).status == 0 and disk.wait() == 0
+        else:
+            disk.kill()
+        disk = recovered(disk)
+        with opened(disk.path, os.O_RDONLY) as fd:
+            assert read_at(fd, (64 << 20) - 4096, 4096)[:3] == version
+    with mounted(disk, tmp_path / "mnt"):
+        churn(tmp_path / "mnt", Files(tmp_path / "mnt", tmp_path / "journal"), once, rounds=2)
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+# =================================================================================================
+# A server is exchanged, or started again by itself
+# =================================================================================================
+
+
+@kernel
+@pytest.mark.parametrize("words", [["--copy"], []], ids=["copy", "fastest"])
+def test_quiesce_and_recover_without_an_error(image, run, words):
+    disk = Forked("loop", image, "-r", "reissue", *words).live()
+    if not at_least("6.16"):
+        assert_fails(run("quiesce", disk.id), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
+        assert disk.kill(signal.SIGTERM) == 0
+        return
+    with ublk.Control() as control:
+        assert bool(control.get_dev_info(disk.id).flags & ublk.UBLK_F_AUTO_BUF_REG) == (not words)
+    with Fio(disk) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            done = run("quiesce", disk.id)
+            assert (done.status, done.err) == (0, "")
+            assert disk.wait() == 0 and disk.said() == ""
+            assert state_of(disk.id) == "QUIESCED"
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_restart_keeps_the_server_alive(image, run):
+    with Forked("loop", image, "--restart") as disk, Fio(disk) as fio:
+        pids = set()
+        for _ in range(ROUNDS):
+            fio.busy()
+            row, = json.loads(run("list", "--json").out)
+            assert row["pid"] not in pids | {disk.pid} and processes()[row["pid"]][0] == disk.pid
+            pids.add(row["pid"])
+            os.kill(row["pid"], signal.SIGKILL)
+        fio.busy()
+        fio.finish()
+        assert fio.errors == 0
+        assert disk.said().count("died (wait status 9), starting another") == ROUNDS
+        assert disk.kill(signal.SIGTERM) == 0
+        assert devices_left() == []
+
+
+@kernel
+def test_restart_gives_up_in_the_end(image, run):
+    def change():
+        ublk.RESTARTS = 2
+        ublk.Device.resume = lambda self: die()
+    disk = Forked("loop", image, "--restart", change=change).live()
+    os.kill(server_of(disk), signal.SIGKILL)
+    assert disk.wait() == 1
+    assert_error_line(disk.said().splitlines(True)[-1], errno.ECHILD, says="died: too often")
+    with Forked("recover", disk.id):
+        pass
+
+
+@kernel
+def test_restart_ends_by_a_signal_while_it_waits(image):
+    def change():
+        ublk.Device.resume = lambda self: die()
+    disk = Forked("loop", image, "--restart", change=change).live()
+    os.kill(server_of(disk), signal.SIGKILL)
+    until(lambda: disk.said().count("starting another") >= 4, "the long pauses")
+    assert disk.kill(signal.SIGTERM) == 0
+    assert devices_left() == []
+
+
+@kernel
+def test_restart_does_not_try_again_what_never_worked(image):
+    disk = Forked("loop", image, "--restart", change=after(ublk.Control, "set_params"))
+    assert disk.wait() == 1
+    assert_error_line(disk.said(), errno.ECHILD, says="died before the disk was there")
+    assert devices_left() == []
+
+
+def server_of(disk):
+    """Return the process that serves a disk."""
+    with ublk.Control() as control:
+        return control.get_dev_info(disk.id).ublksrv_pid
+
+
+# =================================================================================================
+# A server is killed at every step of its life
+# =================================================================================================
+
+
+def die():
+    """End this process like kill -9."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after(cls, name):
+    """Return a change that has the process die as soon as a method has done its work."""
+    method = getattr(cls, name)
+
+    def dying(self, *args, **options):
+        method(self, *args, **options)
+        die()
+    return lambda: setattr(cls, name, dying)
+
+
+def half_fetched(then=die):
+    """Return a change that has queues fetch one half of their tags."""
+    def fetch(queue):
+        half, path = range(queue.depth // 2), queue.path
+        for tag in half:
+            queue.command(tag, tag, ublk.UBLK_U_IO_FETCH_REQ, path.address(tag), path.sqe_address(tag))
+        queue.ring.push_all(half)
+        queue.ring.enter()
+        then()
+    return lambda: setattr(ublk.Queue, "fetch", fetch)
+
+
+def during(name):
+    """Return a change that has the process die while a command waits for the tags not fetched."""
+    method = getattr(ublk.Control, name)
+
+    def dying(self, dev_id, pid, abort):
+        calls = iter([False])               # the first look is before the command goes to the kernel
+        method(self, dev_id, pid, abort=lambda: next(calls, True) and die())
+
+    def change():
+        half_fetched(bool)()
+        setattr(ublk.Control, name, dying)
+    return change
+
+
+def first_request():
+    """Have the server die of the first request: that is the partition scan or udev."""
+    import ublk_targets
+    ublk_targets.Loop.map = ublk_targets.Loop.read = lambda *_: die()
+
+
+def assert_nothing_stuck():
+    """See that nothing stays in uninterruptible sleep."""
+    until(lambda: not stuck(), "D state to end")
+
+
+@kernel
+@pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
+@pytest.mark.parametrize("change", [
+    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), half_fetched(), after(ublk.Queue, "fetch"),
+    during("start_dev"), first_request, after(ublk.Control, "start_dev")],
+    ids=["ADD", "SET_PARAMS", "half-fetched", "fetched", "START", "scan", "started"])
+def test_killed_while_it_starts(change, recovery, image, run):
+    if change is first_request and not at_least("7.0"):
+        pytest.skip("up to 6.x START_DEV reads the partitions itself, and a server killed in that moment can leave "
+                    "it, and so its own end, waiting for ever: seen on 6.12")
+    disk = Forked("loop", image, *recovery, change=change)
+    assert disk.wait() == -signal.SIGKILL
+    row, = json.loads(run("list", "--json").out)
+    assert row["id"] == 0 and row["pid"] == -1
+    done = run("del", 0)
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert devices_left() == []
+    assert_nothing_stuck()
+
+
+@kernel
+@pytest.mark.parametrize("change", [
+    after(ublk.Control, "start_user_recovery"), half_fetched(), after(ublk.Queue, "fetch"),
+    during("end_user_recovery"), after(ublk.Control, "end_user_recovery")],
+    ids=["START_USER_RECOVERY", "half-fetched", "fetched", "END_USER_RECOVERY", "recovered"])
+def test_killed_while_it_recovers(change, image, run):
+    disk = Forked("loop", image, "-r", "reissue").live()
+    with opened(disk.path) as fd:
+        write_at(fd, 4096, b"before" * 4096)
+    disk.kill()
+    dying = Forked("recover", disk.id, change=change)
+    assert dying.wait() == -signal.SIGKILL, dying.said()
+    disk = recovered(disk)
+    with opened(disk.path) as fd:
+        assert read_at(fd, 4096, 4096) == (b"before" * 4096)[:4096]
+    assert disk.kill(signal.SIGTERM) == 0
+    assert_nothing_stuck()
+
+
+# =================================================================================================
+# Disks of ordinary users
+# =================================================================================================
+
+ALICE, BOB = 61001, 61002           # ordinary users: without any capability
+
+
+def become(uid):
+    """Return a change into an ordinary user."""
+    def change():
+        for name in ("UBLK_RUN_DIR", "XDG_RUNTIME_DIR"):
+            os.environ.pop(name, None)
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)      # PR_SET_DUMPABLE: /proc/self is ours again, as after an exec
+    return change
+
+
+def program(uid):
+    """Return what runs a program as an ordinary user; see subprocess."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("UBLK_RUN_DIR", "XDG_RUNTIME_DIR")}
+    return {"user": uid, "group": uid, "extra_groups": [], "env": environment, "cwd": "/"}
+
+
+def verb(*words, change=None):
+    """Run a command to its end; return its status and what it said."""
+    done = Forked(*words, change=change)
+    return SimpleNamespace(status=done.wait(), out=done.said(done.output), err=done.said())
+
+
+def verb_of(uid, *given):
+    """The same as an ordinary user."""
+    return verb(*given, change=become(uid))
+
+
+def in_name_of(uid, function, *args):
+    """Call a function as an ordinary user; return what it returns, through JSON."""
+    def call():
+        become(uid)()
+        return json.dumps(function(*args))
+    return json.loads(as_user(os.getuid(), call))
+
+
+def payload_of(command):
+    """Return what a control command carries."""
+    if command in (ublk.UBLK_CMD_GET_DEV_INFO, ublk.UBLK_CMD_GET_DEV_INFO2):
+        return ublk.ublksrv_ctrl_dev_info()
+    if command in (ublk.UBLK_CMD_GET_PARAMS, ublk.UBLK_CMD_SET_PARAMS):
+        return ublk.ublk_params(len=ctypes.sizeof(ublk.ublk_params), types=1)
+    if command == ublk.UBLK_CMD_GET_QUEUE_AFFINITY:
+        return (ctypes.c_uint8 * 1024)()
+    return ublk.ublk_shmem_buf_reg(len=4096) if command == ublk.UBLK_CMD_REG_BUF else None
+
+
+def every_command(dev_id, path):
+    """Try each control command on a device, with this path of its node; return {name: errno}."""
+    found = {}
+    with ublk.Control() as control:
+        control._path = lambda command, dev_id: path.encode() + b"\0" if path else b""
+        for command in ublk.COMMANDS:
+            if command not in (ublk.UBLK_CMD_ADD_DEV, ublk.UBLK_CMD_GET_FEATURES):
+                found[command.name] = error_of(control._run, command, dev_id, payload_of(command), 1)
+    return found
+
+
+# The driver refuses these to everybody: the first by an oversight, the others where it does not know them.
+NOT_FOR_UNPRIVILEGED = {"DEL_DEV_ASYNC"}
+
+
+def refused(found, *numbers):
+    """See that each command failed with one of these errnos."""
+    for name, number in found.items():
+        command = next(command for command in ublk.COMMANDS if command.name == name)
+        strange = name in NOT_FOR_UNPRIVILEGED or not at_least(command.since)
+        assert number in numbers or strange and number in (errno.EINVAL, errno.EOPNOTSUPP), (name, number)
+    assert len(found) == len(ublk.COMMANDS) - 2
+
+
+def error_of_opening(path):
+    """Return the errno of opening a node for reading and writing, and for reading."""
+    return [error_of(os.open, path, flags) for flags in (os.O_RDWR, os.O_RDONLY)]
+
+
+@pytest.fixture
+def rules(run):
+    """Install the udev rules for ordinary users, as `check` says."""
+    path = Path("/run/udev/rules.d/60-ublk.rules")
+
+    def apply():
+        sh("udevadm", "control", "--reload")
+        sh("udevadm", "trigger", "--settle", "--name-match=/dev/ublk-control")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(run("udev-rules").out)
+    apply()
+    assert os.stat("/dev/ublk-control").st_mode & 0o777 == 0o666
+    yield
+    path.unlink()
+    apply()
+    os.chmod("/dev/ublk-control", 0o600)
+    for uid in (ALICE, BOB):
+        shutil.rmtree(f"/tmp/ublk-{uid}", ignore_errors=True)
+
+
+def no_unprivileged(uid=ALICE):
+    """Before Linux 6.3 see that the error says so."""
+    if at_least("6.3"):
+        return False
+    done = verb_of(uid, "ram", "--size", "4M")
+    assert done.status == 1
+    assert_error_line(done.err.splitlines(True)[-1], errno.EOPNOTSUPP, says="needs Linux 6.3, this is")
+    return True
+
+
+@kernel
+def test_an_ordinary_user_owns_a_disk(rules):
+    needs("mkfs.ext4", "fio")
+    if no_unprivileged():
+        return
+    alice = program(ALICE)
+    with server("ram", "--size", "256M", "-p", executable=os.path.realpath(sys.executable), **alice) as disk:
+        assert [(os.stat(path).st_uid, os.stat(path).st_gid) for path in (disk.path, f"/dev/ublkc{disk.id}")] \
+            == [(ALICE, ALICE)] * 2
+        sh("mkfs.ext4", "-Fq", disk.path, **alice)
+        sh("fio", "--name=x", f"--filename={disk.path}", "--direct=1", "--rw=randwrite", "--bs=4k", "--iodepth=16",
+           "--ioengine=io_uring", "--size=2M", "--verify=crc32c", "--verify_fatal=1", **alice)
+        row, = json.loads(verb_of(ALICE, "list", "--json").out)
+        assert (row["state"], row["pid"], row["owner_uid"], row["owner_gid"]) == ("LIVE", disk.pid, ALICE, ALICE)
+        assert row["target"] == "ram" and "UNPRIVILEGED_DEV" in row["flags"]
+        done = verb_of(ALICE, "resize", disk.id, "512M")
+        if at_least("6.16"):
+            assert (done.status, done.err) == (0, "")
+            assert int(Path(f"/sys/block/ublkb{disk.id}/size").read_text()) == 1 << 20
+        else:
+            assert_error_line(done.err, errno.EOPNOTSUPP, says="needs Linux 6.16, this is")
+        done = verb_of(ALICE, "del", disk.id)
+        assert (done.status, done.out, done.err) == (0, "", "")
+        assert disk.wait(60) == 0 and devices_left() == []
+    assert disk.errors.count("\n") == 1 and "30 seconds" in disk.errors and "no recovery" in disk.errors
+
+
+@kernel
+def test_nobody_else_commands_an_ordinary_users_disk(rules, control):
+    if no_unprivileged():
+        return
+    with Forked("ram", "--size", "4M", change=become(ALICE)) as disk:
+        node = f"/dev/ublkc{disk.id}"
+        refused(in_name_of(BOB, every_command, disk.id, node), errno.EACCES)
+        refused(in_name_of(BOB, every_command, disk.id, ""), errno.EACCES, errno.EPERM, errno.EINVAL)
+        refused(in_name_of(BOB, every_command, disk.id, "/dev/null"), errno.EPERM)
+        for line in ("list {0}", "stop {0}", "del {0}", "resize {0} 8M", "quiesce {0}", "recover {0}"):
+            done = verb_of(BOB, *line.format(disk.id).split())
+            assert_fails(done, 1, "", errno.EOPNOTSUPP if "needs Linux" in done.err else errno.EACCES)
+        assert json.loads(verb_of(BOB, "list", "--json").out) == []
+        assert in_name_of(BOB, error_of_opening, node) == [errno.EACCES] * 2
+        assert in_name_of(BOB, error_of_opening, disk.path) == [errno.EACCES] * 2
+        os.chmod(disk.path, 0o666)                  # even then the kernel gives it to its owner only
+        assert in_name_of(BOB, error_of_opening, disk.path) == [errno.EPERM] * 2
+        assert in_name_of(ALICE, error_of_opening, disk.path) == [0, 0]
+
+        row, = json.loads(verb("list", "--json").out)          # and root is still root
+        assert (row["state"], row["pid"], row["owner_uid"]) == ("LIVE", disk.pid, ALICE)
+        if at_least("6.16"):
+            control.get_dev_info(disk.id)
+            control.update_size(disk.id, 8 << 20)
+        assert verb("del", disk.id).status == 0
+        assert disk.wait() == 0
+
+
+@kernel
+def test_an_ordinary_user_does_not_touch_roots_disk(rules):
+    with Forked("null", "--size", "4M") as disk:
+        if at_least("6.3"):
+            refused(in_name_of(ALICE, every_command, disk.id, f"/dev/ublkc{disk.id}"), errno.EPERM)
+        refused(in_name_of(ALICE, every_command, disk.id, ""), errno.EPERM, errno.EINVAL)
+        for line in ("list {0}", "stop {0}", "del {0}", "resize {0} 8M", "quiesce {0}", "recover {0}"):
+            done = verb_of(ALICE, *line.format(disk.id).split())
+            assert_fails(done, 1, "", errno.EOPNOTSUPP if "needs Linux" in done.err else errno.EPERM)
+        for node in (disk.path, f"/dev/ublkc{disk.id}"):
+            assert in_name_of(ALICE, error_of_opening, node) == [errno.EACCES] * 2
+        assert json.loads(verb_of(ALICE, "list", "--json").out) == []
+        assert state_of(disk.id) == "LIVE"
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_what_an_ordinary_user_cannot_have_is_said(rules):
+    for option, name in (("-r requeue", "USER_RECOVERY"), ("-r reissue", "USER_RECOVERY"), ("-u", "USER_COPY"),
+                         ("-z", "ZERO_COPY"), ("--auto-zero-copy", "USER_COPY")):
+        done = verb_of(ALICE, "ram", "--size", "4M", "-p", *option.split())
+        assert done.status == 1
+        line = done.err.splitlines(True)[-1]
+        assert_error_line(line, errno.EINVAL, says="the kernel does not allow it together with")
+        assert name in line and "UNPRIVILEGED_DEV" in line
+
+
+@kernel
+def test_root_cannot_have_an_unprivileged_disk(run):
+    done = run("null", "-p")
+    assert done.status == 1
+    assert_error_line(done.err.splitlines(True)[-1], errno.EINVAL, says="this process has CAP_SYS_ADMIN")
+
+
+def flags_granted(flags):
+    """Return the flags of a device an ordinary user asks for, -1 if it is refused."""
+    with ublk.Control() as control:
+        try:
+            info = control.add_dev(-1, 1, 1, 4096, flags)
+        except OSError as error:
+            assert error.errno == errno.EINVAL, error
+            return -1
+        ublk.await_node(f"/dev/ublkc{info.dev_id}", os.R_OK | os.W_OK)
+        control.del_dev(info.dev_id)
+        return info.flags
+
+
+@kernel
+def test_the_kernel_gives_ordinary_users_what_the_table_says(rules, control):
+    if no_unprivileged():
+        return
+    unprivileged = ublk.UBLK_F_UNPRIVILEGED_DEV
+    assert in_name_of(ALICE, flags_granted, unprivileged) & unprivileged
+    excluded = [feature for feature in ublk.FEATURES
+                if feature & unprivileged.excludes or feature.excludes & unprivileged]
+    assert len(excluded) >= 4
+    for feature in excluded:
+        if at_least(feature.since):
+            granted = in_name_of(ALICE, flags_granted, unprivileged | feature)
+            assert granted == -1 or not granted & feature, feature.name
+
+
+@kernel
+def test_too_many_disks_of_ordinary_users(rules):
+    if no_unprivileged():
+        return
+    limit = Path("/sys/module/ublk_drv/parameters/ublks_max")
+    before = limit.read_text()
+    limit.write_text("1")
+    try:
+        with Forked("ram", "--size", "4M", change=become(ALICE)) as disk:
+            done = verb_of(BOB, "ram", "--size", "4M")
+            assert done.status == 1
+            assert_error_line(done.err.splitlines(True)[-1], errno.EACCES, says="ublks_max")
+            assert disk.kill(signal.SIGTERM) == 0
+    finally:
+        limit.write_text(before)
+
+
+@kernel
+def test_check_tells_an_ordinary_user_what_is_missing(run):
+    done = verb_of(ALICE, "check")
+    assert done.status == 1 and "udev-rules > /etc/udev/rules.d/" in done.out
+    done = verb_of(ALICE, "ram", "--size", "4M")
+    assert_error_line(done.err.splitlines(True)[-1], errno.EACCES, says="see `ublk.py check`")
+
+
+@kernel
+def test_check_is_content_once_the_rules_are_there(rules):
+    done = verb_of(ALICE, "check")
+    assert (done.status, "missing" in done.out) == (0, False), done.out
+
+
+@kernel
+def test_udev_owner_of_any_argument(run):
+    with Forked("null", "--size", "1M") as disk:
+        for name in ("", "ublk", "ublkb", "ublkb0", "ublkc0", "ublkb0p1", "ublkb0;reboot", "ublkb0 0", "ublkb-1", "ublkb²",
+                     "ublkb" + "9" * 5000, "ublkc1048576", "ublkc9", "../ublkb0", "ublkd0", "sda", "%k", "$(id)",
+                     "ublkb0\nOWNER=1", "--help", "\udcff"):
+            done = run("udev-owner", "--", name)
+            assert done.status != 0 and done.out == "" and "Traceback" not in done.err, name
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+# =================================================================================================
+# Disks of containers
+# =================================================================================================
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
+MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
+
+
+def system(function, *args):
+    """Call a function of the C library; raise OSError where it fails."""
+    done = getattr(LIBC, function)(*(os.fsencode(arg) if isinstance(arg, (str, Path)) else arg for arg in args))
+    if done < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{function}{args}: {os.strerror(number)}")
+
+
+class Container:
+    """A user, mount and pid namespace of an ordinary user, with a /dev of its own.
+
+    do() has a function called inside. give() is what a container manager does: it brings a device
+    node in from outside.
+    """
+
+    def __init__(self, directory, uid):
+        self.dev = directory / "dev"
+        self.dev.mkdir(parents=True)
+        system("mount", "tmpfs", self.dev, "tmpfs", 0, None)
+        system("mount", None, self.dev, None, MS_SHARED, None)
+        for node in ("null", "urandom", "ublk-control"):
+            self.give(node)
+        self.socket, inner = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self.socket.close()
+                self._enter(uid)
+                self._serve(inner.makefile("rw"))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        inner.close()
+        self.channel = self.socket.makefile("rw")
+
+    def _enter(self, uid):
+        become(uid)()
+        system("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID)
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {uid} 1")):
+            Path("/proc/self", name).write_text(text)
+        child = os.fork()
+        if child:
+            LIBC.prctl(1, 0, 0, 0, 0)
+            os.waitpid(child, 0)
+            os._exit(0)
+        LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)          # PR_SET_PDEATHSIG: all ends with the parent
+        system("mount", "proc", "/proc", "proc", 0, None)
+        system("mount", self.dev, "/dev", None, MS_BIND | MS_REC, None)
+        system("mount", "tmpfs", "/run", "tmpfs", 0, None)
+
+    def _serve(self, channel):
+        for line in channel:
+            name, args = json.loads(line)
+            try:
+                answer = globals()[name](*args)
+            except BaseException as error:
+                answer = f"{type(error).__name__}: {error}"
+            print(json.dumps(answer), file=channel, flush=True)
+
+    def do(self, function, *args):
+        """Call a function of this file inside; return what it returns, through JSON."""
+        print(json.dumps([function.__name__, args]), file=self.channel, flush=True)
+        return json.loads(self.channel.readline())
+
+    def give(self, name):
+        """Bring a device node in."""
+        until(lambda: os.path.exists(f"/dev/{name}"), name)
+        (self.dev / name).touch()
+        system("mount", f"/dev/{name}", self.dev / name, None, MS_BIND, None)
+
+    def close(self):
+        """End all processes inside."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.socket.close()
+        until(lambda: not sh("umount", "-R", self.dev, check=False).returncode, "the container's end")
+
+
+INSIDE = []                         # the server inside a container
+
+
+def begin_inside(*words):
+    """Start a server."""
+    INSIDE.append(Forked(*words))
+    return INSIDE[-1].pid
+
+
+def live_inside():
+    """Wait for its disk; return the path."""
+    return INSIDE[-1].live().path
+
+
+def end_inside():
+    """End it; return its status and what it said."""
+    return [INSIDE[-1].kill(signal.SIGTERM), INSIDE[-1].said()]
+
+
+def verb_inside(*given):
+    """Run a command to its end."""
+    return vars(verb(*given))
+
+
+def rows_inside():
+    """Return what `list` shows."""
+    return json.loads(verb("list", "--json").out)
+
+
+def write_inside(path):
+    """Write to a disk and read it back."""
+    with opened(path) as fd:
+        write_at(fd, 8192, b"inside.." * 512)
+        return read_at(fd, 8192, 4096) == b"inside.." * 512
+
+
+@pytest.fixture
+def containers(rules):
+    """Two containers of the same ordinary user: only their /dev tells them apart."""
+    directory, made = Path(tempfile.mkdtemp()), []
+    directory.chmod(0o755)
+    try:
+        for name in "ab":
+            made.append(Container(directory / name, ALICE))
+        yield made
+    finally:
+        for container in made:
+            container.close()
+        shutil.rmtree(directory)
+
+
+@kernel
+def test_a_container_controls_its_own_disks_only(containers, control):
+    if not at_least("6.3"):
+        done = containers[0].do(verb_inside, "ram", "--size", "4M")
+        assert_error_line(done["err"].splitlines(True)[-1], errno.EOPNOTSUPP, says="needs Linux 6.3, this is")
+        return
+    pids = []
+    for dev_id, container in enumerate(containers):
+        pids.append(container.do(begin_inside, "ram", "--size", f"{4 + dev_id}M"))
+        container.give(f"ublkc{dev_id}")            # the create waits for it
+        container.give(f"ublkb{dev_id}")
+        assert container.do(live_inside) == f"/dev/ublkb{dev_id}"
+    for mine, container in enumerate(containers):
+        other = 1 - mine
+        row, = container.do(rows_inside)
+        assert (row["id"], row["state"], row["size"]) == (mine, "LIVE", (4 + mine) << 20)
+        assert row["pid"] == pids[mine] < 20            # a number of the container's own
+        assert (row["owner_uid"], row["owner_gid"]) == (ALICE, ALICE)
+        assert container.do(write_inside, f"/dev/ublkb{mine}") is True
+        refused(container.do(every_command, other, f"/dev/ublkc{other}"), errno.ENOENT)
+        refused(container.do(every_command, other, f"/dev/ublkc{mine}"), errno.EPERM)
+        assert container.do(error_of_opening, f"/dev/ublkb{other}") == [errno.ENOENT] * 2
+        for word in ("list", "stop", "del"):
+            done = container.do(verb_inside, word, str(other))
+            assert_fails(SimpleNamespace(**done), 1, "not visible here", errno.ENOENT)
+    rows = json.loads(verb("list", "--json").out)
+    assert [row["id"] for row in rows] == [0, 1]        # root outside sees and commands both
+    if at_least("7.0"):                                 # which tells each caller the number of its own namespace
+        for row, inner in zip(rows, pids):
+            status = Path(f"/proc/{row['pid']}/status").read_text()
+            assert re.search(r"^NSpid:\t(.*)", status, re.M)[1].split() == [str(row["pid"]), str(inner)]
+    status, text = containers[0].do(end_inside)
+    assert status == 0 and text.count("\n") == 1 and "30 seconds" in text
+    assert devices_left() == [1]
+    assert verb("del", 1).status == 0
+
+
+# =================================================================================================
+# Queues in processes, and workers that are lost
+# =================================================================================================
+
+
+def children(pid):
+    """Return the processes a process has started."""
+    return [child for child, (parent, _) in processes().items() if parent == pid]
+
+
+def session(pid):
+    """Return the processes of a session that are more than zombies."""
+    found = []
+    for other, (_, words) in processes().items():
+        try:
+            found += [other] if words and os.getsid(other) == pid else []
+        except ProcessLookupError:
+            pass
+    return found
+
+
+@kernel
+def test_a_lost_process_takes_the_disk_with_it():
+    with Forked("ram", "--size", "16M", "-q", 2) as disk:
+        workers = children(disk.pid)
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        assert disk.wait() == 1
+        assert_error_line(disk.said(), errno.ECHILD, says="the process of queue 1 died")
+        until(lambda: not session(disk.pid), "the other process to leave")
+        assert devices_left() == [] and not os.path.exists(disk.path)
+
+
+@kernel
+@pytest.mark.parametrize("which", ["worker", "parent"])
+def test_a_lost_process_of_a_recoverable_disk(image, which):
+    disk = Forked("loop", image, "-q", 2, "-r", "reissue").live()
+    with Fio(disk) as fio:
+        for _ in range(2):
+            fio.busy()
+            workers = children(disk.pid)
+            assert len(workers) == 2
+            os.kill(workers[0] if which == "worker" else disk.pid, signal.SIGKILL)
+            assert disk.wait() == (1 if which == "worker" else -signal.SIGKILL)
+            until(lambda disk=disk: not session(disk.pid), "the other processes to leave")
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@pytest.mark.parametrize("recovery", [[], ["-r", "fail"]], ids=["lost", "fail"])
+def test_a_lost_thread_does_not_leave_a_deaf_disk(tmp_path, recovery):
+    flag, handle = tmp_path / "flag", ublk.Queue.handle
+
+    def change():
+        def fail(queue, tag):
+            if flag.exists():
+                raise RuntimeError("a fault of the loop itself")
+            return handle(queue, tag)
+        ublk.Queue.handle = fail
+    if recovery and needs_fail_io("ram", "--size", "4M", *recovery):
+        return
+    disk = Forked("ram", "--size", "4M", *recovery, change=change).live()
+    with opened(disk.path) as fd:
+        flag.touch()
+        assert error_of(read_at, fd, 1 << 20, 4096) in (errno.EIO, errno.ENODEV)
+    assert disk.wait() == 1, disk.said()
+    assert disk.said().count("Traceback") == 1 and "a fault of the loop itself" in disk.said()
+    if recovery:
+        await_state(disk.id, "FAIL_IO")
+        disk = recovered(disk)
+        with opened(disk.path) as fd:
+            assert read_at(fd, 0, 4096) == bytes(4096)
+        assert disk.kill(signal.SIGTERM) == 0
+    assert devices_left() == []
+
+
+# =================================================================================================
+# What cannot be recovered, and what is left behind
+# =================================================================================================
+
+
+def orphan(*words):
+    """Make a disk whose server has been killed."""
+    disk = Forked(*words).live()
+    disk.kill()
+    await_state(disk.id, "QUIESCED" if "-r" in words else "DEAD")
+    return disk
+
+
+@kernel
+def test_recover_refuses_a_disk_that_is_served(run):
+    with Forked("null", "-r", "requeue") as disk:
+        assert_fails(run("recover", disk.id), 1, "its server still lives", errno.EBUSY)
+        assert state_of(disk.id) == "LIVE"
+        with opened(disk.path) as fd:
+            assert len(read_at(fd, 0, 4096)) == 4096
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_recover_refuses_a_disk_not_made_for_it(run):
+    disk = orphan("null")
+    assert_fails(run("recover", disk.id), 1, "not made to be recovered", errno.EINVAL)
+    assert run("del", disk.id).status == 0
+
+
+@kernel
+def test_recover_refuses_a_disk_that_is_stopped(run):
+    disk = orphan("null", "-r", "requeue")
+    assert run("stop", disk.id).status == 0
+    assert_fails(run("recover", disk.id), 1, f"it is stopped (22 EINVAL): delete it: `ublk.py del {disk.id}`")
+    assert run("del", disk.id).status == 0
+
+
+@kernel
+def test_recover_refuses_a_disk_that_does_not_exist(run):
+    assert_fails(run("recover", 9), 1, "there is no such device", errno.ENODEV)
+
+
+@kernel
+def test_recover_without_a_state_file(run, run_dir, image, tmp_path):
+    disk = orphan("loop", image, "-r", "reissue")
+    assert run("recover", disk.id, "--target", "loop", image).status == 2
+    (run_dir / f"{disk.id}.json").unlink()
+    assert_fails(run("recover", disk.id), 1, "--target TARGET", errno.ENOENT)
+    small = tmp_path / "small"
+    small.write_bytes(bytes(4096))
+    small.chmod(0o400)
+    assert_fails(run("recover", disk.id, "--target", "null", "--size", "4K"), 1, "as large as", errno.EINVAL)
+    assert_fails(run("recover", disk.id, "--target", "loop", "/no/such"), 1, "/no/such", errno.ENOENT)
+    assert state_of(disk.id) == "QUIESCED"
+    disk = Forked("recover", disk.id, "--target", "loop", image).live()
+    disk.kill()
+    disk = recovered(disk)                  # which finds a state file again
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_recover_from_python(image):
+    import ublk_targets
+    disk = orphan("loop", image, "-r", "reissue")
+    with ublk.Device.recover(disk.id, ublk_targets.Loop(str(image))) as served:
+        assert served.path == disk.path and state_of(disk.id) == "LIVE"
+        with opened(disk.path) as fd:
+            write_at(fd, 4096, b"python" * 2048)
+            assert read_at(fd, 4096, 4096) == (b"python" * 2048)[:4096]
+    assert devices_left() == []
+    assert image.read_bytes()[4096:4102] == b"python"
+
+
+@kernel
+def test_orphans_are_listed_and_deleted(run, run_dir):
+    lost, kept = orphan("null"), orphan("null", "-r", "requeue")
+    (run_dir / "77.json").write_text('{"id": 77}')
+    done = run("list", "--json")
+    rows = {row["id"]: (row["state"], row["pid"], row["target"]) for row in json.loads(done.out)}
+    assert rows == {lost.id: ("DEAD", -1, "null"), kept.id: ("QUIESCED", -1, "null")}
+    assert "77.json is left of a device that is gone: `ublk.py del 77` removes it" in done.err
+    assert done.err.count("\n") == 1
+    done = run("del", lost.id, kept.id, 77)
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert devices_left() == [] and list(run_dir.iterdir()) == []
+    assert_nothing_stuck()
+
+
+EVIL = 'open({!r}, "w").close()\nimport ublk\nclass Evil(ublk.Target):\n    size = 1 << 30\n'
+
+
+def damages(run_dir, tmp_path, good):
+    """Yield names of damage, each done to the state file of device 0 before."""
+    path, marker = run_dir / "0.json", tmp_path / "executed"
+    evil = tmp_path / "evil.py"
+    evil.write_text(EVIL.format(str(marker)))
+    hostile = json.dumps({**json.loads(good), "target": f"{evil}:Evil", "args": []})
+
+    def write(text):
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+
+    for name, text in (("empty", ""), ("truncated", good[:-10]), ("not an object", "[1]"), ("deep", "[" * 100000),
+                       ("another's", good.replace('"id": 0', '"id": 1')), ("huge", hostile[:-1] + " " * (2 << 20) + "}"),
+                       ("a number", json.dumps({**json.loads(hostile), "target": 5})),
+                       ("args", json.dumps({**json.loads(hostile), "args": {"a": 1}})),
+                       ("null", json.dumps({**json.loads(hostile), "cwd": None}))):
+        write(text)
+        yield name
+    write(hostile)
+    os.chown(path, BOB, BOB)
+    yield "of somebody else"
+    path.unlink()
+    (tmp_path / "elsewhere.json").write_text(hostile)
+    path.symlink_to(tmp_path / "elsewhere.json")
+    yield "a link"
+    path.unlink()
+    os.mkfifo(path)
+    yield "a pipe"
+    path.unlink()
+
+
+@kernel
+def test_a_damaged_state_file_is_reported_and_never_executed(run, run_dir, tmp_path, image):
+    disk = orphan("loop", image, "-r", "reissue")
+    good = (run_dir / "0.json").read_text()
+    for name in damages(run_dir, tmp_path, good):
+        done = run("recover", disk.id)
+        assert done.status == 1 and f"ublk: ignoring {run_dir}/0.json: " in done.err, (name, done)
+        assert_error_line(done.err.splitlines(True)[-1], errno.ENOENT, says="--target")
+        done = run("list", "--json")
+        assert json.loads(done.out)[0]["target"] is None and "ignoring" in done.err, name
+    assert not (tmp_path / "executed").exists()
+    assert state_of(disk.id) == "QUIESCED"
+    (tmp_path / "elsewhere.json").write_text("untouched")
+    (run_dir / "0.json").symlink_to(tmp_path / "elsewhere.json")
+    disk = Forked("recover", disk.id, "--target", "loop", image).live()     # replaces the link, does not follow it
+    assert (tmp_path / "elsewhere.json").read_text() == "untouched"
+    assert not (run_dir / "0.json").is_symlink()
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_strange_names_among_the_state_files(run, run_dir, tmp_path):
+    run_dir.mkdir(mode=0o700)
+    names = ["²", "٣", "00", "-1", "0x1", "1e3", "..", " 5", "5\n", "9" * 200, "x", ""]
+    for name in names:
+        (run_dir / f"{name}.json").write_text("{}")
+    with Forked("null") as disk:
+        done = run("list")
+        assert done.status == 0 and "Traceback" not in done.err
+        assert done.err == ""
+        assert run("del", 4294967296 + disk.id).status == 1         # not device 0 by another name
+        assert run("del", -4294967296 + disk.id).status != 0
+        assert state_of(disk.id) == "LIVE"
+        for word in ("../0", "0/../../x", "²", "0 ", ""):
+            assert run("recover", word).status in (1, 2)
+        assert run("del", "--all").status == 0
+        assert disk.wait() == 0
+    assert sorted(path.name for path in run_dir.iterdir()) == sorted(f"{name}.json" for name in names)
+
+
+# =================================================================================================
+# Under systemd
+# =================================================================================================
+
+
+@kernel
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_systemd_hears_of_readiness_status_and_watchdog(tmp_path, abstract):
+    address = f"@ublk-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(address.replace("@", "\0"))
+        channel.settimeout(60)
+
+        def change():
+            os.environ.update(NOTIFY_SOCKET=address, WATCHDOG_USEC="200000")
+        disk = Forked("null", change=change).live()
+        assert channel.recv(4096).decode().splitlines() == ["READY=1", f"STATUS=serving {disk.path}"]
+        assert [channel.recv(4096) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+        assert disk.kill(signal.SIGTERM) == 0
+        said = b"WATCHDOG=1"
+        while said == b"WATCHDOG=1":
+            said = channel.recv(4096)
+        assert said == b"STOPPING=1"
+
+
+@kernel
+def test_a_notify_socket_that_nobody_reads_does_no_harm(tmp_path):
+    def change():
+        os.environ.update(NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="20000")
+    with Forked("null", change=change) as disk:
+        with opened(disk.path) as fd:
+            assert len(read_at(fd, 0, 4096)) == 4096
+        assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
+
+
+# =================================================================================================
+# Traps of the kernel
+# =================================================================================================
+
+
+@kernel
+@pytest.mark.parametrize("word", ["stop", "del"])
+@pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
+def test_a_disk_taken_away_while_it_starts(run, tmp_path, word, recovery):
+    """START_DEV after STOP_DEV on the same open ends some kernels: nothing may lead there."""
+    fetched, go = tmp_path / "fetched", tmp_path / "go"
+    start = ublk.Control.start_dev
+
+    def slow_start(self, *args, **options):
+        fetched.touch()
+        until(go.exists, "the word")
+        return start(self, *args, **options)
+
+    disk = Forked("null", *recovery, change=lambda: setattr(ublk.Control, "start_dev", slow_start))
+    until(fetched.exists, "all tags to be fetched")
+    other = Forked(word, 0)                     # del waits until the server has let go
+    until(lambda: other.ended() or word == "del" and not os.path.exists("/dev/ublkc0"), "the command")
+    go.touch()
+    until(disk.ended, "the server")
+    assert other.wait() == 0, other.said()
+    if devices_left():
+        assert word == "stop"
+        assert run("del", 0).status == 0
+    assert disk.status == 1
+    assert_error_line(disk.said())
+    with Forked("null") as disk:                # and the driver is whole
+        with opened(disk.path) as fd:
+            assert len(read_at(fd, 0, 4096)) == 4096
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_a_disk_stopped_while_it_recovers(run, image, tmp_path):
+    fetched, go = tmp_path / "fetched", tmp_path / "go"
+    end = ublk.Control.end_user_recovery
+
+    def slow_end(self, *args, **options):
+        fetched.touch()
+        until(go.exists, "the word")
+        return end(self, *args, **options)
+
+    disk = orphan("loop", image, "-r", "reissue")
+    disk = Forked("recover", disk.id, change=lambda: setattr(ublk.Control, "end_user_recovery", slow_end))
+    until(fetched.exists, "all tags to be fetched")
+    assert run("stop", 0).status == 0
+    go.touch()
+    assert disk.wait() == 1
+    assert_error_line(disk.said())
+    assert run("del", 0).status == 0
+    assert_nothing_stuck()
