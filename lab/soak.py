@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Kill servers, again and again, and see that nothing is lost. As root, with a ublk driver.
+
+    soak.py [--rounds N] [--seed N] [MODE...]
+
+Modes, each N rounds (100):
+    reissue     kill -9 under fio with checksums: no error, no wrong data
+    requeue     the same: only requests in flight fail
+    fail        the same: errors until the disk is recovered, none after (Linux 6.13)
+    quiesce     exchange the server under fio: no error (Linux 6.16)
+    ext4        kill at random moments, also while a new server starts, under a mounted file system:
+                no error, every synced file whole, and fsck content in the end
+
+Prints one line for each mode; the exit status is 1 if one of them failed.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import test_ublk as t  # noqa: E402
+import ublk  # noqa: E402
+
+Result = dict[str, Any]
+
+
+def under_fio(image: Path, rounds: int, recovery: str, exchange: Callable[[Any], None], *words: str) -> Result:
+    """Exchange the server of a disk under fio; return what is to be told of it."""
+    disk = t.Forked("loop", image, "-r", recovery).live()
+    with t.Fio(disk, *words) as fio:
+        for number in range(rounds):
+            fio.busy()
+            exchange(disk)
+            if recovery == "fail":
+                fio.finish()
+            disk = t.recovered(disk)
+            progress(recovery, number, rounds)
+        failed, requests = fio.errors, t.completed(disk)
+        fio.busy()
+        failed += fio.finish()
+        fio.busy()
+        assert fio.finish() == 0, "requests failed after the last recovery"
+    assert disk.kill(signal.SIGTERM) == 0, disk.said()
+    return {"requests": requests, "failed": failed}
+
+
+def kill(disk: Any) -> None:
+    disk.kill()
+    t.await_state(disk.id, "QUIESCED", "FAIL_IO")
+
+
+def reissue(image: Path, rounds: int) -> Result:
+    """kill -9: no error, no wrong data."""
+    result = under_fio(image, rounds, "reissue", kill)
+    assert result["failed"] == 0
+    return result
+
+
+def requeue(image: Path, rounds: int) -> Result:
+    """kill -9: only what was in flight fails."""
+    result = under_fio(image, rounds, "requeue", kill, *t.CONTINUE)
+    assert result["failed"] <= 16 * rounds
+    return result
+
+
+def fail(image: Path, rounds: int) -> Result:
+    """kill -9: errors until the disk is recovered."""
+    ublk.require(ublk.UBLK_F_USER_RECOVERY_FAIL_IO & ~features())
+    return under_fio(image, rounds, "fail", kill, *t.CONTINUE)
+
+
+def quiesce(image: Path, rounds: int) -> Result:
+    """Another server, without an error."""
+    ublk.require(ublk.UBLK_F_QUIESCE & ~features())
+
+    def leave(disk: Any) -> None:
+        done = t.verb("quiesce", disk.id)
+        assert done.status == 0, done.err
+        assert disk.wait() == 0, disk.said()
+    result = under_fio(image, rounds, "reissue", leave)
+    assert result["failed"] == 0
+    return result
+
+
+def ext4(image: Path, rounds: int) -> Result:
+    """kill -9 at random moments under a mounted file system."""
+    directory = Path(tempfile.mkdtemp())
+    disk = t.Forked("loop", image, "-r", "reissue").live()
+    dev_id, path, early = disk.id, disk.path, 0
+    number = 0
+
+    def once() -> None:
+        nonlocal disk, early, number
+        time.sleep(random.random() / 4)
+        disk.kill()
+        while True:
+            disk = t.Forked("recover", dev_id)
+            if random.random() < 0.5:
+                break
+            time.sleep(random.random())
+            early += not disk.said(disk.output)
+            disk.kill()
+        disk.live()
+        number += 1
+        progress("ext4", number, rounds)
+    with t.mounted(disk, directory / "mnt"):
+        files = t.Files(directory / "mnt", directory / "journal")
+        t.churn(directory / "mnt", files, once, rounds)
+    synced = len((directory / "journal").read_text().splitlines())
+    shutil.rmtree(directory)
+    assert disk.path == path and disk.kill(signal.SIGTERM) == 0, disk.said()
+    return {"synced files": synced, "killed while recovering": early}
+
+
+MODES = {function.__name__: function for function in (reissue, requeue, fail, quiesce, ext4)}
+
+
+def features() -> int:
+    with ublk.Control() as control:
+        return control.features or 0
+
+
+def progress(mode: str, number: int, rounds: int) -> None:
+    if sys.stderr.isatty() or number % 10 == 9:
+        print(f"{mode}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+
+
+def soak(mode: str, rounds: int) -> bool:
+    """Run one mode and print what came of it."""
+    directory = Path(tempfile.mkdtemp(dir="/scratch" if t.IN_LAB else None))
+    image = directory / "disk.img"
+    image.touch()
+    os.truncate(image, 64 << 20)
+    os.environ["UBLK_RUN_DIR"] = str(directory / "run")
+    begun = time.monotonic()
+    try:
+        result = MODES[mode](image, rounds)
+    except ublk.UblkError as error:
+        print(f"{mode:<8} not possible: {error}")
+        return error.errno == ublk.errno.EOPNOTSUPP
+    except Exception:
+        traceback.print_exc()
+        print(f"{mode:<8} FAILED")
+        t.clean_up()
+        return False
+    told = ", ".join(f"{count} {name}" for name, count in result.items())
+    t.until(lambda: not t.leftovers() and not t.stuck(), "everything to be gone")
+    print(f"{mode:<8} ok: {rounds} rounds in {time.monotonic() - begun:.0f} s, {told}", flush=True)
+    shutil.rmtree(directory)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill servers, again and again, and see that nothing is lost.")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("modes", nargs="*", metavar="MODE", help=", ".join(MODES))
+    options = parser.parse_args()
+    if set(options.modes) - set(MODES):
+        parser.error(f"there is no mode {' '.join(set(options.modes) - set(MODES))}")
+    random.seed(options.seed)
+    print(f"Linux {os.uname().release}", flush=True)
+    return 0 if all([soak(mode, options.rounds) for mode in options.modes or MODES]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
