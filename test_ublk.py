@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -2626,9 +2627,19 @@ class Forked:
     def __exit__(self, *_):
         if not self.ended():
             self.kill(signal.SIGTERM)
-        for pid, (_, words) in processes().items():         # what a killed parent left behind
-            if words and pid != os.getpid() and os.getsid(pid) == self.pid:
-                os.kill(pid, signal.SIGKILL)
+        for pid in session(self.pid):                       # what a killed parent left behind
+            os.kill(pid, signal.SIGKILL)
+
+
+def session(leader):
+    """Return the processes of a session that are more than zombies."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            found += [pid] if os.getsid(pid) == leader and ublk.alive(pid) else []
+        except OSError:
+            pass
+    return found
 
 
 def recovered(disk, **options):
@@ -2718,7 +2729,7 @@ class Fio:
 
 
 @pytest.fixture
-def image():
+def backing():
     """A file of 64 MiB for the target loop, on the lab's ext4 where there is one."""
     directory = tempfile.mkdtemp(dir="/scratch" if IN_LAB else None)
     path = Path(directory, "disk.img")
@@ -2744,8 +2755,8 @@ def needs_fail_io(*words):
 
 
 @kernel
-def test_reissue_loses_nothing(image):
-    disk = Forked("loop", image, "-r", "reissue").live()
+def test_reissue_loses_nothing(backing):
+    disk = Forked("loop", backing, "-r", "reissue").live()
     with Fio(disk) as fio:
         for _ in range(ROUNDS):
             fio.busy()
@@ -2758,8 +2769,8 @@ def test_reissue_loses_nothing(image):
 
 
 @kernel
-def test_requeue_fails_only_what_was_in_flight(image):
-    disk = Forked("loop", image, "-r", "requeue").live()
+def test_requeue_fails_only_what_was_in_flight(backing):
+    disk = Forked("loop", backing, "-r", "requeue").live()
     with Fio(disk, *CONTINUE) as fio:
         for _ in range(ROUNDS):
             fio.busy()
@@ -2774,10 +2785,10 @@ def test_requeue_fails_only_what_was_in_flight(image):
 
 
 @kernel
-def test_fail_answers_at_once_and_is_whole_after_recovery(image):
-    if needs_fail_io("loop", image, "-r", "fail"):
+def test_fail_answers_at_once_and_is_whole_after_recovery(backing):
+    if needs_fail_io("loop", backing, "-r", "fail"):
         return
-    disk = Forked("loop", image, "-r", "fail").live()
+    disk = Forked("loop", backing, "-r", "fail").live()
     with Fio(disk, *CONTINUE) as fio:
         for _ in range(ROUNDS):
             fio.busy()
@@ -2840,7 +2851,7 @@ while not os.path.exists(directory + "/stop"):
 
 
 @contextmanager
-def mounted(disk, directory):
+def file_system(disk, directory):
     """Make an ext4 on a disk, mount it, and see afterwards that it can be unmounted and is sound."""
     needs("mkfs.ext4", "e2fsck", "mount")
     sh("mkfs.ext4", "-Fq", "-E", "nodiscard,lazy_itable_init=0", disk.path, "32M")
@@ -2869,14 +2880,14 @@ def churn(directory, files, once, rounds=ROUNDS):
 
 
 @kernel
-def test_a_mounted_file_system_survives(image, tmp_path):
-    disk = Forked("loop", image, "-r", "reissue").live()
+def test_a_mounted_file_system_survives(backing, tmp_path):
+    disk = Forked("loop", backing, "-r", "reissue").live()
 
     def once():
         nonlocal disk
         disk.kill()
         disk = recovered(disk)
-    with mounted(disk, tmp_path / "mnt"):
+    with file_system(disk, tmp_path / "mnt"):
         files = Files(tmp_path / "mnt", tmp_path / "journal")
         churn(tmp_path / "mnt", files, once)
     assert len(files.synced()) > 2 * ROUNDS
@@ -2905,9 +2916,9 @@ TARGET = """
 
 
 @kernel
-def test_an_edited_target_serves_with_the_file_system_mounted(image, tmp_path, run):
+def test_an_edited_target_serves_with_the_file_system_mounted(backing, tmp_path, run):
     path = target_file(tmp_path, TARGET)
-    disk = Forked(f"{path}:Mine", image, "-r", "reissue").live()
+    disk = Forked(f"{path}:Mine", backing, "-r", "reissue").live()
     versions = iter([b"new", b"3rd"])
 
     def once():
@@ -2921,7 +2932,7 @@ def test_an_edited_target_serves_with_the_file_system_mounted(image, tmp_path, r
         disk = recovered(disk)
         with opened(disk.path, os.O_RDONLY) as fd:
             assert read_at(fd, (64 << 20) - 4096, 4096)[:3] == version
-    with mounted(disk, tmp_path / "mnt"):
+    with file_system(disk, tmp_path / "mnt"):
         churn(tmp_path / "mnt", Files(tmp_path / "mnt", tmp_path / "journal"), once, rounds=2)
     assert disk.kill(signal.SIGTERM) == 0
 
@@ -2933,8 +2944,8 @@ def test_an_edited_target_serves_with_the_file_system_mounted(image, tmp_path, r
 
 @kernel
 @pytest.mark.parametrize("words", [["--copy"], []], ids=["copy", "fastest"])
-def test_quiesce_and_recover_without_an_error(image, run, words):
-    disk = Forked("loop", image, "-r", "reissue", *words).live()
+def test_quiesce_and_recover_without_an_error(backing, run, words):
+    disk = Forked("loop", backing, "-r", "reissue", *words).live()
     if not at_least("6.16"):
         assert_fails(run("quiesce", disk.id), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
         assert disk.kill(signal.SIGTERM) == 0
@@ -2956,13 +2967,13 @@ def test_quiesce_and_recover_without_an_error(image, run, words):
 
 
 @kernel
-def test_restart_keeps_the_server_alive(image, run):
-    with Forked("loop", image, "--restart") as disk, Fio(disk) as fio:
+def test_restart_keeps_the_server_alive(backing, run):
+    with Forked("loop", backing, "--restart") as disk, Fio(disk) as fio:
         pids = set()
         for _ in range(ROUNDS):
             fio.busy()
             row, = json.loads(run("list", "--json").out)
-            assert row["pid"] not in pids | {disk.pid} and processes()[row["pid"]][0] == disk.pid
+            assert row["pid"] not in pids and row["pid"] in children(disk.pid)
             pids.add(row["pid"])
             os.kill(row["pid"], signal.SIGKILL)
         fio.busy()
@@ -2974,11 +2985,11 @@ def test_restart_keeps_the_server_alive(image, run):
 
 
 @kernel
-def test_restart_gives_up_in_the_end(image, run):
+def test_restart_gives_up_in_the_end(backing, run):
     def change():
         ublk.RESTARTS = 2
         ublk.Device.resume = lambda self: die()
-    disk = Forked("loop", image, "--restart", change=change).live()
+    disk = Forked("loop", backing, "--restart", change=change).live()
     os.kill(server_of(disk), signal.SIGKILL)
     assert disk.wait() == 1
     assert_error_line(disk.said().splitlines(True)[-1], errno.ECHILD, says="died: too often")
@@ -2987,10 +2998,10 @@ def test_restart_gives_up_in_the_end(image, run):
 
 
 @kernel
-def test_restart_ends_by_a_signal_while_it_waits(image):
+def test_restart_ends_by_a_signal_while_it_waits(backing):
     def change():
         ublk.Device.resume = lambda self: die()
-    disk = Forked("loop", image, "--restart", change=change).live()
+    disk = Forked("loop", backing, "--restart", change=change).live()
     os.kill(server_of(disk), signal.SIGKILL)
     until(lambda: disk.said().count("starting another") >= 4, "the long pauses")
     assert disk.kill(signal.SIGTERM) == 0
@@ -2998,8 +3009,8 @@ def test_restart_ends_by_a_signal_while_it_waits(image):
 
 
 @kernel
-def test_restart_does_not_try_again_what_never_worked(image):
-    disk = Forked("loop", image, "--restart", change=after(ublk.Control, "set_params"))
+def test_restart_does_not_try_again_what_never_worked(backing):
+    disk = Forked("loop", backing, "--restart", change=after(ublk.Control, "set_params"))
     assert disk.wait() == 1
     assert_error_line(disk.said(), errno.ECHILD, says="died before the disk was there")
     assert devices_left() == []
@@ -3074,11 +3085,11 @@ def assert_nothing_stuck():
     after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), half_fetched(), after(ublk.Queue, "fetch"),
     during("start_dev"), first_request, after(ublk.Control, "start_dev")],
     ids=["ADD", "SET_PARAMS", "half-fetched", "fetched", "START", "scan", "started"])
-def test_killed_while_it_starts(change, recovery, image, run):
+def test_killed_while_it_starts(change, recovery, backing, run):
     if change is first_request and not at_least("7.0"):
         pytest.skip("up to 6.x START_DEV reads the partitions itself, and a server killed in that moment can leave "
                     "it, and so its own end, waiting for ever: seen on 6.12")
-    disk = Forked("loop", image, *recovery, change=change)
+    disk = Forked("loop", backing, *recovery, change=change)
     assert disk.wait() == -signal.SIGKILL
     row, = json.loads(run("list", "--json").out)
     assert row["id"] == 0 and row["pid"] == -1
@@ -3093,8 +3104,8 @@ def test_killed_while_it_starts(change, recovery, image, run):
     after(ublk.Control, "start_user_recovery"), half_fetched(), after(ublk.Queue, "fetch"),
     during("end_user_recovery"), after(ublk.Control, "end_user_recovery")],
     ids=["START_USER_RECOVERY", "half-fetched", "fetched", "END_USER_RECOVERY", "recovered"])
-def test_killed_while_it_recovers(change, image, run):
-    disk = Forked("loop", image, "-r", "reissue").live()
+def test_killed_while_it_recovers(change, backing, run):
+    disk = Forked("loop", backing, "-r", "reissue").live()
     with opened(disk.path) as fd:
         write_at(fd, 4096, b"before" * 4096)
     disk.kill()
@@ -3562,26 +3573,10 @@ def test_a_container_controls_its_own_disks_only(containers, control):
 # =================================================================================================
 
 
-def children(pid):
-    """Return the processes a process has started."""
-    return [child for child, (parent, _) in processes().items() if parent == pid]
-
-
-def session(pid):
-    """Return the processes of a session that are more than zombies."""
-    found = []
-    for other, (_, words) in processes().items():
-        try:
-            found += [other] if words and os.getsid(other) == pid else []
-        except ProcessLookupError:
-            pass
-    return found
-
-
 @kernel
 def test_a_lost_process_takes_the_disk_with_it():
     with Forked("ram", "--size", "16M", "-q", 2) as disk:
-        workers = children(disk.pid)
+        workers = list(children(disk.pid))
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
         assert disk.wait() == 1
@@ -3592,12 +3587,12 @@ def test_a_lost_process_takes_the_disk_with_it():
 
 @kernel
 @pytest.mark.parametrize("which", ["worker", "parent"])
-def test_a_lost_process_of_a_recoverable_disk(image, which):
-    disk = Forked("loop", image, "-q", 2, "-r", "reissue").live()
+def test_a_lost_process_of_a_recoverable_disk(backing, which):
+    disk = Forked("loop", backing, "-q", 2, "-r", "reissue").live()
     with Fio(disk) as fio:
         for _ in range(2):
             fio.busy()
-            workers = children(disk.pid)
+            workers = list(children(disk.pid))
             assert len(workers) == 2
             os.kill(workers[0] if which == "worker" else disk.pid, signal.SIGKILL)
             assert disk.wait() == (1 if which == "worker" else -signal.SIGKILL)
@@ -3681,9 +3676,9 @@ def test_recover_refuses_a_disk_that_does_not_exist(run):
 
 
 @kernel
-def test_recover_without_a_state_file(run, run_dir, image, tmp_path):
-    disk = orphan("loop", image, "-r", "reissue")
-    assert run("recover", disk.id, "--target", "loop", image).status == 2
+def test_recover_without_a_state_file(run, run_dir, backing, tmp_path):
+    disk = orphan("loop", backing, "-r", "reissue")
+    assert run("recover", disk.id, "--target", "loop", backing).status == 2
     (run_dir / f"{disk.id}.json").unlink()
     assert_fails(run("recover", disk.id), 1, "--target TARGET", errno.ENOENT)
     small = tmp_path / "small"
@@ -3692,23 +3687,23 @@ def test_recover_without_a_state_file(run, run_dir, image, tmp_path):
     assert_fails(run("recover", disk.id, "--target", "null", "--size", "4K"), 1, "as large as", errno.EINVAL)
     assert_fails(run("recover", disk.id, "--target", "loop", "/no/such"), 1, "/no/such", errno.ENOENT)
     assert state_of(disk.id) == "QUIESCED"
-    disk = Forked("recover", disk.id, "--target", "loop", image).live()
+    disk = Forked("recover", disk.id, "--target", "loop", backing).live()
     disk.kill()
     disk = recovered(disk)                  # which finds a state file again
     assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel
-def test_recover_from_python(image):
+def test_recover_from_python(backing):
     import ublk_targets
-    disk = orphan("loop", image, "-r", "reissue")
-    with ublk.Device.recover(disk.id, ublk_targets.Loop(str(image))) as served:
+    disk = orphan("loop", backing, "-r", "reissue")
+    with ublk.Device.recover(disk.id, ublk_targets.Loop(str(backing))) as served:
         assert served.path == disk.path and state_of(disk.id) == "LIVE"
         with opened(disk.path) as fd:
             write_at(fd, 4096, b"python" * 2048)
             assert read_at(fd, 4096, 4096) == (b"python" * 2048)[:4096]
     assert devices_left() == []
-    assert image.read_bytes()[4096:4102] == b"python"
+    assert backing.read_bytes()[4096:4102] == b"python"
 
 
 @kernel
@@ -3761,8 +3756,8 @@ def damages(run_dir, tmp_path, good):
 
 
 @kernel
-def test_a_damaged_state_file_is_reported_and_never_executed(run, run_dir, tmp_path, image):
-    disk = orphan("loop", image, "-r", "reissue")
+def test_a_damaged_state_file_is_reported_and_never_executed(run, run_dir, tmp_path, backing):
+    disk = orphan("loop", backing, "-r", "reissue")
     good = (run_dir / "0.json").read_text()
     for name in damages(run_dir, tmp_path, good):
         done = run("recover", disk.id)
@@ -3774,7 +3769,7 @@ def test_a_damaged_state_file_is_reported_and_never_executed(run, run_dir, tmp_p
     assert state_of(disk.id) == "QUIESCED"
     (tmp_path / "elsewhere.json").write_text("untouched")
     (run_dir / "0.json").symlink_to(tmp_path / "elsewhere.json")
-    disk = Forked("recover", disk.id, "--target", "loop", image).live()     # replaces the link, does not follow it
+    disk = Forked("recover", disk.id, "--target", "loop", backing).live()     # replaces the link, does not follow it
     assert (tmp_path / "elsewhere.json").read_text() == "untouched"
     assert not (run_dir / "0.json").is_symlink()
     assert disk.kill(signal.SIGTERM) == 0
@@ -3856,7 +3851,8 @@ def test_a_disk_taken_away_while_it_starts(run, tmp_path, word, recovery):
     disk = Forked("null", *recovery, change=lambda: setattr(ublk.Control, "start_dev", slow_start))
     until(fetched.exists, "all tags to be fetched")
     other = Forked(word, 0)                     # del waits until the server has let go
-    until(lambda: other.ended() or word == "del" and not os.path.exists("/dev/ublkc0"), "the command")
+    until(lambda: other.ended() or (word == "del" and not os.path.exists("/dev/ublkc0")),
+          "the command")
     go.touch()
     until(disk.ended, "the server")
     assert other.wait() == 0, other.said()
@@ -3872,7 +3868,7 @@ def test_a_disk_taken_away_while_it_starts(run, tmp_path, word, recovery):
 
 
 @kernel
-def test_a_disk_stopped_while_it_recovers(run, image, tmp_path):
+def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
     fetched, go = tmp_path / "fetched", tmp_path / "go"
     end = ublk.Control.end_user_recovery
 
@@ -3881,7 +3877,7 @@ def test_a_disk_stopped_while_it_recovers(run, image, tmp_path):
         until(go.exists, "the word")
         return end(self, *args, **options)
 
-    disk = orphan("loop", image, "-r", "reissue")
+    disk = orphan("loop", backing, "-r", "reissue")
     disk = Forked("recover", disk.id, change=lambda: setattr(ublk.Control, "end_user_recovery", slow_end))
     until(fetched.exists, "all tags to be fetched")
     assert run("stop", 0).status == 0
