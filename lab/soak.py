@@ -113,7 +113,7 @@ def ext4(image: Path, rounds: int) -> Result:
         disk.live()
         number += 1
         progress("ext4", number, rounds)
-    with t.mounted(disk, directory / "mnt"):
+    with t.file_system(disk, directory / "mnt"):
         files = t.Files(directory / "mnt", directory / "journal")
         t.churn(directory / "mnt", files, once, rounds)
     synced = len((directory / "journal").read_text().splitlines())
