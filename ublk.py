@@ -153,13 +153,11 @@ UBLK_F_CMD_IOCTL_ENCODE = Feature(
 UBLK_F_USER_COPY = Feature(
     7, "USER_COPY", "6.5", "the server moves data with pread and pwrite on /dev/ublkcN",
     excludes=UBLK_F_UNPRIVILEGED_DEV)
-UBLK_F_ZONED = Feature(
-    8, "ZONED", "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
+UBLK_F_ZONED = Feature(8, "ZONED", "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
 UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
     9, "USER_RECOVERY_FAIL_IO", "6.13", "without a server the disk fails requests, not queues them",
     needs=UBLK_F_USER_RECOVERY, excludes=UBLK_F_USER_RECOVERY_REISSUE)
-UBLK_F_UPDATE_SIZE = Feature(
-    10, "UPDATE_SIZE", "6.16", "the size of a live disk can change")
+UBLK_F_UPDATE_SIZE = Feature(10, "UPDATE_SIZE", "6.16", "the size of a live disk can change")
 UBLK_F_AUTO_BUF_REG = Feature(
     11, "AUTO_BUF_REG", "6.16", "the driver registers request pages with the ring by itself",
     excludes=UBLK_F_UNPRIVILEGED_DEV)
@@ -177,12 +175,10 @@ UBLK_F_INTEGRITY = Feature(
     16, "INTEGRITY", "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
 UBLK_F_SAFE_STOP_DEV = Feature(
     17, "SAFE_STOP_DEV", "7.0", "a disk can be stopped only if unused; the driver sets it")
-UBLK_F_NO_AUTO_PART_SCAN = Feature(
-    18, "NO_AUTO_PART_SCAN", "7.0", "no partition scan when the disk starts")
+UBLK_F_NO_AUTO_PART_SCAN = Feature(18, "NO_AUTO_PART_SCAN", "7.0", "no partition scan when the disk starts")
 UBLK_F_SHMEM_ZC = Feature(
     19, "SHMEM_ZC", "7.1", "clients' direct I/O from memory shared with the server is not copied")
-UBLK_F_IO_DESC_SIZE = Feature(
-    20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes")
+UBLK_F_IO_DESC_SIZE = Feature(20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes")
 
 FEATURES: Sequence[Feature] = tuple(Feature.known)
 # Kernels before 6.15 have these two but do not report them, or have them and no GET_FEATURES.
@@ -367,8 +363,7 @@ ublksrv_ctrl_dev_info = structure(
     "ublksrv_ctrl_dev_info", "u16 nr_hw_queues, u16 queue_depth, u16 state, u16 io_desc_size, "
     "u32 max_io_buf_bytes, u32 dev_id, s32 ublksrv_pid, u32 pad1, u64 flags, u64 ublksrv_flags, "
     "u32 owner_uid, u32 owner_gid, u64 reserved1, u64 reserved2")
-ublksrv_io_desc = structure(
-    "ublksrv_io_desc", "u32 op_flags, u32 nr_sectors, u64 start_sector, u64 addr")
+ublksrv_io_desc = structure("ublksrv_io_desc", "u32 op_flags, u32 nr_sectors, u64 start_sector, u64 addr")
 ublksrv_io_cmd = structure("ublksrv_io_cmd", "u16 q_id, u16 tag, s32 result, u64 addr")
 ublk_elem_header = structure("ublk_elem_header", "u16 tag, u16 buf_index, s32 result")
 ublk_batch_io = structure(
@@ -520,8 +515,7 @@ class Ring:
         size = max(sq.array + 4 * params.sq_entries, cq.cqes + 16 * params.cq_entries)
         # FEAT_SINGLE_MMAP (5.4): both rings lie in one mapping
         self._rings = mmap.mmap(self.fd, size, offset=IORING_OFF_SQ_RING)
-        self._sqe_map = mmap.mmap(self.fd, params.sq_entries * self.sqe_size,
-                                  offset=IORING_OFF_SQES)
+        self._sqe_map = mmap.mmap(self.fd, params.sq_entries * self.sqe_size, offset=IORING_OFF_SQES)
         self.sqes = memoryview(self._sqe_map)
         self._ring_bytes = memoryview(self._rings)
         words = self._words = self._ring_bytes[:size & ~3].cast("I")
@@ -530,8 +524,7 @@ class Ring:
         self._array = words[sq.array // 4:sq.array // 4 + params.sq_entries]
         cqes = self._ring_bytes[cq.cqes:cq.cqes + 16 * params.cq_entries]
         self._cq64, self._cq32 = cqes.cast("Q"), cqes.cast("i")
-        self._views = [self.sqes, self._array, self._cq64, self._cq32, cqes, words,
-                       self._ring_bytes]
+        self._views = [self.sqes, self._array, self._cq64, self._cq32, cqes, words, self._ring_bytes]
         self._sq_mask, self._cq_mask = params.sq_entries - 1, params.cq_entries - 1
         self._tail = 0                  # SQEs pushed
         self._submitted = 0             # SQEs the kernel has taken
@@ -1063,8 +1056,7 @@ class AutoZeroCopy(UserCopy):
         for tag in range(depth):
             ring.prepare(depth + tag, IORING_OP_READ_FIXED, user_data=depth + tag, buf_index=tag,
                          flags=flags)
-        self.chains = [self.chain(depth, tag) + (tag,) * bool(queue.link_last)
-                       for tag in range(depth)]
+        self.chains = [self.chain(depth, tag) + (tag,) * bool(queue.link_last) for tag in range(depth)]
         self.opcodes = ring.sqes[depth * 64:]
         self.words = self.opcodes.cast("I")
         self.offsets = self.opcodes.cast("Q")[1:]
@@ -1076,8 +1068,7 @@ class AutoZeroCopy(UserCopy):
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
         return (depth + tag,)
 
-    def transfer(self, tag: int, operation: int, fd: int, position: int,
-                 length: int) -> tuple[int, ...]:
+    def transfer(self, tag: int, operation: int, fd: int, position: int, length: int) -> tuple[int, ...]:
         """Fill the chain that moves a READ's or WRITE's data from or to a file, and return it."""
         self.opcodes[tag * 64] = IORING_OP_READ_FIXED + operation
         self.words[tag * 16 + 1] = fd
@@ -1356,8 +1347,7 @@ class Queue:
         self.ring.push_all(range(self.depth))
         self.ring.enter()
         for tag in range(self.depth):
-            self.command(tag, tag, UBLK_U_IO_COMMIT_AND_FETCH_REQ, path.address(tag),
-                         path.sqe_address(tag))
+            self.command(tag, tag, UBLK_U_IO_COMMIT_AND_FETCH_REQ, path.address(tag), path.sqe_address(tag))
 
     def command(self, slot: int, tag: int, opcode: int, addr: int, sqe_addr: int = 0,
                 flags: int = 0) -> None:
@@ -2170,8 +2160,7 @@ class Device:
 
     def _serve(self) -> None:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
-        self.data_path = next(path for path in DATA_PATHS.values()
-                              if path.features & ~self.info.flags == 0)
+        self.data_path = next(path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0)
         self.char_fd = os.open(f"/dev/ublkc{self.id}", os.O_RDWR | os.O_CLOEXEC)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
@@ -2286,8 +2275,7 @@ class Device:
                 if error.errno != errno.EBUSY or waited > SERVER_TIMEOUT:
                     raise
             if waited > (2.0 if lives else SERVER_TIMEOUT):
-                raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY,
-                              f"cannot recover device {self.id}")
+                raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, f"cannot recover device {self.id}")
             if waited > 1.0 and not lives and not told:
                 told = True
                 print(f"ublk: waiting for the kernel to notice that the server of device {self.id} "
@@ -2501,8 +2489,7 @@ def holders(dev_id: int) -> list[str]:
         if any(is_node_of(dev_id, link) for link in links):
             found.append(f"{name} (pid {pid})")
     with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
-        found += [f"the mount at {line.split()[1]}" for line in file
-                  if is_node_of(dev_id, line.split()[0])]
+        found += [f"the mount at {line.split()[1]}" for line in file if is_node_of(dev_id, line.split()[0])]
     return found
 
 
@@ -3238,8 +3225,7 @@ def check(options: Any) -> int:
     """Say what is missing on this machine, and the command that mends it."""
     failures = 0
     for name, problem, remedy in checks():
-        print(f"{'missing' if problem else 'ok':<8} {name}" + (f": {problem}: {remedy}" if problem
-                                                             else ""))
+        print(f"{'missing' if problem else 'ok':<8} {name}" + (f": {problem}: {remedy}" if problem else ""))
         failures += bool(problem)
     return 1 if failures else 0
 
