@@ -2644,6 +2644,18 @@ class Forked:
             os.kill(pid, signal.SIGKILL)
 
 
+def started_by(parent):
+    """Return the processes a process has started."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
+        except OSError:
+            continue
+        found += [int(pid)] if fields[1] == str(parent) else []
+    return sorted(found)
+
+
 def session(leader):
     """Return the processes of a session that are more than zombies."""
     found = []
@@ -2690,7 +2702,7 @@ def completed(disk):
     return int(words[0]) + int(words[4])
 
 
-# What fio needs to be told to count failed requests, not to end; it does not know EREMOTEIO to be one of them.
+# Has fio count failed requests and go on; that EREMOTEIO is one of them it does not know.
 CONTINUE = ["--continue_on_error=io", f"--ignore_error={errno.EREMOTEIO},{errno.EREMOTEIO}"]
 
 
@@ -2722,7 +2734,7 @@ class Fio:
         until(flowing, "fio")
 
     def finish(self):
-        """Let this pass end; return how many requests failed. All others must have brought the right data."""
+        """Let this pass end; return how many requests failed. All others brought the right data."""
         text = self.process.communicate()[0]
         job, = json.loads("{" + self.output.read().partition("{")[2])["jobs"]
         assert "verify" not in text and job["error"] in (0, errno.EIO, errno.EREMOTEIO), text
@@ -2886,8 +2898,8 @@ def churn(directory, files, once, rounds=ROUNDS):
         once()
     files.busy()
     files.finish()
-    assert " ro," not in next(line for line in Path("/proc/self/mounts").read_text().splitlines()
-                              if str(directory) in line)
+    mount, = (line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {directory} " in line)
+    assert mount.split()[3].startswith("rw")
     Path("/proc/sys/vm/drop_caches").write_text("3")
     files.check()
 
@@ -2986,7 +2998,7 @@ def test_restart_keeps_the_server_alive(backing, run):
         for _ in range(ROUNDS):
             fio.busy()
             row, = json.loads(run("list", "--json").out)
-            assert row["pid"] not in pids and row["pid"] in children(disk.pid)
+            assert row["pid"] not in pids and row["pid"] in started_by(disk.pid)
             pids.add(row["pid"])
             os.kill(row["pid"], signal.SIGKILL)
         fio.busy()
@@ -3095,13 +3107,13 @@ def assert_nothing_stuck():
 @kernel
 @pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
 @pytest.mark.parametrize("change", [
-    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), half_fetched(), after(ublk.Queue, "fetch"),
-    during("start_dev"), first_request, after(ublk.Control, "start_dev")],
+    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), half_fetched(),
+    after(ublk.Queue, "fetch"), during("start_dev"), first_request, after(ublk.Control, "start_dev")],
     ids=["ADD", "SET_PARAMS", "half-fetched", "fetched", "START", "scan", "started"])
 def test_killed_while_it_starts(change, recovery, backing, run):
     if change is first_request and not at_least("7.0"):
-        pytest.skip("up to 6.x START_DEV reads the partitions itself, and a server killed in that moment can leave "
-                    "it, and so its own end, waiting for ever: seen on 6.12")
+        pytest.skip("up to 6.x START_DEV reads the partitions itself, and a server killed in that moment "
+                    "can leave it, and so its own end, waiting for ever: seen on 6.12")
     disk = Forked("loop", backing, *recovery, change=change)
     assert disk.wait() == -signal.SIGKILL
     row, = json.loads(run("list", "--json").out)
@@ -3135,6 +3147,7 @@ def test_killed_while_it_recovers(change, backing, run):
 # Disks of ordinary users
 # =================================================================================================
 
+LIBC = ctypes.CDLL(None, use_errno=True)
 ALICE, BOB = 61001, 61002           # ordinary users: without any capability
 
 
@@ -3146,7 +3159,7 @@ def become(uid):
         os.setgroups([])
         os.setgid(uid)
         os.setuid(uid)
-        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)      # PR_SET_DUMPABLE: /proc/self is ours again, as after an exec
+        LIBC.prctl(4, 1, 0, 0, 0)       # PR_SET_DUMPABLE: /proc/self is ours again, as after an exec
     return change
 
 
@@ -3252,14 +3265,16 @@ def test_an_ordinary_user_owns_a_disk(rules):
     if no_unprivileged():
         return
     alice = program(ALICE)
-    with server("ram", "--size", "256M", "-p", executable=os.path.realpath(sys.executable), **alice) as disk:
-        assert [(os.stat(path).st_uid, os.stat(path).st_gid) for path in (disk.path, f"/dev/ublkc{disk.id}")] \
-            == [(ALICE, ALICE)] * 2
+    python = os.path.realpath(sys.executable)
+    with server("ram", "--size", "256M", "-p", executable=python, **alice) as disk:
+        for path in (disk.path, f"/dev/ublkc{disk.id}"):
+            assert (os.stat(path).st_uid, os.stat(path).st_gid) == (ALICE, ALICE)
         sh("mkfs.ext4", "-Fq", disk.path, **alice)
-        sh("fio", "--name=x", f"--filename={disk.path}", "--direct=1", "--rw=randwrite", "--bs=4k", "--iodepth=16",
-           "--ioengine=io_uring", "--size=2M", "--verify=crc32c", "--verify_fatal=1", **alice)
+        sh("fio", "--name=x", f"--filename={disk.path}", "--direct=1", "--rw=randwrite", "--bs=4k",
+           "--iodepth=16", "--ioengine=io_uring", "--size=2M", "--verify=crc32c", "--verify_fatal=1", **alice)
         row, = json.loads(verb_of(ALICE, "list", "--json").out)
-        assert (row["state"], row["pid"], row["owner_uid"], row["owner_gid"]) == ("LIVE", disk.pid, ALICE, ALICE)
+        assert (row["state"], row["pid"]) == ("LIVE", disk.pid)
+        assert (row["owner_uid"], row["owner_gid"]) == (ALICE, ALICE)
         assert row["target"] == "ram" and "UNPRIVILEGED_DEV" in row["flags"]
         done = verb_of(ALICE, "resize", disk.id, "512M")
         if at_least("6.16"):
@@ -3319,8 +3334,8 @@ def test_an_ordinary_user_does_not_touch_roots_disk(rules):
 
 @kernel
 def test_what_an_ordinary_user_cannot_have_is_said(rules):
-    for option, name in (("-r requeue", "USER_RECOVERY"), ("-r reissue", "USER_RECOVERY"), ("-u", "USER_COPY"),
-                         ("-z", "ZERO_COPY"), ("--auto-zero-copy", "USER_COPY")):
+    for option, name in (("-r requeue", "USER_RECOVERY"), ("-r reissue", "USER_RECOVERY"),
+                         ("-u", "USER_COPY"), ("-z", "ZERO_COPY"), ("--auto-zero-copy", "USER_COPY")):
         done = verb_of(ALICE, "ram", "--size", "4M", "-p", *option.split())
         assert done.status == 1
         line = done.err.splitlines(True)[-1]
@@ -3397,9 +3412,9 @@ def test_check_is_content_once_the_rules_are_there(rules):
 @kernel
 def test_udev_owner_of_any_argument(run):
     with Forked("null", "--size", "1M") as disk:
-        for name in ("", "ublk", "ublkb", "ublkb0", "ublkc0", "ublkb0p1", "ublkb0;reboot", "ublkb0 0", "ublkb-1", "ublkb²",
-                     "ublkb" + "9" * 5000, "ublkc1048576", "ublkc9", "../ublkb0", "ublkd0", "sda", "%k", "$(id)",
-                     "ublkb0\nOWNER=1", "--help", "\udcff"):
+        for name in ("", "ublk", "ublkb", "ublkb0", "ublkc0", "ublkb0p1", "ublkb0;reboot", "ublkb0 0",
+                     "ublkb-1", "ublkb²", "ublkb" + "9" * 5000, "ublkc1048576", "ublkc9", "../ublkb0",
+                     "ublkd0", "sda", "%k", "$(id)", "ublkb0\nOWNER=1", "--help", "\udcff"):
             done = run("udev-owner", "--", name)
             assert done.status != 0 and done.out == "" and "Traceback" not in done.err, name
         assert disk.kill(signal.SIGTERM) == 0
@@ -3409,7 +3424,6 @@ def test_udev_owner_of_any_argument(run):
 # Disks of containers
 # =================================================================================================
 
-LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
 MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
 
@@ -3493,7 +3507,7 @@ class Container:
         until(lambda: not sh("umount", "-R", self.dev, check=False).returncode, "the container's end")
 
 
-INSIDE = []                         # the server inside a container
+INSIDE: list[Forked] = []                         # the server inside a container
 
 
 def begin_inside(*words):
@@ -3571,10 +3585,10 @@ def test_a_container_controls_its_own_disks_only(containers, control):
             assert_fails(SimpleNamespace(**done), 1, "not visible here", errno.ENOENT)
     rows = json.loads(verb("list", "--json").out)
     assert [row["id"] for row in rows] == [0, 1]        # root outside sees and commands both
-    if at_least("7.0"):                                 # which tells each caller the number of its own namespace
+    if at_least("7.0"):             # which tells each caller the number of its own namespace
         for row, inner in zip(rows, pids):
-            status = Path(f"/proc/{row['pid']}/status").read_text()
-            assert re.search(r"^NSpid:\t(.*)", status, re.M)[1].split() == [str(row["pid"]), str(inner)]
+            status = Path(f"/proc/{row['pid']}/status").read_text().splitlines()
+            assert f"NSpid:\t{row['pid']}\t{inner}" in status
     status, text = containers[0].do(end_inside)
     assert status == 0 and text.count("\n") == 1 and "30 seconds" in text
     assert devices_left() == [1]
@@ -3589,7 +3603,7 @@ def test_a_container_controls_its_own_disks_only(containers, control):
 @kernel
 def test_a_lost_process_takes_the_disk_with_it():
     with Forked("ram", "--size", "16M", "-q", 2) as disk:
-        workers = list(children(disk.pid))
+        workers = started_by(disk.pid)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
         assert disk.wait() == 1
@@ -3605,7 +3619,7 @@ def test_a_lost_process_of_a_recoverable_disk(backing, which):
     with Fio(disk) as fio:
         for _ in range(2):
             fio.busy()
-            workers = list(children(disk.pid))
+            workers = started_by(disk.pid)
             assert len(workers) == 2
             os.kill(workers[0] if which == "worker" else disk.pid, signal.SIGKILL)
             assert disk.wait() == (1 if which == "worker" else -signal.SIGKILL)
@@ -3748,8 +3762,9 @@ def damages(run_dir, tmp_path, good):
         path.unlink(missing_ok=True)
         path.write_text(text)
 
-    for name, text in (("empty", ""), ("truncated", good[:-10]), ("not an object", "[1]"), ("deep", "[" * 100000),
-                       ("another's", good.replace('"id": 0', '"id": 1')), ("huge", hostile[:-1] + " " * (2 << 20) + "}"),
+    for name, text in (("empty", ""), ("truncated", good[:-10]), ("not an object", "[1]"),
+                       ("deep", "[" * 100000), ("another's", good.replace('"id": 0', '"id": 1')),
+                       ("huge", hostile[:-1] + " " * (2 << 20) + "}"),
                        ("a number", json.dumps({**json.loads(hostile), "target": 5})),
                        ("args", json.dumps({**json.loads(hostile), "args": {"a": 1}})),
                        ("null", json.dumps({**json.loads(hostile), "cwd": None}))):
@@ -3782,7 +3797,7 @@ def test_a_damaged_state_file_is_reported_and_never_executed(run, run_dir, tmp_p
     assert state_of(disk.id) == "QUIESCED"
     (tmp_path / "elsewhere.json").write_text("untouched")
     (run_dir / "0.json").symlink_to(tmp_path / "elsewhere.json")
-    disk = Forked("recover", disk.id, "--target", "loop", backing).live()     # replaces the link, does not follow it
+    disk = Forked("recover", disk.id, "--target", "loop", backing).live()     # replaces the link
     assert (tmp_path / "elsewhere.json").read_text() == "untouched"
     assert not (run_dir / "0.json").is_symlink()
     assert disk.kill(signal.SIGTERM) == 0
