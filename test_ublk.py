@@ -84,8 +84,9 @@ class AsyncRam(Ram):
 def sh(*words, check=True, **options):
     """Run a program; return what it did with its output as text."""
     done = subprocess.run([str(word) for word in words], stdin=subprocess.DEVNULL, text=True, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    assert not check or done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+                          capture_output=True, **options)
+    output = done.stdout + done.stderr
+    assert not check or done.returncode == 0, f"{words} ended with {done.returncode}:\n{output}"
     return done
 
 
@@ -268,7 +269,8 @@ def children_of(pid):
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():
             try:
-                found[int(child)] = Path(f"/proc/{child}/cmdline").read_text(errors="replace").replace("\0", " ")
+                words = Path(f"/proc/{child}/cmdline").read_text(errors="replace")
+                found[int(child)] = words.replace("\0", " ")
             except OSError:
                 continue
     return found
@@ -371,7 +373,7 @@ def interpreters():
         path = shutil.which(f"python3.{minor}")
         if path and subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode == 0:
             found.setdefault((3, minor), path)
-    return {f"{version[0]}.{version[1]}": path for version, path in sorted(found.items()) if version >= (3, 9)}
+    return {f"{major}.{minor}": found[major, minor] for major, minor in sorted(found) if minor >= 9}
 
 
 SOURCE = ast.parse(UBLK.read_text())
@@ -560,8 +562,9 @@ def test_every_feature_of_the_header_has_a_name_and_its_bit(tmp_path):
     assert {name: rows.get(name) for name in names} == evaluate(names, tmp_path)
 
 
-@pytest.mark.parametrize("pattern", ["UBLK_IO_OP_[A-Z]\\w+", "UBLK_IO_F_\\w+", "UBLK_S_DEV_\\w+", "UBLK_ATTR_\\w+",
-                                     "UBLK_PARAM_TYPE_\\w+", "UBLK_IO_RES_\\w+", "UBLK_BATCH_F_\\w+"])
+@pytest.mark.parametrize("pattern", [
+    r"UBLK_IO_OP_[A-Z]\w+", r"UBLK_IO_F_\w+", r"UBLK_S_DEV_\w+", r"UBLK_ATTR_\w+", r"UBLK_PARAM_TYPE_\w+",
+    r"UBLK_IO_RES_\w+", r"UBLK_BATCH_F_\w+"])
 def test_no_constant_of_the_header_is_missing(pattern):
     assert [name for name in defined(pattern) if not hasattr(ublk, name)] == []
 
@@ -620,7 +623,8 @@ def test_an_errno_without_explanation_has_the_systems_text():
 
 def descriptors():
     """Return how many descriptors and mappings this process has."""
-    maps = sum("io_uring" in line or "ublk" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    maps = sum("io_uring" in line or "ublk" in line for line in lines)
     return len(os.listdir("/proc/self/fd")), maps
 
 
@@ -652,11 +656,13 @@ class TestRing:
     def test_reads_and_writes_a_file(self, ring, tmp_path):
         with open(tmp_path / "file", "w+b", buffering=0) as file:
             data, back = bytearray(b"through the ring"), bytearray(7)
-            ring.prepare(0, ublk.IORING_OP_WRITE, file.fileno(), 100, ublk.address_of(data), len(data), user_data=7)
+            ring.prepare(0, ublk.IORING_OP_WRITE, file.fileno(), 100, ublk.address_of(data), len(data),
+                         user_data=7)
             ring.push(0)
             ring.enter(1)
             assert ring.reap() == ([7], [16])
-            ring.prepare(1, ublk.IORING_OP_READ, file.fileno(), 108, ublk.address_of(back), len(back), user_data=8)
+            ring.prepare(1, ublk.IORING_OP_READ, file.fileno(), 108, ublk.address_of(back), len(back),
+                         user_data=8)
             ring.push(1)
             ring.enter(1)
             assert ring.reap() == ([8], [7]) and back == b"the rin"
@@ -855,8 +861,8 @@ def test_sizes(text, size):
     assert ublk.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "x", "1P", "1KB", "-1", "-1K", "1.0001", "nan", "inf", "-inf", "infK",
-                                  "1e400", "0x10", "1 2", "1_000"])
+@pytest.mark.parametrize("text", ["", "K", "x", "1P", "1KB", "-1", "-1K", "1.0001", "nan", "inf", "-inf",
+                                  "infK", "1e400", "0x10", "1 2", "1_000"])
 def test_what_is_not_a_size(text):
     with pytest.raises(ValueError):
         ublk.parse_size(text)
@@ -903,7 +909,8 @@ def samples(monkeypatch):
 def test_a_signature_becomes_parameters():
     styles = {parameter.name: (parameter.kind, parameter.style, parameter.default)
               for parameter in ublk.parameters(Sample)}
-    assert styles == {"path": ("str", "word", ...), "count": ("int", "word", 3), "delay": ("float", "option", 0.5),
+    assert styles == {"path": ("str", "word", ...), "count": ("int", "word", 3),
+                      "delay": ("float", "option", 0.5),
                       "big": ("Size", "option", 4096), "loud": ("bool", "option", False),
                       "name_of": ("str", "option", "x")}
     assert [parameter.style for parameter in ublk.parameters(Many)] == ["words", "option"]
@@ -934,8 +941,8 @@ def test_help_of_a_target_comes_from_its_docstring(samples, run):
         assert text in done.out
 
 
-@pytest.mark.parametrize("words", ["sample", "sample a --delay x", "sample a 1 2", "sample a --big 1P", "many",
-                                   "sample a --unknown 1"])
+@pytest.mark.parametrize("words", ["sample", "sample a --delay x", "sample a 1 2", "sample a --big 1P",
+                                   "many", "sample a --unknown 1"])
 def test_wrong_words_for_a_target_are_wrong_usage(samples, run, words):
     done = run(*words.split())
     assert done.status == 2 and "usage: ublk.py" in done.err and "Traceback" not in done.err
@@ -997,7 +1004,8 @@ def test_no_driver(no_driver, run):
 
 def test_check_says_what_to_do_about_a_missing_driver(run, monkeypatch):
     system_exists = os.path.exists
-    monkeypatch.setattr(os.path, "exists", lambda path: "ublk-control" not in str(path) and system_exists(path))
+    monkeypatch.setattr(os.path, "exists",
+                        lambda path: "ublk-control" not in str(path) and system_exists(path))
     done = run("check")
     assert done.status == 1 and re.search(r"missing +ublk driver: .*modprobe ublk_drv", done.out)
 
@@ -1030,9 +1038,9 @@ def test_check_says_what_to_do_about_a_missing_io_uring(run, monkeypatch):
     ("null --depth many", 2, "--depth", None),
     ("null --queues 0", 1, "queues 0", errno.EINVAL),
     ("null --queues 5000", 1, "queues 5000", errno.EINVAL),
-    ("null --max-io 0", 1, "0", errno.EINVAL),
-    ("null --max-io 1000", 1, "1000", errno.EINVAL),
-    ("null --max-io 1G", 1, "1073741824", errno.EINVAL),
+    ("null --max-io 0", 1, "largest request 0", errno.EINVAL),
+    ("null --max-io 1000", 1, "largest request 1000", errno.EINVAL),
+    ("null --max-io 1G", 1, "largest request 1073741824", errno.EINVAL),
     ("null --id -7", 1, "id -7", errno.EINVAL),
     ("null --id 99999999", 1, "id 99999999", errno.EINVAL),
     ("null --id x", 2, "--id", None),
@@ -1168,7 +1176,8 @@ def make_foreign(path):
 
 
 @pytest.mark.parametrize("make", [make_link, make_foreign, os.mkdir, os.mkfifo,
-                                  lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)])
+                                  lambda path: path.symlink_to("/dev/zero"),
+                                  lambda path: path.symlink_to(path)])
 def test_a_hostile_state_file_is_reported_and_ignored(run_dir, capsys, make):
     if make is make_foreign and os.geteuid() != 0:
         pytest.skip("only root can give a file away")
@@ -1264,7 +1273,8 @@ def test_a_signal_takes_the_disk_away(number):
 
 @kernel
 def test_list_tells_all_about_a_disk(run):
-    with server("null", "--size", "8M", "-n", 7, "-q", 1, "-d", 32, "--max-io", "256K", "--block-size", "4K") as disk:
+    with server("null", "--size", "8M", "-n", 7, "-q", 1, "-d", 32, "--max-io", "256K",
+                "--block-size", "4K") as disk:
         rows = json.loads(run("list", "--json").out)
         row, = rows
         assert list(row) == FIELDS
@@ -1360,7 +1370,8 @@ def test_resize(run):
 @kernel
 def test_features_names_every_bit_of_this_kernel(run, control):
     rows = json.loads(run("features", "--json").out)
-    assert [list(row) for row in rows] == [["bit", "name", "since", "meaning", "supported"]] * len(ublk.FEATURES)
+    assert [row["bit"] for row in rows] == list(range(len(ublk.FEATURES)))
+    assert all(list(row) == ["bit", "name", "since", "meaning", "supported"] for row in rows)
     if not at_least("6.5"):
         assert control.features is None and all(row["supported"] is None for row in rows)
         return
@@ -1492,7 +1503,8 @@ def all_processors():
 
 
 @kernel
-@pytest.mark.parametrize("options", [{}, {"depth": 1}, {"depth": 4096}, {"max_io": 4096}, {"max_io": 4 << 20}])
+@pytest.mark.parametrize("options", [{}, {"depth": 1}, {"depth": 4096}, {"max_io": 4096},
+                                     {"max_io": 4 << 20}])
 def test_the_data_come_back_whatever_the_limits(options):
     data = os.urandom(3 << 20)
     with ublk.Device(Ram(8 << 20), **options) as disk, opened(disk.path) as fd:
@@ -1524,9 +1536,8 @@ def test_a_read_only_disk_refuses_writes():
         assert Path(f"/sys/block/ublkb{disk.id}/ro").read_text() == "1\n"
         with opened(disk.path, os.O_RDONLY) as fd:
             assert read_at(fd, 0, 4096) == bytes(4096)
-        assert error_of(lambda: os.close(os.open(disk.path, os.O_RDWR))) in (errno.EACCES, errno.EROFS, errno.EPERM, 0)
-        with opened(disk.path, os.O_RDONLY) as fd:
-            assert error_of(write_at, fd, 0, bytes(4096)) == errno.EBADF
+        done = dd(disk.path, 0)
+        assert done.returncode == 1 and re.search("not permitted|Permission denied|Read-only", done.stderr)
 
 
 @kernel
@@ -1591,16 +1602,19 @@ FIO_JOBS = [("512", "0", "128k"), ("4k", "1m", "1m"), ("64k", "8m", "4m"), ("1m"
 
 def fio_verify(path):
     """Write at random with four block sizes at once, 128 requests deep, and verify checksums."""
-    common = [f"--filename={path}", "--direct=1", "--ioengine=libaio", "--iodepth=128", "--rw=randwrite", "--thread",
-              "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0", "--minimal"]
-    jobs = [word for block, offset, size in FIO_JOBS
-            for word in (f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common)]
+    common = [f"--filename={path}", "--direct=1", "--ioengine=libaio", "--iodepth=128", "--rw=randwrite",
+              "--thread", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0",
+              "--minimal"]
+    jobs = []
+    for block, offset, size in FIO_JOBS:
+        jobs += [f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common]
     done = sh("fio", *jobs, cwd="/tmp")
     assert "verify" not in done.stderr, done.stderr
 
 
 @kernel
-@pytest.mark.parametrize("name, queues", [("ram", 1), ("ram", 4), ("loop", 1), ("loop", 4), ("coroutines", 4)])
+@pytest.mark.parametrize("name, queues", [("ram", 1), ("ram", 4), ("loop", 1), ("loop", 4),
+                                          ("coroutines", 4)])
 def test_random_writes_verify(targets, new_image, name, queues):
     needs("fio")
     make = {"ram": lambda: targets.Ram(size=32 << 20), "loop": lambda: targets.Loop(str(new_image("32M"))),
@@ -1637,7 +1651,8 @@ def make_loop(targets, path, direct):
         pytest.skip(f"{error}")
 
 
-MKFS = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"], "btrfs": ["mkfs.btrfs", "-q", "-f"]}
+MKFS = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"],
+        "btrfs": ["mkfs.btrfs", "-q", "-f"]}
 FSCK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check"]}
 SIZES = {"ext4": "64M", "xfs": "320M", "btrfs": "128M"}
 
@@ -1776,10 +1791,10 @@ def test_a_flush_reaches_the_disk_below(targets):
 # =================================================================================================
 
 
-def dd(path, block, *words):
+def dd(path, block):
     """Write one block of 4 KiB with dd, past the page cache."""
-    return sh("dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=1", f"seek={block}", "oflag=direct", "status=none",
-              check=False, env={**os.environ, "LC_ALL": "C"})
+    return sh("dd", "if=/dev/zero", f"of={path}", "bs=4k", "count=1", f"seek={block}", "oflag=direct",
+              "status=none", check=False, env={**os.environ, "LC_ALL": "C"})
 
 
 class Fails(Ram):
@@ -1814,8 +1829,8 @@ def test_an_exception_fails_its_request_and_no_other(make, capfd):
 
 
 # What the block layer keeps of an errno; everything else becomes EIO.
-KEPT = [errno.ENOSPC, errno.EOPNOTSUPP, errno.ETIMEDOUT, errno.ENOLINK, errno.EREMOTEIO, errno.EILSEQ, errno.ENOMEM,
-        errno.ENODATA]
+KEPT = [errno.ENOSPC, errno.EOPNOTSUPP, errno.ETIMEDOUT, errno.ENOLINK, errno.EREMOTEIO, errno.EILSEQ,
+        errno.ENOMEM, errno.ENODATA]
 
 
 class Errors(Ram):
@@ -1972,7 +1987,8 @@ def test_coroutines_of_one_queue_run_side_by_side():
             await self.event
 
     with ublk.Device(Meets(), depth=8) as disk, opened(disk.path) as fd:
-        clients = [threading.Thread(target=write_at, args=(fd, 65536 * number, bytes(4096))) for number in range(4)]
+        clients = [threading.Thread(target=write_at, args=(fd, 65536 * number, bytes(4096)))
+                   for number in range(4)]
         for client in clients:
             client.start()
         for client in clients:
@@ -2003,7 +2019,8 @@ def test_every_queue_starts_its_target_before_it_serves():
 
 
 @kernel
-@pytest.mark.parametrize("trouble", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError])
+@pytest.mark.parametrize("trouble", [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError,
+                                     RecursionError])
 def test_whatever_a_handler_raises_no_client_waits_for_ever(trouble):
     class Raises(Ram):
         def read(self, offset, buffer):
@@ -2075,8 +2092,9 @@ def test_many_lives_leave_nothing_behind(make, count, options):
 def test_a_server_killed_under_load(run):
     needs("fio")
     with server("ram", "--size", "16M") as disk:
-        load = subprocess.Popen(["fio", "--name=load", f"--filename={disk.path}", "--direct=1", "--rw=randrw", "--bs=4k",
-                                 "--ioengine=libaio", "--iodepth=64", "--time_based", "--runtime=3600", "--thread"],
+        load = subprocess.Popen(["fio", "--name=load", f"--filename={disk.path}", "--direct=1", "--rw=randrw",
+                                 "--bs=4k", "--ioengine=libaio", "--iodepth=64", "--time_based",
+                                 "--runtime=3600", "--thread"],
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/tmp", text=True)
         counters = Path(f"/sys/block/ublkb{disk.id}/stat")
         until(lambda: int(counters.read_text().split()[4]) > 50, "the load to run")
@@ -2118,7 +2136,8 @@ def test_a_server_killed_on_its_way_into_the_background(tmp_path):
                 open(os.environ["UBLK_RUN_DIR"] + "/started", "w").close()
                 time.sleep(3600)
     """)
-    process = subprocess.Popen([sys.executable, UBLK, path, "--background"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, UBLK, path, "--background"], stderr=subprocess.PIPE,
+                               text=True)
     until((Path(os.environ["UBLK_RUN_DIR"]) / "started").exists, "the server to start")
     child, = children_of(process.pid)
     os.kill(child, signal.SIGKILL)
@@ -2172,8 +2191,8 @@ class AsyncStuck(Stuck):
 def test_a_handler_that_never_returns_does_not_keep_the_device(make, capfd):
     disk = ublk.Device(make())
     disk.start()
-    client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16", "iflag=direct"],
-                              stderr=subprocess.PIPE)
+    client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
+                               "iflag=direct"], stderr=subprocess.DEVNULL)
     assert disk.target.reached.wait(60)
     disk.stop(timeout=0.5)
     assert client.wait(60) == 1
@@ -2303,7 +2322,7 @@ class Situation:
 
     def added(self, flags=0):
         """A device that was never started; returns its id."""
-        flags &= self.control.features or ublk.RECOVERY_FLAGS
+        flags &= self.control.features or ublk.RECOVERY_MODES["reissue"] | ublk.RECOVERY_MODES["fail"]
         dev_id = self.control.add_dev(-1, 1, 4, 65536, flags).dev_id
         self.stack.callback(self.control.del_dev, dev_id)
         return dev_id
@@ -2423,7 +2442,8 @@ PROVOCATIONS = [
     (None, errno.EACCES, "6.3", lambda at: at.stop_as_nobody(at.of_nobody(), mode=0o600)),
     (None, errno.ENOENT, "6.3", lambda at: at.without_node(at.control.get_params)),
     ("ADD_DEV", errno.EEXIST, "6.0", lambda at: at.control.add_dev(at.added(), 1, 4, 65536, 0)),
-    ("ADD_DEV", errno.EPERM, "6.3", lambda at: at.as_nobody(lambda control: control.add_dev(-1, 1, 4, 65536, 0))),
+    ("ADD_DEV", errno.EPERM, "6.3",
+     lambda at: at.as_nobody(lambda control: control.add_dev(-1, 1, 4, 65536, 0))),
     ("ADD_DEV", errno.EACCES, "6.3", lambda at: at.over_quota()),
     ("ADD_DEV", errno.EINVAL, "6.12", lambda at: at.control.add_dev(-1, 1, 5000, 65536, 0)),
     ("SET_PARAMS", errno.EACCES, "6.0", lambda at: at.control.set_params(at.live(), at.params())),
@@ -2436,7 +2456,8 @@ PROVOCATIONS = [
     ("START_USER_RECOVERY", errno.EINVAL, "6.1", lambda at: at.control.start_user_recovery(at.live())),
     ("END_USER_RECOVERY", errno.EBUSY, "6.1",
      lambda at: at.control.end_user_recovery(at.live(recovery="requeue"), os.getpid())),
-    ("END_USER_RECOVERY", errno.EINVAL, "6.1", lambda at: at.control.end_user_recovery(at.live(), os.getpid())),
+    ("END_USER_RECOVERY", errno.EINVAL, "6.1",
+     lambda at: at.control.end_user_recovery(at.live(), os.getpid())),
     ("UPDATE_SIZE", errno.ENODEV, "6.16", lambda at: at.control.update_size(at.added(), 1 << 20)),
     ("TRY_STOP_DEV", errno.EBUSY, "7.0", lambda at: at.control.try_stop_dev(at.opened())),
     ("TRY_STOP_DEV", errno.ENODEV, "7.0", lambda at: at.control.try_stop_dev(at.added())),
@@ -2444,7 +2465,8 @@ PROVOCATIONS = [
     ("QUIESCE_DEV", errno.EOPNOTSUPP, "6.16", lambda at: at.control.quiesce_dev(at.live(), 1)),
     ("QUIESCE_DEV", errno.ENODEV, "6.16", lambda at: at.control.quiesce_dev(at.added(QUIESCABLE), 1)),
     ("REG_BUF", errno.EEXIST, "7.1", lambda at: at.control.reg_buf(*at.shared())),
-    ("REG_BUF", errno.EOPNOTSUPP, "7.1", lambda at: at.control.reg_buf(at.added(), ublk.PAGE_SIZE, ublk.PAGE_SIZE)),
+    ("REG_BUF", errno.EOPNOTSUPP, "7.1",
+     lambda at: at.control.reg_buf(at.added(), ublk.PAGE_SIZE, ublk.PAGE_SIZE)),
     ("UNREG_BUF", errno.ENOENT, "7.1", lambda at: at.control.unreg_buf(at.shared()[0], 77)),
 ]
 # Explanations no test can provoke, and why.
