@@ -2615,7 +2615,7 @@ class Forked:
                 change()
             status = ublk.main(words)
         except SystemExit as end:
-            status = end.code
+            status = 0 if end.code is None else int(end.code)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -2757,6 +2757,7 @@ class Fio:
 
     def finish(self):
         """Let this pass end; return how many requests failed. All others brought the right data."""
+        assert self.process is not None
         text = self.process.communicate()[0]
         job, = json.loads("{" + self.output.read().partition("{")[2])["jobs"]
         assert "verify" not in text and job["error"] in (0, errno.EIO, errno.EREMOTEIO), text
@@ -2884,7 +2885,7 @@ while not os.path.exists(directory + "/stop"):
         """Wait until another two files are written."""
         before = len(self.synced())
         until(lambda: self.process.poll() is not None or len(self.synced()) > before + 1, "two files")
-        assert self.process.poll() is None, self.process.stderr.read()
+        assert self.process.poll() is None, self.process.communicate()[1]
 
     def finish(self):
         """End the process, without a single error."""
@@ -3035,7 +3036,7 @@ def test_restart_keeps_the_server_alive(backing, run):
 def test_restart_gives_up_in_the_end(backing, run):
     def change():
         ublk.RESTARTS = 2
-        ublk.Device.resume = lambda self: die()
+        replace(ublk.Device, resume=lambda self: die())
     disk = Forked("loop", backing, "--restart", change=change).live()
     os.kill(server_of(disk), signal.SIGKILL)
     assert disk.wait() == 1
@@ -3047,7 +3048,7 @@ def test_restart_gives_up_in_the_end(backing, run):
 @kernel
 def test_restart_ends_by_a_signal_while_it_waits(backing):
     def change():
-        ublk.Device.resume = lambda self: die()
+        replace(ublk.Device, resume=lambda self: die())
     disk = Forked("loop", backing, "--restart", change=change).live()
     os.kill(server_of(disk), signal.SIGKILL)
     until(lambda: disk.said().count("starting another") >= 4, "the long pauses")
@@ -3074,6 +3075,12 @@ def server_of(disk):
 # =================================================================================================
 
 
+def replace(cls, **methods):
+    """Put other methods into a class."""
+    for name, method in methods.items():
+        setattr(cls, name, method)
+
+
 def die():
     """End this process like kill -9."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -3098,7 +3105,7 @@ def half_fetched(then=die):
         queue.ring.push_all(half)
         queue.ring.enter()
         then()
-    return lambda: setattr(ublk.Queue, "fetch", fetch)
+    return lambda: replace(ublk.Queue, fetch=fetch)
 
 
 def during(name):
@@ -3118,7 +3125,7 @@ def during(name):
 def first_request():
     """Have the server die of the first request: that is the partition scan or udev."""
     import ublk_targets
-    ublk_targets.Loop.map = ublk_targets.Loop.read = lambda *_: die()
+    replace(ublk_targets.Loop, map=lambda *_: die(), read=lambda *_: die())
 
 
 def assert_nothing_stuck():
@@ -3233,7 +3240,7 @@ def every_command(dev_id, path):
     return found
 
 
-# The driver refuses these to everybody: the first by an oversight, the others where it does not know them.
+# The driver refuses this to everybody, by an oversight, like the commands it does not know.
 NOT_FOR_UNPRIVILEGED = {"DEL_DEV_ASYNC"}
 
 
@@ -3242,7 +3249,8 @@ def refused(found, *numbers):
     for name, number in found.items():
         command = next(command for command in ublk.COMMANDS if command.name == name)
         strange = name in NOT_FOR_UNPRIVILEGED or not at_least(command.since)
-        assert number in numbers or strange and number in (errno.EINVAL, errno.EOPNOTSUPP), (name, number)
+        strangely = (errno.EINVAL, errno.EOPNOTSUPP) if strange else ()
+        assert number in (*numbers, *strangely), name
     assert len(found) == len(ublk.COMMANDS) - 2
 
 
@@ -3663,7 +3671,7 @@ def test_a_lost_thread_does_not_leave_a_deaf_disk(tmp_path, recovery):
             if flag.exists():
                 raise RuntimeError("a fault of the loop itself")
             return handle(queue, tag)
-        ublk.Queue.handle = fail
+        replace(ublk.Queue, handle=fail)
     if recovery and needs_fail_io("ram", "--size", "4M", *recovery):
         return
     disk = Forked("ram", "--size", "4M", *recovery, change=change).live()
@@ -3898,7 +3906,7 @@ def test_a_disk_taken_away_while_it_starts(run, tmp_path, word, recovery):
         until(go.exists, "the word")
         return start(self, *args, **options)
 
-    disk = Forked("null", *recovery, change=lambda: setattr(ublk.Control, "start_dev", slow_start))
+    disk = Forked("null", *recovery, change=lambda: replace(ublk.Control, start_dev=slow_start))
     until(fetched.exists, "all tags to be fetched")
     other = Forked(word, 0)                     # del waits until the server has let go
     until(lambda: other.ended() or (word == "del" and not os.path.exists("/dev/ublkc0")),
@@ -3928,7 +3936,7 @@ def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
         return end(self, *args, **options)
 
     disk = orphan("loop", backing, "-r", "reissue")
-    disk = Forked("recover", disk.id, change=lambda: setattr(ublk.Control, "end_user_recovery", slow_end))
+    disk = Forked("recover", disk.id, change=lambda: replace(ublk.Control, end_user_recovery=slow_end))
     until(fetched.exists, "all tags to be fetched")
     assert run("stop", 0).status == 0
     go.touch()
