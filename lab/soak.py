@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import test_ublk as t  # noqa: E402
-import ublk  # noqa: E402
+import test_ublk as t
+import ublk
 
 Result = dict[str, Any]
 
 
-def under_fio(image: Path, rounds: int, recovery: str, exchange: Callable[[Any], None], *words: str) -> Result:
+def under_fio(image: Path, rounds: int, recovery: str, exchange: Callable[[Any], None],
+              *words: str) -> Result:
     """Exchange the server of a disk under fio; return what is to be told of it."""
     disk = t.Forked("loop", image, "-r", recovery).live()
     with t.Fio(disk, *words) as fio:
@@ -161,7 +162,7 @@ def soak(mode: str, rounds: int) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill servers, again and again, and see that nothing is lost.")
+    parser = argparse.ArgumentParser(description="Kill servers, again and again; see that nothing is lost.")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("modes", nargs="*", metavar="MODE", help=", ".join(MODES))
