@@ -3075,10 +3075,10 @@ def server_of(disk):
 # =================================================================================================
 
 
-def replace(cls, **methods):
-    """Put other methods into a class."""
+def replace(item, **methods):
+    """Put other methods into a class or an object."""
     for name, method in methods.items():
-        setattr(cls, name, method)
+        setattr(item, name, method)
 
 
 def die():
@@ -3233,7 +3233,7 @@ def every_command(dev_id, path):
     """Try each control command on a device, with this path of its node; return {name: errno}."""
     found = {}
     with ublk.Control() as control:
-        control._path = lambda command, dev_id: path.encode() + b"\0" if path else b""
+        replace(control, _path=lambda command, dev_id: path.encode() + b"\0" if path else b"")
         for command in ublk.COMMANDS:
             if command not in (ublk.UBLK_CMD_ADD_DEV, ublk.UBLK_CMD_GET_FEATURES):
                 found[command.name] = error_of(control._run, command, dev_id, payload_of(command), 1)
@@ -3460,7 +3460,8 @@ MS_BIND, MS_REC, MS_SHARED = 0x1000, 0x4000, 0x100000
 
 def system(function, *args):
     """Call a function of the C library; raise OSError where it fails."""
-    done = getattr(LIBC, function)(*(os.fsencode(arg) if isinstance(arg, (str, Path)) else arg for arg in args))
+    plain = (os.fsencode(arg) if isinstance(arg, (str, Path)) else arg for arg in args)
+    done = getattr(LIBC, function)(*plain)
     if done < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{function}{args}: {os.strerror(number)}")
