@@ -1097,6 +1097,7 @@ class NbdLink:
         self.running = self.sending = False
         self.inbox, self.start, self.end = memoryview(bytearray(1 << 16)), 0, 0
         self.heard = self.met = 0.0             # when the last reply came, when we last connected
+        self.pause, self.told = 0.05, False     # before the next connection; that one was lost
 
     # ---- connecting, which may block -----------------------------------------------------------
 
@@ -1242,15 +1243,19 @@ class NbdLink:
 
     async def _reconnect(self, error: Exception) -> None:
         """Make a new connection, for as long as it takes, and send what waits on it."""
-        if self.pending:
-            say(f"{self.target.uri}: connection lost: {error}")
         self.hang_up()
-        pause = 0.05
         while True:
+            if self.pending and not self.told:
+                self.told = True
+                say(f"{self.target.uri}: connection lost: {error}")
+            if self.pending and time.monotonic() - self.heard > self.target.timeout:
+                self._give_up(error)
+            await ublk.uring_sleep(self.pause)
+            self.pause = min(2 * self.pause, 1.0)       # until a reply comes
             while self.sending:
                 await ublk.uring_sleep(0.01)
             try:
-                self.sending = True                 # nobody is to send before the handshake
+                self.sending = True                     # nobody is to send before the handshake
                 self.connect()
                 if self.size < self.target.size:
                     raise wrong(self.target.uri, "the export has become smaller")
@@ -1259,18 +1264,18 @@ class NbdLink:
                 error = failure
             finally:
                 self.sending = False
-            if self.pending and time.monotonic() - self.heard > self.target.timeout:
-                say(f"{self.target.uri}: giving requests up: {error}")
-                lost, self.pending, self.outbox = self.pending, {}, []
-                for request in lost.values():
-                    request.done.set(errno.ETIMEDOUT)
-            await ublk.uring_sleep(pause)
-            pause = min(2 * pause, 1.0)
         for request in self.pending.values():
             request.error = request.filled = 0
         self.outbox = list(self.pending.items())
         self.sending = True
         await beside(self._send())
+
+    def _give_up(self, error: Exception) -> None:
+        """Let the requests fail that wait for a server that does not reply."""
+        say(f"{self.target.uri}: giving requests up: {error}")
+        lost, self.pending, self.outbox = self.pending, {}, []
+        for request in lost.values():
+            request.done.set(errno.ETIMEDOUT)
 
     # ---- replies -------------------------------------------------------------------------------
 
@@ -1347,7 +1352,7 @@ class NbdLink:
         """The reply to a request is complete."""
         if error == errno.ESHUTDOWN:                # NBD has it mean: ask again, elsewhere
             raise OSError(error, "the server is shutting down")
-        self.heard = time.monotonic()
+        self.heard, self.pause, self.told = time.monotonic(), 0.05, False
         del self.pending[cookie]
         request.done.set(error if error in NBD_ERRORS or not error else errno.EIO)
 
