@@ -2724,8 +2724,9 @@ def completed(disk):
     return int(words[0]) + int(words[4])
 
 
-# Has fio count failed requests and go on; that EREMOTEIO is one of them it does not know.
-CONTINUE = ["--continue_on_error=io", f"--ignore_error={errno.EREMOTEIO},{errno.EREMOTEIO}"]
+# Has fio count failed requests and go on.
+FAILING = f"{errno.EIO}:{errno.EREMOTEIO}"
+CONTINUE = ["--continue_on_error=io", f"--ignore_error={FAILING},{FAILING}"]
 
 
 class Fio:
