@@ -850,7 +850,7 @@ class Control:
             try:
                 self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info)
             except UblkError as error:
-                if error.errno in (errno.EPERM, errno.EACCES):
+                if error.errno != errno.EOPNOTSUPP:
                     raise
                 self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info)
         except UblkError as error:
