@@ -304,6 +304,7 @@ def clean_up():
         with ublk.Control() as control:
             for dev_id in devices_left():
                 try:
+                    control.get_dev_info(dev_id)        # which tells whether it is an ordinary user's
                     control.del_dev(dev_id, timeout=10)
                 except OSError:
                     pass
