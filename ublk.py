@@ -2159,7 +2159,7 @@ class Device:
     def _serve(self) -> None:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
         self.data_path = next(path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0)
-        self.char_fd = os.open(f"/dev/ublkc{self.id}", os.O_RDWR | os.O_CLOEXEC)
+        self.char_fd = open_char(self.id)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
         for index in range(count):
@@ -2463,6 +2463,22 @@ def await_node(path: str, mode: int) -> None:
             raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
+
+
+def open_char(dev_id: int) -> int:
+    """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it."""
+    deadline = time.monotonic() + SERVER_TIMEOUT
+    while True:
+        try:
+            return os.open(f"/dev/ublkc{dev_id}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        if time.monotonic() > deadline:
+            raise UblkError(errno.EBUSY, f"cannot serve device {dev_id}",
+                            "it has a server, or lost one halfway, which no Linux before 6.16 forgets",
+                            f"end that server, or delete the device: `ublk.py del {dev_id}`")
+        time.sleep(0.02)
 
 
 def io_flusher() -> None:
