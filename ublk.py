@@ -2513,9 +2513,26 @@ def is_node_of(dev_id: int, path: str) -> bool:
     return not head and (not tail or tail[0] in "p ") and path != tail
 
 
+def await_notice(control: Control, dev_id: int) -> None:
+    """On Linux 6.0 to 6.3 wait until the driver, which looks every 5 seconds, knows of a server's death.
+
+    Told to stop a disk earlier, these never look again, and wait for the dead server's requests.
+    """
+    deadline = time.monotonic() + SERVER_TIMEOUT
+    while control.legacy and time.monotonic() < deadline:
+        try:
+            info = control.get_dev_info(dev_id)
+        except UblkError:
+            return
+        if info.state != UBLK_S_DEV_LIVE or alive(info.ublksrv_pid):
+            return
+        time.sleep(0.05)
+
+
 def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
     """DEL_DEV, or an error that says who holds the disk. Forgets the state file."""
     forget_state(dev_id)
+    await_notice(control, dev_id)
     try:
         control.del_dev(dev_id, timeout)
     except UblkError as error:
@@ -3166,6 +3183,7 @@ def stop_device(options: Any) -> None:
             require(UBLK_F_SAFE_STOP_DEV & ~(control.features or 0))
             control.try_stop_dev(options.id)
         else:
+            await_notice(control, options.id)
             control.stop_dev(options.id)
 
 
