@@ -916,6 +916,10 @@ ADDRESS_WORD = (48 + 8) // 8            # and ublksrv_io_cmd.addr, in 64-bit wor
 OPERATION, WAKE, FETCH, COMMIT = 1 << 32, 1 << 60, 1 << 61, 1 << 62
 
 
+# As many as the largest request has; private pages that are only read take no memory.
+ZEROES = memoryview(mmap.mmap(-1, 1 << UBLK_IO_BUF_BITS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 class MappedCopy:
     """The data path of every kernel: the driver copies to and from a buffer of ours per tag.
 
@@ -932,7 +936,6 @@ class MappedCopy:
         self.memory = mmap.mmap(-1, queue.depth * queue.max_io)
         self.view = memoryview(self.memory)
         self.read_only_view = self.view.toreadonly()
-        self.zeroes = memoryview(bytes(queue.max_io))
         self.written: dict[int, int] = {}   # tag -> bytes of its buffer that hold a client's data
         self.base = address_of(self.view)
 
@@ -948,7 +951,7 @@ class MappedCopy:
         """Return the buffer a READ fills, cleared of what an earlier request left there."""
         start = tag * self.max_io
         buffer = self.view[start:start + length]
-        buffer[:] = self.zeroes[:length]
+        buffer[:] = ZEROES[:length]
         return buffer
 
     def data(self, tag: int, length: int) -> memoryview:
@@ -960,7 +963,7 @@ class MappedCopy:
         """Have a READ return zeroes; quick where all that happened to the tag is noted in written."""
         start, dirty = tag * self.max_io, self.written.pop(tag, 0)
         if dirty:
-            self.view[start:start + dirty] = self.zeroes[:dirty]
+            self.view[start:start + dirty] = ZEROES[:dirty]
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
@@ -1017,7 +1020,7 @@ class UserCopy(MappedCopy):
         return self.read_only_view[start:start + length]
 
     def blank(self, tag: int, length: int) -> None:
-        self.give(tag, self.zeroes[:length])
+        self.give(tag, ZEROES[:length])
 
     def give(self, tag: int, buffer: memoryview) -> int:
         done = 0
@@ -2183,9 +2186,12 @@ class Device:
     def report(self, ready: int = 0, ended: int = 0, failure: BaseException | None = None) -> None:
         """Hear from a worker. One that failed leaves a device that is deaf: end the others too."""
         if failure is not None and not self.abandoned:
-            self.failure = failure
+            number = -failed(failure)
             if not isinstance(failure, UblkError):
-                failed(failure)
+                reason = getattr(failure, "strerror", "") or f"{type(failure).__name__}: {failure}"
+                cause, failure = failure, UblkError(number, f"the server of device {self.id}", reason)
+                failure.__cause__ = cause
+            self.failure = failure
             if self.wake_write >= 0:
                 os.write(self.wake_write, b"!")
         with self._changed:
@@ -3019,7 +3025,7 @@ def in_background(run: Callable[[Started], None], options: Any) -> int:
         os.close(writer)
         to_the_end(partial(run, Relay(options.json)))
     os.close(writer)
-    dev_id = -1
+    dev_id, said = -1, False
     with open(reader, encoding="utf-8", errors="replace") as answers:
         for line in answers:
             if line.startswith("\0live "):
@@ -3029,14 +3035,15 @@ def in_background(run: Callable[[Started], None], options: Any) -> int:
                 dev_id = int(line[7:])
             else:
                 print(line, end="", file=sys.stderr)
+                said = said or line.startswith("ublk: ")
     status = os.waitpid(child, 0)[1]
-    if not os.WIFSIGNALED(status):
-        return 1
-    if dev_id >= 0:
+    if dev_id in device_ids():
         with Control() as control:
             delete(control, dev_id)
-    raise UblkError(errno.ECHILD, "the server died before the disk was there",
-                    f"killed by signal {os.WTERMSIG(status)}", "see the kernel's log")
+    if said and not os.WIFSIGNALED(status):
+        return 1
+    how = f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"wait status {status}"
+    raise UblkError(errno.ECHILD, "the server died before the disk was there", how, "see the kernel's log")
 
 
 def to_the_end(run: Callable[[], object]) -> NoReturn:
@@ -3045,10 +3052,10 @@ def to_the_end(run: Callable[[], object]) -> NoReturn:
     try:
         run()
         status = 0
-    except (OSError, Stopped) as error:
-        print(error_line(error), file=sys.stderr)
     except BaseException as error:
-        failed(error)
+        if not isinstance(error, Stopped):
+            failed(error)
+        print(error_line(error), file=sys.stderr)
     finally:
         sys.stdout.flush()
         os._exit(status)
