@@ -2994,8 +2994,6 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
     device.detach()
     if device.id not in device_ids():
         forget_state(device.id)
-    if failure is not None and not isinstance(failure, OSError):    # its traceback has been shown
-        raise UblkError(errno.EIO, f"device {device.id}", "its server failed, see above")
     if failure is not None:
         raise failure
 
