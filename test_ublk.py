@@ -3135,13 +3135,28 @@ def assert_nothing_stuck():
     until(lambda: not stuck(), "D state to end")
 
 
+HALF_FETCHED, DURING_START, DURING_END = half_fetched(), during("start_dev"), during("end_user_recovery")
+
+
+def half_a_server(change):
+    """Tell whether a server dies with half of its tags fetched; skip where the kernel cannot forget it.
+
+    Queue.fetch() sends all in one system call, so that it takes a change like ours to get there.
+    """
+    half = change in (HALF_FETCHED, DURING_START, DURING_END)
+    if half and not at_least("6.7"):
+        pytest.skip("before 6.7 the driver takes back whole queues only, even to delete a device")
+    return half
+
+
 @kernel
 @pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
 @pytest.mark.parametrize("change", [
-    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), half_fetched(),
-    after(ublk.Queue, "fetch"), during("start_dev"), first_request, after(ublk.Control, "start_dev")],
+    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), HALF_FETCHED,
+    after(ublk.Queue, "fetch"), DURING_START, first_request, after(ublk.Control, "start_dev")],
     ids=["ADD", "SET_PARAMS", "half-fetched", "fetched", "START", "scan", "started"])
 def test_killed_while_it_starts(change, recovery, backing, run):
+    half_a_server(change)
     if change is first_request and not at_least("7.0"):
         pytest.skip("up to 6.x START_DEV reads the partitions itself, and a server killed in that moment "
                     "can leave it, and so its own end, waiting for ever: seen on 6.12")
@@ -3156,12 +3171,12 @@ def test_killed_while_it_starts(change, recovery, backing, run):
 
 
 @kernel
-@pytest.mark.parametrize("change, half", [
-    (after(ublk.Control, "start_user_recovery"), False), (half_fetched(), True),
-    (after(ublk.Queue, "fetch"), False),
-    (during("end_user_recovery"), True), (after(ublk.Control, "end_user_recovery"), False)],
+@pytest.mark.parametrize("change", [
+    after(ublk.Control, "start_user_recovery"), HALF_FETCHED, after(ublk.Queue, "fetch"), DURING_END,
+    after(ublk.Control, "end_user_recovery")],
     ids=["START_USER_RECOVERY", "half-fetched", "fetched", "END_USER_RECOVERY", "recovered"])
-def test_killed_while_it_recovers(change, half, backing, run):
+def test_killed_while_it_recovers(change, backing, run):
+    half = half_a_server(change)
     disk = Forked("loop", backing, "-r", "reissue").live()
     with opened(disk.path) as fd:
         write_at(fd, 4096, b"before" * 4096)
