@@ -2045,7 +2045,7 @@ def test_a_queue_that_dies_ends_the_device(capfd):
         return
     done = sh("dd", f"if={device.path}", "of=/dev/null", "bs=4k", "count=1", check=False)
     assert done.returncode == 1                     # an I/O error, or the disk has gone already
-    assert device.wait(60) and isinstance(device.failure, RuntimeError)
+    assert device.wait(60) and isinstance(device.failure.__cause__, RuntimeError)
     device.stop()
     assert "RuntimeError: not again" in capfd.readouterr().err
 
@@ -2100,11 +2100,12 @@ def test_a_server_killed_under_load(run):
         counters = Path(f"/sys/block/ublkb{disk.id}/stat")
         until(lambda: int(counters.read_text().split()[4]) > 50, "the load to run")
         disk.kill()
+        disk.wait()
         text = load.communicate(timeout=120)[1]
         assert load.returncode != 0, text
         done = run("del", disk.id)
         assert (done.status, done.err) == (0, "")
-        until(lambda: leftovers() == [], "the killed server to be reaped")
+        assert leftovers() == []
 
 
 @kernel

@@ -1127,7 +1127,8 @@ class SharedCopy:
     """
 
     def __init__(self, queue: Queue, memories: dict[int, memoryview]) -> None:
-        self.queue, self.memories = queue, memories
+        self.queue: Any = queue
+        self.memories = memories
 
     def room(self, tag: int, length: int) -> memoryview:
         """Return the memory a READ fills, which is its client's already."""
@@ -1599,6 +1600,13 @@ class Queue:
 
     def close(self) -> None:
         """Close the ring, which makes the kernel take back every parked command."""
+        if self.ring.fd < 0:
+            return
+        # What refers to the queue here would keep it, its buffers and its target until the next
+        # run of the garbage collector.
+        self._handlers.clear()
+        self._tasks.clear()
+        self.path.queue = self.shared.queue = None
         self.results.release()
         self.addresses.release()
         self.path.close()
