@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import errno
+import gc
 import hashlib
 import inspect
 import json
@@ -2056,7 +2057,8 @@ def test_a_queue_that_dies_ends_the_device(capfd):
 
 
 def belongings():
-    """Return what this process holds: descriptors, threads, children, mappings, rings and disks."""
+    """Return what this process holds: descriptors, threads, children, mappings, rings and memory."""
+    gc.collect()            # what refers to itself in a circle is not lost, only not yet found
     status = Path("/proc/self/status").read_text()
     maps = Path("/proc/self/maps").read_text().splitlines()
     return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
@@ -2340,18 +2342,6 @@ class Situation:
         params.basic.physical_bs_shift = max(shift, 12)
         return params
 
-    def busy(self):
-        """A recoverable disk whose only tag is with a handler."""
-        target = Stuck()
-        device = self.stack.enter_context(ublk.Device(target, depth=1, recovery="requeue"))
-        fd = os.open(device.path, os.O_RDONLY | os.O_DIRECT)
-        client = threading.Thread(target=error_of, args=(read_at, fd, 65536, 4096))
-        client.start()
-        self.stack.callback(lambda: (client.join(60), os.close(fd)))
-        self.stack.callback(target.release.set)
-        assert target.reached.wait(60)
-        return device.id
-
     def opened(self):
         """A disk somebody has open."""
         dev_id = self.live()
@@ -2463,7 +2453,6 @@ PROVOCATIONS = [
     ("UPDATE_SIZE", errno.ENODEV, "6.16", lambda at: at.control.update_size(at.added(), 1 << 20)),
     ("TRY_STOP_DEV", errno.EBUSY, "7.0", lambda at: at.control.try_stop_dev(at.opened())),
     ("TRY_STOP_DEV", errno.ENODEV, "7.0", lambda at: at.control.try_stop_dev(at.added())),
-    ("QUIESCE_DEV", errno.EBUSY, "6.16", lambda at: at.control.quiesce_dev(at.busy(), 0.2)),
     ("QUIESCE_DEV", errno.EOPNOTSUPP, "6.16", lambda at: at.control.quiesce_dev(at.live(), 1)),
     ("QUIESCE_DEV", errno.ENODEV, "6.16", lambda at: at.control.quiesce_dev(at.added(QUIESCABLE), 1)),
     ("REG_BUF", errno.EEXIST, "7.1", lambda at: at.control.reg_buf(*at.shared())),
@@ -2472,7 +2461,10 @@ PROVOCATIONS = [
     ("UNREG_BUF", errno.ENOENT, "7.1", lambda at: at.control.unreg_buf(at.shared()[0], 77)),
 ]
 # Explanations no test can provoke, and why.
-UNPROVOKED = {(None, errno.EINTR): "only a cancellation by somebody else's means ends a command so"}
+UNPROVOKED = {
+    (None, errno.EINTR): "only a cancellation by somebody else's means ends a command so",
+    (named("QUIESCE_DEV"), errno.EBUSY): "up to Linux 7.3 the driver's wait for an idle tag never waits",
+}
 
 
 @pytest.fixture
