@@ -3663,14 +3663,16 @@ def test_a_lost_process_takes_the_disk_with_it():
 @kernel
 @pytest.mark.parametrize("which", ["worker", "parent"])
 def test_a_lost_process_of_a_recoverable_disk(backing, which):
+    several = at_least("6.16")          # older kernels get one process with two threads
     disk = Forked("loop", backing, "-q", 2, "-r", "reissue").live()
     with Fio(disk) as fio:
         for _ in range(2):
             fio.busy()
             workers = started_by(disk.pid)
-            assert len(workers) == 2
-            os.kill(workers[0] if which == "worker" else disk.pid, signal.SIGKILL)
-            assert disk.wait() == (1 if which == "worker" else -signal.SIGKILL)
+            assert len(workers) == (2 if several else 0)
+            lost = workers[0] if which == "worker" and several else disk.pid
+            os.kill(lost, signal.SIGKILL)
+            assert disk.wait() == (-signal.SIGKILL if lost == disk.pid else 1)
             until(lambda disk=disk: not session(disk.pid), "the other processes to leave")
             disk = recovered(disk)
         fio.busy()

@@ -2173,12 +2173,15 @@ class Device:
         self.char_fd = open_char(self.id)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
+        # Before 6.16 a disk that lost one of several processes under load could not be recovered.
+        whole = not self.info.flags & UBLK_F_USER_RECOVERY or \
+            (self.control.features or 0) & UBLK_F_PER_IO_DAEMON
         for index in range(count):
             self.descriptors.append(mmap.mmap(
                 self.char_fd, pages(self.info.queue_depth * self.desc_size), mmap.MAP_SHARED,
                 mmap.PROT_READ, offset=index * pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
-            kind = Process if self.processes and count > 1 else Worker
+            kind = Process if self.processes and count > 1 and whole else Worker
             self._workers.append(kind(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
             if isinstance(worker, Process):
