@@ -2114,6 +2114,7 @@ class Device:
         try:
             self._add(params)
             self._serve()
+            self._not_stopped()
             self.control.start_dev(self.id, os.getpid(), abort=lambda: self._ended > 0)
             self._live()
         except BaseException as error:
@@ -2212,6 +2213,11 @@ class Device:
                 self._close_files()         # the kernel fails the requests that died with a worker
             self._changed.notify_all()
 
+    def _not_stopped(self) -> None:
+        """Raise UblkError if somebody took the device away meanwhile: START_DEV then crashes old kernels."""
+        if self._ended:
+            raise UblkError(errno.ENODEV, f"device {self.id}", "it was stopped before it was there")
+
     def _live(self) -> None:
         await_node(self.path, os.R_OK)
         self._serving = True
@@ -2248,6 +2254,7 @@ class Device:
         try:
             self._adopt()
             self._serve()
+            self._not_stopped()
             self.control.end_user_recovery(self.id, os.getpid(), abort=lambda: self._ended > 0)
             self._live()
         except BaseException as error:
