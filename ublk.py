@@ -3201,11 +3201,18 @@ def print_table(rows: Sequence[tuple[object, ...]]) -> None:
 
 
 def stop_device(options: Any) -> None:
-    """Stop a disk; its device stays until `del`."""
+    """Stop a disk; its device stays until `del`.
+
+    A device without a disk is left alone: a server may be about to start it, and START_DEV after
+    STOP_DEV on one open node crashes kernels before 7.3.
+    """
     with Control() as control:
-        control.get_dev_info(options.id)
+        info = control.get_dev_info(options.id)
         if options.if_unused:
             require(UBLK_F_SAFE_STOP_DEV & ~(control.features or 0))
+        if info.state == UBLK_S_DEV_DEAD:
+            return
+        if options.if_unused:
             control.try_stop_dev(options.id)
         else:
             await_notice(control, options.id)
