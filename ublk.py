@@ -2998,7 +2998,8 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
         start()
         started.live(device)
         notify(f"READY=1\nSTATUS=serving {device.path}")
-        pause = float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
+        # Not without end: a signal that comes just before a wait for ever would not end it.
+        pause = min(float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or 1.0, 1.0)
         while not device.wait(pause):
             notify("WATCHDOG=1")
     except Stopped:
