@@ -1643,7 +1643,6 @@ class BatchQueue(Queue):
 
     def __init__(self, device: Device, index: int) -> None:
         self._pending: list[int] = []       # words of the elements for the next commit
-        self._extra = [0] * device.zoned    # the words behind an element's first
         super().__init__(device, index)
         self.copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
         self.words_each = 1 + self.copies + device.zoned
@@ -1655,7 +1654,7 @@ class BatchQueue(Queue):
         size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.words_each * 8
         self.memory = mmap.mmap(-1, size)
         self._base = address_of(self.memory)
-        self._tags_at = 1024                # behind the ring of BUFFERS 16-byte entries
+        self._tags_at = self.BUFFERS * 16       # behind the ring of that many entries
         self._elements_at = self._tags_at + self.BUFFERS * self.TAGS_EACH * 2
         view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
         self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
