@@ -453,9 +453,16 @@ timespec = structure("timespec", "s64 tv_sec, s64 tv_nsec")
 
 
 _libc = ctypes.CDLL(None, use_errno=True)        # CDLL, not PyDLL: it drops the GIL while waiting
-_syscall = _libc.syscall
-_syscall.argtypes = [ctypes.c_long] * 7
+_syscall = _libc.syscall        # without argtypes: ready-made c_long are passed on in half the time
 _syscall.restype = ctypes.c_long
+
+
+def syscall(number: int, *args: int) -> int:
+    """Make a system call with six arguments at most; raise OSError where it fails."""
+    result: int = _syscall(*map(ctypes.c_long, (number, *args)))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
 
 
 class Py_buffer(ctypes.Structure):
@@ -527,7 +534,13 @@ class Ring:
         self._tail = 0                  # SQEs pushed
         self._submitted = 0             # SQEs the kernel has taken
         self._timeout = timespec()
-        self._wait_arg = io_uring_getevents_arg(ts=ctypes.addressof(self._timeout))
+        self._wait_arg = io_uring_getevents_arg()
+        self._to_submit, self._to_wait_for = ctypes.c_long(), ctypes.c_long()
+        self._enter = partial(
+            _syscall, ctypes.c_long(SYS_io_uring_enter), ctypes.c_long(self.fd), self._to_submit,
+            self._to_wait_for, ctypes.c_long(IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG),
+            ctypes.c_long(ctypes.addressof(self._wait_arg)),
+            ctypes.c_long(ctypes.sizeof(self._wait_arg)))
 
     def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> Any:
         """Create the ring with the best flags this kernel takes; an unknown flag is EINVAL."""
@@ -536,10 +549,11 @@ class Ring:
         owner = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SINGLE_ISSUER
         for extra in (0,) if shared else (owner | IORING_SETUP_DEFER_TASKRUN, owner, 0):
             params = io_uring_params(flags=base | extra, cq_entries=cq_entries)
-            self.fd = _syscall(SYS_io_uring_setup, entries, ctypes.addressof(params), 0, 0, 0, 0)
-            if self.fd >= 0:
+            try:
+                self.fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
                 return params
-            number = ctypes.get_errno()
+            except OSError as error:
+                number = error.errno or errno.EIO
             if number != errno.EINVAL:
                 break
         remedy = {errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0 (or the container's "
@@ -580,13 +594,15 @@ class Ring:
         Returns False when the time ran out or a signal came first. Raises OSError for anything
         the kernel holds against the ring itself.
         """
-        flags, arg, size = IORING_ENTER_GETEVENTS, 0, 0
-        if timeout is not None:
+        if timeout is None:
+            self._wait_arg.ts = 0
+        else:
             self._timeout.tv_sec, self._timeout.tv_nsec = divmod(int(max(timeout, 0) * 1e9), 10**9)
-            flags, arg, size = flags | IORING_ENTER_EXT_ARG, ctypes.addressof(self._wait_arg), 24
+            self._wait_arg.ts = ctypes.addressof(self._timeout)
         self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
-        taken = _syscall(SYS_io_uring_enter, self.fd, self._tail - self._submitted, min_complete,
-                         flags, arg, size)
+        self._to_submit.value = self._tail - self._submitted
+        self._to_wait_for.value = min_complete
+        taken = self._enter()
         if taken >= 0:
             self._submitted += taken
             return True
@@ -622,9 +638,7 @@ class Ring:
 
     def register(self, opcode: int, arg: int, count: int) -> None:
         """io_uring_register(2); raises OSError."""
-        if _syscall(SYS_io_uring_register, self.fd, opcode, arg, count, 0, 0) < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        syscall(SYS_io_uring_register, self.fd, opcode, arg, count)
 
     def register_sparse_buffers(self, count: int) -> None:
         """Make a table of count empty fixed buffers (5.19), for request pages to be put in."""
@@ -910,6 +924,7 @@ def device_ids() -> list[int]:
 IO_CMD = struct.Struct("=HHiQ")         # ublksrv_io_cmd
 IO_DESC = struct.Struct("=IIQQ")        # ublksrv_io_desc
 BATCH_IO = struct.Struct("=HHHBBQ")     # ublk_batch_io
+ELEMENT = struct.Struct("=HHi")         # ublk_elem_header
 RESULT_WORD = (48 + 4) // 4             # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
 ADDRESS_WORD = (48 + 8) // 8            # and ublksrv_io_cmd.addr, in 64-bit words
 # user_data of what is not the command of a tag
@@ -930,6 +945,7 @@ class MappedCopy:
     summary = "the kernel copies to and from our buffers"
     features: int = 0       # the flags of a device with this data path
     stages = 0              # SQEs a request needs besides the command of its tag
+    lasting = True          # a buffer blanked for one READ serves the tag's next one too
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.max_io = queue, queue.max_io
@@ -960,7 +976,7 @@ class MappedCopy:
         return self.read_only_view[start:start + length]
 
     def blank(self, tag: int, length: int) -> None:
-        """Have a READ return zeroes; quick where all that happened to the tag is noted in written."""
+        """Have a READ return zeroes, where all that happened to the tag is noted in written."""
         start, dirty = tag * self.max_io, self.written.pop(tag, 0)
         if dirty:
             self.view[start:start + dirty] = ZEROES[:dirty]
@@ -999,6 +1015,7 @@ class UserCopy(MappedCopy):
 
     summary = "the server copies, with pread and pwrite on /dev/ublkcN (6.5)"
     features = int(UBLK_F_USER_COPY)
+    lasting = False
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
@@ -1058,9 +1075,10 @@ class AutoZeroCopy(UserCopy):
             ring.prepare(depth + tag, IORING_OP_READ_FIXED, user_data=depth + tag, buf_index=tag,
                          flags=flags)
         self.chains = [self.chain(depth, tag) + (tag,) * bool(queue.link_last) for tag in range(depth)]
-        self.opcodes = ring.sqes[depth * 64:]
-        self.words = self.opcodes.cast("I")
-        self.offsets = self.opcodes.cast("Q")[1:]
+        # of the SQE that transfers a tag's data; in a view they lie 64 bytes from each other
+        sqes = ring.sqes[depth * 64:2 * depth * 64]
+        self.opcodes, self.offsets = sqes[::64], sqes.cast("Q")[1::8]
+        self.fds, self.lengths = sqes.cast("I")[1::16], sqes.cast("I")[6::16]
 
     def sqe_address(self, tag: int) -> int:
         return tag | UBLK_AUTO_BUF_REG_FALLBACK << 16       # struct ublk_auto_buf_reg
@@ -1069,14 +1087,11 @@ class AutoZeroCopy(UserCopy):
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
         return (depth + tag,)
 
-    def transfer(self, tag: int, operation: int, fd: int, position: int, length: int) -> tuple[int, ...]:
-        """Fill the chain that moves a READ's or WRITE's data from or to a file, and return it."""
-        self.opcodes[tag * 64] = IORING_OP_READ_FIXED + operation
-        self.words[tag * 16 + 1] = fd
-        self.offsets[tag * 8] = position
-        self.words[tag * 16 + 6] = length
-        self.queue.results[tag * 16] = length
-        return self.chains[tag]
+    def transfer(self, tag: int, operation: int, fd: int, length: int) -> None:
+        """Prepare the chain that moves a READ's or WRITE's data from or to a file, but for offsets[tag]."""
+        self.opcodes[tag] = IORING_OP_READ_FIXED + operation
+        self.fds[tag], self.lengths[tag] = fd, length
+        self.queue.prepare(tag, length)
 
     def broken(self, tag: int, stage: int) -> None:
         """Clean up after the stage of a chain that failed; what came behind it was cancelled."""
@@ -1090,7 +1105,7 @@ class AutoZeroCopy(UserCopy):
         return True
 
     def close(self) -> None:
-        for view in (self.offsets, self.words, self.opcodes):
+        for view in (self.opcodes, self.offsets, self.fds, self.lengths):
             view.release()
         super().close()
 
@@ -1132,7 +1147,7 @@ class SharedCopy:
 
     def room(self, tag: int, length: int) -> memoryview:
         """Return the memory a READ fills, which is its client's already."""
-        address = IO_DESC.unpack_from(self.queue.descriptors, tag * self.queue.desc_size)[3]
+        address = self.queue.shared_addresses[tag]
         start = address & 0xFFFFFFFF
         return self.memories[address >> 32][start:start + length]
 
@@ -1302,8 +1317,14 @@ class Queue:
     It must be made, used and closed by one thread. Slot t of the ring is the command of tag t, all
     filled once: to answer a request is to store its result in the SQE and push the slot.
 
-    For a target's answer() method, which gets a list of tags with new requests: descriptors tell
-    what is wanted, path moves data, complete(tag, result) and succeed(tags) end requests.
+    For a target's answer() method, which gets a list of tags with new requests:
+        flags, sectors, starts      of each tag's request: operation and flags, sectors, first sector
+        requests                    flags and sectors in one number, to tell requests that are alike
+        path                        what moves the data
+        complete(tag, result)       end a request
+        prepare(tag, result)        store a result that may serve several requests of the tag, and
+        repeat(tags)                end requests with the results prepared for their tags
+        served                      for each tag the one of requests it was prepared for, or -1
     """
 
     link_last = IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS      # flags of a chain's last own SQE
@@ -1312,15 +1333,17 @@ class Queue:
         self.target: Any = device.target        # what it has beyond Target is found by hasattr()
         self.index, self.device_fd = index, device.char_fd
         self.depth, self.max_io = device.info.queue_depth, device.info.max_io_buf_bytes
-        self.desc_size = device.desc_size
-        self.descriptors = memoryview(device.descriptors[index])
-        self.sectors = self.descriptors.cast("I")[1:]       # at tag * self.desc_words
-        self.desc_words = self.desc_size // 4
+        self.descriptors = memoryview(device.descriptors[index])[:self.depth * device.desc_size]
+        words, longs = self.descriptors.cast("I"), self.descriptors.cast("Q")
+        apart = device.desc_size // 8
+        self.flags, self.sectors = words[::2 * apart], words[1::2 * apart]
+        self.requests, self.starts, self.shared_addresses = longs[::apart], longs[1::apart], longs[2::apart]
+        self.served = [-1] * self.depth
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
         self.ring = Ring(own + 64)
-        self.results = self.ring.sqes.cast("i")[RESULT_WORD:]    # at tag * 16
-        self.addresses = self.ring.sqes.cast("Q")[ADDRESS_WORD:]    # at tag * 8
+        self.results = self.ring.sqes.cast("i")[RESULT_WORD::16]        # of each tag's command
+        self.addresses = self.ring.sqes.cast("Q")[ADDRESS_WORD::8]
         self._done: list[int] = []          # tags whose commit is to be submitted
         self._appended: list[int] = []
         self.path: Any = device.data_path(self)
@@ -1385,20 +1408,23 @@ class Queue:
 
         Returns the number of SQEs in the chains for it.
         """
-        where, transfer = self.target.map, self.path.transfer
+        where, path, requests, served = self.target.map, self.path, self.requests, self.served
         chains: list[int] = []
         for tag in tags:
-            flags, sectors, start, _ = IO_DESC.unpack_from(self.descriptors, tag * self.desc_size)
-            operation, length = flags & 0xFF, sectors * SECTOR
-            if operation > UBLK_IO_OP_WRITE or flags & (UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF):
+            flags, length = self.flags[tag], self.sectors[tag] * SECTOR
+            if flags & NOT_BY_MAP:
                 self.handle(tag)
                 continue
+            operation = flags & 0xFF
             try:
-                fd, position = where(start * SECTOR, length, operation == UBLK_IO_OP_WRITE)
+                fd, position = where(self.starts[tag] * SECTOR, length, operation == UBLK_IO_OP_WRITE)
             except Exception as error:
                 self.complete(tag, failed(error))
-            else:
-                chains += transfer(tag, operation, fd, position, length)
+                continue
+            if requests[tag] != served[tag] or fd != path.fds[tag]:
+                path.transfer(tag, operation, fd, length)
+            path.offsets[tag] = position
+            chains += path.chains[tag]
         self.ring.push_all(chains)
         return len(chains)
 
@@ -1453,9 +1479,10 @@ class Queue:
 
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
-        flags, sectors, start, _ = IO_DESC.unpack_from(self.descriptors, tag * self.desc_size)
+        flags = self.flags[tag]
         try:
-            result = self._handlers[flags & 0xFF](tag, flags, start * SECTOR, sectors * SECTOR)
+            result = self._handlers[flags & 0xFF](
+                tag, flags, self.starts[tag] * SECTOR, self.sectors[tag] * SECTOR)
         except BaseException as error:      # even SystemExit: a client waits for an answer
             result = failed(error)
         if result is not None:
@@ -1463,14 +1490,17 @@ class Queue:
 
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno."""
-        self.results[tag * 16] = result
+        self.results[tag] = result
+        self.served[tag] = -1
         self._done.append(tag)
 
-    def succeed(self, tags: list[int]) -> None:
-        """End all these requests with full success."""
-        results, sectors, words = self.results, self.sectors, self.desc_words
-        for tag in tags:
-            results[tag * 16] = sectors[tag * words] * SECTOR
+    def prepare(self, tag: int, result: int) -> None:
+        """Store the result of a tag's request, and of those alike that follow."""
+        self.results[tag] = result
+        self.served[tag] = self.requests[tag]
+
+    def repeat(self, tags: list[int]) -> None:
+        """End these requests with the results prepared for them."""
         self._done += tags
 
     # ---- the handlers: each returns the result, or None where a coroutine will ------------------
@@ -1532,7 +1562,7 @@ class Queue:
 
     def appended(self, tag: int, sector: int) -> None:
         """Note where the data of a ZONE_APPEND landed: its COMMIT says so, and no other may."""
-        self.addresses[tag * 8] = sector
+        self.addresses[tag] = sector
         self._appended.append(tag)
 
     # ---- coroutines ------------------------------------------------------------------------------
@@ -1575,7 +1605,7 @@ class Queue:
         if self.ring.pending:
             return
         for tag in self._appended:
-            self.addresses[tag * 8] = 0
+            self.addresses[tag] = 0
         self._appended.clear()
         self._free_slots += self._used_slots
         self._used_slots.clear()
@@ -1607,13 +1637,17 @@ class Queue:
         self._handlers.clear()
         self._tasks.clear()
         self.path.queue = self.shared.queue = None
-        self.results.release()
-        self.addresses.release()
         self.path.close()
+        for view in (self.results, self.addresses):
+            view.release()
         self.ring.close()
-        self.sectors.release()
-        self.descriptors.release()
+        for view in (self.flags, self.sectors, self.requests, self.starts, self.shared_addresses,
+                     self.descriptors):
+            view.release()
 
+
+# What map() is not asked for: requests without data, durable ones, those with pages of no slot.
+NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF
 
 # Requests without data: the target's method, and its arguments made of flags, offset and length.
 SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...]]]] = {
@@ -1642,16 +1676,18 @@ class BatchQueue(Queue):
     link_last = 0                       # a chain has no COMMIT at its end: its last CQE is needed
 
     def __init__(self, device: Device, index: int) -> None:
-        self._pending: list[int] = []       # words of the elements for the next commit
+        self._pending: list[bytes] = []     # elements for the next commit
         super().__init__(device, index)
-        self.copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
-        self.words_each = 1 + self.copies + device.zoned
+        copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
+        self._tails = [struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)]
+        self._elements = [b""] * self.depth
+        self.element_size = 8 * (1 + copies + device.zoned)
         self._prep_slot, self._fetch_slot = self._free_slots.pop(), self._free_slots.pop()
-        flags = UBLK_BATCH_F_HAS_BUF_ADDR * self.copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
+        flags = UBLK_BATCH_F_HAS_BUF_ADDR * copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
         if self.path.features & UBLK_F_AUTO_BUF_REG:
             flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
         self._flags, self._lba = flags, 0
-        size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.words_each * 8
+        size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
         self.memory = mmap.mmap(-1, size)
         self._base = address_of(self.memory)
         self._tags_at = self.BUFFERS * 16       # behind the ring of that many entries
@@ -1689,31 +1725,36 @@ class BatchQueue(Queue):
         self.ring.push(self._fetch_slot)
 
     def complete(self, tag: int, result: int) -> None:
-        index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
-        self._pending.append(tag | index << 16 | (result & 0xFFFFFFFF) << 32)
-        if self.copies:
-            self._pending.append(self.path.address(tag))
-        if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
-            self._pending.append(self._lba)
-            self._lba = 0
+        self.served[tag] = -1
+        self._pending.append(self._element(tag, result))
 
-    def succeed(self, tags: list[int]) -> None:
-        for tag in tags:
-            self.complete(tag, self.sectors[tag * self.desc_words] * SECTOR)
+    def prepare(self, tag: int, result: int) -> None:
+        self.served[tag] = self.requests[tag]
+        self._elements[tag] = self._element(tag, result)
+
+    def repeat(self, tags: list[int]) -> None:
+        self._pending += [self._elements[tag] for tag in tags]
+
+    def _element(self, tag: int, result: int) -> bytes:
+        index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
+        element = ELEMENT.pack(tag, index, result) + self._tails[tag]
+        if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
+            element += struct.pack("=Q", self._lba)
+            self._lba = 0
+        return element
 
     def appended(self, tag: int, sector: int) -> None:
         self._lba = sector
 
     def _send(self, opcode: int) -> None:
         """Have all pending elements committed (or prepared) by the next enter()."""
-        size = 8 * len(self._pending)
-        self.memory[self._elements_at:self._elements_at + size] = array("Q", self._pending).tobytes()
+        elements = b"".join(self._pending)
+        self.memory[self._elements_at:self._elements_at + len(elements)] = elements
         self._sent, self._pending = self._pending, []
         self.ring.prepare(
             self._prep_slot, IORING_OP_URING_CMD, self.device_fd, opcode,
-            self._base + self._elements_at, size, user_data=COMMIT,
-            cmd=BATCH_IO.pack(self.index, self._flags, len(self._sent) // self.words_each,
-                              8 * self.words_each, 0, 0))
+            self._base + self._elements_at, len(elements), user_data=COMMIT,
+            cmd=BATCH_IO.pack(self.index, self._flags, len(self._sent), self.element_size, 0, 0))
         self.ring.push(self._prep_slot)
 
     def commit(self) -> None:
@@ -1754,7 +1795,7 @@ class BatchQueue(Queue):
         """See to it that every element was taken: those behind a failed one were not."""
         if result < 0:
             raise UblkError(-result, f"queue {self.index} cannot commit")
-        self._pending = self._sent[result // 8:] + self._pending
+        self._pending = self._sent[result // self.element_size:] + self._pending
 
     def _answer_by_map(self, tags: list[int]) -> int:
         pushed = super()._answer_by_map(tags)
@@ -1766,7 +1807,7 @@ class BatchQueue(Queue):
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
         self.in_flight -= 1
-        length = self.sectors[tag * self.desc_words] * SECTOR
+        length = self.sectors[tag] * SECTOR
         if stage == self.path.stages and result == (length if stage == 1 else 0):
             self.complete(tag, length)
         else:
@@ -1847,17 +1888,23 @@ class Null(Target):
         self.size = size
 
     def answer(self, queue: Queue, tags: list[int]) -> None:
-        """End every request at once; a read must not see what was written under its tag before."""
-        descriptors, size, path = queue.descriptors, queue.desc_size, queue.path
-        first = 0 if sys.byteorder == "little" else 3       # the byte that has the operation
+        """End every request at once: what answered a tag's last request answers one alike, too."""
+        requests, served = queue.requests, queue.served
         for tag in tags:
-            operation = descriptors[tag * size + first]
-            length = queue.sectors[tag * queue.desc_words] * SECTOR
-            if operation == UBLK_IO_OP_WRITE:
-                path.written[tag] = max(length, path.written.get(tag, 0))
-            elif operation == UBLK_IO_OP_READ:
-                path.blank(tag, length)
-        queue.succeed(tags)
+            if requests[tag] != served[tag]:
+                self._prepare(queue, tag)
+        queue.repeat(tags)
+
+    def _prepare(self, queue: Queue, tag: int) -> None:
+        """Make an answer; a read must not see what was written under its tag before."""
+        path, operation, length = queue.path, queue.flags[tag] & 0xFF, queue.sectors[tag] * SECTOR
+        queue.prepare(tag, length)
+        if operation == UBLK_IO_OP_WRITE:
+            path.written[tag] = max(length, path.written.get(tag, 0))
+        elif operation == UBLK_IO_OP_READ:
+            path.blank(tag, length)
+            if not path.lasting:
+                queue.served[tag] = -1
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """The buffer is clear already."""
@@ -3101,7 +3148,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
             child = os.fork()
             if child == 0:
                 to_the_end(partial(run, started))
-            status = os.waitpid(child, 0)[1]
+            status = await_child(child)
             if status == 0:
                 return
             if stopping:
@@ -3115,6 +3162,20 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
     except Stopped:             # while there is no server to take the disk away
         with Control() as control:
             delete(control, dev_id if dev_id >= 0 else device_of(child))
+
+
+def await_child(pid: int) -> int:
+    """Return the wait status of a child process.
+
+    Not by a wait without end: a signal that comes just before that would not end it.
+    """
+    fd = os.pidfd_open(pid)
+    try:
+        while not select.select([fd], [], [], 1.0)[0]:
+            pass
+    finally:
+        os.close(fd)
+    return os.waitpid(pid, 0)[1]
 
 
 def pause_after_death(dev_id: int, status: int, deaths: int) -> None:
