@@ -909,13 +909,13 @@ def samples(monkeypatch):
 
 
 def test_a_signature_becomes_parameters():
-    styles = {parameter.name: (parameter.kind, parameter.style, parameter.default)
-              for parameter in ublk.parameters(Sample)}
-    assert styles == {"path": ("str", "word", ...), "count": ("int", "word", 3),
-                      "delay": ("float", "option", 0.5),
-                      "big": ("Size", "option", 4096), "loud": ("bool", "option", False),
-                      "name_of": ("str", "option", "x")}
-    assert [parameter.style for parameter in ublk.parameters(Many)] == ["words", "option"]
+    word, words, option = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL,
+                           inspect.Parameter.KEYWORD_ONLY)
+    found = {one.name: (kind, one.kind, one.default) for one, kind in ublk.parameters(Sample)}
+    assert found == {"path": ("_empty", word, inspect.Parameter.empty), "count": ("int", word, 3),
+                     "delay": ("float", option, 0.5), "big": ("Size", option, 4096),
+                     "loud": ("bool", option, False), "name_of": ("str", option, "x")}
+    assert [one.kind for one, _ in ublk.parameters(Many)] == [words, option]
     assert ublk.parameters(type("Plain", (ublk.Target,), {})) == []
 
 

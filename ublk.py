@@ -73,7 +73,10 @@ from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from types import CoroutineType
-from typing import Any, NamedTuple, NoReturn
+
+TYPE_CHECKING = False       # importing typing would take a tenth of the time it takes to start
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 __version__ = "1.0"
 
@@ -2813,40 +2816,15 @@ def load_target(path: str, name: str) -> type[Target]:
                     f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target")
 
 
-class Parameter(NamedTuple):
-    """A parameter of a target's constructor, as the command line sees it."""
-
-    name: str
-    kind: str               # the name of its annotation
-    style: str              # "word", "words" (*args) or "option" (keyword-only)
-    default: Any            # ... where it must be given
-
-
-def parameters(cls: type[Target]) -> list[Parameter]:
-    """Read the signature of a target's constructor."""
-    function = cls.__init__
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return []
-
-    def make(name: str, style: str, default: Any) -> Parameter:
-        annotation = function.__annotations__.get(name, "str")
-        kind = annotation if isinstance(annotation, str) else annotation.__name__
-        return Parameter(name, kind.rpartition(".")[2], style, default)
-
-    words = code.co_varnames[1:code.co_argcount]
-    options = code.co_varnames[code.co_argcount:code.co_argcount + code.co_kwonlyargcount]
-    given = function.__defaults__ or ()
-    defaults = (...,) * (len(words) - len(given)) + given
-    found = [make(name, "word", default) for name, default in zip(words, defaults)]
-    if code.co_flags & 0x04:            # CO_VARARGS
-        name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
-        found.append(make(name, "words", ...))
-    keywords = function.__kwdefaults__ or {}
-    return found + [make(name, "option", keywords.get(name, ...)) for name in options]
-
-
 CONVERTERS: dict[str, Callable[[str], Any]] = {"int": parse_size, "Size": parse_size, "float": float}
+
+
+def parameters(cls: type[Target]) -> list[tuple[Any, str]]:
+    """Return the parameters of a target's constructor (see inspect), each with its annotation's name."""
+    import inspect
+    found = inspect.signature(cls).parameters.values()
+    names = [str(getattr(one.annotation, "__name__", one.annotation)) for one in found]
+    return [(one, name.rpartition(".")[2]) for one, name in zip(found, names)]
 
 
 def target_parser(cls: type[Target], word: str) -> Any:
@@ -2861,20 +2839,21 @@ def target_parser(cls: type[Target], word: str) -> Any:
     parser = argparse.ArgumentParser(f"ublk.py {word}", description=text.split("\n\n")[0],
                                      epilog="Device options: see `ublk.py --help`.",
                                      allow_abbrev=False)
-    for name, kind, style, default in parameters(cls):
-        extra: dict[str, Any] = {"help": helps.get(name), "type": CONVERTERS.get(kind, str)}
-        if style == "option":
-            extra.update(dest=name, required=default is ..., default=default)
-            name = "--" + name.replace("_", "-")
-        elif default is not ...:
-            extra.update(nargs="?", default=default)
+    for one, kind in parameters(cls):
+        given = one.default is not one.empty
+        extra: dict[str, Any] = {"help": helps.get(one.name)}
         if kind == "bool":
-            extra = {"help": extra["help"], "dest": extra.get("dest"), "action": "store_true"}
+            extra["action"] = "store_true"
         elif kind == "Target":
-            extra = {"help": extra["help"], "nargs": argparse.REMAINDER}
-        elif style == "words":
-            extra["nargs"] = "+"
-        parser.add_argument(name, **extra)
+            extra["nargs"] = argparse.REMAINDER
+        else:
+            extra.update(type=CONVERTERS.get(kind, str), default=one.default if given else None)
+        if one.kind == one.KEYWORD_ONLY:
+            parser.add_argument("--" + one.name.replace("_", "-"), required=not given, **extra)
+            continue
+        if given or one.kind == one.VAR_POSITIONAL:
+            extra["nargs"] = "?" if given else "+"
+        parser.add_argument(one.name, **extra)
     return parser
 
 
@@ -2887,12 +2866,12 @@ def make_target(words: Sequence[str]) -> Target:
     values = vars(target_parser(cls, word).parse_args(rest))
     args: list[Any] = []
     options: dict[str, Any] = {}
-    for name, kind, style, _ in parameters(cls):
-        value: Any = make_target(values[name]) if kind == "Target" else values[name]
-        if style == "option":
-            options[name] = value
+    for one, kind in parameters(cls):
+        value: Any = make_target(values[one.name]) if kind == "Target" else values[one.name]
+        if one.kind == one.KEYWORD_ONLY:
+            options[one.name] = value
         else:
-            args += value if style == "words" else [value]
+            args += value if one.kind == one.VAR_POSITIONAL else [value]
     try:
         return cls(*args, **options)
     except UblkError:
