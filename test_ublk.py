@@ -29,6 +29,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ import threading
 import time
 import traceback
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -3978,3 +3980,932 @@ def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
     assert_error_line(disk.said())
     assert run("del", 0).status == 0
     assert_nothing_stuck()
+
+
+# =================================================================================================
+# Companion: disks of other machines
+# =================================================================================================
+
+
+def nbd_uri(socket, export=""):
+    return f"nbd+unix:///{export}?socket={socket}"
+
+
+def free_port():
+    """Return a TCP port nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def nbd_server(*words):
+    """Run an NBD server's program; yield it once the last word, its socket or port, can be connected to."""
+    needs(words[0])
+    where = str(words[-1])
+    words = [word if word != "AT" else where for word in words[:-1]]
+    process = subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
+
+    def listens():
+        assert process.poll() is None, process.communicate()[1]
+        if not where.isdigit():
+            return os.path.exists(where)
+        with socket.socket() as probe:          # who listens there has the port: it cannot be bound
+            return error_of(probe.bind, ("127.0.0.1", int(where))) == errno.EADDRINUSE
+    try:
+        until(listens, "the NBD server")
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+        if not where.isdigit() and os.path.exists(where):
+            os.unlink(where)
+
+
+def nbdkit(socket, *words):
+    """Run nbdkit at a socket."""
+    return nbd_server("nbdkit", "-f", "--unix", "AT", *words, socket)
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A path short enough for a socket."""
+    directory = tempfile.mkdtemp(prefix="nbd")
+    yield Path(directory, "s")
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("uri, address, export", [
+    ("nbd://host", ("host", 10809), ""), ("nbd://host:99/a%20b", ("host", 99), "a b"),
+    ("nbd://[::1]:5/x/y", ("::1", 5), "x/y"), ("nbd+unix:///e?socket=/a/b", "/a/b", "e"),
+    ("nbd+unix:///?socket=/a%20b", "/a b", "")])
+def test_nbd_addresses(targets, uri, address, export):
+    assert targets.nbd_address(uri) == (address, export)
+
+
+@pytest.mark.parametrize("uri, says", [
+    ("", "not an NBD address"), ("host", "not an NBD address"), ("nbd://", "not an NBD address"),
+    ("http://host/", "not an NBD address"), ("nbd+unix:///x", "not an NBD address"),
+    ("nbd://host:99999/", "ort"), ("nbd://host:x/", "ort"), ("nbd://[::1/", "IPv6"),
+    ("nbds://host/", "TLS"), ("nbds+unix:///?socket=/x", "TLS"),
+    ("nbd+unix:///?socket=/no/such", "2 ENOENT"), (nbd_uri("x" * 200), "too long")])
+def test_nbd_addresses_that_are_none(run, uri, says):
+    assert_fails(run("nbd", uri), 1, says)
+
+
+def test_nbd_nobody_listens(run):
+    assert_fails(run("nbd", f"nbd://127.0.0.1:{free_port()}"), 1, "refused", errno.ECONNREFUSED)
+    assert run("nbd").status == 2
+    assert_fails(run("nbd", "nbd://x", "--timeout", "soon"), 1, "soon")
+
+
+def test_nbd_a_server_that_demands_tls(run, here, tmp_path):
+    (tmp_path / "psk").write_text("user:0123456789abcdef0123456789abcdef\n")
+    with nbdkit(here, "--tls=require", f"--tls-psk={tmp_path / 'psk'}", "memory", "1M"):
+        assert_fails(run("nbd", nbd_uri(here)), 1, "the server demands TLS", errno.EINVAL)
+
+
+def test_nbd_an_export_that_is_not_there(run, here, tmp_path, new_image):
+    with nbd_server("qemu-nbd", "-f", "raw", "-x", "mine", "-k", "AT", new_image("1M"), here):
+        assert_fails(run("nbd", nbd_uri(here, "other")), 1, "there is no such export", errno.EINVAL)
+
+
+# ---- hostile servers ------------------------------------------------------------------------------
+
+
+class FakeNbd:
+    """An NBD server in a thread, with a disk in memory, that misbehaves as a test wants.
+
+    hello(peer, count) greets the connection of that number; answer(peer, cookie, data) answers the
+    first request. Where they are missing, and later, it does well.
+    """
+
+    def __init__(self, path, hello=None, answer=None, *, info=(), size=1 << 20, flags=0b1101):
+        self.path, self.hello, self.answer = path, hello, answer
+        self.info = [struct.pack(">HQH", 0, size, flags), *info]
+        self.data, self.connections = bytearray(os.urandom(1 << 20)), 0
+
+    def __enter__(self):
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.path))
+        self.listener.listen()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError, AttributeError):
+            self.peer.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        self.listener.close()
+
+    def _run(self):
+        while True:
+            try:
+                peer = self.peer = self.listener.accept()[0]
+            except OSError:
+                return
+            with peer:
+                self.connections += 1
+                try:
+                    (self.hello or self.shake_hands)(peer)
+                    self._serve(peer)
+                except (OSError, EOFError):
+                    pass
+
+    @staticmethod
+    def take(peer, count):
+        data = b""
+        while len(data) < count:
+            more = peer.recv(count - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+    @staticmethod
+    def reply(option, kind, data=b"", length=0):
+        return struct.pack(">QIII", 0x3E889045565A9, option, kind, length or len(data)) + data
+
+    def greet(self, peer):
+        peer.sendall(b"NBDMAGICIHAVEOPT\0\1")
+        self.take(peer, 4)
+        self.option(peer)
+
+    def option(self, peer):
+        """Take a request for an option; return its number."""
+        _, option, length = struct.unpack(">QII", self.take(peer, 16))
+        self.take(peer, length)
+        return option
+
+    def shake_hands(self, peer):
+        self.greet(peer)
+        peer.sendall(self.reply(8, 1))
+        assert self.option(peer) == 7
+        peer.sendall(b"".join(self.reply(7, 3, info) for info in self.info) + self.reply(7, 1))
+
+    def _serve(self, peer):
+        while True:
+            _, _, command, cookie, offset, length = struct.unpack(">IHHQQI", self.take(peer, 28))
+            if command == 1:
+                self.data[offset:offset + length] = self.take(peer, length)
+            data = self.data[offset:offset + length] if command == 0 else b""
+            if self.answer and command == 0:
+                answer, self.answer = self.answer, None
+                answer(peer, cookie, data)
+            else:
+                peer.sendall(struct.pack(">IIQ", 0x67446698, 0, cookie) + data)
+
+
+def says(data):
+    """Make a server's part that is always the same: to say this and close, or with ... to wait."""
+    def act(fake, peer, *_):
+        for piece in data:
+            peer.sendall(piece)
+        if data[-1:] == [b""]:
+            fake.take(peer, 1 << 30)            # until the client has gone
+        raise EOFError
+    return act
+
+
+def drips(fake, peer):
+    while True:
+        peer.sendall(b"N")
+        time.sleep(0.02)
+
+
+def floods(fake, peer):
+    fake.greet(peer)
+    while True:
+        peer.sendall(fake.reply(8, 3, bytes(60000)))
+
+
+def greets_with(*data):
+    def act(fake, peer):
+        fake.greet(peer)
+        says(list(data))(fake, peer)
+    return act
+
+
+HOSTILE_GREETINGS = {
+    "closes": (says([]), "closed the connection", errno.ECONNRESET),
+    "silent": (says([b""]), "", errno.ETIMEDOUT),
+    "stops": (says([b"NBDMAGIC", b""]), "", errno.ETIMEDOUT),
+    "cut": (says([b"NBDMAGICIHAV"]), "closed the connection", errno.ECONNRESET),
+    "web": (says([b"HTTP/1.1 400 Bad Request\r\n\r\n"]), "no NBD server", errno.EINVAL),
+    "old": (says([b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53" + bytes(144)]), "old style", errno.EINVAL),
+    "huge": (greets_with(FakeNbd.reply(8, 3, length=0xFFFFFFFF)), "protocol", errno.EINVAL),
+    "magic": (greets_with(bytes(20)), "protocol", errno.EINVAL),
+    "other": (greets_with(FakeNbd.reply(5, 1)), "protocol", errno.EINVAL),
+    "short": (greets_with(FakeNbd.reply(8, 3, b"x" * 100)[:50]), "closed the connection", errno.ECONNRESET),
+    "no": (greets_with(FakeNbd.reply(8, 1) + FakeNbd.reply(7, 1 << 31 | 2, b"go\xff\naway"), b""),
+           "refused: go", errno.EINVAL),
+    "drips": (drips, "no NBD server", errno.EINVAL),
+    "floods": (floods, "", errno.ETIMEDOUT),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_GREETINGS)
+def test_nbd_hostile_greetings(run, targets, monkeypatch, here, name):
+    greet, text, number = HOSTILE_GREETINGS[name]
+    monkeypatch.setattr(targets, "NBD_HANDSHAKE", 0.5)
+    with FakeNbd(here) as fake:
+        fake.hello = lambda peer: greet(fake, peer)
+        assert_fails(run("nbd", nbd_uri(here)), 1, text, number)
+
+
+def test_nbd_a_handshake_that_drips_ends_in_time(run, targets, monkeypatch, here):
+    """Each byte comes in time, all of them do not."""
+    def hello(peer):
+        for byte in b"NBDMAGICIHAVEOPT\0\1":
+            peer.sendall(bytes([byte]))
+            time.sleep(0.05)
+        fake.take(peer, 1 << 30)
+
+    monkeypatch.setattr(targets, "NBD_HANDSHAKE", 0.3)
+    with FakeNbd(here, hello) as fake:
+        assert_fails(run("nbd", nbd_uri(here)), 1, "", errno.ETIMEDOUT)
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"size": 0}, "size 0"), ({"size": 511}, "size 511"), ({"size": (1 << 64) - 1}, "size 1844674407370955"),
+    ({"info": [struct.pack(">HIII", 3, 3, 4096, 1 << 20)]}, "block size 3"),
+    ({"info": [struct.pack(">HIII", 3, 1 << 20, 1 << 20, 1 << 20)]}, "block size 1048576"),
+    ({"info": [struct.pack(">HIII", 3, 4096, 4096, 512)]}, "largest request 512"),
+    ({"info": [struct.pack(">HIII", 3, 512, 512, 0)]}, "largest request 0")])
+def test_nbd_exports_that_cannot_be_disks(run, here, options, text):
+    with FakeNbd(here, **options):
+        assert_fails(run("nbd", nbd_uri(here)), 1, text, errno.EINVAL)
+
+
+def chunk(cookie, kind, data=b"", *, done=1, length=0):
+    return struct.pack(">IHHQI", 0x668E33EF, done, kind, cookie, length or len(data)) + data
+
+
+def simple(cookie, error=0):
+    return struct.pack(">IIQ", 0x67446698, error, cookie)
+
+
+HOSTILE_ANSWERS = {     # made of cookie and data; what the server's user is told
+    "magic": (lambda c, d: struct.pack(">IIQ", 1, 0, c), "something else"),
+    "cookie": (lambda c, d: simple(c + 1) + d, "something else"),
+    "cut": (lambda c, d: simple(c) + d[:-1], "closed the connection"),
+    "half a chunk": (lambda c, d: chunk(c, 1, bytes(8) + d)[:1000], "closed the connection"),
+    "huge": (lambda c, d: chunk(c, 1, length=0xFFFFFFFF), "4294967295 bytes"),
+    "huge error": (lambda c, d: chunk(c, 1 << 15, length=0xFFFFFFF0), "4294967280 bytes"),
+    "elsewhere": (lambda c, d: chunk(c, 1, struct.pack(">Q", 512) + d), "nobody asked for"),
+    "before": (lambda c, d: chunk(c, 1, struct.pack(">Q", (1 << 64) - 512) + d), "nobody asked for"),
+    "a hole too large": (lambda c, d: chunk(c, 2, struct.pack(">QI", 0, 0xFFFFFFFF)), "nobody asked for"),
+    "a type unknown": (lambda c, d: chunk(c, 77, b"?"), "type 77"),
+    "shutting down": (lambda c, d: simple(c, errno.ESHUTDOWN), "shutting down"),
+    "silence": (lambda c, d: None, "closed the connection"),
+}
+
+
+@kernel
+def test_nbd_what_hostile_answers_lead_to_is_a_new_connection(targets, here, capfd):
+    for name, (make, text) in HOSTILE_ANSWERS.items():
+        def answer(peer, cookie, data, make=make):
+            bad = make(cookie, data)
+            if bad is None:
+                FakeNbd.take(peer, 1 << 30)
+            peer.sendall(bad)
+            raise EOFError
+        with FakeNbd(here) as fake:
+            with ublk.Device(targets.Nbd(nbd_uri(here), timeout="3s")) as disk, opened(disk.path) as fd:
+                os.sync()
+                capfd.readouterr()
+                before, fake.answer = fake.connections, answer
+                assert read_at(fd, 0, 8192) == fake.data[:8192], name
+                assert fake.connections == before + 1, name
+                told = capfd.readouterr().err
+                assert told.count("\n") == 1 and "connection lost: " in told and text in told, (name, told)
+        here.unlink()
+
+
+@kernel
+def test_nbd_errors_of_the_server_reach_the_client(targets, here):
+    with FakeNbd(here) as fake:
+        with ublk.Device(targets.Nbd(nbd_uri(here))) as disk, opened(disk.path) as fd:
+            no_space = struct.pack(">IH", errno.ENOSPC, 2) + b"no"
+            for make, number in ((lambda c: simple(c, errno.ENOSPC), errno.ENOSPC),
+                                 (lambda c: simple(c, 0xFFFFFFFF), errno.EIO),
+                                 (lambda c: chunk(c, 1 << 15 | 1, no_space), errno.ENOSPC),
+                                 (lambda c: chunk(c, 0), errno.EIO)):       # done, but without data
+                fake.answer = lambda peer, cookie, data, make=make: peer.sendall(make(cookie))
+                assert error_of(read_at, fd, 0, 4096) == number
+            assert read_at(fd, 4096, 4096) == fake.data[4096:8192]
+        assert fake.connections == 1
+
+
+@kernel
+def test_nbd_chunks_of_data_and_holes_in_any_order(targets, here):
+    def answer(peer, cookie, data):
+        peer.sendall(chunk(cookie, 2, struct.pack(">QI", 4096, 2048), done=0)
+                     + chunk(cookie, 1, struct.pack(">Q", 6144) + data[6144:], done=0)
+                     + chunk(cookie, 1, bytes(8) + data[:4096], done=0) + chunk(cookie, 0))
+
+    with FakeNbd(here) as fake:
+        with ublk.Device(targets.Nbd(nbd_uri(here))) as disk, opened(disk.path) as fd:
+            fake.answer = answer
+            assert read_at(fd, 0, 8192) == fake.data[:4096] + bytes(2048) + fake.data[6144:8192]
+
+
+@kernel
+def test_nbd_a_server_that_never_answers_fails_the_requests_in_time(targets, here, capfd):
+    with FakeNbd(here) as fake:
+        with ublk.Device(targets.Nbd(nbd_uri(here), timeout="1s")) as disk, opened(disk.path) as fd:
+            fake.hello = lambda peer: FakeNbd.take(peer, 1 << 30)
+            targets.NBD_HANDSHAKE, usual = 0.3, targets.NBD_HANDSHAKE
+            fake.answer = says([b""]).__get__(fake)
+            assert error_of(read_at, fd, 0, 4096) == errno.ETIMEDOUT
+            assert "giving requests up" in capfd.readouterr().err
+            fake.hello = None
+            assert read_at(fd, 0, 4096) == fake.data[:4096]
+            targets.NBD_HANDSHAKE = usual
+
+
+@kernel
+def test_nbd_an_export_that_became_smaller_is_not_written_to(targets, here):
+    with FakeNbd(here) as fake:
+        with ublk.Device(targets.Nbd(nbd_uri(here), timeout="1s")) as disk, opened(disk.path) as fd:
+            fake.info = [struct.pack(">HQH", 0, 1 << 19, 0b1101)]
+            fake.answer, before = says([b""]).__get__(fake), fake.data[:]
+            assert error_of(read_at, fd, 0, 4096) == errno.ETIMEDOUT
+            assert error_of(write_at, fd, 0, b"x" * 4096) == errno.ETIMEDOUT
+            assert fake.data == before
+
+
+def test_nbd_serves_with_one_queue(targets, here):
+    with FakeNbd(here):
+        target = targets.Nbd(nbd_uri(here))
+        target.start(0)
+        with pytest.raises(ublk.UblkError, match="use one queue"):
+            target.start(1)
+        target.close()
+
+
+# ---- real servers ---------------------------------------------------------------------------------
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["nbdkit", "qemu-nbd", "simple replies"])
+def test_nbd_random_writes_verify(targets, here, new_image, kind):
+    image, port = new_image("32M"), free_port()
+    words, uri = {
+        "nbdkit": (["nbdkit", "-f", "--unix", "AT", "file", image, here], nbd_uri(here)),
+        "qemu-nbd": (["qemu-nbd", "-t", "-f", "raw", "-b", "127.0.0.1", "-p", "AT", image, port],
+                     f"nbd://127.0.0.1:{port}"),
+        "simple replies": (["nbdkit", "-f", "--no-sr", "-p", "AT", "file", image, port],
+                           f"nbd://localhost:{port}")}[kind]
+    with nbd_server(*words):
+        with ublk.Device(targets.Nbd(uri)) as disk:
+            fio_verify(disk.path)
+            os.sync()
+            found = digest(disk.path)
+        assert digest(image) == found
+
+
+@kernel
+def test_nbd_an_image_with_a_backing_file_carries_a_file_system(targets, here, tmp_path):
+    needs("qemu-img")
+    base, image = tmp_path / "base.img", tmp_path / "disk.qcow2"
+    base.write_bytes(os.urandom(1 << 20) + bytes(63 << 20))
+    before = digest(base)
+    sh("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, image)
+    with nbd_server("qemu-nbd", "-t", "-f", "qcow2", "--discard=unmap", "-k", "AT", image, here) as server:
+        with ublk.Device(targets.Nbd(nbd_uri(here))) as disk:
+            with opened(disk.path) as fd:
+                assert read_at(fd, 0, 1 << 20) == base.read_bytes()[:1 << 20]
+            carries("ext4", disk, tmp_path / "mnt")
+            os.sync()
+        server.terminate()
+        assert server.wait() == 0
+    sh("qemu-img", "check", image)
+    assert digest(base) == before
+
+
+@kernel
+def test_nbd_every_kind_of_request_reaches_the_server(targets, here, tmp_path):
+    needs("blkdiscard")
+    log = tmp_path / "log"
+    with nbdkit(here, "--filter=log", "memory", "16M", f"logfile={log}"):
+        with ublk.Device(targets.Nbd(nbd_uri(here))) as disk:
+            with opened(disk.path, os.O_RDWR | os.O_DSYNC) as fd:
+                write_at(fd, 8192, b"y" * 4096)
+            with opened(disk.path) as fd:
+                write_at(fd, 0, b"x" * 4096)
+                os.fsync(fd)
+                sh("blkdiscard", "-o", 1 << 20, "-l", 65536, disk.path)
+                sh("blkdiscard", "-z", "-o", 0, "-l", 4096, disk.path)
+                assert read_at(fd, 0, 4096) == bytes(4096)
+                assert read_at(fd, 8192, 4096) == b"y" * 4096
+    text = log.read_text()
+    for pattern in ("Write .*offset=0x2000 count=0x1000 fua=1", "Write .*offset=0x0 count=0x1000 fua=0",
+                    "Flush", "Trim .*offset=0x100000 count=0x10000", "Zero .*offset=0x0 count=0x1000"):
+        assert re.search(pattern, text), (pattern, text)
+
+
+@kernel
+def test_nbd_an_export_for_reading_makes_a_disk_for_reading(targets, here, new_image):
+    image = new_image("1M")
+    image.write_bytes(os.urandom(1 << 20))
+    with nbdkit(here, "-r", "file", image):
+        with ublk.Device(targets.Nbd(nbd_uri(here))) as disk:
+            assert sh("blockdev", "--getro", disk.path).stdout == "1\n"
+            assert digest(disk.path) == digest(image)
+            with opened(disk.path, os.O_RDONLY) as fd:
+                assert error_of(os.write, fd, bytes(4096)) == errno.EBADF
+
+
+@kernel
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nbd_a_server_restarted_under_load_loses_nothing(targets, here, new_image, number):
+    words = "nbdkit", "-f", "--unix", "AT", "file", new_image("16M"), here
+    with ExitStack() as stack:
+        server = stack.enter_context(nbd_server(*words))
+        disk = stack.enter_context(ublk.Device(targets.Nbd(nbd_uri(here))))
+        with Fio(disk) as fio:
+            for _ in range(3):
+                fio.busy()
+                server.send_signal(number)
+                server.wait()
+                here.unlink(missing_ok=True)
+                server = stack.enter_context(nbd_server(*words))
+            fio.busy()
+            fio.finish()
+        assert fio.errors == 0
+
+
+# =================================================================================================
+# Companion: servers of other targets killed
+# =================================================================================================
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["nbd", "record"])
+def test_a_killed_server_loses_nothing_of(here, backing, tmp_path, run, kind):
+    with ExitStack() as stack:
+        if kind == "nbd":
+            stack.enter_context(nbdkit(here, "file", backing))
+        words = ["nbd", nbd_uri(here)] if kind == "nbd" else ["record", tmp_path / "log", "loop", backing]
+        disk = Forked(*words, "-r", "reissue").live()
+        with Fio(disk) as fio:
+            for _ in range(3):
+                fio.busy()
+                disk.kill()
+                disk = recovered(disk)
+            fio.busy()
+            fio.finish()
+        assert fio.errors == 0
+        os.sync()
+        found = digest(disk.path)
+        assert disk.kill(signal.SIGTERM) == 0
+    assert digest(backing) == found
+    if kind == "record":
+        assert run("replay", tmp_path / "log", tmp_path / "again").status == 0
+        assert digest(tmp_path / "again") == found
+
+
+# =================================================================================================
+# Companion: zones
+# =================================================================================================
+
+EMPTY, IMP_OPEN, EXP_OPEN, CLOSED, FULL = 1, 2, 3, 4, 14
+
+
+def zoned(targets, **options):
+    """Make a disk of 16 zones of 1 MiB."""
+    return targets.Zoned(**{"size": 16 << 20, "zone_size": 1 << 20, **options})
+
+
+def now(coroutine):
+    """Run a coroutine that has nothing to wait for."""
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(None)
+    return end.value.value
+
+
+def conditions(target):
+    return [zone.cond for zone in target.zones]
+
+
+def test_zones_are_written_at_their_pointer_only(targets):
+    disk, page = zoned(targets), memoryview(bytes(4096))
+
+    def write(offset, size=4096):
+        return error_of(now, disk.write(offset, memoryview(b"x" * size)))
+    now(disk.write(1 << 20, page))
+    assert disk.zone_append(1 << 20, page) == (1 << 20) + 4096
+    now(disk.write((1 << 20) + 8192, page))
+    for wrong_place in (1 << 20, (1 << 20) + 16384, (2 << 20) + 4096):
+        assert write(wrong_place) == errno.EIO
+    disk.zone_finish(1 << 20)
+    assert error_of(disk.zone_append, 1 << 20, page) == errno.EIO
+    assert error_of(disk.zone_open, 1 << 20) == errno.EIO
+    assert conditions(disk) == [EMPTY, FULL] + [EMPTY] * 14
+    assert write(3 << 20, 2 << 20) == errno.EIO
+    disk.close()
+
+
+def test_zones_open_within_their_limits(targets):
+    disk, page = zoned(targets, max_open=2, max_active=3), memoryview(bytes(4096))
+    for zone in (0, 1, 2):                      # the third closes one that nobody opened
+        now(disk.write(zone << 20, page))
+    assert conditions(disk)[:4] == [CLOSED, IMP_OPEN, IMP_OPEN, EMPTY]
+    assert error_of(disk.zone_append, 3 << 20, page) == errno.EOVERFLOW
+    disk.zone_open(1 << 20)
+    disk.zone_open(2 << 20)
+    assert error_of(disk.zone_open, 0) == errno.ETOOMANYREFS
+    assert error_of(disk.zone_append, 0, page) == errno.ETOOMANYREFS
+    disk.zone_finish(0)                         # leaves room for another active one
+    disk.zone_close(1 << 20)
+    assert disk.zone_append(3 << 20, page) == 3 << 20
+    assert conditions(disk)[:4] == [FULL, CLOSED, EXP_OPEN, IMP_OPEN]
+    disk.close()
+
+
+def test_zones_of_a_file_are_as_they_were_left(targets, tmp_path):
+    path, page = str(tmp_path / "zones"), memoryview(os.urandom(4096))
+    disk = zoned(targets, file=path, conventional=2)
+    disk.zone_append(2 << 20, page)
+    disk.zone_open(3 << 20)
+    disk.zone_finish(4 << 20)
+    disk.close()
+    disk = zoned(targets, file=path, conventional=2)
+    assert conditions(disk) == [0, 0, CLOSED, EMPTY, FULL] + [EMPTY] * 11
+    assert disk.zones[2].wp == (2 << 20) + 4096
+    now(disk.write(2 << 20, page))              # what a killed server had done comes again
+    assert error_of(now, disk.write(2 << 20, memoryview(bytes(4096)))) == errno.EIO
+    for operation in (disk.zone_open, disk.zone_close, disk.zone_finish):
+        assert error_of(operation, 0) == errno.EIO
+    disk.close()
+
+
+def damage(path, offset, data):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+@pytest.mark.parametrize("spoil, text", [
+    (lambda path: damage(path, 0, b"x"), "not a zoned disk, or a damaged one"),
+    (lambda path: damage(path, 9, b"x"), "not a zoned disk, or a damaged one"),
+    (lambda path: damage(path, 4096 + 8, b"\1"), "the write pointer of zone 1"),
+    (lambda path: damage(path, 4096 + 8 * 15, b"\xff" * 8), "the write pointer of zone 15"),
+    (lambda path: os.truncate(path, 10 << 20), "damaged: not"),
+    (lambda path: os.truncate(path, 512), "damaged: not"),
+    (lambda path: path.write_bytes(os.urandom(1 << 20)), "not a zoned disk, or a damaged one")])
+def test_zones_of_a_damaged_file_are_refused(run, targets, tmp_path, spoil, text):
+    path = tmp_path / "zones"
+    zoned(targets, file=str(path)).close()
+    spoil(path)
+    assert_fails(run("zoned", "--file", path, "--size", "16M", "--zone-size", "1M"), 1, text, errno.EINVAL)
+
+
+@pytest.mark.parametrize("words, status, text", [
+    ("--zone-size 3M", 1, "3145728"), ("--zone-size 512", 1, "512"), ("--zone-size 0", 1, "--zone-size 0"),
+    ("--size 100M --zone-size 16M", 1, "--size"), ("--size 0", 1, "--size 0"),
+    ("--size 64M --conventional 4", 1, "--size"), ("--conventional -1", 2, "--conventional"),
+    ("--max-open x", 2, "--max-open"), ("surplus", 2, "surplus"),
+    ("--file /no/such/dir/x", 1, "/no/such/dir")])
+def test_zones_that_cannot_be(run, words, status, text):
+    assert_fails(run("zoned", *words.split()), status, text)
+
+
+def test_zones_of_another_geometry_are_named(run, targets, tmp_path):
+    zoned(targets, file=str(tmp_path / "zones"), conventional=1).close()
+    done = run("zoned", "--file", tmp_path / "zones")
+    assert_fails(done, 1, "use --size 16777216 --zone-size 1048576 --conventional 1", errno.EINVAL)
+
+
+def report(disk):
+    """Return (first sector, written sectors, condition, type) of each zone, as blkzone tells it."""
+    pattern = r" *start: (\w+), len \w+, cap \w+, wptr (\w+) .* zcond: *\d+\((..)\) \[type: (\d)"
+    found = [re.match(pattern, line) for line in sh("blkzone", "report", disk.path).stdout.splitlines()]
+    return [(int(line[1], 16), int(line[2], 16), line[3], int(line[4])) for line in found]
+
+
+@kernel
+def test_blkzone_sees_and_changes_the_zones(targets):
+    needs("blkzone")
+    with ublk.Device(zoned(targets, conventional=2, max_open=4, max_active=6)) as disk:
+        name = os.path.basename(disk.path)
+        queue = Path(f"/sys/block/{name}/queue")
+        assert (queue / "zoned").read_text() == "host-managed\n"
+        assert [(queue / f"max_{word}_zones").read_text() for word in ("open", "active")] == ["4\n", "6\n"]
+        assert report(disk) == [(zone * 2048, 0, "nw" if zone < 2 else "em", 1 if zone < 2 else 2)
+                                for zone in range(16)]
+        with opened(disk.path) as fd:
+            data = os.urandom(8192)
+            write_at(fd, 4096, data)                            # conventional
+            write_at(fd, 3 << 20, data)
+            assert error_of(write_at, fd, (3 << 20) + 16384, data) == errno.EIO
+            sh("blkzone", "finish", "-o", 4 * 2048, "-c", 1, disk.path)
+            sh("blkzone", "open", "-o", 5 * 2048, "-c", 1, disk.path)
+            found = report(disk)
+            assert found[3][1:3] == (16, "oi") and found[4][2] == "fu" and found[5][2] == "oe"
+            sh("blkzone", "close", "-o", 3 * 2048, "-c", 1, disk.path)
+            assert report(disk)[3][1:3] == (16, "cl")
+            assert read_at(fd, 4096, 8192) == read_at(fd, 3 << 20, 8192) == data
+            sh("blkzone", "reset", "-o", 3 * 2048, "-c", 1, disk.path)
+            assert read_at(fd, 3 << 20, 8192) == bytes(8192)
+            sh("blkzone", "reset", "-o", 2 * 2048, disk.path)
+            assert {line[1:3] for line in report(disk)[2:]} == {(0, "em")}
+            assert read_at(fd, 4096, 8192) == data
+
+
+ZBD = ["--zonemode=zbd", "--direct=1", "--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--bs=16k",
+       "--iodepth=8", "--ioengine=libaio", "--max_open_zones=4", "--thread", "--minimal"]
+
+
+@kernel
+def test_fio_verifies_zones(targets):
+    needs("fio")
+    with ublk.Device(zoned(targets, max_open=4, max_active=4)) as disk:
+        done = sh("fio", "--name=x", f"--filename={disk.path}", "--size=16M", "--io_size=12M", *ZBD,
+                  cwd="/tmp")
+        assert "verify" not in done.stderr, done.stderr
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["btrfs", "f2fs"])
+def test_zones_carry_a_file_system(targets, tmp_path, kind):
+    make, check, options = {
+        "btrfs": (["mkfs.btrfs", "-qf", "-O", "zoned", "-d", "single", "-m", "single"], ["btrfs", "check"],
+                  {"size": 256 << 20, "zone_size": 8 << 20}),
+        "f2fs": (["mkfs.f2fs", "-qfm"], ["fsck.f2fs"],
+                 {"size": 192 << 20, "zone_size": 4 << 20, "conventional": 8})}[kind]
+    needs(make[0], check[0])
+    files = {str(number): os.urandom(number * 50_000) for number in range(12)}
+    with ublk.Device(targets.Zoned(**options)) as disk:
+        sh(*make, disk.path)
+        with mount_of(disk.path, tmp_path / "mnt", "-t", kind) as directory:
+            for name, data in files.items():
+                (directory / name).write_bytes(data)
+            (directory / "0").unlink()
+        with mount_of(disk.path, tmp_path / "mnt", "-t", kind) as directory:
+            assert {path.name: path.read_bytes() for path in directory.iterdir()} == \
+                {name: data for name, data in files.items() if name != "0"}
+        sh(*check, disk.path)
+
+
+@kernel
+def test_zones_survive_servers_that_are_killed(tmp_path, backing):
+    backing.unlink()
+    words = ["zoned", "--file", backing, "--size", "32M", "--zone-size", "4M", "-r", "reissue"]
+    disk = Forked(*words).live()
+    with Fio(disk, "--zonemode=zbd", "--max_open_zones=2", "--bs=16k", "--size=32M", "--io_size=8M") as fio:
+        for _ in range(3):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    before = report(disk), digest(disk.path)
+    assert disk.kill(signal.SIGTERM) == 0
+    with Forked(*words) as disk:                # and the end of the server
+        assert [line[:2] for line in report(disk)] == [line[:2] for line in before[0]]
+        assert digest(disk.path) == before[1]
+
+
+# =================================================================================================
+# Companion: recordings
+# =================================================================================================
+
+
+class Log:
+    """A recorded disk in memory: the log, and what the disk contained after each of its entries."""
+
+    def __init__(self, targets, path, size=1 << 20):
+        self.path, self.targets = path, targets
+        self.disk = targets.Record(str(path), targets.Ram(size=size))
+        self.states = [bytes(size)]
+
+    def do(self, name, *args):
+        now(getattr(self.disk, name)(*args))
+        self.states.append(bytes(self.disk.target.view))
+
+    def some(self):
+        """Do something of everything."""
+        for at in (0, 8192, 4096):
+            self.do("write", at, memoryview(os.urandom(8192)))
+        for name, *args in (("flush",), ("discard", 4096, 4096), ("write_zeroes", 512, 1024, False)):
+            self.do(name, *args)
+        self.do("write", 0, memoryview(os.urandom(512)))
+        self.disk.close()
+        return self
+
+
+@pytest.fixture
+def log(targets, tmp_path):
+    return Log(targets, tmp_path / "log").some()
+
+
+def test_replay_rebuilds_the_disk_after_every_entry(run, log, tmp_path):
+    for number, state in enumerate(log.states):
+        path = tmp_path / f"disk{number}"
+        assert run("replay", log.path, path, "--to", number).status == 0
+        assert path.read_bytes() == state
+    assert run("replay", log.path, tmp_path / "last").status == 0
+    assert (tmp_path / "last").read_bytes() == log.states[-1]
+
+
+def test_replay_lists_the_entries(run, log):
+    lines = [line.split() for line in run("replay", log.path, "--list").out.splitlines()]
+    assert [line[:2] for line in lines] == [[str(number + 1), kind] for number, kind in enumerate(
+        ["write", "write", "write", "flush", "discard", "write_zeroes", "write"])]
+    assert lines[1][2:] == ["8192", "8192"]
+
+
+def test_replay_begins_with_a_base(run, targets, tmp_path):
+    base = os.urandom(1 << 20)
+    (tmp_path / "base").write_bytes(base)
+    disk = targets.Record(str(tmp_path / "log"), targets.Ram(size=1 << 20))
+    now(disk.write(4096, memoryview(b"x" * 4096)))
+    disk.close()
+    assert run("replay", tmp_path / "log", tmp_path / "disk", "--base", tmp_path / "base").status == 0
+    assert (tmp_path / "disk").read_bytes() == base[:4096] + b"x" * 4096 + base[8192:]
+
+
+def test_a_log_is_continued_and_what_a_kill_cut_off_is_left_out(run, targets, log, tmp_path):
+    os.truncate(log.path, os.path.getsize(log.path) - 100)
+    assert run("replay", log.path, tmp_path / "cut").status == 0
+    assert (tmp_path / "cut").read_bytes() == log.states[-2]
+    disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
+    now(disk.write(0, memoryview(b"y" * 512)))
+    disk.close()
+    assert run("replay", log.path, tmp_path / "more").status == 0
+    assert (tmp_path / "more").read_bytes() == b"y" * 512 + log.states[-2][512:]
+
+
+def test_a_damaged_log_is_an_error_and_good_up_to_there(run, targets, log, tmp_path):
+    with open(log.path, "rb") as file:
+        third = list(targets.entries(file))[2]
+    for number, at in (("data", third.end - 1), ("head", third.end + 5)):       # of the 3rd, of the 4th
+        path = shutil.copy(log.path, tmp_path / number)
+        damage(path, at, b"\xee")
+        done = run("replay", path, tmp_path / f"{number}.disk")
+        last = 2 if number == "data" else 3
+        assert_fails(done, 1, f"--to {last}", errno.EINVAL)
+        assert run("replay", path, tmp_path / f"{number}.good", "--to", last).status == 0
+        assert (tmp_path / f"{number}.good").read_bytes() == log.states[last]
+
+
+@pytest.mark.parametrize("words, status, text", [
+    ("LOG", 2, "name the disk image"), ("", 2, "log"), ("/no/such disk", 1, "/no/such"),
+    ("LOG DISK --to -1", 2, "--to"), ("LOG DISK --to x", 2, "--to"), ("LOG DISK --every day", 2, "--every"),
+    ("LOG LOG", 1, "LOG"), ("LOG DISK --base /no/such", 1, "/no/such"), ("EMPTY DISK", 1, "not a log"),
+    ("JUNK DISK", 1, "not a log"), ("/dev/zero DISK", 1, "not a log")])
+def test_replay_of_what_cannot_be(run, log, tmp_path, words, status, text):
+    (tmp_path / "EMPTY").write_bytes(b"")
+    (tmp_path / "JUNK").write_bytes(os.urandom(100))
+    names = {"LOG": log.path, **{name: tmp_path / name for name in ("DISK", "EMPTY", "JUNK")}}
+    text = text.replace("LOG", str(log.path))
+    assert_fails(run("replay", *[names.get(word, word) for word in words.split()]), status, text)
+
+
+def test_a_recording_that_cannot_be(run, log, tmp_path):
+    assert_fails(run("record", log.path, "ram", "--size", "2M"), 1, "the log of a disk of 1048576 bytes")
+    assert_fails(run("record", tmp_path, "ram"), 1, str(tmp_path), errno.EISDIR)
+    assert_fails(run("record", tmp_path / "x", "zoned"), 1, "zoned", errno.EINVAL)
+    assert run("record", tmp_path / "y").status == 2
+    (tmp_path / "JUNK").write_bytes(os.urandom(100))
+    assert_fails(run("record", tmp_path / "JUNK", "ram"), 1, "not a log", errno.EINVAL)
+    assert len((tmp_path / "JUNK").read_bytes()) == 100
+
+
+# ---- crashes ----------------------------------------------------------------------------------------
+
+# A database: block 0 says how many records there are, record n is in block n.
+CHECK = """
+import sys
+with open(sys.argv[1], "rb") as disk:
+    for number in range(1, 1 + int.from_bytes(disk.read(8), "little")):
+        disk.seek(number * 4096)
+        assert disk.read(4096) == bytes([number]) * 4096
+"""
+
+
+class Database:
+    """Writes its records through a disk's write(offset, data) and flush()."""
+
+    def __init__(self, write, flush):
+        self.write, self.flush = write, flush
+
+    def record(self, number):
+        self.write(number * 4096, bytes([number]) * 4096)
+
+    def header(self, number):
+        self.write(0, number.to_bytes(8, "little") + bytes(4088))
+
+    def good(self, number):
+        self.record(number)
+        self.flush()
+        self.header(number)
+        self.flush()
+
+    def hasty(self, number):                # right in order, but nothing keeps the disk to it
+        self.record(number)
+        self.header(number)
+        self.flush()
+
+    def bad(self, number):
+        self.header(number)
+        self.record(number)
+        self.flush()
+
+
+def crash_test(run, log, *words):
+    """Look for a crash after which a database is wrong."""
+    script = log.with_suffix(".py")
+    script.write_text(CHECK)
+    check = f"{sys.executable} {script} {{}} 2>&-"
+    return run("replay", log, log.with_suffix(".a disk"), "--check", check, *words)
+
+
+@pytest.mark.parametrize("words, good, hasty, bad", [
+    ("--every entry", "good at 12 ", "good at 9 ", "bad at entry 1: write 0 4096: "),
+    ("--every flush", "good at 6 ", "good at 3 ", "good at 3 "),
+    ("--every entry --from 3", "good at 10 ", "good at 7 ", "bad at entry 4: write 0 4096: "),
+    ("--every entry --lose 1", "good at 12 ", "bad at entry ", "bad at entry "),
+    ("--every flush --lose 2", "good at 6 ", "bad at entry ", "bad at entry ")])
+def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path, words, good, hasty, bad):
+    for name, verdict in (("good", good), ("hasty", hasty), ("bad", bad)):
+        path = tmp_path / name
+        log = Log(targets, path)
+        database = Database(lambda at, data, log=log: log.do("write", at, memoryview(data)),
+                            lambda log=log: log.do("flush"))
+        for number in (1, 2, 3):
+            getattr(database, name)(number)
+        log.disk.close()
+        done = crash_test(run, path, *words.split())
+        assert done.out.startswith(verdict) and done.status == verdict.startswith("bad"), (name, done)
+
+
+@kernel
+def test_crashes_of_a_real_disk(run, targets, tmp_path):
+    """The same through the kernel, with direct I/O and fsync."""
+    for name, verdict in {"good": "good at ", "bad": "bad at entry "}.items():
+        with ublk.Device(targets.Record(str(tmp_path / name), targets.Ram(size=1 << 20))) as disk:
+            with opened(disk.path) as fd:
+                database = Database(partial(write_at, fd), partial(os.fsync, fd))
+                for number in (1, 2, 3):
+                    getattr(database, name)(number)
+        done = crash_test(run, tmp_path / name, "--every", "entry")
+        assert done.out.startswith(verdict), done
+    with open(tmp_path / "bad", "rb") as log:
+        header = next(entry for entry in targets.entries(log) if entry.kind == "write" and entry.offset == 0)
+    assert done.out.startswith(f"bad at entry {header.number}: write 0 4096")
+
+
+@kernel
+def test_replaying_all_equals_the_disk(run, targets, tmp_path):
+    with ublk.Device(targets.Record(str(tmp_path / "log"), targets.Ram(size=32 << 20)), queues=2) as disk:
+        fio_verify(disk.path)
+        os.sync()
+        found = digest(disk.path)
+    assert run("replay", tmp_path / "log", tmp_path / "again").status == 0
+    assert digest(tmp_path / "again") == found
+
+
+# What is in a file that was replaced must be the old or the new, whenever the crash came.
+INTACT = ("e2fsck -fy {} >/dev/null 2>&1; "
+          "debugfs -R 'cat /config' {} 2>/dev/null | grep -qx 'old\\|new'")
+
+
+@kernel
+def test_a_rename_without_fsync_is_caught_and_one_with_it_is_not(run, targets, tmp_path):
+    needs("mkfs.ext4", "e2fsck", "debugfs")
+    for careful in (True, False):
+        log, image = tmp_path / f"log{careful}", tmp_path / f"disk{careful}"
+        with ublk.Device(targets.Record(str(log), targets.Ram(size=16 << 20))) as disk:
+            sh("mkfs.ext4", "-qF", disk.path)
+            with mount_of(disk.path, tmp_path / "mnt", "-o", "data=writeback,noauto_da_alloc") as directory:
+                write_file(directory / "config", "old\n", sync=True)
+                os.sync()
+                start = len(run("replay", log, "--list").out.splitlines()) + 1
+                write_file(directory / "config.new", "new\n", sync=careful)
+                (directory / "config.new").rename(directory / "config")
+                write_file(directory / "other", "it commits the journal\n", sync=True)
+        done = run("replay", log, image, "--check", INTACT, "--from", start)
+        if careful:
+            assert done.status == 0 and re.match(r"good at \d+ crash points", done.out), done
+            continue
+        found = re.match(r"bad at entry (\d+): ", done.out)
+        assert done.status == 1 and found, done
+        for number, sound in ((int(found[1]) - 1, True), (int(found[1]), False)):
+            assert run("replay", log, tmp_path / f"at{sound}", "--to", number).status == 0
+            command = INTACT.replace("{}", str(tmp_path / f"at{sound}"))
+            assert (sh("sh", "-c", command, check=False).returncode == 0) == sound
+
+
+def write_file(path, text, *, sync):
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())

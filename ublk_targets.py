@@ -764,7 +764,7 @@ async def read_at(fd: int, offset: int, buffer: memoryview) -> int:
     return await ublk.uring_read(fd, buffer, offset)
 
 
-def write_all(fd: int, data: bytes, offset: int) -> None:
+def write_all(fd: int, data: Any, offset: int) -> None:
     """Write all of data at offset; raises OSError."""
     while data:
         count = os.pwrite(fd, data, offset)
@@ -961,318 +961,289 @@ def seconds(text: str) -> float:
 # =================================================================================================
 
 # The NBD protocol: github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
+NBD_OPTION_MAGIC, NBD_OPTION_REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
 NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY = 7, 8
-NBD_REP_ACK, NBD_REP_INFO, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 3, 1 << 31 | 5, 1 << 31 | 6
+NBD_REP_ACK, NBD_REP_ERROR, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 1 << 31, 1 << 31 | 5, 1 << 31 | 6
 NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
-NBD_FLAG_READ_ONLY, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_FUA = 1 << 1, 1 << 2, 1 << 3
-NBD_FLAG_ROTATIONAL, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES = 1 << 4, 1 << 5, 1 << 6
-NBD_FLAG_CAN_MULTI_CONN = 1 << 8
-NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = 0, 1, 2, 3, 4
+NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL = 1 << 1, 1 << 4
+# What a server may offer, as a bit of its flags, and the handler that uses it
+NBD_OFFERS = {1 << 2: "flush", 1 << 3: "write_fua", 1 << 5: "discard", 1 << 6: "write_zeroes"}
+NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = range(5)
 NBD_CMD_WRITE_ZEROES = 6
 NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE = 1, 2
 NBD_REQUEST = struct.Struct(">IHHQQI")      # magic, flags, command, cookie, offset, length
 NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
-NBD_OPTION_MAGIC, NBD_OPTION_REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
-NBD_ERRORS = (errno.EPERM, errno.EIO, errno.ENOMEM, errno.EINVAL, errno.ENOSPC, errno.EOVERFLOW,
-              errno.EOPNOTSUPP)
-
-
-class Nbd(ublk.Target):
-    """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
-
-    Each queue has a connection of its own and sends all its requests at once. When a connection
-    is lost, a new one is made and gets the requests that had no reply yet.
-
-    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
-    timeout: requests fail when the server is silent or away for so long (60s)
-    """
-
-    processes = True
-
-    def __init__(self, uri: str, *, timeout: str = "60s") -> None:
-        self.uri, self.timeout = uri, seconds(timeout)
-        self.address, self.export = nbd_address(uri)
-        self.links: dict[int, NbdLink] = {}         # of each thread that serves a queue
-        first = NbdLink(self)
-        first.connect()
-        self.links[-1] = first      # kept: some servers end with their first client
-        minimum, self.maximum, flags = first.minimum, first.maximum, first.flags
-        if minimum & minimum - 1 or minimum > PAGE_SIZE:
-            raise wrong(uri, f"its block size {minimum} is not possible here")
-        self.block_size = max(ublk.SECTOR, minimum)
-        self.size = first.size // self.block_size * self.block_size
-        if not self.size:
-            raise wrong(uri, f"its size {first.size} is less than a block")
-        self.flags, self.read_only = flags, bool(flags & NBD_FLAG_READ_ONLY)
-        self.rotational = bool(flags & NBD_FLAG_ROTATIONAL)
-        for bit, name in ((NBD_FLAG_SEND_FLUSH, "flush"), (NBD_FLAG_SEND_FUA, "write_fua"),
-                          (NBD_FLAG_SEND_TRIM, "discard"),
-                          (NBD_FLAG_SEND_WRITE_ZEROES, "write_zeroes")):
-            if flags & bit:
-                setattr(self, name, getattr(self, "_" + name))
-
-    def start(self, index: int) -> None:
-        """Connect, in the thread or process of a queue."""
-        if index and not self.flags & NBD_FLAG_CAN_MULTI_CONN:
-            raise wrong(self.uri, "this server allows one connection", "use one queue")
-        link = self.links.pop(-1, None) if index == 0 else None
-        if link is None:
-            link = NbdLink(self)
-            link.connect()
-        self.links[threading.get_ident()] = link
-
-    def ask(self, command: int, offset: int, length: int, flags: int = 0, buffer: Any = None) -> Any:
-        return self.links[threading.get_ident()].ask(command, offset, length, flags, buffer)
-
-    async def read(self, offset: int, buffer: memoryview) -> int:
-        buffer = buffer[:self.maximum]
-        await self.ask(NBD_CMD_READ, offset, len(buffer), 0, buffer)
-        return len(buffer)
-
-    async def write(self, offset: int, buffer: memoryview, flags: int = 0) -> int:
-        buffer = buffer[:self.maximum]
-        await self.ask(NBD_CMD_WRITE, offset, len(buffer), flags, buffer)
-        return len(buffer)
-
-    async def _write_fua(self, offset: int, buffer: memoryview) -> int:
-        return await self.write(offset, buffer, NBD_CMD_FLAG_FUA)
-
-    async def _flush(self) -> None:
-        await self.ask(NBD_CMD_FLUSH, 0, 0)
-
-    async def _discard(self, offset: int, length: int) -> None:
-        await self.ask(NBD_CMD_TRIM, offset, length)
-
-    async def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await self.ask(NBD_CMD_WRITE_ZEROES, offset, length, 0 if unmap else NBD_CMD_FLAG_NO_HOLE)
-
-    def close(self) -> None:
-        for link in self.links.values():
-            link.close()
+NBD_REPLY_FLAG_DONE = 1
+NBD_REPLY_NONE, NBD_REPLY_DATA, NBD_REPLY_HOLE, NBD_REPLY_ERROR = 0, 1, 2, 1 << 15
+NBD_HANDSHAKE = 5.0                         # seconds a server has for all of it
 
 
 def nbd_address(uri: str) -> tuple[Any, str]:
-    """Take an NBD URI apart: (a path or (host, port), name of the export)."""
+    """Take an NBD URI apart: (a path or (host, port), name of the export). Raises UblkError."""
     from urllib.parse import parse_qs, unquote, urlsplit
-    parts = urlsplit(uri)
-    export = unquote(parts.path[1:])
-    if parts.scheme == "nbd" and parts.hostname:
-        return (parts.hostname, parts.port or 10809), export
-    if parts.scheme == "nbd+unix" and "socket" in parse_qs(parts.query):
-        return parse_qs(parts.query)["socket"][0], export
+    try:
+        parts = urlsplit(uri)
+        path, export = parse_qs(parts.query).get("socket"), unquote(parts.path[1:])
+        if parts.scheme == "nbd" and parts.hostname:
+            return (parts.hostname, parts.port or 10809), export
+        if parts.scheme == "nbd+unix" and path:
+            return path[0], export
+    except ValueError as error:             # of a port that is none
+        raise wrong(uri, str(error)) from None
     if parts.scheme.startswith("nbds"):
         raise wrong(uri, "TLS is not spoken here", "let a local `nbdkit nbd` or stunnel speak it")
-    raise wrong(uri, "not an NBD address",
+    raise wrong(repr(uri), "not an NBD address",
                 "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
 
 
-class NbdRequest:
-    """A request that waits for its reply."""
+class NbdConnection:
+    """A connection to an NBD server: made, which may block, once hands are shaken.
 
-    def __init__(self, command: int, offset: int, length: int, flags: int, buffer: Any) -> None:
-        self.command, self.offset, self.length, self.flags = command, offset, length, flags
-        self.buffer, self.done = buffer, ublk.Event()
-        self.error, self.filled = 0, 0          # what chunks of a structured reply said so far
-
-    def message(self, cookie: int) -> list[Any]:
-        """Return what to send."""
-        head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, self.flags, self.command, cookie, self.offset,
-                                self.length)
-        return [head, self.buffer] if self.command == NBD_CMD_WRITE else [head]
-
-
-class NbdLink:
-    """A connection to an NBD server, for one queue.
-
-    Three tasks serve it: _send sends what is in the outbox, _receive takes the replies and makes a
-    new connection when it has to, _watch ends a connection on which nothing comes.
+    It knows of the export its size, flags (NBD_FLAG_*), smallest and largest request.
     """
 
-    def __init__(self, target: Nbd) -> None:
-        self.target, self.socket = target, socket.socket()
-        self.pending: dict[int, NbdRequest] = {}        # by cookie
-        self.outbox: list[tuple[int, NbdRequest]] = []
-        # A reply to somebody who had this connection before us must not look like one of ours.
-        self.cookie = int.from_bytes(os.urandom(6), "big") << 16
-        self.running = self.sending = False
-        self.inbox, self.start, self.end = memoryview(bytearray(1 << 16)), 0, 0
-        self.heard = self.met = 0.0             # when the last reply came, when we last connected
-        self.pause, self.told = 0.05, False     # before the next connection; that one was lost
-
-    # ---- connecting, which may block -----------------------------------------------------------
-
-    def connect(self) -> None:
-        """Connect and shake hands; raises OSError."""
-        self.socket.close()
+    def __init__(self, uri: str) -> None:
+        self.uri, self.deadline = uri, time.monotonic() + NBD_HANDSHAKE
+        self.size, self.flags, self.minimum, self.maximum = 0, 0, 1, 32 << 20
+        address, export = nbd_address(uri)
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        self.socket = socket.socket(family)
         try:
-            if isinstance(self.target.address, str):
-                self.socket = socket.socket(socket.AF_UNIX)
-                self.socket.settimeout(5.0)
-                self.socket.connect(self.target.address)
+            if family == socket.AF_UNIX:
+                self.socket.settimeout(NBD_HANDSHAKE)
+                self.socket.connect(address)
             else:
-                self.socket = socket.create_connection(self.target.address, 5.0)
+                self.socket = socket.create_connection(address, NBD_HANDSHAKE)
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._shake_hands()
+            self._shake_hands(export.encode())
             self.socket.settimeout(None)
-        except ublk.UblkError:
-            raise
         except OSError as error:
-            number = max(error.errno or 0, 0) or errno.ETIMEDOUT    # names not found are negative
-            raise ublk.UblkError(number, self.target.uri,
-                                 remedy="see whether the server runs there") from None
-        self.start, self.end, self.met = 0, 0, time.monotonic()
+            self.socket.close()
+            if isinstance(error, ublk.UblkError):
+                raise
+            number = errno.ETIMEDOUT if isinstance(error, socket.timeout) else error.errno or errno.EINVAL
+            number = number if number > 0 else errno.EHOSTUNREACH       # names not found are negative
+            raise ublk.UblkError(number, uri, error.strerror or str(error),
+                                 "see whether the server runs there") from None
 
-    def _shake_hands(self) -> None:
-        uri = self.target.uri
+    def _shake_hands(self, export: bytes) -> None:
+        """Agree on structured replies if we can, and on the export; learn what it is like."""
         if self._take(8) != b"NBDMAGIC":
-            raise wrong(uri, "no NBD server answers there")
+            raise wrong(self.uri, "no NBD server answers there")
         magic, flags = struct.unpack(">QH", self._take(10))
         if magic != NBD_OPTION_MAGIC or not flags & 1:
-            raise wrong(uri, "the server speaks only the old style of NBD", "use a newer server")
+            raise wrong(self.uri, "the server speaks only the old style of NBD", "use a newer server")
         self.socket.sendall(struct.pack(">I", flags & 3))
-        self.size = 0
-        self.minimum, self.maximum, self.flags = 1, 32 << 20, 0
         for kind, _ in self._option(NBD_OPT_STRUCTURED_REPLY, b""):
             if kind == NBD_REP_ERR_TLS_REQD:
-                raise wrong(uri, "the server demands TLS, which is not spoken here",
+                raise wrong(self.uri, "the server demands TLS, which is not spoken here",
                             "let a local `nbdkit nbd` or stunnel speak it")
-        name = self.target.export.encode()
-        request = struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
-        for kind, data in self._option(NBD_OPT_GO, request):
-            if kind >> 31:
+        wish = struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
+        for kind, data in self._option(NBD_OPT_GO, wish):
+            if kind & NBD_REP_ERROR:
                 text = data.decode(errors="replace") or f"error {kind & 0xFFFF}"
                 what = "there is no such export" if kind == NBD_REP_ERR_UNKNOWN else "refused"
-                raise wrong(uri, f"{what}: {text}", "name one the server has")
-            self._learn(data)
-
-    def _learn(self, data: bytes) -> None:
-        """Take in what the server says of the export."""
-        kind = int.from_bytes(data[:2], "big")
-        if kind == NBD_INFO_EXPORT and len(data) == 12:
-            self.size, self.flags = struct.unpack(">QH", data[2:])
-        elif kind == NBD_INFO_BLOCK_SIZE and len(data) == 14:
-            self.minimum, _, self.maximum = struct.unpack(">III", data[2:])
+                raise wrong(self.uri, f"{what}: {text}", "name one the server has")
+            info = int.from_bytes(data[:2], "big")
+            if info == NBD_INFO_EXPORT and len(data) == 12:
+                self.size, self.flags = struct.unpack(">QH", data[2:])
+            elif info == NBD_INFO_BLOCK_SIZE and len(data) == 14:
+                self.minimum, _, self.maximum = struct.unpack(">III", data[2:])
 
     def _option(self, option: int, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Ask for an option; yield what the server replies, but for the last ACK."""
         self.socket.sendall(struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data)) + data)
-        while True:
+        kind = 0
+        while not kind & NBD_REP_ERROR:
             magic, of, kind, length = struct.unpack(">QIII", self._take(20))
             if magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16:
-                raise wrong(self.target.uri, "the server does not keep to the protocol")
+                raise wrong(self.uri, "the server does not keep to the protocol")
             payload = self._take(length)
             if kind == NBD_REP_ACK:
                 return
             yield kind, payload
-            if kind >> 31:
-                return
 
     def _take(self, count: int) -> bytes:
+        """Receive so many bytes of the handshake."""
         data = b""
         while len(data) < count:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("the server takes too long to shake hands")
+            self.socket.settimeout(left)
             more = self.socket.recv(count - len(data))
             if not more:
                 raise OSError(errno.ECONNRESET, "the server closed the connection")
             data += more
         return data
 
-    def close(self) -> None:
-        """Say goodbye."""
-        try:
-            self.socket.settimeout(0.1)
-            self.socket.sendall(NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0))
-        except OSError:
-            pass
-        self.socket.close()
-
-    # ---- requests ------------------------------------------------------------------------------
-
-    async def ask(self, command: int, offset: int, length: int, flags: int, buffer: Any) -> None:
-        """Have the server do something; raises OSError."""
-        request = NbdRequest(command, offset, length, flags, buffer)
-        if not self.pending:
-            self.heard = time.monotonic()
-        self.cookie += 1
-        self.pending[self.cookie] = request
-        self.outbox.append((self.cookie, request))
-        if not self.running:
-            self.running = True
-            await beside(self._receive())
-            await beside(self._watch())
-        if not self.sending:
-            self.sending = True
-            await beside(self._send())
-        error = await request.done
-        if error:
-            raise OSError(error, os.strerror(error))
-
-    async def _send(self) -> None:
-        """Send everything in the outbox; what fails is sent again by the next connection."""
-        try:
-            while self.outbox:
-                batch, self.outbox = self.outbox[:32], self.outbox[32:]
-                data = b"".join(part for cookie, request in batch for part in request.message(cookie))
-                left = memoryview(data)
-                while left:
-                    left = left[await ublk.uring_send(self.socket.fileno(), left, socket.MSG_NOSIGNAL):]
-        except OSError:
-            self.hang_up()
-        self.sending = False
-
     def hang_up(self) -> None:
-        """End the connection, so that _receive notices and makes another."""
+        """End it; who sends or receives hears of that. The descriptor stays ours until close()."""
         try:
             self.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
 
+    def close(self) -> None:
+        self.socket.close()
+
+
+class NbdRequest:
+    """A request that waits for its reply."""
+
+    def __init__(self, cookie: int, command: int, offset: int, length: int, flags: int, buffer: Any) -> None:
+        self.cookie, self.offset, self.done = cookie, offset, ublk.Event()
+        self.head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, length)
+        self.data = buffer if command == NBD_CMD_WRITE else b""
+        self.room = buffer if command == NBD_CMD_READ else memoryview(b"")
+        self.error = self.filled = 0            # what the reply said so far
+
+
+class Nbd(ublk.Target):
+    """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
+
+    Three tasks serve the connection: _send sends what is in the outbox; _receive takes the replies,
+    and when the connection is lost makes a new one, which gets the requests that had no reply yet;
+    _watch ends a connection on which nothing comes.
+
+    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    timeout: requests fail when the server is silent or away for so long (60s)
+    """
+
+    def __init__(self, uri: str, *, timeout: str = "60s") -> None:
+        self.uri, self.timeout = uri, seconds(timeout)
+        server = self.connection = NbdConnection(uri)
+        if server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE:
+            raise wrong(uri, f"its block size {server.minimum} is not possible here")
+        self.block_size = max(ublk.SECTOR, server.minimum)
+        self.size = server.size // self.block_size * self.block_size
+        self.maximum = server.maximum // self.block_size * self.block_size
+        if not self.size or not self.maximum:
+            raise wrong(uri, f"its size {server.size} or largest request {server.maximum} is no block")
+        self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
+        self.rotational = bool(server.flags & NBD_FLAG_ROTATIONAL)
+        for bit, name in NBD_OFFERS.items():
+            if server.flags & bit:
+                setattr(self, name, getattr(self, f"_{name}"))
+        self.pending: dict[int, NbdRequest] = {}        # by cookie
+        self.outbox: list[NbdRequest] = []
+        self.cookie = 0
+        self.running = self.sending = self.told = False
+        self.heard = 0.0                                # when the last reply came
+        self.met = 0.0                                  # when the connection was made
+
+    def start(self, index: int) -> None:
+        """See that there is one queue: its ring carries the connection."""
+        if index:
+            raise wrong(self.uri, "there is one connection", "use one queue")
+
+    async def read(self, offset: int, buffer: memoryview) -> int:
+        return await self.ask(NBD_CMD_READ, offset, 0, buffer[:self.maximum])
+
+    async def write(self, offset: int, buffer: memoryview) -> int:
+        return await self.ask(NBD_CMD_WRITE, offset, 0, buffer[:self.maximum])
+
+    async def _write_fua(self, offset: int, buffer: memoryview) -> int:
+        return await self.ask(NBD_CMD_WRITE, offset, NBD_CMD_FLAG_FUA, buffer[:self.maximum])
+
+    async def _flush(self) -> None:
+        await self.ask(NBD_CMD_FLUSH, 0)
+
+    async def _discard(self, offset: int, length: int) -> None:
+        await self.ask(NBD_CMD_TRIM, offset, length=length)
+
+    async def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        await self.ask(NBD_CMD_WRITE_ZEROES, offset, 0 if unmap else NBD_CMD_FLAG_NO_HOLE, length=length)
+
+    def close(self) -> None:
+        """Say goodbye, if that is possible at once."""
+        try:
+            goodbye = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
+            self.connection.socket.send(goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            pass
+        self.connection.close()
+
+    # ---- requests ------------------------------------------------------------------------------
+
+    async def ask(self, command: int, offset: int, flags: int = 0, buffer: Any = b"", length: int = 0) -> int:
+        """Have the server do something; return the length of the data. Raises OSError."""
+        if not self.pending:
+            self.heard = time.monotonic()
+        self.cookie += 1
+        request = NbdRequest(self.cookie, command, offset, len(buffer) or length, flags, buffer)
+        self.pending[self.cookie] = request
+        self.outbox.append(request)
+        if not self.running:
+            self.running = True
+            await beside(self._receive())
+            await beside(self._watch())
+        if not self.sending:
+            await beside(self._send())
+        error = await request.done
+        if error:
+            raise OSError(error, os.strerror(error))
+        return len(buffer)
+
+    async def _send(self) -> None:
+        """Send everything in the outbox; what fails is sent again by the next connection."""
+        self.sending = True
+        try:
+            while self.outbox:
+                batch, self.outbox = self.outbox[:32], self.outbox[32:]
+                left = memoryview(b"".join(part for asked in batch for part in (asked.head, asked.data)))
+                while left:
+                    sent = await ublk.uring_send(self.connection.socket.fileno(), left, socket.MSG_NOSIGNAL)
+                    left = left[sent:]
+        except OSError:
+            self.connection.hang_up()
+        self.sending = False
+
     async def _watch(self) -> None:
+        """End a connection that is silent while requests wait: another may fare better."""
         while True:
-            await ublk.uring_sleep(min(1.0, self.target.timeout / 8))
-            silence = time.monotonic() - max(self.heard, self.met)
-            if self.pending and silence > self.target.timeout / 3:
-                self.hang_up()
+            await ublk.uring_sleep(min(1.0, self.timeout / 8))
+            if self.pending and time.monotonic() - max(self.heard, self.met) > self.timeout / 3:
+                self.connection.hang_up()
 
     async def _receive(self) -> None:
         while True:
             try:
-                while True:
-                    await self._reply()
-            except (OSError, struct.error) as error:
+                await self._reply()
+            except OSError as error:
+                self.connection.hang_up()
                 await self._reconnect(error)
 
-    async def _reconnect(self, error: Exception) -> None:
-        """Make a new connection, for as long as it takes, and send what waits on it."""
-        self.hang_up()
+    async def _reconnect(self, error: OSError) -> None:
+        """Once there are requests make a new connection, however long it takes, and send them there."""
         while True:
-            if self.pending and not self.told:
-                self.told = True
-                say(f"{self.target.uri}: connection lost: {error}")
-            if self.pending and time.monotonic() - self.heard > self.target.timeout:
+            await ublk.uring_sleep(0.2)
+            if self.sending or not self.pending:
+                continue
+            if not self.told:
+                say(f"{self.uri}: connection lost: {error}")
+            self.told = True                # until a reply comes
+            if time.monotonic() - self.heard > self.timeout:
                 self._give_up(error)
-            await ublk.uring_sleep(self.pause)
-            self.pause = min(2 * self.pause, 1.0)       # until a reply comes
-            while self.sending:
-                await ublk.uring_sleep(0.01)
+                continue
             try:
-                self.sending = True                     # nobody is to send before the handshake
-                self.connect()
-                if self.size < self.target.size:
-                    raise wrong(self.target.uri, "the export has become smaller")
-                break
+                connection = NbdConnection(self.uri)
+                if connection.size >= self.size:
+                    break
+                error = wrong(self.uri, "the export has become smaller")
+                connection.close()
             except OSError as failure:
                 error = failure
-            finally:
-                self.sending = False
-        for request in self.pending.values():
+        self.connection.close()
+        self.connection, self.met = connection, time.monotonic()
+        self.outbox = list(self.pending.values())
+        for request in self.outbox:
             request.error = request.filled = 0
-        self.outbox = list(self.pending.items())
-        self.sending = True
         await beside(self._send())
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: OSError) -> None:
         """Let the requests fail that wait for a server that does not reply."""
-        say(f"{self.target.uri}: giving requests up: {error}")
+        say(f"{self.uri}: giving requests up: {error}")
         lost, self.pending, self.outbox = self.pending, {}, []
         for request in lost.values():
             request.done.set(errno.ETIMEDOUT)
@@ -1282,21 +1253,10 @@ class NbdLink:
     async def _fill(self, view: memoryview) -> None:
         """Receive exactly what fits into view."""
         while view:
-            if self.start < self.end:
-                count = min(len(view), self.end - self.start)
-                view[:count] = self.inbox[self.start:self.start + count]
-                self.start += count
-            elif len(view) >= 4096:
-                count = await self._some(view)
-            else:
-                count, self.start, self.end = 0, 0, await self._some(self.inbox)
+            count = await ublk.uring_recv(self.connection.socket.fileno(), view, socket.MSG_WAITALL)
+            if not count:
+                raise OSError(errno.ECONNRESET, "the server closed the connection")
             view = view[count:]
-
-    async def _some(self, view: memoryview) -> int:
-        count = await ublk.uring_recv(self.socket.fileno(), view)
-        if not count:
-            raise OSError(errno.ECONNRESET, "the server closed the connection")
-        return count
 
     async def _bytes(self, count: int) -> bytes:
         data = bytearray(count)
@@ -1305,56 +1265,50 @@ class NbdLink:
 
     async def _reply(self) -> None:
         """Receive a reply, or one chunk of a structured one."""
-        magic, = struct.unpack(">I", await self._bytes(4))
-        if magic == NBD_SIMPLE_REPLY_MAGIC:
-            error, cookie = struct.unpack(">IQ", await self._bytes(12))
-            request = self._request(cookie)
-            if request.command == NBD_CMD_READ and not error:
-                await self._fill(request.buffer)
-            self._end(cookie, request, error)
+        magic, flags, kind, cookie = struct.unpack(">IHHQ", await self._bytes(16))
+        request = self.pending.get(cookie)
+        if request is None or magic not in (NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC):
+            raise OSError(errno.EPROTO, "the server sent no reply to any request but something else")
+        if magic == NBD_STRUCTURED_REPLY_MAGIC:
+            length = int.from_bytes(await self._bytes(4), "big")
+            await self._chunk(request, kind, length)
+            if flags & NBD_REPLY_FLAG_DONE:
+                self._end(request)
             return
-        flags, kind, cookie, length = struct.unpack(">HHQI", await self._bytes(16))
-        if magic != NBD_STRUCTURED_REPLY_MAGIC:
-            raise OSError(errno.EPROTO, "the server sent no reply but something else")
-        request = self._request(cookie)
-        await self._chunk(request, kind, length)
-        if flags & 1:                               # NBD_REPLY_FLAG_DONE
-            if request.command == NBD_CMD_READ and request.filled != request.length:
-                request.error = request.error or errno.EIO
-            self._end(cookie, request, request.error)
+        request.error = flags << 16 | kind          # a simple reply has one number in their place
+        if not request.error:
+            await self._fill(request.room)
+            request.filled = len(request.room)
+        self._end(request)
 
     async def _chunk(self, request: NbdRequest, kind: int, length: int) -> None:
         """Receive the payload of a chunk: data, a hole, an error or nothing."""
-        if length > 64 + request.length:
-            raise OSError(errno.EPROTO, f"the server sent a chunk of {length} bytes")
-        if kind >> 15 and length >= 4:              # an error
-            data = await self._bytes(length)
-            request.error = int.from_bytes(data[:4], "big") or errno.EIO
-        elif kind in (1, 2) and length >= 8 and request.command == NBD_CMD_READ:
-            at = struct.unpack(">Q", await self._bytes(8))[0] - request.offset
-            count = length - 8 if kind == 1 else int.from_bytes(await self._bytes(length - 8), "big")
-            if not 0 <= at <= at + count <= request.length:
+        if kind & NBD_REPLY_ERROR and 4 <= length <= 1 << 16:
+            request.error = int.from_bytes((await self._bytes(length))[:4], "big") or errno.EIO
+        elif kind in (NBD_REPLY_DATA, NBD_REPLY_HOLE) and 8 < length <= 8 + len(request.room):
+            start = int.from_bytes(await self._bytes(8), "big") - request.offset
+            hole = kind == NBD_REPLY_HOLE
+            count = int.from_bytes(await self._bytes(length - 8), "big") if hole else length - 8
+            if not 0 <= start <= start + count <= len(request.room):
                 raise OSError(errno.EPROTO, "the server sent data nobody asked for")
-            if kind == 1:
-                await self._fill(request.buffer[at:at + count])
+            if hole:
+                request.room[start:start + count] = bytes(count)
             else:
-                request.buffer[at:at + count] = bytes(count)
+                await self._fill(request.room[start:start + count])
             request.filled += count
-        elif kind or length:
-            raise OSError(errno.EPROTO, f"the server sent a chunk of unknown type {kind}")
+        elif kind != NBD_REPLY_NONE or length:
+            raise OSError(errno.EPROTO, f"the server sent a chunk of type {kind} with {length} bytes")
 
-    def _request(self, cookie: int) -> NbdRequest:
-        if cookie not in self.pending:
-            raise OSError(errno.EPROTO, "the server replied to what nobody asked")
-        return self.pending[cookie]
-
-    def _end(self, cookie: int, request: NbdRequest, error: int) -> None:
+    def _end(self, request: NbdRequest) -> None:
         """The reply to a request is complete."""
+        error = request.error
         if error == errno.ESHUTDOWN:                # NBD has it mean: ask again, elsewhere
             raise OSError(error, "the server is shutting down")
-        self.heard, self.pause, self.told = time.monotonic(), 0.05, False
-        del self.pending[cookie]
-        request.done.set(error if error in NBD_ERRORS or not error else errno.EIO)
+        if not error and request.filled != len(request.room):
+            error = errno.EIO
+        self.heard, self.told = time.monotonic(), False
+        del self.pending[request.cookie]
+        request.done.set(error if error in errno.errorcode or not error else errno.EIO)
 
 
 class beside:
@@ -1381,22 +1335,32 @@ BLK_ZONE_TYPE_CONVENTIONAL, BLK_ZONE_TYPE_SEQWRITE_REQ = 1, 2
 BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN = range(4)
 BLK_ZONE_COND_CLOSED, BLK_ZONE_COND_FULL = 4, 14
 IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
-ZONED_HEADER = struct.Struct("<8sQQQ")          # magic, size, zone size, conventional; then a CRC-32
-ZONED_MAGIC = b"ublkzone"
-ZONE_STATE = struct.Struct("<QQ")               # write pointer, condition
+IS_ACTIVE = (*IS_OPEN, BLK_ZONE_COND_CLOSED)
+ZONED_HEADER = struct.Struct("=8sQQQ")          # magic, size, zone size, conventional; then a CRC-32
+ZONED_MAGIC = b"ublkzon2"
+ZONE_TABLE_AT = 4096                            # of each zone: how much is written, in 8 bytes
 
 
 class Zone:
     """What changes of a zone: where the next write goes, in bytes of the disk, and its condition."""
 
-    def __init__(self, number: int, start: int, end: int, wp: int, cond: int) -> None:
-        self.number, self.start, self.end, self.wp, self.cond = number, start, end, wp, cond
+    def __init__(self, number: int, size: int, written: int) -> None:
+        self.number, self.start, self.end = number, number * size, (number + 1) * size
+        self.wp = self.start + written
+        self.settle()
+
+    def settle(self) -> None:
+        """Take the condition that the write pointer implies when nobody has the zone open."""
+        if self.wp == self.start:
+            self.cond = BLK_ZONE_COND_EMPTY
+        else:
+            self.cond = BLK_ZONE_COND_FULL if self.wp == self.end else BLK_ZONE_COND_CLOSED
 
 
 class Zoned(ublk.Target):
     """A host-managed zoned disk: a zone is written from its start to its end and reset as a whole.
 
-    It lies in a file: a header, write pointer and condition of each zone, then the data.
+    It lies in a file: a header, how much of each zone is written, then the data.
 
     file: keep it in this file; made if it is not there (in memory)
     size: size of a new disk
@@ -1407,162 +1371,56 @@ class Zoned(ublk.Target):
     """
 
     block_size = 4096
+    max_append = 1 << 20
 
     def __init__(self, *, file: str = "", size: ublk.Size = ublk.Size(1 << 30),
                  zone_size: ublk.Size = ublk.Size(16 << 20), conventional: int = 0,
                  max_open: int = 0, max_active: int = 0) -> None:
         if zone_size < self.block_size or zone_size & zone_size - 1:
             raise wrong(f"--zone-size {zone_size}", "not a power of two from 4096 up")
-        if size <= 0 or size % zone_size or conventional * zone_size >= size:
-            raise wrong(f"--size {size}", f"not some zones of {zone_size} bytes behind the "
-                        "conventional ones")
+        if size % zone_size or not 0 <= conventional * zone_size < size:
+            raise wrong(f"--size {size}", f"not {conventional} zones of {zone_size} bytes and more")
         self.size, self.zone_size, self.conventional = size, zone_size, conventional
         self.max_open_zones, self.max_active_zones = max_open, max_active
-        self.max_append = 1 << 20
-        self.count = size // zone_size
-        self.data_at = PAGE_SIZE + -(-self.count * ZONE_STATE.size // PAGE_SIZE) * PAGE_SIZE
+        self.data_at = ZONE_TABLE_AT + -(-8 * size // zone_size // 4096) * 4096
         self.lock = threading.Lock()
         self.memory = -1 if file else os.memfd_create("zoned")
-        path = file or f"/proc/self/fd/{self.memory}"
-        if not os.path.exists(path) or not os.path.getsize(path):
-            with open(path, "wb") as new:
+        self.path = file or f"/proc/self/fd/{self.memory}"
+        if not os.path.exists(self.path) or not os.path.getsize(self.path):
+            with open(self.path, "wb") as new:
                 new.truncate(self.data_at + size)
-        self.disk, self.path = Loop(path), path
-        self._open()
+        self.disk = Loop(self.path)
+        self._check_header()
+        self.zones = self._load_zones()
 
-    # ---- zones -----------------------------------------------------------------------------------
+    # ---- the file ----------------------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Read header and zones, or write them to a new file."""
+    def _check_header(self) -> None:
+        """See that the file is such a disk, or make a new one of it."""
         header = sealed(ZONED_HEADER.pack(ZONED_MAGIC, self.size, self.zone_size, self.conventional))
         found = os.pread(self.disk.fd, len(header), 0)
-        if found == bytes(len(found)):
+        if found == bytes(len(header)):
             write_all(self.disk.fd, header, 0)
         elif found != sealed(found[:-4]) or not found.startswith(ZONED_MAGIC):
             raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
-        elif found != header or self.disk.size != self.data_at + self.size:
+        elif found != header:
             _, size, zone_size, conventional = ZONED_HEADER.unpack(found[:-4])
             raise wrong(self.path, "it was made with another geometry", f"use --size {size} "
                         f"--zone-size {zone_size} --conventional {conventional}")
-        table = os.pread(self.disk.fd, self.count * ZONE_STATE.size, PAGE_SIZE)
-        self.zones: list[Zone] = []
-        for number, (wp, cond) in enumerate(ZONE_STATE.iter_unpack(table)):
-            start = number * self.zone_size
-            wp = wp if start <= wp <= start + self.zone_size else start
-            if number < self.conventional:
-                cond = BLK_ZONE_COND_NOT_WP
-            elif cond != BLK_ZONE_COND_FULL:        # who had zones open is gone
-                cond = BLK_ZONE_COND_CLOSED if wp > start else BLK_ZONE_COND_EMPTY
-            self.zones.append(Zone(number, start, start + self.zone_size, wp, cond))
-        # Those that count against the limits, in the order in which they came to
-        self.active = {zone: None for zone in self.zones if zone.cond == BLK_ZONE_COND_CLOSED}
+        if self.disk.size != self.data_at + self.size:
+            raise wrong(self.path, f"damaged: not {self.data_at + self.size} bytes long", "restore it")
 
-    def _set(self, zone: Zone, cond: int) -> None:
-        """Change the condition of a zone, and keep it."""
-        zone.cond = cond
-        if cond in (*IS_OPEN, BLK_ZONE_COND_CLOSED):
-            self.active[zone] = None
-        else:
-            self.active.pop(zone, None)
-        write_all(self.disk.fd, ZONE_STATE.pack(zone.wp, cond), PAGE_SIZE + zone.number * ZONE_STATE.size)
-
-    def _make_open(self, zone: Zone, cond: int) -> None:
-        """Open a zone if the limits allow; one that is open only by the way may be closed for it."""
-        if zone.cond not in IS_OPEN:
-            if zone not in self.active and 0 < self.max_active_zones <= len(self.active):
-                raise OSError(errno.EOVERFLOW, "too many active zones")
-            opened = [other for other in self.active if other.cond in IS_OPEN]
-            if 0 < self.max_open_zones <= len(opened):
-                victims = [other for other in opened if other.cond == BLK_ZONE_COND_IMP_OPEN]
-                if not victims:
-                    raise OSError(errno.ETOOMANYREFS, "too many open zones")
-                self._set(victims[0], BLK_ZONE_COND_CLOSED)
-        if zone.cond != BLK_ZONE_COND_EXP_OPEN:
-            self._set(zone, cond)
-
-    def _sequential(self, offset: int) -> Zone:
-        zone = self.zones[offset // self.zone_size]
-        if zone.cond == BLK_ZONE_COND_NOT_WP:
-            raise OSError(errno.EIO, "a conventional zone")
-        return zone
-
-    def report_zones(self, offset: int, count: int) -> list[ublk.blk_zone]:
-        """Describe zones from offset on, in sectors."""
-        first = offset // self.zone_size
-        return [ublk.blk_zone(
-            start=zone.start // ublk.SECTOR, len=self.zone_size // ublk.SECTOR,
-            capacity=self.zone_size // ublk.SECTOR, wp=zone.wp // ublk.SECTOR, cond=zone.cond,
-            type=BLK_ZONE_TYPE_CONVENTIONAL if zone.cond == BLK_ZONE_COND_NOT_WP
-            else BLK_ZONE_TYPE_SEQWRITE_REQ) for zone in self.zones[first:first + count]]
-
-    def zone_open(self, offset: int) -> None:
-        with self.lock:
-            zone = self._sequential(offset)
-            if zone.cond == BLK_ZONE_COND_FULL:
-                raise OSError(errno.EIO, "the zone is full")
-            self._make_open(zone, BLK_ZONE_COND_EXP_OPEN)
-
-    def zone_close(self, offset: int) -> None:
-        with self.lock:
-            zone = self._sequential(offset)
-            if zone.cond in IS_OPEN:
-                empty = zone.wp == zone.start
-                self._set(zone, BLK_ZONE_COND_EMPTY if empty else BLK_ZONE_COND_CLOSED)
-
-    def zone_finish(self, offset: int) -> None:
-        with self.lock:
-            zone = self._sequential(offset)
-            zone.wp = zone.end
-            self._set(zone, BLK_ZONE_COND_FULL)
-
-    async def zone_reset(self, offset: int) -> None:
-        zone = self._sequential(offset)
-        if zone.wp != zone.start:
-            await self.disk.write_zeroes(self.data_at + zone.start, self.zone_size, True)
-        with self.lock:
-            zone.wp = zone.start
-            self._set(zone, BLK_ZONE_COND_EMPTY)
-
-    async def zone_reset_all(self) -> None:
-        for zone in self.zones[self.conventional:]:
-            if zone.cond != BLK_ZONE_COND_EMPTY:
-                await self.zone_reset(zone.start)
-
-    # ---- data ------------------------------------------------------------------------------------
-
-    async def read(self, offset: int, buffer: memoryview) -> int:
-        return await self.disk.read(self.data_at + offset, buffer)
-
-    async def write(self, offset: int, buffer: memoryview) -> None:
-        zone = self.zones[offset // self.zone_size]
-        if zone.cond == BLK_ZONE_COND_NOT_WP:
-            await moved(self.disk.write, self.data_at + offset, buffer)
-        else:
-            await self._write_at_pointer(zone, buffer, offset)
-
-    async def zone_append(self, offset: int, buffer: memoryview) -> int:
-        return await self._write_at_pointer(self._sequential(offset), buffer)
-
-    async def _write_at_pointer(self, zone: Zone, buffer: memoryview, offset: int = -1) -> int:
-        """Write where the zone's pointer is, which must be at offset if that is given."""
-        with self.lock:
-            at, end = zone.wp, zone.wp + len(buffer)
-            if zone.cond == BLK_ZONE_COND_FULL or end > zone.end or offset not in (-1, at):
-                raise OSError(errno.EIO, "not at the write pointer")
-            self._make_open(zone, BLK_ZONE_COND_IMP_OPEN)
-            zone.wp = end           # now, so that the next append goes behind this one
-        try:
-            await moved(self.disk.write, self.data_at + at, buffer)
-        except OSError:
-            with self.lock:
-                zone.wp = at if zone.wp == end else zone.wp
-            raise
-        with self.lock:
-            self._set(zone, BLK_ZONE_COND_FULL if zone.wp == zone.end else zone.cond)
-        return at
-
-    async def flush(self) -> None:
-        await self.disk.flush()
+    def _load_zones(self) -> list[Zone]:
+        """Return the zones as they were left; who had some open is gone."""
+        zones = []
+        table = os.pread(self.disk.fd, 8 * self.size // self.zone_size, ZONE_TABLE_AT)
+        for number, written in enumerate(memoryview(table).cast("Q")):
+            if written > self.zone_size or written % self.block_size:
+                raise wrong(self.path, f"damaged: the write pointer of zone {number}", "restore it")
+            zones.append(Zone(number, self.zone_size, written))
+        for zone in zones[:self.conventional]:
+            zone.cond = BLK_ZONE_COND_NOT_WP
+        return zones
 
     def close(self) -> None:
         self.disk.close()
@@ -1570,16 +1428,122 @@ class Zoned(ublk.Target):
             os.close(self.memory)
             self.memory = -1
 
+    # ---- zones -----------------------------------------------------------------------------------
+
+    def _zone(self, offset: int) -> Zone:
+        """Return the zone at offset, which must be one that has a write pointer."""
+        zone = self.zones[offset // self.zone_size]
+        if zone.cond == BLK_ZONE_COND_NOT_WP:
+            raise OSError(errno.EIO, "a conventional zone")
+        return zone
+
+    def _make_open(self, zone: Zone, cond: int) -> None:
+        """Open a zone if the limits allow; one that is open only by the way may be closed for it."""
+        if zone.cond not in IS_OPEN:
+            active = [other for other in self.zones if other.cond in IS_ACTIVE and other is not zone]
+            if 0 < self.max_active_zones <= len(active):
+                raise OSError(errno.EOVERFLOW, "too many active zones")
+            opened = [other for other in active if other.cond in IS_OPEN]
+            if 0 < self.max_open_zones <= len(opened):
+                victims = [other for other in opened if other.cond == BLK_ZONE_COND_IMP_OPEN]
+                if not victims:
+                    raise OSError(errno.ETOOMANYREFS, "too many open zones")
+                victims[0].settle()
+        if zone.cond != BLK_ZONE_COND_EXP_OPEN:
+            zone.cond = cond
+
+    def report_zones(self, offset: int, count: int) -> list[ublk.blk_zone]:
+        """Describe zones from offset on, in sectors."""
+        first, length = offset // self.zone_size, self.zone_size // ublk.SECTOR
+        return [ublk.blk_zone(
+            start=zone.start // ublk.SECTOR, len=length, capacity=length, wp=zone.wp // ublk.SECTOR,
+            cond=zone.cond, type=BLK_ZONE_TYPE_CONVENTIONAL if zone.cond == BLK_ZONE_COND_NOT_WP
+            else BLK_ZONE_TYPE_SEQWRITE_REQ) for zone in self.zones[first:first + count]]
+
+    def zone_open(self, offset: int) -> None:
+        with self.lock:
+            zone = self._zone(offset)
+            if zone.cond == BLK_ZONE_COND_FULL:
+                raise OSError(errno.EIO, "the zone is full")
+            self._make_open(zone, BLK_ZONE_COND_EXP_OPEN)
+
+    def zone_close(self, offset: int) -> None:
+        with self.lock:
+            self._zone(offset).settle()
+
+    def zone_finish(self, offset: int) -> None:
+        with self.lock:
+            zone = self._zone(offset)
+            self._move_pointer(zone, zone.end)
+
+    async def zone_reset(self, offset: int) -> None:
+        zone = self._zone(offset)
+        if zone.wp != zone.start:
+            await self.disk.write_zeroes(self.data_at + zone.start, self.zone_size, True)
+        with self.lock:
+            self._move_pointer(zone, zone.start)
+            zone.settle()
+
+    async def zone_reset_all(self) -> None:
+        for zone in self.zones[self.conventional:]:
+            await self.zone_reset(zone.start)
+
+    # ---- data ------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, buffer: memoryview) -> int:
+        return await self.disk.read(self.data_at + offset, buffer)
+
+    async def flush(self) -> None:
+        await self.disk.flush()
+
+    async def write(self, offset: int, buffer: memoryview) -> int | None:
+        if offset < self.conventional * self.zone_size:
+            return await self.disk.write(self.data_at + offset, buffer)
+        with self.lock:
+            zone = self._zone(offset)
+            if offset == zone.wp:
+                self._write(zone, buffer)
+            elif offset + len(buffer) != zone.wp or not self._holds(offset, buffer):
+                raise OSError(errno.EIO, "not at the write pointer")
+        return None
+
+    def zone_append(self, offset: int, buffer: memoryview) -> int:
+        with self.lock:
+            zone = self._zone(offset)
+            self._write(zone, buffer)
+            return zone.wp - len(buffer)
+
+    def _write(self, zone: Zone, buffer: memoryview) -> None:
+        """Write at the zone's pointer, and only then move that."""
+        if zone.wp + len(buffer) > zone.end:
+            raise OSError(errno.EIO, "the zone is full")
+        self._make_open(zone, BLK_ZONE_COND_IMP_OPEN)
+        write_all(self.disk.fd, buffer, self.data_at + zone.wp)
+        self._move_pointer(zone, zone.wp + len(buffer))
+
+    def _holds(self, offset: int, buffer: memoryview) -> bool:
+        """Tell a write that was done, by a server that was killed before it could say so."""
+        return os.pread(self.disk.fd, len(buffer), self.data_at + offset) == buffer
+
+    def _move_pointer(self, zone: Zone, position: int) -> None:
+        """Note in the file, then in memory, how far a zone is written."""
+        write_all(self.disk.fd, struct.pack("Q", position - zone.start), ZONE_TABLE_AT + 8 * zone.number)
+        zone.wp = position
+        if zone.wp == zone.end:
+            zone.settle()
+
 
 # =================================================================================================
 # Recording a disk, and crashing it afterwards
 # =================================================================================================
 
 LOG_HEADER = struct.Struct("<8sQ")          # magic, size of the disk; then a CRC-32
-LOG_MAGIC = b"ublklog1"
-ENTRY = struct.Struct("<4sIQQQ")            # magic, kind, offset, length, time; a CRC-32; the data
+LOG_MAGIC = b"ublklog2"
+# Magic, kind, offset, length, CRC-32 of the data; then a CRC-32 of these; then the data
+ENTRY = struct.Struct("<4sIQQI")
 ENTRY_MAGIC = b"entr"
 KINDS = ("write", "write_fua", "flush", "discard", "write_zeroes")
+WITH_DATA = KINDS[:2]
 
 
 class Record(Wrapper, ublk.Target):
@@ -1593,43 +1557,45 @@ class Record(Wrapper, ublk.Target):
     target: the target to be recorded, with its own arguments
     """
 
+    processes = False
+
     def __init__(self, log: str, target: ublk.Target) -> None:
         super().__init__(target)
-        self.processes, self.lock = False, threading.Lock()
+        if hasattr(target, "zone_size"):
+            raise wrong("record", "a zoned disk cannot be recorded")
+        self.flush = partial(self.call, "flush")    # of interest even where the target needs none
+        self.lock = threading.Lock()
         self.fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        if os.path.getsize(log) < LOG_HEADER.size + 4:
-            os.ftruncate(self.fd, 0)
+        if not os.path.getsize(log):
             os.write(self.fd, sealed(LOG_HEADER.pack(LOG_MAGIC, self.size)))
         with open(log, "rb") as file:
-            size = log_size(file, log)
+            size = log_size(file)
             if size != self.size:
                 raise wrong(log, f"the log of a disk of {size} bytes, this one has {self.size}",
                             "name another file")
-            self.end = max((entry.end for entry in entries(file)), default=file.tell())
+            self.end = max((entry.end for entry in entries(file)), default=LOG_HEADER.size + 4)
         os.ftruncate(self.fd, self.end)         # an entry the server was killed in
 
     def call(self, name: str, *args: Any) -> Any:
-        outcome = getattr(self.target, name)(*args)
-        if name not in KINDS:
-            return outcome
-        return self.note(name, *args) if outcome is None else self.later(name, outcome, *args)
+        return self.logged(name, *args) if name in KINDS else super().call(name, *args)
 
-    async def later(self, name: str, outcome: Any, *args: Any) -> None:
-        """Wait for the end of what the target does, then log it."""
-        if name.startswith("write") and name != "write_zeroes":
-            await ublk.whole(getattr(self.target, name), outcome, *args)
+    async def logged(self, name: str, *args: Any) -> None:
+        """Have the target do it, then append an entry."""
+        handler = getattr(self.target, name, None)
+        if name in WITH_DATA:
+            offset, data = args
+            await moved(handler, offset, data)
+            self.append(name, offset, len(data), data)
         else:
-            await settled(outcome)
-        self.note(name, *args)
+            await settled(handler and handler(*args))
+            self.append(name, *args[:2])
 
-    def note(self, name: str, offset: int = 0, what: Any = 0, unmap: bool = False) -> None:
-        """Append an entry; what is the data or a length."""
-        data, length = (b"", what) if isinstance(what, int) else (what, len(what))
-        head = ENTRY.pack(ENTRY_MAGIC, KINDS.index(name), offset, length, time.time_ns())
-        crc = zlib.crc32(data, zlib.crc32(head)).to_bytes(4, "little")
+    def append(self, kind: str, offset: int = 0, length: int = 0, data: Any = b"") -> None:
+        """Write an entry to the log."""
+        head = sealed(ENTRY.pack(ENTRY_MAGIC, KINDS.index(kind), offset, length, zlib.crc32(data)))
         with self.lock:
-            size = len(head) + 4 + len(data)
-            if os.writev(self.fd, [head, crc, data]) != size:
+            size = len(head) + len(data)
+            if os.writev(self.fd, [head, data]) != size:
                 os.ftruncate(self.fd, self.end)
                 raise OSError(errno.ENOSPC, "no room for the log")
             self.end += size
@@ -1643,83 +1609,51 @@ class Record(Wrapper, ublk.Target):
 
 
 class Entry(NamedTuple):
-    """One change of a recorded disk; its data, if any, lies in the log from data_at to end."""
+    """One change of a recorded disk; its data, if any, ends at end in the log."""
 
     number: int
     kind: str
     offset: int
     length: int
-    time: int
-    data_at: int
+    crc: int
     end: int
 
 
-def log_size(file: Any, path: str) -> int:
+def log_size(log: Any) -> int:
     """Read the header of a log and return the size of the disk."""
-    head = file.read(LOG_HEADER.size + 4)
+    head = log.read(LOG_HEADER.size + 4)
     if len(head) != LOG_HEADER.size + 4 or head != sealed(head[:-4]) or not head.startswith(LOG_MAGIC):
-        raise wrong(path, "not a log of the target record")
+        raise wrong(log.name, "not a log of the target record")
     return LOG_HEADER.unpack(head[:-4])[1]
 
 
-def entries(file: Any) -> Iterator[Entry]:
-    """Yield the whole entries of a log from here on; what a kill cut off at the end is left out."""
-    limit, number = os.fstat(file.fileno()).st_size, 0
-    at = file.tell()
-    while True:
-        file.seek(at)
-        head = file.read(ENTRY.size + 4)
+def entries(log: Any) -> Iterator[Entry]:
+    """Yield the whole entries of a log; what a kill cut off at the end is left out."""
+    limit, end = os.fstat(log.fileno()).st_size, LOG_HEADER.size + 4
+    for number in itertools.count(1):
+        head = os.pread(log.fileno(), ENTRY.size + 4, end)
         if len(head) < ENTRY.size + 4:
             return
-        magic, kind, offset, length, when = ENTRY.unpack(head[:ENTRY.size])
-        if magic != ENTRY_MAGIC or kind >= len(KINDS):
-            raise wrong(file.name, f"damaged after entry {number}", "take --to before it")
-        data_at = at + ENTRY.size + 4
-        at = data_at + (length if kind < 2 else 0)
-        if at > limit:
+        magic, kind, offset, length, crc = ENTRY.unpack(head[:-4])
+        if magic != ENTRY_MAGIC or head != sealed(head[:-4]) or kind >= len(KINDS):
+            raise wrong(log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}")
+        end += len(head) + (length if KINDS[kind] in WITH_DATA else 0)
+        if end > limit:
             return
-        number += 1
-        yield Entry(number, KINDS[kind], offset, length, when, data_at, at)
+        yield Entry(number, KINDS[kind], offset, length, crc, end)
 
 
 def apply(log: Any, entry: Entry, disk: Any) -> None:
-    """Do to a disk image what an entry says, with a piece of it in memory at a time."""
-    if entry.kind == "flush":
-        return
-    if entry.data_at == entry.end:
-        try:
-            fallocate(disk.fileno(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.offset, entry.length)
-            return
-        except OSError:
-            pass
-    log.seek(entry.data_at - ENTRY.size - 4)
-    head, crc = log.read(ENTRY.size), int.from_bytes(log.read(4), "little")
-    found = zlib.crc32(head)
-    disk.seek(entry.offset)
-    for start in range(0, entry.length, len(ZEROES)):
-        count = min(len(ZEROES), entry.length - start)
-        data = log.read(count) if entry.end > entry.data_at else bytes(count)
-        found = zlib.crc32(data, found)
-        disk.write(data)
-    if entry.end > entry.data_at and found != crc:
-        raise wrong(log.name, f"entry {entry.number} is damaged", f"take --to {entry.number - 1}")
-
-
-def copy_sparse(source: str, target: str) -> None:
-    """Copy a disk image without its holes, sharing its blocks where the file system can."""
-    with open(source, "rb") as old, open(target, "wb") as new:
-        size, at = os.fstat(old.fileno()).st_size, 0
-        new.truncate(size)
-        while at < size:
-            try:
-                at = os.lseek(old.fileno(), at, os.SEEK_DATA)
-            except OSError:
-                return
-            end = os.lseek(old.fileno(), at, os.SEEK_HOLE)
-            while at < end:
-                data = os.pread(old.fileno(), min(len(ZEROES), end - at), at)
-                write_all(new.fileno(), data, at)
-                at += len(data)
+    """Do to a disk image what an entry says."""
+    if entry.kind in WITH_DATA:
+        data = os.pread(log.fileno(), entry.length, entry.end - entry.length)
+        if zlib.crc32(data) != entry.crc:
+            raise wrong(log.name, f"entry {entry.number} is damaged", f"replay it --to {entry.number - 1}")
+        write_all(disk.fileno(), data, entry.offset)
+    elif entry.kind != "flush":
+        end = entry.offset + entry.length
+        for at in range(entry.offset, end, len(ZEROES)):
+            write_all(disk.fileno(), bytes(min(len(ZEROES), end - at)), at)
 
 
 def replay(argv: Sequence[str]) -> int:
@@ -1730,30 +1664,31 @@ def replay(argv: Sequence[str]) -> int:
     add("log", help="what the target record has written")
     add("disk", nargs="?", help="the disk image to make")
     add("--base", help="what the disk contained when the recording began (nothing)")
-    add("--to", type=int, help="stop after this entry (the last)")
+    add("--to", type=int, metavar="N", help="stop after this entry (the last)")
     add("--list", action="store_true", help="show the entries")
     add("--check", metavar="COMMAND", help="for each crash point run a shell command on a copy of the "
         "disk, {} in it being the copy's path; stop where it fails")
-    add("--from", type=int, default=0, dest="start", help="check no crash before this entry, such as "
-        "the last of mkfs")
+    add("--from", type=int, default=0, dest="start", metavar="N",
+        help="check no crash before this entry, such as the last of mkfs")
     add("--every", choices=("flush", "entry"), default="flush", help="crash points (flush)")
     add("--lose", type=int, metavar="SEED", help="at a crash lose about half of what was not flushed, "
         "at random")
     options = parser.parse_args(argv)
+    if not options.list and not options.disk:
+        parser.error("name the disk image to make, or --list")
+    if options.to is not None and options.to < 0:
+        parser.error("--to is less than 0")
     with open(options.log, "rb") as log:
-        size = log_size(log, options.log)
-        wanted = itertools.takewhile(lambda entry: options.to is None or entry.number <= options.to,
-                                     entries(log))
-        if options.list or not options.disk:
+        size = log_size(log)
+        wanted = itertools.islice(entries(log), options.to)
+        if options.list:
             for entry in wanted:
-                print(f"{entry.number:>8}  {entry.time / 1e9:.6f}  {entry.kind:<12} {entry.offset:>14} "
-                      f"{entry.length:>10}")
+                print(f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}")
             return 0
-        with open(options.disk, "xb") as disk:
+        with open(options.disk, "x+b") as disk:
+            if options.base:
+                copy(options.base, options.disk)
             disk.truncate(size)
-        if options.base:
-            copy_sparse(options.base, options.disk)
-        with open(options.disk, "r+b", buffering=0) as disk:
             if options.check:
                 return find_bad_crash(log, wanted, disk, options)
             for entry in wanted:
@@ -1764,31 +1699,38 @@ def replay(argv: Sequence[str]) -> int:
 def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -> int:
     """Check the disk after each crash point; tell the first bad one and keep its disk.
 
-    disk is only ever brought up to the last flush: a crash is a copy of it with some of the rest.
+    disk has what no crash takes back: a crash is a copy of it with some or all of the rest.
     """
-    copy, points, chance = f"{disk.name}.crash", 0, random.Random(options.lose)
+    path, points, chance = f"{disk.name}.crash", 0, random.Random(options.lose)
     pending: list[Entry] = []
     for entry in wanted:
         pending.append(entry)
-        if entry.kind == "flush":
+        crash = options.every == "entry" or entry.kind in ("flush", "write_fua")
+        if crash and entry.number >= options.start:
+            points += 1
+            copy(disk.name, path)
+            with open(path, "r+b") as crashed:
+                for done in pending:
+                    if options.lose is None or done.kind == "write_fua" or chance.random() < 0.5:
+                        apply(log, done, crashed)
+            command = options.check.replace("{}", shlex.quote(path))
+            status = subprocess.run(command, shell=True, check=False).returncode
+            if status:
+                print(f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
+                      f"status {status}: see {path}")
+                return 1
+            os.unlink(path)
+        if options.lose is None or entry.kind == "flush":
             for done in pending:
                 apply(log, done, disk)
             pending.clear()
-        if entry.number < options.start or (options.every == "flush"
-                                            and entry.kind not in ("flush", "write_fua")):
-            continue
-        copy_sparse(disk.name, copy)
-        with open(copy, "r+b", buffering=0) as crashed:
-            for done in pending:
-                if options.lose is None or done.kind == "write_fua" or chance.random() < 0.5:
-                    apply(log, done, crashed)
-        points += 1
-        command = options.check.replace("{}", shlex.quote(copy))
-        result = subprocess.run(command, shell=True, check=False)
-        if result.returncode:
-            print(f"bad after entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
-                  f"status {result.returncode}: see {copy}")
-            return 1
-        os.unlink(copy)
     print(f"good at {points} crash points")
     return 0
+
+
+def copy(source: str, path: str) -> None:
+    """Copy a disk image: cp knows of holes, and of file systems that can share blocks."""
+    try:
+        subprocess.run(["cp", "--", source, path], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        raise wrong(f"cp {source}", error.stderr.strip()) from None
