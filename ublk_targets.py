@@ -1341,6 +1341,11 @@ ZONED_MAGIC = b"ublkzon2"
 ZONE_TABLE_AT = 4096                            # of each zone: how much is written, in 8 bytes
 
 
+def zone_data_at(zones: int) -> int:
+    """Return where the data begins behind the table of so many zones."""
+    return ZONE_TABLE_AT + -(-8 * zones // 4096) * 4096
+
+
 class Zone:
     """What changes of a zone: where the next write goes, in bytes of the disk, and its condition."""
 
@@ -1360,7 +1365,8 @@ class Zone:
 class Zoned(ublk.Target):
     """A host-managed zoned disk: a zone is written from its start to its end and reset as a whole.
 
-    It lies in a file: a header, how much of each zone is written, then the data.
+    It lies in a file: a header, how much of each zone is written, then the data. A file that is
+    there knows its sizes.
 
     file: keep it in this file; made if it is not there (in memory)
     size: size of a new disk
@@ -1376,39 +1382,33 @@ class Zoned(ublk.Target):
     def __init__(self, *, file: str = "", size: ublk.Size = ublk.Size(1 << 30),
                  zone_size: ublk.Size = ublk.Size(16 << 20), conventional: int = 0,
                  max_open: int = 0, max_active: int = 0) -> None:
-        if zone_size < self.block_size or zone_size & zone_size - 1:
-            raise wrong(f"--zone-size {zone_size}", "not a power of two from 4096 up")
-        if size % zone_size or not 0 <= conventional * zone_size < size:
-            raise wrong(f"--size {size}", f"not {conventional} zones of {zone_size} bytes and more")
-        self.size, self.zone_size, self.conventional = size, zone_size, conventional
         self.max_open_zones, self.max_active_zones = max_open, max_active
-        self.data_at = ZONE_TABLE_AT + -(-8 * size // zone_size // 4096) * 4096
         self.lock = threading.Lock()
         self.memory = -1 if file else os.memfd_create("zoned")
         self.path = file or f"/proc/self/fd/{self.memory}"
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
-            with open(self.path, "wb") as new:
-                new.truncate(self.data_at + size)
+            self._make(size, zone_size, conventional)
         self.disk = Loop(self.path)
-        self._check_header()
+        header = os.pread(self.disk.fd, ZONED_HEADER.size + 4, 0)
+        if not header.startswith(ZONED_MAGIC) or header != sealed(header[:-4]):
+            raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
+        _, self.size, self.zone_size, self.conventional = ZONED_HEADER.unpack(header[:-4])
+        self.data_at = zone_data_at(self.size // self.zone_size)
+        if self.disk.size != self.data_at + self.size:
+            raise wrong(self.path, f"damaged: not {self.data_at + self.size} bytes long", "restore it")
         self.zones = self._load_zones()
 
     # ---- the file ----------------------------------------------------------------------------------
 
-    def _check_header(self) -> None:
-        """See that the file is such a disk, or make a new one of it."""
-        header = sealed(ZONED_HEADER.pack(ZONED_MAGIC, self.size, self.zone_size, self.conventional))
-        found = os.pread(self.disk.fd, len(header), 0)
-        if found == bytes(len(header)):
-            write_all(self.disk.fd, header, 0)
-        elif found != sealed(found[:-4]) or not found.startswith(ZONED_MAGIC):
-            raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
-        elif found != header:
-            _, size, zone_size, conventional = ZONED_HEADER.unpack(found[:-4])
-            raise wrong(self.path, "it was made with another geometry", f"use --size {size} "
-                        f"--zone-size {zone_size} --conventional {conventional}")
-        if self.disk.size != self.data_at + self.size:
-            raise wrong(self.path, f"damaged: not {self.data_at + self.size} bytes long", "restore it")
+    def _make(self, size: int, zone_size: int, conventional: int) -> None:
+        """Make the file of a new disk."""
+        if zone_size < self.block_size or zone_size & zone_size - 1:
+            raise wrong(f"--zone-size {zone_size}", "not a power of two from 4096 up")
+        if size % zone_size or not 0 <= conventional * zone_size < size:
+            raise wrong(f"--size {size}", f"not {conventional} zones of {zone_size} bytes and more")
+        with open(self.path, "wb") as file:
+            file.write(sealed(ZONED_HEADER.pack(ZONED_MAGIC, size, zone_size, conventional)))
+            file.truncate(zone_data_at(size // zone_size) + size)
 
     def _load_zones(self) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""
@@ -1651,9 +1651,7 @@ def apply(log: Any, entry: Entry, disk: Any) -> None:
             raise wrong(log.name, f"entry {entry.number} is damaged", f"replay it --to {entry.number - 1}")
         write_all(disk.fileno(), data, entry.offset)
     elif entry.kind != "flush":
-        end = entry.offset + entry.length
-        for at in range(entry.offset, end, len(ZEROES)):
-            write_all(disk.fileno(), bytes(min(len(ZEROES), end - at)), at)
+        fallocate(disk.fileno(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.offset, entry.length)
 
 
 def replay(argv: Sequence[str]) -> int:
@@ -1662,10 +1660,9 @@ def replay(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("ublk.py replay", description=replay.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("log", help="what the target record has written")
-    add("disk", nargs="?", help="the disk image to make")
+    add("disk", nargs="?", help="the disk image to make; without it the entries are shown")
     add("--base", help="what the disk contained when the recording began (nothing)")
     add("--to", type=int, metavar="N", help="stop after this entry (the last)")
-    add("--list", action="store_true", help="show the entries")
     add("--check", metavar="COMMAND", help="for each crash point run a shell command on a copy of the "
         "disk, {} in it being the copy's path; stop where it fails")
     add("--from", type=int, default=0, dest="start", metavar="N",
@@ -1674,14 +1671,12 @@ def replay(argv: Sequence[str]) -> int:
     add("--lose", type=int, metavar="SEED", help="at a crash lose about half of what was not flushed, "
         "at random")
     options = parser.parse_args(argv)
-    if not options.list and not options.disk:
-        parser.error("name the disk image to make, or --list")
-    if options.to is not None and options.to < 0:
-        parser.error("--to is less than 0")
+    if (options.check and not options.disk) or (options.to or 0) < 0:
+        parser.error("--check needs a disk image to make, and --to no less than 0")
     with open(options.log, "rb") as log:
         size = log_size(log)
         wanted = itertools.islice(entries(log), options.to)
-        if options.list:
+        if not options.disk:
             for entry in wanted:
                 print(f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}")
             return 0
