@@ -25,6 +25,7 @@ import json
 import mmap
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -4246,7 +4247,7 @@ def chunk(cookie, kind, data=b"", *, done=1, length=0):
     return struct.pack(">IHHQI", 0x668E33EF, done, kind, cookie, length or len(data)) + data
 
 
-def at(offset):
+def behind(offset):
     """Begin a chunk that belongs so far behind what was asked for."""
     return struct.pack(">Q", FakeNbd.SPOT + offset)
 
@@ -4259,12 +4260,12 @@ HOSTILE_ANSWERS = {     # made of cookie and data; what the server's user is tol
     "magic": (lambda c, d: struct.pack(">IIQ", 1, 0, c), "something else"),
     "cookie": (lambda c, d: simple(c + 1) + d, "something else"),
     "cut": (lambda c, d: simple(c) + d[:-1], "closed the connection"),
-    "half a chunk": (lambda c, d: chunk(c, 1, at(0) + d)[:1000], "closed the connection"),
+    "half a chunk": (lambda c, d: chunk(c, 1, behind(0) + d)[:1000], "closed the connection"),
     "huge": (lambda c, d: chunk(c, 1, length=0xFFFFFFFF), "4294967295 bytes"),
     "huge error": (lambda c, d: chunk(c, 1 << 15, length=0xFFFFFFF0), "4294967280 bytes"),
-    "elsewhere": (lambda c, d: chunk(c, 1, at(512) + d), "nobody asked for"),
-    "before": (lambda c, d: chunk(c, 1, at(-512) + d), "nobody asked for"),
-    "a hole too large": (lambda c, d: chunk(c, 2, at(0) + b"\xff" * 4), "nobody asked for"),
+    "elsewhere": (lambda c, d: chunk(c, 1, behind(512) + d), "nobody asked for"),
+    "before": (lambda c, d: chunk(c, 1, behind(-512) + d), "nobody asked for"),
+    "a hole too large": (lambda c, d: chunk(c, 2, behind(0) + b"\xff" * 4), "nobody asked for"),
     "a type unknown": (lambda c, d: chunk(c, 77, b"?"), "type 77"),
     "shutting down": (lambda c, d: simple(c, errno.ESHUTDOWN), "shutting down"),
     "silence": (lambda c, d: None, "closed the connection"),
@@ -4316,7 +4317,7 @@ def test_nbd_chunks_of_data_and_holes_in_any_order(targets, here):
     def answer(peer, cookie, data):
         pieces = [(2, 4096, struct.pack(">I", 2048)), (1, 6144, data[6144:]), (1, 0, data[:4096])]
         for kind, offset, piece in pieces:
-            peer.sendall(chunk(cookie, kind, at(offset) + piece, done=0))
+            peer.sendall(chunk(cookie, kind, behind(offset) + piece, done=0))
         peer.sendall(chunk(cookie, 0))
 
     with FakeNbd(here) as fake:
@@ -4776,6 +4777,21 @@ def test_a_recording_that_cannot_be(run, log, tmp_path):
     (tmp_path / "JUNK").write_bytes(os.urandom(100))
     assert_fails(run("record", tmp_path / "JUNK", "ram"), 1, "not a log", errno.EINVAL)
     assert len((tmp_path / "JUNK").read_bytes()) == 100
+
+
+def test_a_log_that_is_full_fails_the_write_and_stays_whole(run, targets, tmp_path):
+    log = Log(targets, tmp_path / "log")
+    log.do("write", 0, memoryview(b"1" * 4096))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(log.path) + 1000, usual[1]))
+    try:
+        assert error_of(now, log.disk.write(8192, memoryview(b"2" * 4096))) == errno.ENOSPC
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    log.do("write", 4096, memoryview(b"3" * 4096))
+    log.disk.close()
+    assert run("replay", log.path, tmp_path / "disk").status == 0
+    assert (tmp_path / "disk").read_bytes()[:12288] == b"1" * 4096 + b"3" * 4096 + bytes(4096)
 
 
 # ---- crashes ----------------------------------------------------------------------------------------
