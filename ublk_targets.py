@@ -1006,10 +1006,9 @@ class NbdConnection:
         self.uri, self.deadline = uri, time.monotonic() + NBD_HANDSHAKE
         self.size, self.flags, self.minimum, self.maximum = 0, 0, 1, 32 << 20
         address, export = nbd_address(uri)
-        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-        self.socket = socket.socket(family)
+        self.socket = socket.socket(socket.AF_UNIX)
         try:
-            if family == socket.AF_UNIX:
+            if isinstance(address, str):
                 self.socket.settimeout(NBD_HANDSHAKE)
                 self.socket.connect(address)
             else:
@@ -1127,6 +1126,8 @@ class Nbd(ublk.Target):
                 setattr(self, name, getattr(self, f"_{name}"))
         self.pending: dict[int, NbdRequest] = {}        # by cookie
         self.outbox: list[NbdRequest] = []
+        self.buffer = memoryview(bytearray(1 << 18))
+        self.inbox = self.buffer[:0]                    # received, but not yet understood
         self.cookie = 0
         self.running = self.sending = self.told = False
         self.heard = 0.0                                # when the last reply came
@@ -1235,7 +1236,7 @@ class Nbd(ublk.Target):
             except OSError as failure:
                 error = failure
         self.connection.close()
-        self.connection, self.met = connection, time.monotonic()
+        self.connection, self.inbox, self.met = connection, self.buffer[:0], time.monotonic()
         self.outbox = list(self.pending.values())
         for request in self.outbox:
             request.error = request.filled = 0
@@ -1251,12 +1252,16 @@ class Nbd(ublk.Target):
     # ---- replies -------------------------------------------------------------------------------
 
     async def _fill(self, view: memoryview) -> None:
-        """Receive exactly what fits into view."""
+        """Fill view with what comes next; it is received in large pieces, of many replies each."""
         while view:
-            count = await ublk.uring_recv(self.connection.socket.fileno(), view, socket.MSG_WAITALL)
-            if not count:
-                raise OSError(errno.ECONNRESET, "the server closed the connection")
-            view = view[count:]
+            if not self.inbox:
+                count = await ublk.uring_recv(self.connection.socket.fileno(), self.buffer)
+                if not count:
+                    raise OSError(errno.ECONNRESET, "the server closed the connection")
+                self.inbox = self.buffer[:count]
+            count = min(len(view), len(self.inbox))
+            view[:count] = self.inbox[:count]
+            view, self.inbox = view[count:], self.inbox[count:]
 
     async def _bytes(self, count: int) -> bytes:
         data = bytearray(count)
