@@ -4328,6 +4328,19 @@ def test_nbd_chunks_of_data_and_holes_in_any_order(targets, here):
 
 
 @kernel
+def test_nbd_a_gap_between_chunks_shows_nothing_of_other_requests(targets, here):
+    def answer(peer, cookie, data):
+        peer.sendall(chunk(cookie, 1, behind(0) + b"a" * 4096, done=0)
+                     + chunk(cookie, 1, behind(0) + b"b" * 4096))
+
+    with FakeNbd(here) as fake:
+        with ublk.Device(targets.Nbd(nbd_uri(here)), depth=1) as disk, opened(disk.path) as fd:
+            assert any(read_at(fd, 0, 8192)[4096:])
+            fake.answer = answer
+            assert read_at(fd, fake.SPOT, 8192) == b"b" * 4096 + bytes(4096)
+
+
+@kernel
 def test_nbd_a_server_that_never_answers_fails_the_requests_in_time(targets, here, capfd, monkeypatch):
     monkeypatch.setattr(targets, "NBD_HANDSHAKE", 0.3)
     with FakeNbd(here) as fake:

@@ -1101,9 +1101,8 @@ class NbdRequest:
 class Nbd(ublk.Target):
     """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
 
-    Three tasks serve the connection: _send sends what is in the outbox; _receive takes the replies,
-    and when the connection is lost makes a new one, which gets the requests that had no reply yet;
-    _watch ends a connection on which nothing comes.
+    It gets all requests at once. When the connection is lost, a new one is made and gets the
+    requests that had no reply yet.
 
     uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
     timeout: requests fail when the server is silent or away for so long (60s)
@@ -1166,6 +1165,9 @@ class Nbd(ublk.Target):
         self.connection.close()
 
     # ---- requests ------------------------------------------------------------------------------
+
+    # Three tasks run beside them: _send empties the outbox, _receive takes the replies and makes a
+    # new connection when it has to, _watch ends a connection on which nothing comes.
 
     async def ask(self, command: int, offset: int, flags: int = 0, buffer: Any = b"", length: int = 0) -> int:
         """Have the server do something; return the length of the data. Raises OSError."""
@@ -1296,9 +1298,9 @@ class Nbd(ublk.Target):
             count = int.from_bytes(await self._bytes(length - 8), "big") if hole else length - 8
             if not 0 <= start <= start + count <= len(request.room):
                 raise OSError(errno.EPROTO, "the server sent data nobody asked for")
-            if hole:
-                request.room[start:start + count] = bytes(count)
-            else:
+            if not request.filled:              # nothing of an earlier request may show between chunks
+                request.room[:] = bytes(len(request.room))
+            if not hole:
                 await self._fill(request.room[start:start + count])
             request.filled += count
         elif kind != NBD_REPLY_NONE or length:
