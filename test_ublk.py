@@ -4518,6 +4518,7 @@ def test_zones_are_written_at_their_pointer_only(targets):
     now(disk.write(1 << 20, page))
     assert disk.zone_append(1 << 20, page) == (1 << 20) + 4096
     now(disk.write((1 << 20) + 8192, page))
+    assert error_of(now, disk.write((1 << 20) + 8192, page)) == errno.EIO
     for wrong_place in (1 << 20, (1 << 20) + 16384, (2 << 20) + 4096):
         assert write(wrong_place) == errno.EIO
     disk.zone_finish(1 << 20)
@@ -4556,8 +4557,10 @@ def test_zones_of_a_file_are_as_they_were_left(targets, tmp_path):
     assert (disk.size, disk.zone_size) == (16 << 20, 1 << 20)
     assert conditions(disk) == [0, 0, CLOSED, EMPTY, FULL] + [EMPTY] * 11
     assert disk.zones[2].wp == (2 << 20) + 4096
-    now(disk.write(2 << 20, page))              # what a killed server had done comes again
     assert error_of(now, disk.write(2 << 20, memoryview(bytes(4096)))) == errno.EIO
+    now(disk.write(2 << 20, page))              # what a killed server had done comes again
+    now(disk.write((2 << 20) + 4096, page))
+    assert error_of(now, disk.write((2 << 20) + 4096, page)) == errno.EIO
     for operation in (disk.zone_open, disk.zone_close, disk.zone_finish):
         assert error_of(operation, 0) == errno.EIO
     disk.close()

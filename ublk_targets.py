@@ -1359,6 +1359,7 @@ class Zone:
     def __init__(self, number: int, size: int, written: int) -> None:
         self.number, self.start, self.end = number, number * size, (number + 1) * size
         self.wp = self.start + written
+        self.resumed = True         # nothing was written since the server started
         self.settle()
 
     def settle(self) -> None:
@@ -1510,7 +1511,7 @@ class Zoned(ublk.Target):
             zone = self._zone(offset)
             if offset == zone.wp:
                 self._write(zone, buffer)
-            elif offset + len(buffer) != zone.wp or not self._holds(offset, buffer):
+            elif not self._was_done(zone, offset, buffer):
                 raise OSError(errno.EIO, "not at the write pointer")
         return None
 
@@ -1528,14 +1529,15 @@ class Zoned(ublk.Target):
         write_all(self.disk.fd, buffer, self.data_at + zone.wp)
         self._move_pointer(zone, zone.wp + len(buffer))
 
-    def _holds(self, offset: int, buffer: memoryview) -> bool:
-        """Tell a write that was done, by a server that was killed before it could say so."""
-        return os.pread(self.disk.fd, len(buffer), self.data_at + offset) == buffer
+    def _was_done(self, zone: Zone, offset: int, buffer: memoryview) -> bool:
+        """Tell a write that was done by a server that was killed before it could say so."""
+        return (zone.resumed and offset + len(buffer) == zone.wp
+                and os.pread(self.disk.fd, len(buffer), self.data_at + offset) == buffer)
 
     def _move_pointer(self, zone: Zone, position: int) -> None:
         """Note in the file, then in memory, how far a zone is written."""
         write_all(self.disk.fd, struct.pack("Q", position - zone.start), ZONE_TABLE_AT + 8 * zone.number)
-        zone.wp = position
+        zone.wp, zone.resumed = position, False
         if zone.wp == zone.end:
             zone.settle()
 
