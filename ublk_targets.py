@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 from types import CoroutineType
 from typing import Any, NamedTuple
@@ -265,39 +265,58 @@ def two_words(first: int, second: int) -> bytes:
 # =================================================================================================
 
 
-class together:
-    """Run coroutines side by side on this queue: ``await together(a, b)`` until all have ended.
+class beside:
+    """Start a coroutine that goes on by itself on this queue: ``await beside(coroutine)``."""
 
-    Raises what the first that failed raised.
-    """
-
-    def __init__(self, *coroutines: Any) -> None:
-        self.coroutines, self.left = coroutines, len(coroutines)
-        self.failure: Any = None
+    def __init__(self, coroutine: Any) -> None:
+        self.coroutine = coroutine
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        if len(self.coroutines) == 1:
-            yield from self.coroutines[0].__await__()
-        else:
-            yield self
+        yield self
 
     def begin(self, task: ublk.Task) -> None:
         """Called by the queue with the task that awaits."""
-        for coroutine in self.coroutines:
-            task.queue.spawn(self._run(coroutine, task))
+        task.queue.spawn(self.coroutine)
+        task.step()
 
-    async def _run(self, coroutine: Any, task: ublk.Task) -> None:
+
+async def together(*coroutines: Any) -> None:
+    """Run coroutines side by side on this queue until all have ended; raise what one of them raised."""
+    left, failures, done = len(coroutines), [], ublk.Event()
+
+    async def run(coroutine: Any) -> None:
+        nonlocal left
         try:
             await coroutine
         except Exception as error:
-            self.failure = self.failure or error
-        self.left -= 1
-        if not self.left:
-            task.step(error=self.failure)
+            failures.append(error)
+        left -= 1
+        if not left:
+            done.set()
+
+    for coroutine in coroutines:
+        await beside(run(coroutine))
+    await done
+    if failures:
+        raise failures[0]
+
+
+async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
+    """Have a target's read or write handler, of whatever kind, move a whole buffer."""
+    await ublk.whole(handler, handler(offset, buffer), offset, buffer)
+
+
+def distinct(paths: Sequence[str]) -> Sequence[str]:
+    """Return the files of a disk; raise UblkError where one is named twice."""
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise wrong(" ".join(paths), "one file or device is named twice", "name different ones")
+    return paths
 
 
 class Stripe(ublk.Target):
     """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
+
+    The kernel lets no read or write cross from one chunk into the next, so each goes to one file.
 
     paths: the files or block devices
     chunk: how much lies on one before it goes on on the next
@@ -308,12 +327,12 @@ class Stripe(ublk.Target):
 
     def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10),
                  direct: bool = False) -> None:
-        legs = self.legs = [Loop(path, direct=direct) for path in paths]
-        self.chunk, self.block_size = chunk, max(leg.block_size for leg in legs)
+        legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
+        self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
         if chunk <= 0 or chunk % self.block_size:
             raise wrong(f"chunk of {chunk} bytes",
-                        f"not a multiple of the block size {self.block_size}")
+                        f"not a multiple of the block size {self.block_size}", "choose another")
         rows = min(leg.size for leg in legs) // chunk
         if not rows:
             raise wrong(min(legs, key=lambda leg: leg.size).path,
@@ -323,35 +342,38 @@ class Stripe(ublk.Target):
         if all(hasattr(leg, "discard") for leg in legs):
             self.discard = self._discard
 
-    def pieces(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int, int]]:
-        """Cut a range into (leg, offset there, offset in the range, length)."""
-        at = 0
-        while at < length:
-            chunk, within = divmod(offset + at, self.chunk)
-            row, leg = divmod(chunk, len(self.legs))
-            count = min(self.chunk - within, length - at)
-            yield self.legs[leg], row * self.chunk + within, at, count
-            at += count
+    def place(self, offset: int) -> tuple[Loop, int, int]:
+        """Return the leg that has this byte of the disk, where, and how much there is in one piece."""
+        chunk, within = divmod(offset, self.boundary)
+        row, leg = divmod(chunk, len(self.legs))
+        return self.legs[leg], row * self.boundary + within, self.boundary - within
 
-    def spans(self, offset: int, length: int) -> list[tuple[Loop, int, int]]:
-        """Cut a range into (leg, offset there, length), one for each leg: its chunks are adjacent."""
-        spans: dict[Loop, tuple[int, int]] = {}
-        for leg, at, _, count in self.pieces(offset, length):
-            first, total = spans.get(leg, (at, 0))
-            spans[leg] = first, total + count
-        return [(leg, at, count) for leg, (at, count) in spans.items()]
+    def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
+        """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
+        def before(leg: int, offset: int) -> int:
+            row, within = divmod(offset, self.boundary * len(self.legs))
+            return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
 
-    async def read(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(leg.read, at, buffer[start:start + count])
-                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+        for number, leg in enumerate(self.legs):
+            start, end = before(number, offset), before(number, offset + length)
+            if start < end:
+                yield leg, start, end - start
 
-    async def write(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(leg.write, at, buffer[start:start + count])
-                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+    def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
+        leg, at, _ = self.place(offset)
+        return leg.fd, at
 
-    async def write_fua(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(leg.write_fua, at, buffer[start:start + count])
-                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+    def read(self, offset: int, buffer: memoryview) -> Any:
+        leg, at, room = self.place(offset)
+        return leg.read(at, buffer[:room])
+
+    def write(self, offset: int, buffer: memoryview) -> Any:
+        leg, at, room = self.place(offset)
+        return leg.write(at, buffer[:room])
+
+    def write_fua(self, offset: int, buffer: memoryview) -> Any:
+        leg, at, room = self.place(offset)
+        return leg.write_fua(at, buffer[:room])
 
     async def flush(self) -> None:
         await together(*[leg.flush() for leg in self.legs])
@@ -379,29 +401,39 @@ class Mirror(ublk.Target):
     rebuild: try dropped legs again and copy to them what they missed, while the disk is in use
     stale: a leg that holds old data, such as a new one; with commas between: several
     state: the file that notes which legs are dropped (one in /var/lib/ublk or ~/.local/state/ublk)
-    retry: time between two tries (5s)
     direct: transfer around the page cache (O_DIRECT)
     """
 
+    retry = 5.0             # seconds between two attempts to rebuild
+
     def __init__(self, *paths: str, rebuild: bool = False, stale: str = "", state: str = "",
-                 retry: str = "5s", direct: bool = False) -> None:
-        self.paths, self.direct, self.retry = paths, direct, seconds(retry) if rebuild else 0.0
+                 direct: bool = False) -> None:
+        self.paths, self.rebuild, self.direct = distinct(paths), rebuild, direct
         self.state = os.path.abspath(state) if state else self._default_state()
         self.disks: dict[str, Loop] = {}            # path -> what is open
+        self.dropped: dict[str, str] = {}           # path -> why it is not used
+        self.rebuilding = ""                        # the path that is being brought up to date
+        self.copying = (0, 0)                       # the range the rebuild copies now
+        self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.mender: threading.Thread | None = None
         named = set(filter(None, stale.split(",")))
         if not named <= set(paths):
-            raise wrong(f"--stale {stale}", "not a leg of this mirror", f"name one of {paths}")
-        self.dropped: set[str] = set()
-        self.rebuilding: set[str] = set()
-        old = self._load() | named
+            raise wrong(f"--stale {stale}", "not a leg of this mirror", f"name one of {', '.join(paths)}")
+        self._open(self._noted() | named)
+
+    def _open(self, old: set[str]) -> None:
+        """Open the legs; those that hold old data, and those that are not there, are dropped."""
+        out = dict.fromkeys(old, "out of date")
         problem: OSError | None = None
-        for path in paths:
+        for path in self.paths:
             try:
-                self.disks[path] = Loop(path, direct=direct)
+                self.disks[path] = Loop(path, direct=self.direct)
             except OSError as error:
-                problem = error
-        good = [self.disks[path] for path in paths if path in self.disks and path not in old]
+                problem, out[path] = error, str(error)
+        good = [self.disks[path] for path in self.paths if path not in out]
         if not good:
+            self.close()
             raise problem or wrong("mirror", "all its legs hold old data",
                                    f"name the worst with --stale and remove {self.state}")
         self.size = min(disk.size for disk in good)
@@ -409,15 +441,7 @@ class Mirror(ublk.Target):
         self.read_only = any(disk.read_only for disk in good)
         if all(hasattr(disk, "discard") for disk in self.disks.values()):
             self.discard = self._discard
-        self.lock, self.closed = threading.Lock(), threading.Event()
-        self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
-        self.copying = (0, 0)                               # the range the rebuild copies now
-        self.reasons: dict[str, str] = {}                   # why a leg was dropped, as told
-        self.mender: threading.Thread | None = None
-        missing = {path for path in paths if path not in self.disks
-                   or self.disks[path].size < self.size}
-        if missing | old:
-            self._drop(missing | old, "missing or out of date")
+        self._drop(out)
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -452,7 +476,7 @@ class Mirror(ublk.Target):
         await self.everywhere(lambda disk: disk.discard(offset, length), offset, length)
 
     async def everywhere(self, change: Any, offset: int, length: int) -> None:
-        """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
+        """Do the same on all good legs and the one being rebuilt; drop the legs where it fails."""
         failed: dict[str, OSError] = {}
 
         async def attempt(path: str) -> None:
@@ -476,14 +500,14 @@ class Mirror(ublk.Target):
             if start < self.copying[1] and self.copying[0] < end:
                 return []
             self.writing[me] = start, end
-            return [*self.good(), *self.rebuilding]
+            return [*self.good(), *filter(None, [self.rebuilding])]
 
     def _judge(self, failed: dict[str, OSError]) -> None:
-        """Drop legs that failed where another did not; before the client is told of success."""
+        """Drop legs that failed where another did not, before the client is told of success."""
         if failed:
             if failed.keys() >= set(self.good()):
                 raise next(iter(failed.values()))
-            self._drop(set(failed), "; ".join(sorted({str(error) for error in failed.values()})))
+            self._drop({path: str(error) for path, error in failed.items()})
 
     # ---- legs that fail and come back --------------------------------------------------------------
 
@@ -492,66 +516,68 @@ class Mirror(ublk.Target):
         names = "\n".join(map(os.path.abspath, self.paths)).encode()
         return os.path.join(base, "ublk", f"mirror-{zlib.crc32(names):08x}")
 
-    def _load(self) -> set[str]:
+    def _noted(self) -> set[str]:
+        """Return the legs that an earlier server dropped."""
         try:
             with open(self.state, encoding="utf-8") as file:
                 return set(file.read().splitlines()) & set(self.paths)
         except FileNotFoundError:
             return set()
 
-    def _save(self) -> None:
+    def _note(self) -> None:
         os.makedirs(os.path.dirname(self.state), exist_ok=True)
         replace_file(self.state, "".join(f"{path}\n" for path in sorted(self.dropped)).encode())
 
-    def _drop(self, paths: set[str], reason: str) -> None:
+    def _drop(self, reasons: dict[str, str]) -> None:
         """Take legs out of use; say so once."""
         with self.lock:
-            new = not paths <= self.dropped
-            self.dropped, self.rebuilding = self.dropped | paths, self.rebuilding - paths
-            if new:
-                self._save()
-        news = sorted(path for path in paths if self.reasons.get(path) != reason)
-        if news:
-            self.reasons.update(dict.fromkeys(news, reason))
-            say(f"mirror: dropped {', '.join(news)}: {reason}")
+            news = {path: why for path, why in reasons.items() if self.dropped.get(path) != why}
+            known = reasons.keys() <= self.dropped.keys()
+            self.dropped = {**self.dropped, **reasons}
+            if self.rebuilding in reasons:
+                self.rebuilding = ""
+            if not known:
+                self._note()
+        for path, why in news.items():
+            say(f"mirror: dropped {path}: {why}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
-        if index == 0 and self.retry:
+        if index == 0 and self.rebuild:
             self.mender = threading.Thread(target=self._mend, daemon=True, name="rebuild")
             self.mender.start()
 
     def _mend(self) -> None:
         ublk.io_flusher()
         while True:
-            for path in sorted(self.dropped):
+            for path in list(self.dropped):
                 try:
-                    self._rebuild(path)
+                    self._bring_back(path)
                 except OSError as error:
-                    self._drop({path}, str(error))
+                    self._drop({path: str(error)})
             # By the next try nobody uses the leg's descriptor any more, and it can be closed.
             if self.closed.wait(self.retry):
                 return
 
-    def _rebuild(self, path: str) -> None:
+    def _bring_back(self, path: str) -> None:
         """Copy everything to a dropped leg; what is written meanwhile goes there as well."""
         if path in self.disks:
             self.disks.pop(path).close()
         disk = self.disks[path] = Loop(path, direct=self.direct)
         if disk.size < self.size or disk.read_only or disk.block_size > self.block_size:
             raise wrong(path, "too small, for reading only, or with larger blocks")
-        self.rebuilding = self.rebuilding | {path}
+        self.rebuilding = path
         for offset in range(0, self.size, len(ZEROES)):
-            if self.closed.is_set() or path not in self.rebuilding:
-                return
             self._copy(offset, min(offset + len(ZEROES), self.size), disk)
+            if self.closed.is_set() or self.rebuilding != path:
+                return
         os.fdatasync(disk.fd)
         with self.lock:
-            if path not in self.rebuilding:
+            if self.rebuilding != path:             # a write to it failed
                 return
-            self.dropped, self.rebuilding = self.dropped - {path}, self.rebuilding - {path}
-            self.reasons.pop(path, None)
-            self._save()
+            self.rebuilding = ""
+            self.dropped = {other: why for other, why in self.dropped.items() if other != path}
+            self._note()
         say(f"mirror: rebuilt {path}")
 
     def _copy(self, start: int, end: int, disk: Loop) -> None:
@@ -603,6 +629,7 @@ def replace_file(path: str, content: bytes) -> None:
 
 COW_HEADER = struct.Struct("<8sQQ36s")          # magic, size, block size, boot id; then a CRC-32
 COW_MAGIC = b"ublkcow1"
+COW_UNIT = 64 << 10                             # header and maps are multiples of any machine's page
 
 
 class Cow(ublk.Target):
@@ -620,24 +647,26 @@ class Cow(ublk.Target):
     """
 
     def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
+        distinct([base, overlay])
         is_block(base)
         self.base = os.open(base, (os.O_RDWR if commit else os.O_RDONLY) | os.O_CLOEXEC)
-        self.block_size, self.physical_block_size = block_sizes(self.base, base, False)
-        self.size = size_of(self.base, base, self.block_size)
-        self.map_size = -(-self.size // (8 * self.block_size * PAGE_SIZE)) * PAGE_SIZE
-        self.live_at, self.durable_at = PAGE_SIZE, PAGE_SIZE + self.map_size
-        self.data_at = PAGE_SIZE + 2 * self.map_size
+        self.grain, self.physical_block_size = block_sizes(self.base, base, False)
+        self.size, self.block_size = size_of(self.base, base, self.grain), self.grain
+        map_size = -(-self.size // (8 * self.grain * COW_UNIT)) * COW_UNIT
+        self.live_at, self.durable_at = COW_UNIT, COW_UNIT + map_size
+        self.data_at = COW_UNIT + 2 * map_size
         if not os.path.exists(overlay) or not os.path.getsize(overlay):
             with open(overlay, "wb") as file:
                 file.truncate(self.data_at + self.size)
         self.top, self.path = Loop(overlay), overlay
-        self.read_only = self.top.read_only
+        if self.top.read_only:
+            raise ublk.UblkError(errno.EACCES, overlay, "the overlay cannot be written to")
         self.lock = threading.Lock()
         self.fresh: set[tuple[int, int]] = set()    # ranges of map bytes not yet durable
         self._open()
         # Reading through a mapping is quick; writing through one could kill us when the file
         # system is full, where pwrite returns ENOSPC.
-        self.live = mmap.mmap(self.top.fd, self.map_size, prot=mmap.PROT_READ, offset=self.live_at)
+        self.live = mmap.mmap(self.top.fd, map_size, prot=mmap.PROT_READ, offset=self.live_at)
         if commit:
             self._commit()
 
@@ -651,38 +680,39 @@ class Cow(ublk.Target):
             boot = file.read(36)
         found = os.pread(self.top.fd, COW_HEADER.size + 4, 0)
         if found == bytes(len(found)):                      # new, or killed while it was made
-            found = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.block_size, boot))
-        magic, size, block, last_boot = COW_HEADER.unpack(found[:COW_HEADER.size])
-        if magic != COW_MAGIC or found != sealed(found[:COW_HEADER.size]):
+            found = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.grain, boot))
+        if found != sealed(found[:-4]) or not found.startswith(COW_MAGIC):
             raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
-        if (size, block) != (self.size, self.block_size):
-            raise wrong(self.path, f"made for a base of {size} bytes in blocks of {block}, "
-                        f"this one has {self.size} in {self.block_size}", "name its own base")
+        magic, size, grain, last_boot = COW_HEADER.unpack(found[:-4])
+        if (size, grain) != (self.size, self.grain):
+            raise wrong(self.path, f"made for a base of {size} bytes in blocks of {grain}, "
+                        f"this one has {self.size} in {self.grain}", "name its own base")
         if self.top.size != self.data_at + size:
             raise wrong(self.path, "its end is missing", "restore it, or delete it")
-        if self.read_only:
-            return
         if last_boot != boot:
-            for at in range(0, self.map_size, PAGE_SIZE):
-                page = os.pread(self.top.fd, PAGE_SIZE, self.durable_at + at)
-                os.pwrite(self.top.fd, page, self.live_at + at)
-        os.pwrite(self.top.fd, sealed(COW_HEADER.pack(magic, size, block, boot)), 0)
+            for at in range(self.live_at, self.durable_at, COW_UNIT):
+                piece = os.pread(self.top.fd, COW_UNIT, at + self.durable_at - self.live_at)
+                write_all(self.top.fd, piece, at)
+            os.fsync(self.top.fd)
+        write_all(self.top.fd, sealed(COW_HEADER.pack(magic, size, grain, boot)), 0)
         os.fsync(self.top.fd)
+
+    # ---- which blocks the overlay has --------------------------------------------------------------
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into (whether the overlay has it, offset, length)."""
-        first, count = offset // self.block_size, length // self.block_size
+        first, count = offset // self.grain, length // self.grain
         bits = int.from_bytes(self.live[first // 8:(first + count + 7) // 8], "little") >> first % 8
         bits &= (1 << count) - 1
         while count:
             other = ~bits if bits & 1 else bits     # its lowest bit that is set ends the run
             run = min((other & -other).bit_length() - 1 if other else count, count)
-            yield bool(bits & 1), offset, run * self.block_size
-            offset, bits, count = offset + run * self.block_size, bits >> run, count - run
+            yield bool(bits & 1), offset, run * self.grain
+            offset, bits, count = offset + run * self.grain, bits >> run, count - run
 
     def _mark(self, offset: int, length: int) -> None:
         """Note in the live map that the overlay has a range."""
-        first, count = offset // self.block_size, length // self.block_size
+        first, count = offset // self.grain, length // self.grain
         start, end = first // 8, (first + count + 7) // 8
         with self.lock:
             old = int.from_bytes(self.live[start:end], "little")
@@ -691,17 +721,34 @@ class Cow(ublk.Target):
                 write_all(self.top.fd, new.to_bytes(end - start, "little"), self.live_at + start)
                 self.fresh.add((start, end))
 
+    def _make_durable(self, fresh: Iterable[tuple[int, bytes]]) -> None:
+        """Add bits, whose data is durable, to the map that counts after a loss of power."""
+        with self.lock:
+            for start, bits in fresh:
+                old = os.pread(self.top.fd, len(bits), self.durable_at + start)
+                new = int.from_bytes(old, "little") | int.from_bytes(bits, "little")
+                write_all(self.top.fd, new.to_bytes(len(bits), "little"), self.durable_at + start)
+
+    def _inside(self, offset: int, length: int) -> None:
+        """Refuse what lies beyond the end, where a disk that was made larger has nothing."""
+        if offset + length > self.size:
+            raise OSError(errno.EIO, "beyond the end of the base")
+
+    # ---- requests --------------------------------------------------------------------------------
+
     async def read(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(partial(read_at, self.top.fd), self.data_at + at, buffer[at - offset:][:n])
-                         if ours else
-                         moved(partial(read_at, self.base), at, buffer[at - offset:][:n])
-                         for ours, at, n in self.runs(offset, len(buffer))])
+        self._inside(offset, len(buffer))
+        for ours, at, length in self.runs(offset, len(buffer)):
+            fd, shift = (self.top.fd, self.data_at) if ours else (self.base, 0)
+            await fill(fd, buffer[at - offset:][:length], at + shift)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
+        self._inside(offset, len(buffer))
         await moved(self.top.write, self.data_at + offset, buffer)
         self._mark(offset, len(buffer))
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._inside(offset, length)
         await self.top.write_zeroes(self.data_at + offset, length, unmap)
         self._mark(offset, length)
 
@@ -721,14 +768,6 @@ class Cow(ublk.Target):
                 self.fresh |= {(start, start + len(bits)) for start, bits in fresh}
             raise
 
-    def _make_durable(self, fresh: list[tuple[int, bytes]]) -> None:
-        """Add bits, whose data is durable, to the map that counts after a loss of power."""
-        with self.lock:
-            for start, bits in fresh:
-                old = os.pread(self.top.fd, len(bits), self.durable_at + start)
-                new = int.from_bytes(old, "little") | int.from_bytes(bits, "little")
-                write_all(self.top.fd, new.to_bytes(len(bits), "little"), self.durable_at + start)
-
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
         for at in range(0, self.size, len(ZEROES)):
@@ -736,22 +775,20 @@ class Cow(ublk.Target):
                 if ours:
                     write_all(self.base, os.pread(self.top.fd, length, self.data_at + start), start)
         os.fsync(self.base)
-        for at in range(self.live_at, self.data_at, PAGE_SIZE):
-            write_all(self.top.fd, bytes(PAGE_SIZE), at)
+        for at in range(self.live_at, self.data_at, COW_UNIT):
+            write_all(self.top.fd, bytes(COW_UNIT), at)
         os.fsync(self.top.fd)
         os.ftruncate(self.top.fd, self.data_at)
         os.ftruncate(self.top.fd, self.data_at + self.size)
 
     def close(self) -> None:
-        if self.top.fd >= 0 and not self.read_only:
+        if self.top.fd >= 0:
             os.fdatasync(self.top.fd)
-            self._make_durable([(start, self.live[start:end]) for start, end in self.fresh])
+            self._make_durable((start, self.live[start:end]) for start, end in self.fresh)
             os.fdatasync(self.top.fd)
-        self.top.close()
-        self.live.close()       # it has a descriptor of its own, and with that the lock
-        if self.base >= 0:
+            self.top.close()
+            self.live.close()       # it has a descriptor of its own, and with that the lock
             os.close(self.base)
-            self.base = -1
 
 
 def sealed(data: bytes) -> bytes:
@@ -759,9 +796,13 @@ def sealed(data: bytes) -> bytes:
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
-async def read_at(fd: int, offset: int, buffer: memoryview) -> int:
-    """Read from a file, as a handler reads."""
-    return await ublk.uring_read(fd, buffer, offset)
+async def fill(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill a whole buffer from a file."""
+    while buffer:
+        count = await ublk.uring_read(fd, buffer, offset)
+        if not count:
+            raise OSError(errno.EIO, "unexpected end of file")
+        buffer, offset = buffer[count:], offset + count
 
 
 def write_all(fd: int, data: bytes, offset: int) -> None:
@@ -771,11 +812,6 @@ def write_all(fd: int, data: bytes, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
-    """Have a target's read or write handler, of whatever kind, move a whole buffer."""
-    await ublk.whole(handler, handler(offset, buffer), offset, buffer)
-
-
 # =================================================================================================
 # Targets over another target
 # =================================================================================================
@@ -783,9 +819,9 @@ async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
 # What a target may define: handlers of requests, and all else
 HANDLERS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "zone_append",
             "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_reset_all")
-PROPERTIES = ("size", "block_size", "physical_block_size", "read_only", "rotational",
+PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
               "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
-              "processes", "report_zones", "start", "close")
+              "processes", "report_zones", "resized", "start", "close")
 
 
 class Wrapper:
@@ -806,12 +842,6 @@ class Wrapper:
     def call(self, name: str, *args: Any) -> Any:
         """Serve a request: return what the wrapped target's handler returns."""
         return getattr(self.target, name)(*args)
-
-    def resized(self, size: int) -> None:
-        """Pass the new size on."""
-        if hasattr(self.target, "resized"):
-            self.target.resized(size)
-        self.size = size
 
 
 async def settled(outcome: Any) -> Any:
@@ -837,7 +867,7 @@ class Fault(Wrapper, ublk.Target):
     torn: of a write, do only a part from its beginning, at random
     lost: report success and do nothing: a flush that lies, a write that never happened
     hang: wait until --control says otherwise
-    control: a file that may appear and change meanwhile: its words replace all options of this list
+    control: a file that may appear and change meanwhile: its words replace all options above
     seed: makes the same random choices again (1)
     target: the target that is to fail, with its own arguments
     """
@@ -847,15 +877,15 @@ class Fault(Wrapper, ublk.Target):
                  delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
                  hang: bool = False, control: str = "", seed: int = 1) -> None:
         super().__init__(target)
+        self.processes = False          # one sequence of random numbers, one count of bytes written
         self.given = self.rule = Rule(on, range, after, rate, error, delay, jitter, torn, lost, hang)
         self.control = os.path.abspath(control) if control else ""
         self.parser = ublk.target_parser(Fault, "fault")
         self.random, self.written = random.Random(seed), 0
-        self.seen: Any = None
+        self.seen: Any = None           # what the control file was when it was last read
 
     def call(self, name: str, *args: Any) -> Any:
-        if self.control:
-            self.look()
+        self.look()
         rule = self.rule
         if not rule.matches(name, args, self.written) or self.random.random() >= rule.rate:
             return self.pass_on(name, *args)
@@ -871,8 +901,7 @@ class Fault(Wrapper, ublk.Target):
 
     async def stall(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
         """Wait, then do what else there is to do."""
-        if rule.delay or rule.jitter:
-            await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
+        await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
         while rule.hang and self.rule is rule:
             await ublk.uring_sleep(0.05)
             self.look()
@@ -896,6 +925,8 @@ class Fault(Wrapper, ublk.Target):
 
     def look(self) -> None:
         """Take the options from the control file when that has changed."""
+        if not self.control:
+            return
         try:
             status = os.stat(self.control)
             seen: Any = status.st_mtime_ns, status.st_size, status.st_ino
@@ -906,31 +937,31 @@ class Fault(Wrapper, ublk.Target):
         self.seen, self.written = seen, 0
         try:
             with open(self.control, encoding="utf-8") as file:
-                words = shlex.split(file.read(4096))
-            values = vars(self.parser.parse_args(words))
-            self.rule = Rule(**{key: values[key] for key in Rule.WORDS}) if words else self.given
+                values = vars(self.parser.parse_args(shlex.split(file.read(4096))))
+            self.rule = Rule(**{name: values[name] for name in RULE})
         except FileNotFoundError:
             self.rule = self.given
         except (OSError, ValueError, SystemExit) as error:
             say(f"{self.control} is ignored: {error}")
 
 
+RULE = ("on", "range", "after", "rate", "error", "delay", "jitter", "torn", "lost", "hang")
+
+
 class Rule:
     """What a Fault does to which requests: its options, understood."""
-
-    WORDS = ("on", "range", "after", "rate", "error", "delay", "jitter", "torn", "lost", "hang")
 
     def __init__(self, on: str, range: str, after: int, rate: float, error: str, delay: str,
                  jitter: str, torn: bool, lost: bool, hang: bool) -> None:
         self.on = frozenset(on.split(",")) if on else frozenset(HANDLERS)
         if not self.on <= frozenset(HANDLERS):
             raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
-        first, _, last = range.partition("-")
-        self.start = ublk.parse_size(first) if first else 0
-        self.end = ublk.parse_size(last) if last else self.start + ublk.SECTOR
         self.anywhere = not range
-        if error and not hasattr(errno, error):
+        self.start, self.end = span(range or "0")
+        if error and error not in errno.errorcode.values():
             raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
+        if not 0 <= rate <= 1:
+            raise wrong(f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in a hundred")
         self.error = getattr(errno, error) if error else 0
         self.after, self.rate, self.torn, self.lost, self.hang = after, rate, torn, lost, hang
         self.delay, self.jitter = seconds(delay), seconds(jitter)
@@ -939,21 +970,36 @@ class Rule:
         """Tell whether a request may be struck."""
         if written < self.after or name.replace("_fua", "") not in self.on:
             return False
-        if self.anywhere:
-            return True
-        length = 0 if not args else ublk.SECTOR if len(args) < 2 else args[1]
-        if not isinstance(length, int):
-            length = len(length)
-        return bool(args) and args[0] < self.end and args[0] + length > self.start
+        if self.anywhere or not args:           # a flush is everywhere
+            return self.anywhere
+        offset, what = (*args, ublk.SECTOR)[:2]
+        length = what if isinstance(what, int) else len(what)
+        return bool(offset < self.end and offset + length > self.start)
+
+
+def span(text: str) -> tuple[int, int]:
+    """Read a range of bytes such as 1M-2M, or the place of one sector. Raises UblkError."""
+    first, _, last = text.partition("-")
+    try:
+        start = ublk.parse_size(first)
+        end = ublk.parse_size(last) if last else start + ublk.SECTOR
+    except ValueError:
+        start = end = 0
+    if start >= end:
+        raise wrong(f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for the sector there")
+    return start, end
 
 
 def seconds(text: str) -> float:
     """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
     unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
     try:
-        return abs(float(text[:len(text) - len(unit)])) * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
+        number = float(text[:len(text) - len(unit)])
     except ValueError:
-        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s") from None
+        number = -1.0
+    if not 0 <= number < 1e9:
+        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
+    return number * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
 
 
 # =================================================================================================
@@ -1355,21 +1401,6 @@ class NbdLink:
         self.heard, self.pause, self.told = time.monotonic(), 0.05, False
         del self.pending[cookie]
         request.done.set(error if error in NBD_ERRORS or not error else errno.EIO)
-
-
-class beside:
-    """Start a coroutine that goes on by itself on this queue: ``await beside(coroutine)``."""
-
-    def __init__(self, coroutine: Any) -> None:
-        self.coroutine = coroutine
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        yield self
-
-    def begin(self, task: ublk.Task) -> None:
-        """Called by the queue with the task that awaits."""
-        task.queue.spawn(self.coroutine)
-        task.step()
 
 
 # =================================================================================================
