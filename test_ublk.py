@@ -1602,15 +1602,15 @@ def digest(path):
 FIO_JOBS = [("512", "0", "128k"), ("4k", "1m", "1m"), ("64k", "8m", "4m"), ("1m", "16m", "8m")]
 
 
-def fio_verify(path):
-    """Write at random with four block sizes at once, 128 requests deep, and verify checksums."""
+def fio_verify(path, jobs=tuple(FIO_JOBS)):
+    """Write at random with several block sizes at once, 128 requests deep, and verify checksums."""
     common = [f"--filename={path}", "--direct=1", "--ioengine=libaio", "--iodepth=128", "--rw=randwrite",
               "--thread", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0",
               "--minimal"]
-    jobs = []
-    for block, offset, size in FIO_JOBS:
-        jobs += [f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common]
-    done = sh("fio", *jobs, cwd="/tmp")
+    words = []
+    for block, offset, size in jobs:
+        words += [f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common]
+    done = sh("fio", *words, cwd="/tmp")
     assert "verify" not in done.stderr, done.stderr
 
 

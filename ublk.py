@@ -2380,7 +2380,14 @@ class Device:
 
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16)."""
-        self.control.update_size(self.id, size)
+        require(UBLK_F_UPDATE_SIZE & ~(self.control.features or 0))
+        resized = getattr(self.target, "resized", bool)
+        if size > self.target.size:
+            resized(size)               # before the first request for what is new
+            self.control.update_size(self.id, size)
+        else:
+            self.control.update_size(self.id, size)
+            resized(size)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
