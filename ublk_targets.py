@@ -588,10 +588,12 @@ class Mirror(ublk.Target):
             while any(start < b and a < end for a, b in list(self.writing.values())):
                 time.sleep(0.001)
             with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
-                transfer(os.preadv, self.disks[self.good()[0]].fd, new, start)
-                transfer(os.preadv, disk.fd, old, start)
+                count = os.preadv(self.disks[self.good()[0]].fd, [new], start)
+                count += os.preadv(disk.fd, [old], start)
                 if new[:] != old[:]:
-                    transfer(os.pwritev, disk.fd, new, start)
+                    count += os.pwritev(disk.fd, [new], start) - len(new)
+                if count != 2 * len(new):
+                    raise OSError(errno.EIO, "unexpected end of file")
         finally:
             self.copying = (0, 0)
 
@@ -601,18 +603,6 @@ class Mirror(ublk.Target):
             self.mender.join()
         for disk in self.disks.values():
             disk.close()
-
-
-def transfer(function: Any, fd: int, buffer: Any, offset: int) -> None:
-    """Fill or write a whole buffer with os.preadv or os.pwritev."""
-    with memoryview(buffer) as view:
-        done = 0
-        while done < len(view):
-            with view[done:] as rest:
-                count = function(fd, [rest], offset + done)
-            if not count:
-                raise OSError(errno.EIO, "unexpected end of file")
-            done += count
 
 
 def replace_file(path: str, content: bytes) -> None:
