@@ -20,6 +20,7 @@ import itertools
 import mmap
 import os
 import random
+import re
 import shlex
 import socket
 import stat
@@ -29,7 +30,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from types import CoroutineType
 from typing import Any, NamedTuple
@@ -301,9 +302,15 @@ async def together(*coroutines: Any) -> None:
         raise failures[0]
 
 
-async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
-    """Have a target's read or write handler, of whatever kind, move a whole buffer."""
-    await ublk.whole(handler, handler(offset, buffer), offset, buffer)
+async def moved(handler: Any, *args: Any) -> None:
+    """Have a target's handler, of whatever kind, serve a request to its end."""
+    await ublk.whole(handler, handler(*args), *(args or (0, b""))[:2])
+
+
+def extent(args: Sequence[Any]) -> tuple[int, int]:
+    """Return offset and length of a request, from what its handler is called with."""
+    offset, what = (*args, 0, 0)[:2]
+    return offset, what if isinstance(what, int) else len(what)
 
 
 def distinct(paths: Sequence[str]) -> Sequence[str]:
@@ -390,102 +397,91 @@ class Stripe(ublk.Target):
             leg.close()
 
 
+class Leg:
+    """One of the files or devices of a Mirror."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.disk: Any = None                   # the Loop that it is, where it could be opened
+        self.why = ""                           # why it is not used; a good leg has no reason
+        self.rebuilding = False                 # what is written goes there, too: it will be good
+
+
 class Mirror(ublk.Target):
     """Keep the same on several files or block devices (RAID 1).
 
     A leg that fails, or is not there, is dropped: this is said on standard error and noted in the
     state file, so that a later start does not take its old data for good. The disk lives as long as
-    one good leg does.
+    one good leg does. A new leg is one that is not there when the server starts, and comes later.
 
     paths: the files or block devices, its legs
     rebuild: try dropped legs again and copy to them what they missed, while the disk is in use
-    stale: a leg that holds old data, such as a new one; with commas between: several
     state: the file that notes which legs are dropped (one in /var/lib/ublk or ~/.local/state/ublk)
     direct: transfer around the page cache (O_DIRECT)
     """
 
-    retry = 5.0             # seconds between two attempts to rebuild
+    retry = 5.0                                 # seconds between two attempts to rebuild
+    CHANGES = ("write", "write_fua", "flush", "write_zeroes", "discard")
 
-    def __init__(self, *paths: str, rebuild: bool = False, stale: str = "", state: str = "",
-                 direct: bool = False) -> None:
-        self.paths, self.rebuild, self.direct = distinct(paths), rebuild, direct
-        self.state = os.path.abspath(state) if state else self._default_state()
-        self.disks: dict[str, Loop] = {}            # path -> what is open
-        self.dropped: dict[str, str] = {}           # path -> why it is not used
-        self.rebuilding = ""                        # the path that is being brought up to date
-        self.copying = (0, 0)                       # the range the rebuild copies now
-        self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
+    def __init__(self, *paths: str, rebuild: bool = False, state: str = "", direct: bool = False) -> None:
+        self.legs = [Leg(path) for path in distinct(paths)]
+        self.rebuild, self.direct = rebuild, direct
+        self.state = os.path.abspath(state or self._default_state())
         self.lock, self.closed = threading.Lock(), threading.Event()
+        self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
+        self.copying = (0, 0)                               # the range the rebuild copies now
         self.mender: threading.Thread | None = None
-        named = set(filter(None, stale.split(",")))
-        if not named <= set(paths):
-            raise wrong(f"--stale {stale}", "not a leg of this mirror", f"name one of {', '.join(paths)}")
-        self._open(self._noted() | named)
+        disks = self._open(self._noted())
+        self.size, self.block_size = min(disk.size for disk in disks), max(disk.block_size for disk in disks)
+        self.read_only = any(disk.read_only for disk in disks)
+        for name in self.CHANGES:
+            if all(hasattr(leg.disk, name) for leg in self.legs if leg.disk):
+                setattr(self, name, partial(self.change, name))
 
-    def _open(self, old: set[str]) -> None:
-        """Open the legs; those that hold old data, and those that are not there, are dropped."""
-        out = dict.fromkeys(old, "out of date")
+    def _open(self, old: set[str]) -> list[Loop]:
+        """Open the legs and return the good ones; old data, and what is not there, is dropped."""
+        out: dict[Leg, Any] = {leg: "out of date" for leg in self.legs if leg.path in old}
         problem: OSError | None = None
-        for path in self.paths:
+        for leg in self.legs:
             try:
-                self.disks[path] = Loop(path, direct=self.direct)
+                leg.disk = Loop(leg.path, direct=self.direct)
             except OSError as error:
-                problem, out[path] = error, str(error)
-        good = [self.disks[path] for path in self.paths if path not in out]
-        if not good:
+                problem = out[leg] = error
+        if len(out) == len(self.legs):
             self.close()
-            raise problem or wrong("mirror", "all its legs hold old data",
-                                   f"name the worst with --stale and remove {self.state}")
-        self.size = min(disk.size for disk in good)
-        self.block_size = max(disk.block_size for disk in good)
-        self.read_only = any(disk.read_only for disk in good)
-        if all(hasattr(disk, "discard") for disk in self.disks.values()):
-            self.discard = self._discard
-        self._drop(out)
+            raise problem or wrong(self.state, "it says that all legs hold old data", "remove it")
+        for leg, why in out.items():
+            self._drop(leg, str(why))
+        return [leg.disk for leg in self.good()]
 
     # ---- requests --------------------------------------------------------------------------------
 
-    def good(self) -> list[str]:
+    def good(self) -> list[Leg]:
         """Return the legs whose data is right."""
-        return [path for path in self.paths if path not in self.dropped]
+        return [leg for leg in self.legs if not leg.why]
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Read from the first good leg that can."""
-        failed: dict[str, OSError] = {}
-        for path in self.good():
+        failed: dict[Leg, OSError] = {}
+        for leg in self.good():
             try:
-                await moved(self.disks[path].read, offset, buffer)
+                await moved(leg.disk.read, offset, buffer)
                 break
             except OSError as error:
-                failed[path] = error
+                failed[leg] = error
         self._judge(failed)
 
-    async def write(self, offset: int, buffer: memoryview) -> None:
-        await self.everywhere(lambda disk: moved(disk.write, offset, buffer), offset, len(buffer))
+    async def change(self, name: str, *args: Any) -> None:
+        """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
+        failed: dict[Leg, OSError] = {}
 
-    async def write_fua(self, offset: int, buffer: memoryview) -> None:
-        await self.everywhere(lambda disk: moved(disk.write_fua, offset, buffer), offset, len(buffer))
-
-    async def flush(self) -> None:
-        await self.everywhere(lambda disk: disk.flush(), 0, 0)
-
-    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await self.everywhere(lambda disk: disk.write_zeroes(offset, length, unmap), offset, length)
-
-    async def _discard(self, offset: int, length: int) -> None:
-        await self.everywhere(lambda disk: disk.discard(offset, length), offset, length)
-
-    async def everywhere(self, change: Any, offset: int, length: int) -> None:
-        """Do the same on all good legs and the one being rebuilt; drop the legs where it fails."""
-        failed: dict[str, OSError] = {}
-
-        async def attempt(path: str) -> None:
+        async def attempt(leg: Leg) -> None:
             try:
-                await change(self.disks[path])
+                await moved(getattr(leg.disk, name), *args)
             except OSError as error:
-                failed[path] = error
+                failed[leg] = error
 
-        me = object()
+        me, (offset, length) = object(), extent(args)
         while not (legs := self._enter(me, offset, offset + length)):
             await ublk.uring_sleep(0.001)
         try:
@@ -494,52 +490,48 @@ class Mirror(ublk.Target):
         finally:
             del self.writing[me]
 
-    def _enter(self, me: object, start: int, end: int) -> list[str]:
+    def _enter(self, me: object, start: int, end: int) -> list[Leg]:
         """Note that a request changes a range; return where it is to, or [] while that is copied."""
         with self.lock:
             if start < self.copying[1] and self.copying[0] < end:
                 return []
             self.writing[me] = start, end
-            return [*self.good(), *filter(None, [self.rebuilding])]
+            return [leg for leg in self.legs if not leg.why or leg.rebuilding]
 
-    def _judge(self, failed: dict[str, OSError]) -> None:
+    def _judge(self, failed: dict[Leg, OSError]) -> None:
         """Drop legs that failed where another did not, before the client is told of success."""
-        if failed:
-            if failed.keys() >= set(self.good()):
-                raise next(iter(failed.values()))
-            self._drop({path: str(error) for path, error in failed.items()})
+        if failed and failed.keys() >= set(self.good()):
+            raise next(iter(failed.values()))
+        for leg, error in failed.items():
+            self._drop(leg, str(error))
 
     # ---- legs that fail and come back --------------------------------------------------------------
 
     def _default_state(self) -> str:
         base = "/var/lib" if os.geteuid() == 0 else os.path.expanduser("~/.local/state")
-        names = "\n".join(map(os.path.abspath, self.paths)).encode()
+        names = "\n".join(os.path.abspath(leg.path) for leg in self.legs).encode()
         return os.path.join(base, "ublk", f"mirror-{zlib.crc32(names):08x}")
 
     def _noted(self) -> set[str]:
         """Return the legs that an earlier server dropped."""
         try:
             with open(self.state, encoding="utf-8") as file:
-                return set(file.read().splitlines()) & set(self.paths)
+                return set(file.read().splitlines())
         except FileNotFoundError:
             return set()
 
     def _note(self) -> None:
         os.makedirs(os.path.dirname(self.state), exist_ok=True)
-        replace_file(self.state, "".join(f"{path}\n" for path in sorted(self.dropped)).encode())
+        replace_file(self.state, "".join(f"{leg.path}\n" for leg in self.legs if leg.why).encode())
 
-    def _drop(self, reasons: dict[str, str]) -> None:
-        """Take legs out of use; say so once."""
+    def _drop(self, leg: Leg, why: str) -> None:
+        """Take a leg out of use; say so once."""
         with self.lock:
-            news = {path: why for path, why in reasons.items() if self.dropped.get(path) != why}
-            known = reasons.keys() <= self.dropped.keys()
-            self.dropped = {**self.dropped, **reasons}
-            if self.rebuilding in reasons:
-                self.rebuilding = ""
-            if not known:
+            before, leg.why, leg.rebuilding = leg.why, why, False
+            if not before:
                 self._note()
-        for path, why in news.items():
-            say(f"mirror: dropped {path}: {why}")
+        if why != before:
+            say(f"mirror: dropped {leg.path}: {why}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
@@ -550,37 +542,37 @@ class Mirror(ublk.Target):
     def _mend(self) -> None:
         ublk.io_flusher()
         while True:
-            for path in list(self.dropped):
+            for leg in self.legs:
                 try:
-                    self._bring_back(path)
+                    if leg.why:
+                        self._bring_back(leg)
                 except OSError as error:
-                    self._drop({path: str(error)})
+                    self._drop(leg, str(error))
             # By the next try nobody uses the leg's descriptor any more, and it can be closed.
             if self.closed.wait(self.retry):
                 return
 
-    def _bring_back(self, path: str) -> None:
+    def _bring_back(self, leg: Leg) -> None:
         """Copy everything to a dropped leg; what is written meanwhile goes there as well."""
-        if path in self.disks:
-            self.disks.pop(path).close()
-        disk = self.disks[path] = Loop(path, direct=self.direct)
+        if leg.disk:
+            leg.disk.close()
+        leg.disk = disk = Loop(leg.path, direct=self.direct)
         if disk.size < self.size or disk.read_only or disk.block_size > self.block_size:
-            raise wrong(path, "too small, for reading only, or with larger blocks")
-        self.rebuilding = path
+            raise wrong(leg.path, "too small, for reading only, or with larger blocks")
+        leg.rebuilding = True
         for offset in range(0, self.size, len(ZEROES)):
-            self._copy(offset, min(offset + len(ZEROES), self.size), disk)
-            if self.closed.is_set() or self.rebuilding != path:
+            self._copy(offset, min(offset + len(ZEROES), self.size), disk.fd)
+            if self.closed.is_set() or not leg.rebuilding:
                 return
         os.fdatasync(disk.fd)
         with self.lock:
-            if self.rebuilding != path:             # a write to it failed
+            if not leg.rebuilding:              # a write to it failed
                 return
-            self.rebuilding = ""
-            self.dropped = {other: why for other, why in self.dropped.items() if other != path}
+            leg.why, leg.rebuilding = "", False
             self._note()
-        say(f"mirror: rebuilt {path}")
+        say(f"mirror: rebuilt {leg.path}")
 
-    def _copy(self, start: int, end: int, disk: Loop) -> None:
+    def _copy(self, start: int, end: int, fd: int) -> None:
         """Copy a range that no request changes meanwhile from a good leg; only what differs."""
         with self.lock:
             self.copying = start, end
@@ -588,10 +580,10 @@ class Mirror(ublk.Target):
             while any(start < b and a < end for a, b in list(self.writing.values())):
                 time.sleep(0.001)
             with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
-                count = os.preadv(self.disks[self.good()[0]].fd, [new], start)
-                count += os.preadv(disk.fd, [old], start)
+                count = os.preadv(self.good()[0].disk.fd, [new], start)
+                count += os.preadv(fd, [old], start)
                 if new[:] != old[:]:
-                    count += os.pwritev(disk.fd, [new], start) - len(new)
+                    count += os.pwritev(fd, [new], start) - len(new)
                 if count != 2 * len(new):
                     raise OSError(errno.EIO, "unexpected end of file")
         finally:
@@ -601,8 +593,9 @@ class Mirror(ublk.Target):
         self.closed.set()
         if self.mender:
             self.mender.join()
-        for disk in self.disks.values():
-            disk.close()
+        for leg in self.legs:
+            if leg.disk:
+                leg.disk.close()
 
 
 def replace_file(path: str, content: bytes) -> None:
@@ -619,17 +612,18 @@ def replace_file(path: str, content: bytes) -> None:
 
 COW_HEADER = struct.Struct("<8sQQ36s")          # magic, size, block size, boot id; then a CRC-32
 COW_MAGIC = b"ublkcow1"
-COW_UNIT = 64 << 10                             # header and maps are multiples of any machine's page
+COW_UNIT = 64 << 10                             # header and marks fill whole pages of any machine
+BASE, OURS, KEPT = b"\0", b"\1", b"\2"          # marks of blocks: see Cow
 
 
 class Cow(ublk.Target):
     """A writable overlay over a base that stays as it is (copy on write).
 
-    What is written goes to the same place of the overlay, a sparse file, and a bit for the block is
-    set there. Data first, bit second: so no kill can make a block of garbage visible. Because a loss
-    of power may reorder the two, a second map gets the bits only after their data is durable, and
-    counts alone when the overlay was last open before the machine was started. Bits are only ever
-    set: zeroes and discarded blocks become holes of the overlay.
+    What is written goes to the same place of the overlay, a sparse file, and then the block's mark,
+    a byte, becomes OURS. Data first, mark second: no kill can make a block of garbage visible. As a
+    loss of power may reorder the two, OURS counts only until the machine is started anew. A flush
+    makes the data durable and then the marks KEPT, which count for ever. No mark ever goes back:
+    zeroes and discarded blocks become holes of the overlay.
 
     base: the file or block device that is read
     overlay: the file that takes the changes; made if it is not there; delete it to discard them
@@ -642,120 +636,109 @@ class Cow(ublk.Target):
         self.base = os.open(base, (os.O_RDWR if commit else os.O_RDONLY) | os.O_CLOEXEC)
         self.grain, self.physical_block_size = block_sizes(self.base, base, False)
         self.size, self.block_size = size_of(self.base, base, self.grain), self.grain
-        map_size = -(-self.size // (8 * self.grain * COW_UNIT)) * COW_UNIT
-        self.live_at, self.durable_at = COW_UNIT, COW_UNIT + map_size
-        self.data_at = COW_UNIT + 2 * map_size
+        count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
+        self.marks_at, self.data_at = COW_UNIT, COW_UNIT + count
         if not os.path.exists(overlay) or not os.path.getsize(overlay):
             with open(overlay, "wb") as file:
                 file.truncate(self.data_at + self.size)
         self.top, self.path = Loop(overlay), overlay
-        if self.top.read_only:
-            raise ublk.UblkError(errno.EACCES, overlay, "the overlay cannot be written to")
-        self.lock = threading.Lock()
-        self.fresh: set[tuple[int, int]] = set()    # ranges of map bytes not yet durable
+        self.fd, self.lock = self.top.fd, threading.Lock()
+        self.fresh: list[slice] = []            # blocks that are to be KEPT
         self._open()
         # Reading through a mapping is quick; writing through one could kill us when the file
         # system is full, where pwrite returns ENOSPC.
-        self.live = mmap.mmap(self.top.fd, map_size, prot=mmap.PROT_READ, offset=self.live_at)
+        self.marks = mmap.mmap(self.fd, count, prot=mmap.PROT_READ, offset=self.marks_at)
         if commit:
             self._commit()
 
     def _open(self) -> None:
-        """Check the overlay's header, or write a new one, and settle which of the maps counts."""
+        """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
+        if self.top.read_only:
+            raise ublk.UblkError(errno.EACCES, self.path, "the overlay cannot be written to")
         try:
-            fcntl.flock(self.top.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ublk.UblkError(errno.EBUSY, self.path, "another server uses this overlay") from None
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
-        found = os.pread(self.top.fd, COW_HEADER.size + 4, 0)
+        header = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.grain, boot))
+        found = os.pread(self.fd, len(header), 0)
         if found == bytes(len(found)):                      # new, or killed while it was made
-            found = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.grain, boot))
+            found = header
         if found != sealed(found[:-4]) or not found.startswith(COW_MAGIC):
             raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
-        magic, size, grain, last_boot = COW_HEADER.unpack(found[:-4])
+        _, size, grain, last_boot = COW_HEADER.unpack(found[:-4])
         if (size, grain) != (self.size, self.grain):
             raise wrong(self.path, f"made for a base of {size} bytes in blocks of {grain}, "
                         f"this one has {self.size} in {self.grain}", "name its own base")
         if self.top.size != self.data_at + size:
             raise wrong(self.path, "its end is missing", "restore it, or delete it")
-        if last_boot != boot:
-            for at in range(self.live_at, self.durable_at, COW_UNIT):
-                piece = os.pread(self.top.fd, COW_UNIT, at + self.durable_at - self.live_at)
-                write_all(self.top.fd, piece, at)
-            os.fsync(self.top.fd)
-        write_all(self.top.fd, sealed(COW_HEADER.pack(magic, size, grain, boot)), 0)
-        os.fsync(self.top.fd)
+        os.fsync(self.fd)
+        for at in range(self.marks_at, self.data_at, COW_UNIT):
+            marks = os.pread(self.fd, COW_UNIT, at)
+            if OURS in marks:
+                write_all(self.fd, marks.replace(OURS, KEPT if last_boot == boot else BASE), at)
+        write_all(self.fd, header, 0)
+        os.fsync(self.fd)
 
     # ---- which blocks the overlay has --------------------------------------------------------------
 
+    def blocks(self, offset: int, length: int) -> slice:
+        """Return which blocks these are; a disk that was made larger has none behind the base's end."""
+        if offset + length > self.size:
+            raise OSError(errno.EIO, "behind the end of the base")
+        return slice(offset // self.grain, (offset + length) // self.grain)
+
     def runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into (whether the overlay has it, offset, length)."""
-        first, count = offset // self.grain, length // self.grain
-        bits = int.from_bytes(self.live[first // 8:(first + count + 7) // 8], "little") >> first % 8
-        bits &= (1 << count) - 1
-        while count:
-            other = ~bits if bits & 1 else bits     # its lowest bit that is set ends the run
-            run = min((other & -other).bit_length() - 1 if other else count, count)
-            yield bool(bits & 1), offset, run * self.grain
-            offset, bits, count = offset + run * self.grain, bits >> run, count - run
+        marks = self.marks[self.blocks(offset, length)]
+        for run in re.finditer(b"\0+|[^\0]+", marks):
+            yield run[0][:1] != BASE, offset + run.start() * self.grain, len(run[0]) * self.grain
 
-    def _mark(self, offset: int, length: int) -> None:
-        """Note in the live map that the overlay has a range."""
-        first, count = offset // self.grain, length // self.grain
-        start, end = first // 8, (first + count + 7) // 8
+    def _mark(self, blocks: slice) -> None:
+        """Note that the overlay has these blocks."""
         with self.lock:
-            old = int.from_bytes(self.live[start:end], "little")
-            new = old | ((1 << count) - 1) << first % 8
-            if new != old:
-                write_all(self.top.fd, new.to_bytes(end - start, "little"), self.live_at + start)
-                self.fresh.add((start, end))
+            marks = self.marks[blocks]
+            if BASE in marks:
+                write_all(self.fd, marks.replace(BASE, OURS), self.marks_at + blocks.start)
+                self.fresh.append(blocks)
 
-    def _make_durable(self, fresh: Iterable[tuple[int, bytes]]) -> None:
-        """Add bits, whose data is durable, to the map that counts after a loss of power."""
+    def _keep(self, fresh: list[slice]) -> None:
+        """Note that blocks of the overlay are durable."""
         with self.lock:
-            for start, bits in fresh:
-                old = os.pread(self.top.fd, len(bits), self.durable_at + start)
-                new = int.from_bytes(old, "little") | int.from_bytes(bits, "little")
-                write_all(self.top.fd, new.to_bytes(len(bits), "little"), self.durable_at + start)
-
-    def _inside(self, offset: int, length: int) -> None:
-        """Refuse what lies beyond the end, where a disk that was made larger has nothing."""
-        if offset + length > self.size:
-            raise OSError(errno.EIO, "beyond the end of the base")
+            for blocks in fresh:
+                write_all(self.fd, KEPT * (blocks.stop - blocks.start), self.marks_at + blocks.start)
 
     # ---- requests --------------------------------------------------------------------------------
 
     async def read(self, offset: int, buffer: memoryview) -> None:
-        self._inside(offset, len(buffer))
         for ours, at, length in self.runs(offset, len(buffer)):
-            fd, shift = (self.top.fd, self.data_at) if ours else (self.base, 0)
+            fd, shift = (self.fd, self.data_at) if ours else (self.base, 0)
             await fill(fd, buffer[at - offset:][:length], at + shift)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
-        self._inside(offset, len(buffer))
+        blocks = self.blocks(offset, len(buffer))
         await moved(self.top.write, self.data_at + offset, buffer)
-        self._mark(offset, len(buffer))
+        self._mark(blocks)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        self._inside(offset, length)
+        blocks = self.blocks(offset, length)
         await self.top.write_zeroes(self.data_at + offset, length, unmap)
-        self._mark(offset, length)
+        self._mark(blocks)
 
     async def discard(self, offset: int, length: int) -> None:
         await self.write_zeroes(offset, length, True)
 
     async def flush(self) -> None:
         with self.lock:
-            fresh = [(start, self.live[start:end]) for start, end in self.fresh]
-            self.fresh.clear()
+            fresh, self.fresh = self.fresh, []
         try:
             await self.top.flush()
-            self._make_durable(fresh)
+            self._keep(fresh)
             await self.top.flush()
         except OSError:
             with self.lock:
-                self.fresh |= {(start, start + len(bits)) for start, bits in fresh}
+                self.fresh += fresh
             raise
 
     def _commit(self) -> None:
@@ -763,21 +746,20 @@ class Cow(ublk.Target):
         for at in range(0, self.size, len(ZEROES)):
             for ours, start, length in self.runs(at, min(len(ZEROES), self.size - at)):
                 if ours:
-                    write_all(self.base, os.pread(self.top.fd, length, self.data_at + start), start)
+                    write_all(self.base, os.pread(self.fd, length, self.data_at + start), start)
         os.fsync(self.base)
-        for at in range(self.live_at, self.data_at, COW_UNIT):
-            write_all(self.top.fd, bytes(COW_UNIT), at)
-        os.fsync(self.top.fd)
-        os.ftruncate(self.top.fd, self.data_at)
-        os.ftruncate(self.top.fd, self.data_at + self.size)
+        hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        for start, end in (self.marks_at, self.data_at), (self.data_at, self.top.size):
+            fallocate(self.fd, hole, start, end - start)
+            os.fsync(self.fd)
 
     def close(self) -> None:
         if self.top.fd >= 0:
-            os.fdatasync(self.top.fd)
-            self._make_durable((start, self.live[start:end]) for start, end in self.fresh)
-            os.fdatasync(self.top.fd)
+            os.fdatasync(self.fd)
+            self._keep(self.fresh)
+            os.fdatasync(self.fd)
             self.top.close()
-            self.live.close()       # it has a descriptor of its own, and with that the lock
+            self.marks.close()      # it has a descriptor of its own, and with that the lock
             os.close(self.base)
 
 
@@ -862,13 +844,17 @@ class Fault(Wrapper, ublk.Target):
     target: the target that is to fail, with its own arguments
     """
 
+    processes = False       # there is one sequence of random numbers and one count of bytes written
+
     def __init__(self, target: ublk.Target, *, on: str = "", range: str = "",
                  after: ublk.Size = ublk.Size(0), rate: float = 1.0, error: str = "",
                  delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
                  hang: bool = False, control: str = "", seed: int = 1) -> None:
         super().__init__(target)
-        self.processes = False          # one sequence of random numbers, one count of bytes written
-        self.given = self.rule = Rule(on, range, after, rate, error, delay, jitter, torn, lost, hang)
+        self.options: dict[str, Any] = {
+            "on": on, "range": range, "after": after, "rate": rate, "error": error, "delay": delay,
+            "jitter": jitter, "torn": torn, "lost": lost, "hang": hang}
+        self.given = self.rule = Rule(**self.options)
         self.control = os.path.abspath(control) if control else ""
         self.parser = ublk.target_parser(Fault, "fault")
         self.random, self.written = random.Random(seed), 0
@@ -928,14 +914,11 @@ class Fault(Wrapper, ublk.Target):
         try:
             with open(self.control, encoding="utf-8") as file:
                 values = vars(self.parser.parse_args(shlex.split(file.read(4096))))
-            self.rule = Rule(**{name: values[name] for name in RULE})
+            self.rule = Rule(**{name: values[name] for name in self.options})
         except FileNotFoundError:
             self.rule = self.given
         except (OSError, ValueError, SystemExit) as error:
             say(f"{self.control} is ignored: {error}")
-
-
-RULE = ("on", "range", "after", "rate", "error", "delay", "jitter", "torn", "lost", "hang")
 
 
 class Rule:
@@ -960,11 +943,10 @@ class Rule:
         """Tell whether a request may be struck."""
         if written < self.after or name.replace("_fua", "") not in self.on:
             return False
-        if self.anywhere or not args:           # a flush is everywhere
+        if self.anywhere or not args:           # a flush is of no range
             return self.anywhere
-        offset, what = (*args, ublk.SECTOR)[:2]
-        length = what if isinstance(what, int) else len(what)
-        return bool(offset < self.end and offset + length > self.start)
+        offset, length = extent(args)
+        return offset < self.end and offset + max(length, ublk.SECTOR) > self.start
 
 
 def span(text: str) -> tuple[int, int]:
