@@ -557,8 +557,9 @@ class Mirror(ublk.Target):
         if leg.disk:
             leg.disk.close()
         leg.disk = disk = Loop(leg.path, direct=self.direct)
-        if disk.size < self.size or disk.read_only or disk.block_size > self.block_size:
-            raise wrong(leg.path, "too small, for reading only, or with larger blocks")
+        if disk.size < self.size or disk.read_only or disk.block_size > self.block_size \
+                or hasattr(self, "discard") > hasattr(disk, "discard"):
+            raise wrong(leg.path, "too small, for reading only, with larger blocks or without discard")
         leg.rebuilding = True
         for offset in range(0, self.size, len(ZEROES)):
             self._copy(offset, min(offset + len(ZEROES), self.size), disk.fd)
