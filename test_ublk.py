@@ -4170,6 +4170,74 @@ def test_bad_words_for_disks_of_several_files(two_files, no_driver, run, words, 
     assert_fails(run(*words.split()), status, says, number)
 
 
+class Writers:
+    """Four threads that change a disk at random, each its own part, and know what must be on it."""
+
+    def __init__(self, content):
+        self.expected = bytearray(content)
+        self.part = len(content) // 4
+        self.under_way = {}                 # thread -> offset and data of the request that may be lost
+        self.done = 0
+
+    def work(self, path):
+        """Write until the disk is gone, or finish() is called."""
+        self.unit = int(Path(f"/sys/block/{os.path.basename(path)}/queue/logical_block_size").read_text())
+        self.stopping = False
+        self.threads = [threading.Thread(target=self._work, args=(number, path)) for number in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def busy(self):
+        """Wait until some requests have been served."""
+        before = self.done
+        until(lambda: self.done > before + 20, "requests")
+
+    def finish(self):
+        """Let all requests end; return whether none has failed."""
+        self.stopping = True
+        for thread in self.threads:
+            thread.join()
+        return not self.under_way
+
+    def _work(self, number, path):
+        try:
+            with opened(path) as fd:
+                while not self.stopping:
+                    size = self.unit * random.randint(1, (32 << 10) // self.unit)
+                    room = (self.part - size) // self.unit
+                    self._change(fd, number, number * self.part + self.unit * random.randrange(room), size)
+        except OSError:
+            pass
+
+    def _change(self, fd, number, offset, size):
+        kind = random.choice(["write"] * 4 + ["zero", "discard"])
+        data = random.randbytes(size) if kind == "write" else bytes(size)
+        self.under_way[number] = offset, data
+        if kind == "write":
+            if write_at(fd, offset, data) < size:
+                raise OSError(errno.EIO, "short")
+        else:
+            fcntl.ioctl(fd, {"zero": 0x127F, "discard": 0x1277}[kind], struct.pack("=QQ", offset, size))
+        self.expected[offset:offset + size] = data
+        del self.under_way[number]
+        self.done += 1
+        if random.random() < 0.2:
+            os.fsync(fd)
+
+    def check(self, path):
+        """See that all is there; of what was under way each sector is old or new."""
+        self.finish()
+        with opened(path, os.O_RDONLY) as fd:
+            found = content_of(fd)
+        for offset, data in self.under_way.values():
+            for at in range(0, len(data), 512):
+                if found[offset + at:offset + at + 512] == data[at:at + 512]:
+                    self.expected[offset + at:offset + at + 512] = data[at:at + 512]
+        self.under_way.clear()
+        bad = [at for at in range(0, len(found), 512) if found[at:at + 512] != self.expected[at:at + 512]]
+        assert not bad, f"{len(bad)} sectors are wrong: {bad[:10]}"
+
+
 # ---- stripe -------------------------------------------------------------------------------------
 
 
@@ -4271,22 +4339,42 @@ def failing_leg(targets, workshop):
 def test_a_failing_leg_is_dropped_and_rebuilt_under_load(targets, workshop, quick_rebuild, capfd):
     with failing_leg(targets, workshop) as leg:
         mirror = targets.Mirror(leg, "a.img", rebuild=True, state="state", direct=True)
-        with ublk.Device(mirror) as disk, Fio(disk, "--rw=randrw", "--size=1M") as fio:
-            for words in "--error EIO --on read", "--error EIO --torn --rate 0.2 --on write":
-                fio.busy()
+        with ublk.Device(mirror) as disk:
+            writers = Writers(bytes(8 << 20))
+            writers.work(disk.path)
+            for words in "--error EIO", "--error EIO --torn --rate 0.2 --on write":
+                writers.busy()
                 Path("fail").write_text(words)
                 until(lambda: leg in dropped(mirror), "the leg to be dropped")
-                fio.busy()
+                writers.busy()
                 assert Path("state").read_text() == leg + "\n"
-                os.unlink("fail")
+                Path("fail").write_text("--delay 20ms")         # so that much is written meanwhile
                 until(lambda: not dropped(mirror), "the leg to be rebuilt")
-            fio.busy()
-            fio.finish()
-            assert fio.errors == 0
+            writers.busy()
+            assert writers.finish(), "a request has failed"
+            writers.check(disk.path)
     told = capfd.readouterr().err
     assert f"ublk: mirror: dropped {leg}" in told and told.count(f"ublk: mirror: rebuilt {leg}\n") == 2
     assert Path("state").read_text() == ""
     assert digest("a.img") == digest("b.img")
+
+
+def test_a_rebuild_copies_nothing_that_a_request_changes(targets, tmp_path):
+    good, leg = files(tmp_path, 2, 2 << 20)
+    mirror = targets.Mirror(good, leg, state=str(tmp_path / "state"))
+    request = object()
+    assert mirror._enter(request, 4096, 8192) == mirror.legs
+    copy = threading.Thread(target=mirror._copy, args=(0, 1 << 20, mirror.legs[1].disk.fd))
+    copy.start()
+    until(lambda: mirror.copying == (0, 1 << 20), "the copy to begin")
+    assert mirror._enter(object(), (1 << 20) - 512, 1 << 20) == []      # this request has to wait ...
+    assert mirror._enter(object(), 1 << 20, 2 << 20) == mirror.legs     # ... and this one has not
+    patched(good, 4096, b"x" * 4096)
+    del mirror.writing[request]
+    copy.join()
+    assert Path(leg).read_bytes()[4096:8192] == b"x" * 4096
+    assert mirror._enter(object(), 0, 512) == mirror.legs
+    mirror.close()
 
 
 @kernel
@@ -4312,6 +4400,16 @@ def test_a_leg_that_was_away_is_not_believed_until_it_is_rebuilt(targets, worksh
     os.rename("away", "a.img")
     assert value("b.img", "a.img", rebuild=True) == (b"x" * 4096, [])
     assert digest("a.img") == digest("b.img")
+
+
+@kernel
+def test_what_one_leg_cannot_read_another_does(targets, workshop):
+    with failing_leg(targets, workshop) as leg:
+        mirror = targets.Mirror(leg, "a.img", state="state", direct=True)
+        with ublk.Device(mirror) as disk, opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+            Path("fail").write_text("--error EIO --on read")
+            assert read_at(fd, 0, 4096) == b"x" * 4096 and dropped(mirror) == [leg]
 
 
 @kernel
@@ -4414,63 +4512,6 @@ def test_an_overlay_has_one_server(targets, tmp_path):
     targets.Cow(base, overlay).close()
 
 
-class Writers:
-    """Threads that change a disk at random, each in a MiB of its own, and know what must be on it."""
-
-    PART = 1 << 20
-
-    def __init__(self, content):
-        self.expected = bytearray(content)
-        self.under_way = {}                 # part -> offset and data of the request that may be lost
-        self.done = 0
-
-    def work(self, path):
-        """Write until the disk is gone."""
-        self.threads = [threading.Thread(target=self._work, args=(part, path))
-                        for part in range(len(self.expected) // self.PART)]
-        for thread in self.threads:
-            thread.start()
-
-    def _work(self, part, path):
-        try:
-            with opened(path) as fd:
-                while True:
-                    size = 512 * random.randint(1, 64)
-                    offset = part * self.PART + 512 * random.randrange((self.PART - size) // 512)
-                    self._change(fd, part, offset, size)
-        except OSError:
-            pass
-
-    def _change(self, fd, part, offset, size):
-        kind = random.choice(["write"] * 4 + ["zero", "discard"])
-        data = random.randbytes(size) if kind == "write" else bytes(size)
-        self.under_way[part] = offset, data
-        if kind == "write":
-            if write_at(fd, offset, data) < size:
-                raise OSError(errno.EIO, "short")
-        else:
-            fcntl.ioctl(fd, {"zero": 0x127F, "discard": 0x1277}[kind], struct.pack("=QQ", offset, size))
-        self.expected[offset:offset + size] = data
-        del self.under_way[part]
-        self.done += 1
-        if random.random() < 0.2:
-            os.fsync(fd)
-
-    def check(self, path):
-        """See that all is there; of what was under way each sector is old or new."""
-        for thread in self.threads:
-            thread.join()
-        with opened(path, os.O_RDONLY) as fd:
-            found = content_of(fd)
-        for offset, data in self.under_way.values():
-            for at in range(0, len(data), 512):
-                if found[offset + at:offset + at + 512] == data[at:at + 512]:
-                    self.expected[offset + at:offset + at + 512] = data[at:at + 512]
-        self.under_way.clear()
-        bad = [at for at in range(0, len(found), 512) if found[at:at + 512] != self.expected[at:at + 512]]
-        assert not bad, f"{len(bad)} sectors are wrong: {bad[:10]}"
-
-
 def kill_overlays(directory, rounds, progress=bool):
     """Kill servers of an overlay at random moments, also while they start; return what was written."""
     base, overlay = directory / "base.img", directory / "overlay.cow"
@@ -4484,8 +4525,7 @@ def kill_overlays(directory, rounds, progress=bool):
             until(lambda before=before: writers.done > before, "something to be written")
             time.sleep(random.random() / 4)
             disk.kill()
-            for thread in writers.threads:
-                thread.join()
+            writers.finish()
         delete_all()
         if random.random() < 0.5:
             disk = Forked("cow", base, overlay)
