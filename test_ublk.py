@@ -4331,7 +4331,7 @@ def dropped(mirror):
 def failing_leg(targets, workshop):
     """Serve b.img as a disk that fails as the file `fail` says."""
     target = targets.Fault(targets.Loop("b.img", direct=True), control="fail")
-    with ublk.Device(target, partition_scan=False) as leg:
+    with ublk.Device(target) as leg:
         yield leg.path
 
 
@@ -4665,7 +4665,7 @@ def in_flight(disk):
 @kernel
 def test_faults_are_where_and_what_they_are_told(targets):
     fault = targets.Fault(targets.Ram(size=4 << 20), on="read", range="64K-96K", error="EIO")
-    with ublk.Device(fault, partition_scan=False) as disk, opened(disk.path) as fd:
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
         assert write_at(fd, 64 << 10, b"x" * 4096) == 4096
         found = [error_of(read_at, fd, at << 10, 4096) for at in (60, 64, 92, 96)]
         assert found == [0, errno.EIO, errno.EIO, 0]
@@ -4720,7 +4720,7 @@ def test_what_is_lost_never_happens(targets):
 @kernel
 def test_a_slow_sector_delays_only_its_requests(targets):
     fault = targets.Fault(targets.Ram(size=4 << 20), range="1M", delay="300ms", jitter="10ms")
-    with ublk.Device(fault, partition_scan=False) as disk, opened(disk.path) as fd:
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
         order = []
 
         def slow():
