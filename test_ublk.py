@@ -18,12 +18,14 @@ from __future__ import annotations
 import ast
 import ctypes
 import errno
+import fcntl
 import gc
 import hashlib
 import inspect
 import json
 import mmap
 import os
+import random
 import re
 import resource
 import shutil
@@ -38,7 +40,7 @@ import textwrap
 import threading
 import time
 import traceback
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1605,15 +1607,15 @@ def digest(path):
 FIO_JOBS = [("512", "0", "128k"), ("4k", "1m", "1m"), ("64k", "8m", "4m"), ("1m", "16m", "8m")]
 
 
-def fio_verify(path):
-    """Write at random with four block sizes at once, 128 requests deep, and verify checksums."""
+def fio_verify(path, jobs=tuple(FIO_JOBS)):
+    """Write at random with several block sizes at once, 128 requests deep, and verify checksums."""
     common = [f"--filename={path}", "--direct=1", "--ioengine=libaio", "--iodepth=128", "--rw=randwrite",
               "--thread", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0",
               "--minimal"]
-    jobs = []
-    for block, offset, size in FIO_JOBS:
-        jobs += [f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common]
-    done = sh("fio", *jobs, cwd="/tmp")
+    words = []
+    for block, offset, size in jobs:
+        words += [f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common]
+    done = sh("fio", *words, cwd="/tmp")
     assert "verify" not in done.stderr, done.stderr
 
 
@@ -4948,3 +4950,801 @@ def write_file(path, text, *, sync):
         file.flush()
         if sync:
             os.fsync(file.fileno())
+
+
+# Companion: every target
+# =================================================================================================
+
+SMALL_JOBS = [("512", "0", "48k"), ("4k", "1m", "256k"), ("256k", "2m", "1m")]
+
+# Each kind of disk, as it is written on the command line in the directory `workshop`. Rows that end with
+# their server are in VOLATILE; what else has to run meanwhile is a context manager in PARTNERS.
+COMMAND_LINES = {
+    "ram": "ram --size 8M",
+    "loop": "loop a.img",
+    "stripe": "stripe a.img b.img --chunk 20K",
+    "mirror": "mirror a.img b.img --state state",
+    "cow": "cow base.img overlay.cow",
+    "fault": "fault --jitter 100us --rate 0.1 fault --on flush --delay 1ms loop a.img",
+}
+VOLATILE = {"ram"}
+PARTNERS = {}
+
+every_target = pytest.mark.parametrize("name", COMMAND_LINES)
+
+
+@pytest.fixture
+def workshop(monkeypatch):
+    """A directory to work in, with empty files of 8 MiB and a base that has some data."""
+    path = Path(tempfile.mkdtemp(dir="/scratch" if IN_LAB else None))
+    monkeypatch.chdir(path)
+    for name in "a.img", "b.img":
+        with open(name, "wb") as file:
+            file.truncate(8 << 20)
+    base = os.urandom(4 << 20) + bytes(4 << 20)
+    Path("base.img").write_bytes(base)
+    yield path
+    assert Path("base.img").read_bytes() == base
+    shutil.rmtree(path)
+
+
+@contextmanager
+def serving(name, *words):
+    """Serve one of COMMAND_LINES from the command line, with further options."""
+    with PARTNERS.get(name, nullcontext)(), Forked(*COMMAND_LINES[name].split(), *words) as disk:
+        yield disk
+
+
+@kernel
+@every_target
+def test_each_target_carries_a_verified_file_system(name, workshop, tmp_path):
+    needs("fio")
+    with serving(name) as disk:
+        fio_verify(disk.path, SMALL_JOBS)
+        carries("ext4", disk, tmp_path / "mnt")
+        assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
+
+
+@kernel
+@every_target
+def test_each_target_keeps_exactly_what_it_was_given(name, workshop):
+    needs("blkdiscard")
+    with serving(name) as disk, opened(disk.path) as fd:
+        expected = bytearray(content_of(fd))
+        size = len(expected)
+        for offset, length in ((512, 512), (60 << 10, 300 << 10), (size - 4096, 4096), (3 << 20, 2 << 20)):
+            expected[offset:offset + length] = data = os.urandom(length)
+            assert write_at(fd, offset, data) == length
+        os.fsync(fd)
+        for how, offset, length in (("-z", 1024, 512), ("-z", 100 << 10, 66 << 10), ("-f", 3 << 20, 1 << 20)):
+            sh("blkdiscard", how, "-o", offset, "-l", length, disk.path)
+            expected[offset:offset + length] = bytes(length)
+        with opened(disk.path, os.O_RDWR | os.O_DSYNC) as durable:
+            expected[8192:12288] = data = os.urandom(4096)
+            write_at(durable, 8192, data)
+        assert content_of(fd) == expected
+    if name in VOLATILE:
+        return
+    with serving(name, "--read-only") as disk, opened(disk.path, os.O_RDONLY) as fd:
+        assert content_of(fd) == expected
+        with pytest.raises(OSError) as refused, opened(disk.path) as writable:
+            write_at(writable, 0, bytes(4096))
+        assert refused.value.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
+
+
+def content_of(fd):
+    """Return everything on a disk."""
+    size = os.lseek(fd, 0, os.SEEK_END)
+    return b"".join(read_at(fd, at, min(1 << 20, size - at)) for at in range(0, size, 1 << 20))
+
+
+@kernel
+@pytest.mark.parametrize("name", [name for name in COMMAND_LINES if name not in VOLATILE])
+def test_each_target_survives_kills_of_its_server(name, workshop):
+    with serving(name, "-r", "reissue") as disk, Fio(disk, "--size=1M") as fio:
+        for _ in range(2):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+        assert fio.errors == 0
+        assert disk.kill(signal.SIGTERM) == 0
+    if name == "mirror":
+        assert digest("a.img") == digest("b.img")
+
+
+@kernel
+@every_target
+def test_each_target_has_a_disk_that_can_become_smaller(name, workshop, run):
+    with serving(name) as disk:
+        if not at_least("6.16"):
+            assert_fails(run("resize", disk.id, "4M"), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
+            return
+        assert run("resize", disk.id, "4M").status == 0
+        with opened(disk.path) as fd:
+            data = os.urandom(4096)
+            write_at(fd, (4 << 20) - 4096, data)
+            assert read_at(fd, (4 << 20) - 4096, 4096) == data
+            assert error_of(write_at, fd, 4 << 20, data) == errno.ENOSPC
+
+
+@kernel
+@pytest.mark.parametrize("option", ["--user-copy", "--zero-copy"])
+@pytest.mark.parametrize("name", ["stripe", "cow"])      # with map(), and without
+def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
+    needs("fio")
+    if option == "--zero-copy" and not at_least("6.15"):
+        disk = Forked(*COMMAND_LINES[name].split(), option)
+        assert disk.wait() == 1
+        assert_error_line(disk.said(), errno.EOPNOTSUPP, says="needs Linux 6.15, this is")
+        return
+    with serving(name, option, "--queues", 2) as disk:
+        fio_verify(disk.path, SMALL_JOBS)
+
+
+# =================================================================================================
+# Companion: disks of several files, overlays and faults
+# =================================================================================================
+
+
+@pytest.fixture
+def two_files(tmp_path, monkeypatch):
+    """A directory to work in with files of 1 MiB."""
+    monkeypatch.chdir(tmp_path)
+    for name in "a.img", "b.img":
+        Path(name).write_bytes(bytes(1 << 20))
+    Path("both").write_text("a.img\nb.img\n")
+
+
+@pytest.mark.parametrize("words, status, says, number", [
+    ("stripe", 2, "paths", None),
+    ("stripe a.img a.img", 1, "named twice", errno.EINVAL),
+    ("stripe a.img ./a.img", 1, "named twice", errno.EINVAL),
+    ("stripe a.img none.img", 1, "none.img", errno.ENOENT),
+    ("stripe a.img b.img --chunk 0", 1, "chunk of 0 bytes", errno.EINVAL),
+    ("stripe a.img b.img --chunk 1000", 1, "not a multiple of the block size 512", errno.EINVAL),
+    ("stripe a.img b.img --chunk 1G", 1, "smaller than a chunk", errno.EINVAL),
+    ("stripe a.img b.img --chunk some", 2, "--chunk", None),
+    ("mirror", 2, "paths", None),
+    ("mirror none.img", 1, "none.img", errno.ENOENT),
+    ("mirror a.img a.img", 1, "named twice", errno.EINVAL),
+    ("mirror a.img b.img --state both", 1, "all legs hold old data", errno.EINVAL),
+    ("cow", 2, "base", None),
+    ("cow a.img", 2, "overlay", None),
+    ("cow a.img a.img", 1, "named twice", errno.EINVAL),
+    ("cow none.img x.cow", 1, "none.img", errno.ENOENT),
+    ("cow . x.cow", 1, "neither a file nor a block device", errno.EINVAL),
+    ("cow a.img .", 1, "", None),
+    ("cow a.img none/x.cow", 1, "none/x.cow", errno.ENOENT),
+    ("fault", 2, "a target is missing", None),
+    ("fault loop", 2, "path", None),
+    ("fault loop none.img", 1, "none.img", errno.ENOENT),
+    ("fault --on raed ram", 1, "no such operation", errno.EINVAL),
+    ("fault --error EWHAT ram", 1, "there is no such errno", errno.EINVAL),
+    ("fault --error errorcode ram", 1, "there is no such errno", errno.EINVAL),
+    ("fault --range 2M-1M ram", 1, "not a range of bytes", errno.EINVAL),
+    ("fault --range here ram", 1, "not a range of bytes", errno.EINVAL),
+    ("fault --rate 7 ram", 1, "not a share from 0 to 1", errno.EINVAL),
+    ("fault --rate nan ram", 1, "not a share from 0 to 1", errno.EINVAL),
+    ("fault --rate often ram", 2, "--rate", None),
+    ("fault --delay=-1s ram", 1, "time -1s", errno.EINVAL),
+    ("fault --delay nan ram", 1, "time nan", errno.EINVAL),
+    ("fault --jitter soon ram", 1, "time soon", errno.EINVAL),
+    ("fault --after all ram", 2, "--after", None),
+    ("fault --seed x ram", 2, "--seed", None),
+])
+def test_bad_words_for_disks_of_several_files(two_files, no_driver, run, words, status, says, number):
+    assert_fails(run(*words.split()), status, says, number)
+
+
+class Writers:
+    """Four threads that change a disk at random, each its own part, and know what must be on it."""
+
+    def __init__(self, content):
+        self.expected = bytearray(content)
+        self.part = len(content) // 4
+        self.under_way = {}                 # thread -> offset and data of the request that may be lost
+        self.done = 0
+
+    def work(self, path):
+        """Write until the disk is gone, or finish() is called."""
+        self.unit = int(Path(f"/sys/block/{os.path.basename(path)}/queue/logical_block_size").read_text())
+        self.stopping = False
+        self.threads = [threading.Thread(target=self._work, args=(number, path)) for number in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def busy(self):
+        """Wait until some requests have been served."""
+        before = self.done
+        until(lambda: self.done > before + 20, "requests")
+
+    def finish(self):
+        """Let all requests end; return whether none has failed."""
+        self.stopping = True
+        for thread in self.threads:
+            thread.join()
+        return not self.under_way
+
+    def _work(self, number, path):
+        try:
+            with opened(path) as fd:
+                while not self.stopping:
+                    size = self.unit * random.randint(1, (32 << 10) // self.unit)
+                    room = (self.part - size) // self.unit
+                    self._change(fd, number, number * self.part + self.unit * random.randrange(room), size)
+        except OSError:
+            pass
+
+    def _change(self, fd, number, offset, size):
+        kind = random.choice(["write"] * 4 + ["zero", "discard"])
+        data = random.randbytes(size) if kind == "write" else bytes(size)
+        self.under_way[number] = offset, data
+        if kind == "write":
+            if write_at(fd, offset, data) < size:
+                raise OSError(errno.EIO, "short")
+        else:
+            fcntl.ioctl(fd, {"zero": 0x127F, "discard": 0x1277}[kind], struct.pack("=QQ", offset, size))
+        self.expected[offset:offset + size] = data
+        del self.under_way[number]
+        self.done += 1
+        if random.random() < 0.2:
+            os.fsync(fd)
+
+    def check(self, path):
+        """See that all is there; of what was under way each sector is old or new."""
+        self.finish()
+        with opened(path, os.O_RDONLY) as fd:
+            found = content_of(fd)
+        for offset, data in self.under_way.values():
+            for at in range(0, len(data), 512):
+                if found[offset + at:offset + at + 512] == data[at:at + 512]:
+                    self.expected[offset + at:offset + at + 512] = data[at:at + 512]
+        self.under_way.clear()
+        bad = [at for at in range(0, len(found), 512) if found[at:at + 512] != self.expected[at:at + 512]]
+        assert not bad, f"{len(bad)} sectors are wrong: {bad[:10]}"
+
+
+# ---- stripe -------------------------------------------------------------------------------------
+
+
+def files(directory, count, size):
+    """Make empty files."""
+    paths = [str(directory / f"{number}.img") for number in range(count)]
+    for path in paths:
+        with open(path, "wb") as file:
+            file.truncate(size)
+    return paths
+
+
+@pytest.mark.parametrize("count, chunk", [(1, 512), (2, 512), (3, 1536), (4, 4096)])
+def test_a_stripes_ranges_are_the_same_by_chunk_and_by_leg(targets, tmp_path, count, chunk):
+    stripe = targets.Stripe(*files(tmp_path, count, 16 << 10), chunk=chunk)
+    assert stripe.size == (16 << 10) // chunk * chunk * count
+    seen = set()
+    for start in range(0, stripe.size, 512):
+        for end in range(start + 512, stripe.size + 512, 1536):
+            one = [stripe.place(at) for at in range(start, end, 512)]
+            other = [(leg, at + more) for leg, at, length in stripe.spans(start, end - start)
+                     for more in range(0, length, 512)]
+            assert sorted((leg.path, at) for leg, at, _ in one) == sorted((leg.path, at) for leg, at in other)
+            assert all(512 <= room <= chunk for _, _, room in one)
+            seen |= {(leg.path, at) for leg, at, _ in one}
+    assert len(seen) == stripe.size // 512          # no two places of the disk are one of a leg
+    stripe.close()
+
+
+@kernel
+@pytest.mark.parametrize("chunk", [512, 12 << 10, 64 << 10])
+@pytest.mark.parametrize("data_path", ["copy", None])
+def test_chunks_of_a_stripe_lie_where_they_should(targets, tmp_path, chunk, data_path):
+    paths = files(tmp_path, 3, 256 << 10)
+    target = targets.Stripe(*paths, chunk=chunk)
+    with ublk.Device(target, data_path=data_path) as disk, opened(disk.path) as fd:
+        data = os.urandom(target.size)
+        for at in range(0, len(data), 250 << 10):
+            write_at(fd, at, data[at:at + (250 << 10)])
+        os.fsync(fd)
+        assert content_of(fd) == data
+    chunks = [data[at:at + chunk] for at in range(0, len(data), chunk)]
+    for number, path in enumerate(paths):
+        mine = b"".join(chunks[number::3])
+        assert Path(path).read_bytes()[:len(mine)] == mine
+
+
+@kernel
+def test_a_disk_of_files_that_were_made_longer_can_become_larger(targets, tmp_path):
+    if not at_least("6.16"):
+        return
+    for make, count in (targets.Stripe, 2), (targets.Loop, 1):
+        with ublk.Device(make(*files(tmp_path, count, (2 << 20) // count))) as disk, opened(disk.path) as fd:
+            for path in tmp_path.glob("*.img"):
+                os.truncate(path, 4 << 20)
+            disk.resize(4 << 20)
+            data = os.urandom(3 << 20)
+            assert read_at(fd, 2 << 20, 1 << 20) == bytes(1 << 20)
+            write_at(fd, 1 << 20, data)
+            assert read_at(fd, 1 << 20, 3 << 20) == data
+
+
+@kernel
+def test_behind_the_end_of_its_base_an_overlay_has_nothing(targets, tmp_path):
+    if not at_least("6.16"):
+        return
+    base, = files(tmp_path, 1, 1 << 20)
+    overlay = str(tmp_path / "x.cow")
+    with ublk.Device(targets.Cow(base, overlay)) as disk, opened(disk.path) as fd:
+        disk.resize(2 << 20)
+        for function, what in ((read_at, 4096), (write_at, bytes(4096))):
+            assert error_of(function, fd, 1 << 20, what) == errno.EIO
+    targets.Cow(base, overlay).close()              # which checks it
+
+
+# ---- mirror -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_rebuild(targets, monkeypatch):
+    """Have mirrors look for their legs more often."""
+    monkeypatch.setattr(targets.Mirror, "retry", 0.2)
+
+
+def dropped(mirror):
+    """Return the legs that a mirror does not use."""
+    return [leg.path for leg in mirror.legs if leg.why]
+
+
+@contextmanager
+def failing_leg(targets, workshop):
+    """Serve b.img as a disk that fails as the file `fail` says."""
+    target = targets.Fault(targets.Loop("b.img", direct=True), control="fail")
+    with ublk.Device(target) as leg:
+        yield leg.path
+
+
+@kernel
+def test_a_failing_leg_is_dropped_and_rebuilt_under_load(targets, workshop, quick_rebuild, capfd):
+    with failing_leg(targets, workshop) as leg:
+        mirror = targets.Mirror(leg, "a.img", rebuild=True, state="state", direct=True)
+        with ublk.Device(mirror) as disk:
+            writers = Writers(bytes(8 << 20))
+            writers.work(disk.path)
+            for words in "--error EIO", "--error EIO --torn --rate 0.2 --on write":
+                writers.busy()
+                Path("fail").write_text(words)
+                until(lambda: leg in dropped(mirror), "the leg to be dropped")
+                writers.busy()
+                assert Path("state").read_text() == leg + "\n"
+                Path("fail").write_text("--delay 20ms")         # so that much is written meanwhile
+                until(lambda: not dropped(mirror), "the leg to be rebuilt")
+            writers.busy()
+            assert writers.finish(), "a request has failed"
+            writers.check(disk.path)
+    told = capfd.readouterr().err
+    assert f"ublk: mirror: dropped {leg}" in told and told.count(f"ublk: mirror: rebuilt {leg}\n") == 2
+    assert Path("state").read_text() == ""
+    assert digest("a.img") == digest("b.img")
+
+
+def test_a_rebuild_copies_nothing_that_a_request_changes(targets, tmp_path):
+    good, leg = files(tmp_path, 2, 2 << 20)
+    mirror = targets.Mirror(good, leg, state=str(tmp_path / "state"))
+    request = object()
+    assert mirror._enter(request, 4096, 8192) == mirror.legs
+    copy = threading.Thread(target=mirror._copy, args=(0, 1 << 20, mirror.legs[1].disk.fd))
+    copy.start()
+    until(lambda: mirror.copying == (0, 1 << 20), "the copy to begin")
+    assert mirror._enter(object(), (1 << 20) - 512, 1 << 20) == []      # this request has to wait ...
+    assert mirror._enter(object(), 1 << 20, 2 << 20) == mirror.legs     # ... and this one has not
+    patched(good, 4096, b"x" * 4096)
+    del mirror.writing[request]
+    copy.join()
+    assert Path(leg).read_bytes()[4096:8192] == b"x" * 4096
+    assert mirror._enter(object(), 0, 512) == mirror.legs
+    mirror.close()
+
+
+@kernel
+def test_a_leg_that_was_away_is_not_believed_until_it_is_rebuilt(targets, workshop, quick_rebuild, capfd):
+    def value(*paths, **options):
+        mirror = targets.Mirror(*paths, state="state", **options)
+        with ublk.Device(mirror) as disk, opened(disk.path) as fd:
+            until(lambda: not options.get("rebuild") or not dropped(mirror), "the rebuild")
+            write_at(fd, 8192, next(numbers))
+            return read_at(fd, 4096, 4096), dropped(mirror)
+
+    numbers = iter(bytes([number]) * 4096 for number in range(1, 9))
+    os.rename("b.img", "away")
+    assert value("b.img", "a.img") == (bytes(4096), ["b.img"])
+    assert "ublk: mirror: dropped b.img: " in capfd.readouterr().err
+    os.rename("away", "b.img")
+    with open("a.img", "r+b") as file:
+        file.seek(4096)
+        file.write(b"x" * 4096)
+    assert value("b.img", "a.img") == (b"x" * 4096, ["b.img"])
+    os.rename("a.img", "away")                      # the only good one
+    assert error_of(lambda: targets.Mirror("b.img", "a.img", state="state")) == errno.ENOENT
+    os.rename("away", "a.img")
+    assert value("b.img", "a.img", rebuild=True) == (b"x" * 4096, [])
+    assert digest("a.img") == digest("b.img")
+
+
+@kernel
+def test_what_one_leg_cannot_read_another_does(targets, workshop):
+    with failing_leg(targets, workshop) as leg:
+        mirror = targets.Mirror(leg, "a.img", state="state", direct=True)
+        with ublk.Device(mirror) as disk, opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+            Path("fail").write_text("--error EIO --on read")
+            assert read_at(fd, 0, 4096) == b"x" * 4096 and dropped(mirror) == [leg]
+
+
+@kernel
+def test_the_last_leg_is_not_dropped(targets, workshop):
+    with failing_leg(targets, workshop) as leg:
+        Path("state").write_text("a.img\n")
+        mirror = targets.Mirror(leg, "a.img", state="state", direct=True)
+        with ublk.Device(mirror) as disk, opened(disk.path) as fd:
+            Path("fail").write_text("--error EIO")
+            assert error_of(read_at, fd, 0, 4096) == error_of(write_at, fd, 0, bytes(4096)) == errno.EIO
+            os.unlink("fail")
+            assert read_at(fd, 0, 4096) == bytes(4096) and dropped(mirror) == ["a.img"]
+
+
+# ---- cow ----------------------------------------------------------------------------------------
+
+
+def patched(path, offset, data):
+    """Change bytes of a file."""
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def overlay_of(targets, directory):
+    """Make an overlay that has the sectors 3 to 5 of a base of 1 MiB; return both paths."""
+    base, overlay = directory / "base.img", directory / "x.cow"
+    base.write_bytes(b"b" * (1 << 20))
+    cow = targets.Cow(str(base), str(overlay))
+    os.pwrite(cow.top.fd, b"o" * 1536, cow.data_at + 1536)
+    cow._mark(cow.blocks(1536, 1536))
+    cow.close()
+    return str(base), str(overlay)
+
+
+def test_an_overlay_remembers_its_blocks(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    assert list(cow.runs(0, 8192)) == [(False, 0, 1536), (True, 1536, 1536), (False, 3072, 5120)]
+    assert list(cow.runs(2048, 512)) == [(True, 2048, 512)]
+    assert list(cow.runs(0, 1 << 20))[-1] == (False, 3072, (1 << 20) - 3072)
+    cow._mark(cow.blocks(0, 1 << 20))
+    assert list(cow.runs(512, 1 << 19)) == [(True, 512, 1 << 19)]
+    cow.close()
+
+
+def start_machine_anew(targets, overlay):
+    """Have an overlay believe that the machine was started since it was last open."""
+    header = targets.COW_HEADER
+    fields = header.unpack(overlay.read_bytes()[:header.size])
+    patched(overlay, 0, targets.sealed(header.pack(*fields[:3], b"an earlier boot".ljust(36))))
+
+
+def test_after_a_loss_of_power_only_durable_blocks_count(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    cow._mark(cow.blocks(0, 2048))                  # of it 512 bytes are there for good
+    shutil.copy(overlay, tmp_path / "y.cow")
+    cow.close()
+    start_machine_anew(targets, tmp_path / "y.cow")
+    cow = targets.Cow(base, str(tmp_path / "y.cow"))
+    assert list(cow.runs(0, 4096)) == [(False, 0, 1536), (True, 1536, 1536), (False, 3072, 1024)]
+    cow.close()
+
+
+def test_committing_writes_the_overlay_into_the_base(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    for _ in range(2):                              # harmless when it is done again
+        cow = targets.Cow(base, overlay, commit=True)
+        assert list(cow.runs(0, 1 << 20)) == [(False, 0, 1 << 20)]
+        assert os.stat(overlay).st_blocks * 512 < 512 << 10
+        cow.close()
+        assert Path(base).read_bytes() == b"b" * 1536 + b"o" * 1536 + b"b" * ((1 << 20) - 3072)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda path: patched(path, 0, b"x"), "not an overlay, or a damaged one"),
+    (lambda path: patched(path, 20, b"x"), "not an overlay, or a damaged one"),
+    (lambda path: patched(path, 8, bytes(100)), "not an overlay, or a damaged one"),
+    (lambda path: Path(path).write_bytes(b"text\n" * 1024), "not an overlay, or a damaged one"),
+    (lambda path: Path(path).write_bytes(bytes(512)), "its end is missing"),
+    (lambda path: os.truncate(path, 512), "its end is missing"),
+    (lambda path: os.truncate(path, 1 << 20), "its end is missing"),
+    (lambda path: os.truncate(path, 1000), "not a multiple of 512"),
+    (lambda path: os.truncate(Path(path).with_name("base.img"), 1 << 19), "made for a base of 1048576 bytes"),
+], ids=range(9))
+def test_a_damaged_overlay_is_refused(targets, tmp_path, damage, says):
+    base, overlay = overlay_of(targets, tmp_path)
+    damage(overlay)
+    assert says in message(targets.Cow, base, overlay)
+    if "base" not in says:
+        assert Path(base).read_bytes() == b"b" * (1 << 20)
+
+
+def test_an_overlay_has_one_server(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    assert "another server uses this overlay" in message(targets.Cow, base, overlay)
+    cow.close()
+    targets.Cow(base, overlay).close()
+
+
+def kill_overlays(directory, rounds, progress=bool):
+    """Kill servers of an overlay at random moments, also while they start; return what was written."""
+    base, overlay = directory / "base.img", directory / "overlay.cow"
+    base.write_bytes(random.randbytes(4 << 20))
+    content, early = base.read_bytes(), 0
+    writers = Writers(content)
+    for number in range(rounds):
+        with Forked("cow", base, overlay).live() as disk:
+            writers.work(disk.path)
+            before = writers.done
+            until(lambda before=before: writers.done > before, "something to be written")
+            time.sleep(random.random() / 4)
+            disk.kill()
+            writers.finish()
+        delete_all()
+        if random.random() < 0.5:
+            disk = Forked("cow", base, overlay)
+            time.sleep(random.random() / 4)
+            early += not disk.said(disk.output)
+            disk.kill()
+            delete_all()
+        with Forked("cow", base, overlay) as disk:
+            writers.check(disk.path)
+        progress(number)
+    assert base.read_bytes() == content
+    with Forked("cow", base, overlay, "--commit") as disk:
+        assert digest(disk.path) == hashlib.sha256(writers.expected).hexdigest()
+    assert base.read_bytes() == writers.expected
+    return {"writes": writers.done, "killed while starting": early}
+
+
+def delete_all():
+    """Delete every device."""
+    with ublk.Control() as control:
+        for dev_id in devices_left():
+            ublk.delete(control, dev_id)
+
+
+@kernel
+def test_an_overlay_survives_kills_at_random_moments(workshop):
+    (workshop / "kills").mkdir()
+    assert kill_overlays(workshop / "kills", 10)["writes"] > 10
+
+
+def server_dies_in(item, method):
+    """Serve an overlay, write a block and flush; the server dies in a method it calls meanwhile."""
+    change = lambda: replace(item, **{method: lambda *_: die()})        # noqa: E731
+    with Forked("cow", "base.img", "x.cow", change=change) as disk:
+        with opened(disk.path) as fd:
+            assert error_of(write_at, fd, 8192, b"x" * 4096) or error_of(os.fsync, fd)
+        disk.wait()
+    delete_all()
+
+
+@kernel
+@pytest.mark.parametrize("step", ["Loop.write", "Cow._mark"])
+def test_an_overlay_has_no_block_before_its_data(targets, workshop, step):
+    name, method = step.split(".")
+    server_dies_in(getattr(targets, name), method)
+    with Forked("cow", "base.img", "x.cow") as disk:
+        assert digest(disk.path) == digest("base.img")
+
+
+@kernel
+def test_an_overlay_has_no_block_for_good_before_a_flush(targets, workshop):
+    server_dies_in(targets.Loop, "flush")
+    shutil.copy("x.cow", "y.cow")
+    start_machine_anew(targets, workshop / "y.cow")
+    with Forked("cow", "base.img", "y.cow") as disk:
+        assert digest(disk.path) == digest("base.img")
+    for _ in range(2):                              # nothing is lost without a loss of power, nor later
+        with Forked("cow", "base.img", "x.cow") as disk, opened(disk.path) as fd:
+            assert read_at(fd, 8192, 4096) == b"x" * 4096
+        start_machine_anew(targets, workshop / "x.cow")
+
+
+@kernel
+def test_an_overlay_is_committed_or_deleted(workshop):
+    shutil.copy("base.img", "mine.img")
+    data = os.urandom(64 << 10)
+    for words, expected in (([], data), (["--commit"], data), ([], data)):
+        with Forked("cow", "mine.img", "mine.cow", *words) as disk, opened(disk.path) as fd:
+            if not words and expected != read_at(fd, 1 << 20, len(data)):
+                write_at(fd, 1 << 20, data)
+            assert read_at(fd, 1 << 20, len(data)) == expected
+        assert (digest("mine.img") == digest("base.img")) == (not words and not Path("done").exists())
+        if words:
+            Path("done").touch()
+    with Forked("cow", "base.img", "other.cow") as disk, opened(disk.path) as fd:
+        write_at(fd, 1 << 20, data)
+    os.unlink("other.cow")
+    with Forked("cow", "base.img", "other.cow") as disk:
+        assert digest(disk.path) == digest("base.img")
+
+
+@kernel
+def test_an_overlay_without_room_fails_writes_only(workshop, tmp_path):
+    with mount_of("tmpfs", tmp_path / "small", "-t", "tmpfs", "-o", "size=1M") as directory:
+        with Forked("cow", "base.img", directory / "x.cow") as disk, opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+            assert error_of(write_at, fd, 2 << 20, os.urandom(1 << 20)) == errno.ENOSPC
+            base = Path("base.img").read_bytes()
+            assert read_at(fd, 1 << 20, 4096) == base[1 << 20:][:4096]
+            assert read_at(fd, 0, 8192) == b"x" * 4096 + base[4096:8192]
+            assert disk.ended() is False
+
+
+# ---- fault --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, name, args, written, expected", [
+    ({}, "read", (0, bytes(512)), 0, True), ({}, "flush", (), 0, True),
+    ({"on": "read"}, "write", (0, bytes(512)), 0, False),
+    ({"on": "flush,write"}, "write_fua", (0, bytes(512)), 0, True),
+    ({"on": "discard"}, "discard", (0, 512), 0, True),
+    ({"range": "1M"}, "read", ((1 << 20) - 512, bytes(512)), 0, False),
+    ({"range": "1M"}, "read", ((1 << 20) - 512, bytes(1024)), 0, True),
+    ({"range": "1M"}, "read", ((1 << 20) + 512, bytes(512)), 0, False),
+    ({"range": "1M-2M"}, "write_zeroes", ((1 << 20) + 512, 512, True), 0, True),
+    ({"range": "1M-2M"}, "write_zeroes", (2 << 20, 512, True), 0, False),
+    ({"range": "1M-2M"}, "flush", (), 0, False),
+    ({"range": "0"}, "zone_reset", (0,), 0, True),
+    ({"after": 4096}, "write", (0, bytes(512)), 4095, False),
+    ({"after": 4096}, "write", (0, bytes(512)), 4096, True),
+])
+def test_which_requests_a_fault_is_for(targets, options, name, args, written, expected):
+    rule = targets.Fault(targets.Ram(size=4 << 20), **options).rule
+    assert rule.matches(name, args, written) is expected
+
+
+@pytest.mark.parametrize("text, number", [("0", 0), ("2", 2), ("1.5s", 1.5), ("10ms", 0.01), ("200us", 2e-4)])
+def test_times(targets, text, number):
+    assert targets.seconds(text) == pytest.approx(number)
+
+
+def test_a_wrapper_offers_what_its_target_does(targets, tmp_path):
+    path, = files(tmp_path, 1, 1 << 20)
+    for below in (Ram(), Recorder(), targets.Ram(size=1 << 20), targets.Loop(path), targets.Stripe(path)):
+        above = targets.Fault(targets.Fault(below))
+        for name in targets.HANDLERS + targets.PROPERTIES:
+            assert hasattr(above, name) == hasattr(below, name), name
+        assert not hasattr(above, "map"), "requests would go around it"
+        assert above.size == below.size
+
+
+def in_flight(disk):
+    """Return how many reads and writes a disk has been asked for and has not answered."""
+    return sum(map(int, Path(f"/sys/block/{os.path.basename(disk.path)}/inflight").read_text().split()))
+
+
+@kernel
+def test_faults_are_where_and_what_they_are_told(targets):
+    fault = targets.Fault(targets.Ram(size=4 << 20), on="read", range="64K-96K", error="EIO")
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        assert write_at(fd, 64 << 10, b"x" * 4096) == 4096
+        found = [error_of(read_at, fd, at << 10, 4096) for at in (60, 64, 92, 96)]
+        assert found == [0, errno.EIO, errno.EIO, 0]
+        assert error_of(read_at, fd, 0, 128 << 10) == errno.EIO
+
+
+@kernel
+def test_the_same_seed_makes_the_same_faults(targets):
+    def faults(seed):
+        fault = targets.Fault(targets.Ram(size=4 << 20), on="write", rate=0.3, error="EIO", seed=seed)
+        with ublk.Device(fault) as disk, opened(disk.path) as fd:
+            return [number for number in range(64) if error_of(write_at, fd, 0, bytes(512)) == errno.EIO]
+    first = faults(1)
+    assert 5 < len(first) < 40
+    assert faults(1) == first != faults(2)
+
+
+@kernel
+def test_a_disk_that_is_full(targets):
+    fault = targets.Fault(targets.Ram(size=4 << 20), on="write", after=1 << 20, error="ENOSPC")
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        found = [error_of(write_at, fd, at << 20, b"x" * (512 << 10)) for at in range(4)]
+        assert found == [0, 0, errno.ENOSPC, errno.ENOSPC]
+        assert read_at(fd, 1 << 20, 512 << 10) == b"x" * (512 << 10)
+
+
+@kernel
+@pytest.mark.parametrize("error", ["EIO", ""])
+def test_torn_writes_stop_somewhere(targets, error):
+    fault = targets.Fault(targets.Ram(size=4 << 20), on="write", torn=True, error=error)
+    kept = set()
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        for at in range(0, 1 << 20, 64 << 10):
+            assert error_of(write_at, fd, at, b"n" * 8192) == (errno.EIO if error else 0)
+            found = read_at(fd, at, 8192)
+            kept.add(found.count(b"n"))
+            assert found == b"n" * found.count(b"n") + bytes(8192 - found.count(b"n"))
+    assert len(kept) > 3 and max(kept) < 8192 and not any(count % 512 for count in kept)
+
+
+@kernel
+def test_what_is_lost_never_happens(targets):
+    below = Recorder()
+    fault = targets.Fault(targets.Fault(below, on="flush", lost=True), on="write", range="0-8K", lost=True)
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        assert write_at(fd, 0, b"x" * 4096) == write_at(fd, 8192, b"x" * 4096) == 4096
+        os.fsync(fd)
+        assert read_at(fd, 0, 16384) == bytes(8192) + b"x" * 4096 + bytes(4096)
+    assert below.calls == [("write", 8192, 4096)]
+
+
+@kernel
+def test_a_slow_sector_delays_only_its_requests(targets):
+    fault = targets.Fault(targets.Ram(size=4 << 20), range="1M", delay="300ms", jitter="10ms")
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        order = []
+
+        def slow():
+            begun = time.monotonic()
+            assert len(read_at(fd, 1 << 20, 512)) == 512
+            order.append("slow")
+            assert time.monotonic() - begun >= 0.3  # never less: machines are only slower than they should be
+        thread = threading.Thread(target=slow)
+        thread.start()
+        until(lambda: in_flight(disk), "the request")
+        read_at(fd, 0, 512)
+        order.append("quick")
+        thread.join()
+        assert order == ["quick", "slow"]
+
+
+@kernel
+def test_a_fault_changes_while_it_runs(targets, workshop, capfd):
+    fault = targets.Fault(targets.Ram(size=4 << 20), control="ctl", error="EIO", on="write")
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        assert error_of(write_at, fd, 0, bytes(512)) == errno.EIO
+        for words, error in (("", 0), ("--error ENOSPC", errno.ENOSPC), ("--on read --error EIO", 0),
+                             ("--nonsense", 0), ("--error NONSENSE", 0), ("'", 0)):
+            Path("ctl").write_text(words)
+            assert error_of(write_at, fd, 0, bytes(512)) == error, words
+        assert capfd.readouterr().err.count("ctl is ignored: ") == 3
+        os.unlink("ctl")
+        assert error_of(write_at, fd, 0, bytes(512)) == errno.EIO
+
+
+@kernel
+def test_a_request_hangs_until_told(targets, workshop):
+    below = Recorder()
+    fault = targets.Fault(below, control="ctl")
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        Path("ctl").write_text("--hang --on write")
+        thread = threading.Thread(target=write_at, args=(fd, 0, b"x" * 4096))
+        thread.start()
+        until(lambda: in_flight(disk), "the request")
+        assert read_at(fd, 0, 4096) == bytes(4096) and below.calls == []
+        Path("ctl").write_text("--hang --on discard")
+        thread.join()
+        assert read_at(fd, 0, 4096) == b"x" * 4096
+
+
+@kernel
+def test_a_disk_that_hangs_can_be_taken_away(targets, capfd):
+    disk = ublk.Device(targets.Fault(Ram(), hang=True, on="write"))
+    disk.start()
+    found = []
+    with opened(disk.path) as fd:
+        thread = threading.Thread(target=lambda: found.append(error_of(write_at, fd, 0, bytes(512))))
+        thread.start()
+        until(lambda: in_flight(disk), "the request")
+        stopper = threading.Thread(target=lambda: disk.stop(timeout=1))
+        stopper.start()
+        thread.join()
+    stopper.join()
+    assert found == [errno.EIO] and "its requests fail now" in capfd.readouterr().err

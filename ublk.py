@@ -1861,6 +1861,7 @@ class Target:
     read_only: bool = False
     rotational: bool = False
     discard_granularity: int = 0        # bytes; 0: one block
+    boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
     processes: bool = False             # queues may be served by forked processes: state is shared
 
     def read(self, offset: int, buffer: memoryview) -> Any:
@@ -1970,7 +1971,8 @@ def params_of(target: Any, max_io: int) -> Any:
     params.basic = ublk_param_basic(
         attrs=attrs, logical_bs_shift=block.bit_length() - 1,
         physical_bs_shift=physical.bit_length() - 1, io_min_shift=physical.bit_length() - 1,
-        max_sectors=max_io // SECTOR, dev_sectors=target.size // SECTOR)
+        max_sectors=max_io // SECTOR, chunk_sectors=target.boundary // SECTOR,
+        dev_sectors=target.size // SECTOR)
     if hasattr(target, "zone_size"):
         params.types |= UBLK_PARAM_TYPE_ZONED
         params.basic.chunk_sectors = target.zone_size // SECTOR
@@ -2378,7 +2380,14 @@ class Device:
 
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16)."""
-        self.control.update_size(self.id, size)
+        require(UBLK_F_UPDATE_SIZE & ~(self.control.features or 0))
+        resized = getattr(self.target, "resized", bool)
+        if size > self.target.size:
+            resized(size)               # before the first request for what is new
+            self.control.update_size(self.id, size)
+        else:
+            self.control.update_size(self.id, size)
+            resized(size)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.

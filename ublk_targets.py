@@ -20,6 +20,7 @@ import itertools
 import mmap
 import os
 import random
+import re
 import shlex
 import socket
 import stat
@@ -265,39 +266,64 @@ def two_words(first: int, second: int) -> bytes:
 # =================================================================================================
 
 
-class together:
-    """Run coroutines side by side on this queue: ``await together(a, b)`` until all have ended.
+class beside:
+    """Start a coroutine that goes on by itself on this queue: ``await beside(coroutine)``."""
 
-    Raises what the first that failed raised.
-    """
-
-    def __init__(self, *coroutines: Any) -> None:
-        self.coroutines, self.left = coroutines, len(coroutines)
-        self.failure: Any = None
+    def __init__(self, coroutine: Any) -> None:
+        self.coroutine = coroutine
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        if len(self.coroutines) == 1:
-            yield from self.coroutines[0].__await__()
-        else:
-            yield self
+        yield self
 
     def begin(self, task: ublk.Task) -> None:
         """Called by the queue with the task that awaits."""
-        for coroutine in self.coroutines:
-            task.queue.spawn(self._run(coroutine, task))
+        task.queue.spawn(self.coroutine)
+        task.step()
 
-    async def _run(self, coroutine: Any, task: ublk.Task) -> None:
+
+async def together(*coroutines: Any) -> None:
+    """Run coroutines side by side on this queue until all have ended; raise what one of them raised."""
+    left, failures, done = len(coroutines), [], ublk.Event()
+
+    async def run(coroutine: Any) -> None:
+        nonlocal left
         try:
             await coroutine
         except Exception as error:
-            self.failure = self.failure or error
-        self.left -= 1
-        if not self.left:
-            task.step(error=self.failure)
+            failures.append(error)
+        left -= 1
+        if not left:
+            done.set()
+
+    for coroutine in coroutines:
+        await beside(run(coroutine))
+    await done
+    if failures:
+        raise failures[0]
+
+
+async def moved(handler: Any, *args: Any) -> None:
+    """Have a target's handler, of whatever kind, serve a request to its end."""
+    await ublk.whole(handler, handler(*args), *(args or (0, b""))[:2])
+
+
+def extent(args: Sequence[Any]) -> tuple[int, int]:
+    """Return offset and length of a request, from what its handler is called with."""
+    offset, what = (*args, 0, 0)[:2]
+    return offset, what if isinstance(what, int) else len(what)
+
+
+def distinct(paths: Sequence[str]) -> Sequence[str]:
+    """Return the files of a disk; raise UblkError where one is named twice."""
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise wrong(" ".join(paths), "one file or device is named twice", "name different ones")
+    return paths
 
 
 class Stripe(ublk.Target):
     """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
+
+    The kernel lets no read or write cross from one chunk into the next, so each goes to one file.
 
     paths: the files or block devices
     chunk: how much lies on one before it goes on on the next
@@ -308,12 +334,12 @@ class Stripe(ublk.Target):
 
     def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10),
                  direct: bool = False) -> None:
-        legs = self.legs = [Loop(path, direct=direct) for path in paths]
-        self.chunk, self.block_size = chunk, max(leg.block_size for leg in legs)
+        legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
+        self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
         if chunk <= 0 or chunk % self.block_size:
             raise wrong(f"chunk of {chunk} bytes",
-                        f"not a multiple of the block size {self.block_size}")
+                        f"not a multiple of the block size {self.block_size}", "choose another")
         rows = min(leg.size for leg in legs) // chunk
         if not rows:
             raise wrong(min(legs, key=lambda leg: leg.size).path,
@@ -323,35 +349,38 @@ class Stripe(ublk.Target):
         if all(hasattr(leg, "discard") for leg in legs):
             self.discard = self._discard
 
-    def pieces(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int, int]]:
-        """Cut a range into (leg, offset there, offset in the range, length)."""
-        at = 0
-        while at < length:
-            chunk, within = divmod(offset + at, self.chunk)
-            row, leg = divmod(chunk, len(self.legs))
-            count = min(self.chunk - within, length - at)
-            yield self.legs[leg], row * self.chunk + within, at, count
-            at += count
+    def place(self, offset: int) -> tuple[Loop, int, int]:
+        """Return the leg that has this byte of the disk, where, and how much there is in one piece."""
+        chunk, within = divmod(offset, self.boundary)
+        row, leg = divmod(chunk, len(self.legs))
+        return self.legs[leg], row * self.boundary + within, self.boundary - within
 
-    def spans(self, offset: int, length: int) -> list[tuple[Loop, int, int]]:
-        """Cut a range into (leg, offset there, length), one for each leg: its chunks are adjacent."""
-        spans: dict[Loop, tuple[int, int]] = {}
-        for leg, at, _, count in self.pieces(offset, length):
-            first, total = spans.get(leg, (at, 0))
-            spans[leg] = first, total + count
-        return [(leg, at, count) for leg, (at, count) in spans.items()]
+    def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
+        """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
+        def before(leg: int, offset: int) -> int:
+            row, within = divmod(offset, self.boundary * len(self.legs))
+            return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
 
-    async def read(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(leg.read, at, buffer[start:start + count])
-                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+        for number, leg in enumerate(self.legs):
+            start, end = before(number, offset), before(number, offset + length)
+            if start < end:
+                yield leg, start, end - start
 
-    async def write(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(leg.write, at, buffer[start:start + count])
-                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+    def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
+        leg, at, _ = self.place(offset)
+        return leg.fd, at
 
-    async def write_fua(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(leg.write_fua, at, buffer[start:start + count])
-                         for leg, at, start, count in self.pieces(offset, len(buffer))])
+    def read(self, offset: int, buffer: memoryview) -> Any:
+        leg, at, room = self.place(offset)
+        return leg.read(at, buffer[:room])
+
+    def write(self, offset: int, buffer: memoryview) -> Any:
+        leg, at, room = self.place(offset)
+        return leg.write(at, buffer[:room])
+
+    def write_fua(self, offset: int, buffer: memoryview) -> Any:
+        leg, at, room = self.place(offset)
+        return leg.write_fua(at, buffer[:room])
 
     async def flush(self) -> None:
         await together(*[leg.flush() for leg in self.legs])
@@ -368,100 +397,91 @@ class Stripe(ublk.Target):
             leg.close()
 
 
+class Leg:
+    """One of the files or devices of a Mirror."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.disk: Any = None                   # the Loop that it is, where it could be opened
+        self.why = ""                           # why it is not used; a good leg has no reason
+        self.rebuilding = False                 # what is written goes there, too: it will be good
+
+
 class Mirror(ublk.Target):
     """Keep the same on several files or block devices (RAID 1).
 
     A leg that fails, or is not there, is dropped: this is said on standard error and noted in the
     state file, so that a later start does not take its old data for good. The disk lives as long as
-    one good leg does.
+    one good leg does. A new leg is one that is not there when the server starts, and comes later.
 
     paths: the files or block devices, its legs
     rebuild: try dropped legs again and copy to them what they missed, while the disk is in use
-    stale: a leg that holds old data, such as a new one; with commas between: several
     state: the file that notes which legs are dropped (one in /var/lib/ublk or ~/.local/state/ublk)
-    retry: time between two tries (5s)
     direct: transfer around the page cache (O_DIRECT)
     """
 
-    def __init__(self, *paths: str, rebuild: bool = False, stale: str = "", state: str = "",
-                 retry: str = "5s", direct: bool = False) -> None:
-        self.paths, self.direct, self.retry = paths, direct, seconds(retry) if rebuild else 0.0
-        self.state = os.path.abspath(state) if state else self._default_state()
-        self.disks: dict[str, Loop] = {}            # path -> what is open
-        named = set(filter(None, stale.split(",")))
-        if not named <= set(paths):
-            raise wrong(f"--stale {stale}", "not a leg of this mirror", f"name one of {paths}")
-        self.dropped: set[str] = set()
-        self.rebuilding: set[str] = set()
-        old = self._load() | named
-        problem: OSError | None = None
-        for path in paths:
-            try:
-                self.disks[path] = Loop(path, direct=direct)
-            except OSError as error:
-                problem = error
-        good = [self.disks[path] for path in paths if path in self.disks and path not in old]
-        if not good:
-            raise problem or wrong("mirror", "all its legs hold old data",
-                                   f"name the worst with --stale and remove {self.state}")
-        self.size = min(disk.size for disk in good)
-        self.block_size = max(disk.block_size for disk in good)
-        self.read_only = any(disk.read_only for disk in good)
-        if all(hasattr(disk, "discard") for disk in self.disks.values()):
-            self.discard = self._discard
+    retry = 5.0                                 # seconds between two attempts to rebuild
+    CHANGES = ("write", "write_fua", "flush", "write_zeroes", "discard")
+
+    def __init__(self, *paths: str, rebuild: bool = False, state: str = "", direct: bool = False) -> None:
+        self.legs = [Leg(path) for path in distinct(paths)]
+        self.rebuild, self.direct = rebuild, direct
+        self.state = os.path.abspath(state or self._default_state())
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
         self.copying = (0, 0)                               # the range the rebuild copies now
-        self.reasons: dict[str, str] = {}                   # why a leg was dropped, as told
         self.mender: threading.Thread | None = None
-        missing = {path for path in paths if path not in self.disks
-                   or self.disks[path].size < self.size}
-        if missing | old:
-            self._drop(missing | old, "missing or out of date")
+        disks = self._open(self._noted())
+        self.size, self.block_size = min(disk.size for disk in disks), max(disk.block_size for disk in disks)
+        self.read_only = any(disk.read_only for disk in disks)
+        for name in self.CHANGES:
+            if all(hasattr(leg.disk, name) for leg in self.legs if leg.disk):
+                setattr(self, name, partial(self.change, name))
+
+    def _open(self, old: set[str]) -> list[Loop]:
+        """Open the legs and return the good ones; old data, and what is not there, is dropped."""
+        out: dict[Leg, Any] = {leg: "out of date" for leg in self.legs if leg.path in old}
+        problem: OSError | None = None
+        for leg in self.legs:
+            try:
+                leg.disk = Loop(leg.path, direct=self.direct)
+            except OSError as error:
+                problem = out[leg] = error
+        if len(out) == len(self.legs):
+            self.close()
+            raise problem or wrong(self.state, "it says that all legs hold old data", "remove it")
+        for leg, why in out.items():
+            self._drop(leg, str(why))
+        return [leg.disk for leg in self.good()]
 
     # ---- requests --------------------------------------------------------------------------------
 
-    def good(self) -> list[str]:
+    def good(self) -> list[Leg]:
         """Return the legs whose data is right."""
-        return [path for path in self.paths if path not in self.dropped]
+        return [leg for leg in self.legs if not leg.why]
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Read from the first good leg that can."""
-        failed: dict[str, OSError] = {}
-        for path in self.good():
+        failed: dict[Leg, OSError] = {}
+        for leg in self.good():
             try:
-                await moved(self.disks[path].read, offset, buffer)
+                await moved(leg.disk.read, offset, buffer)
                 break
             except OSError as error:
-                failed[path] = error
+                failed[leg] = error
         self._judge(failed)
 
-    async def write(self, offset: int, buffer: memoryview) -> None:
-        await self.everywhere(lambda disk: moved(disk.write, offset, buffer), offset, len(buffer))
-
-    async def write_fua(self, offset: int, buffer: memoryview) -> None:
-        await self.everywhere(lambda disk: moved(disk.write_fua, offset, buffer), offset, len(buffer))
-
-    async def flush(self) -> None:
-        await self.everywhere(lambda disk: disk.flush(), 0, 0)
-
-    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await self.everywhere(lambda disk: disk.write_zeroes(offset, length, unmap), offset, length)
-
-    async def _discard(self, offset: int, length: int) -> None:
-        await self.everywhere(lambda disk: disk.discard(offset, length), offset, length)
-
-    async def everywhere(self, change: Any, offset: int, length: int) -> None:
+    async def change(self, name: str, *args: Any) -> None:
         """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
-        failed: dict[str, OSError] = {}
+        failed: dict[Leg, OSError] = {}
 
-        async def attempt(path: str) -> None:
+        async def attempt(leg: Leg) -> None:
             try:
-                await change(self.disks[path])
+                await moved(getattr(leg.disk, name), *args)
             except OSError as error:
-                failed[path] = error
+                failed[leg] = error
 
-        me = object()
+        me, (offset, length) = object(), extent(args)
         while not (legs := self._enter(me, offset, offset + length)):
             await ublk.uring_sleep(0.001)
         try:
@@ -470,91 +490,90 @@ class Mirror(ublk.Target):
         finally:
             del self.writing[me]
 
-    def _enter(self, me: object, start: int, end: int) -> list[str]:
+    def _enter(self, me: object, start: int, end: int) -> list[Leg]:
         """Note that a request changes a range; return where it is to, or [] while that is copied."""
         with self.lock:
             if start < self.copying[1] and self.copying[0] < end:
                 return []
             self.writing[me] = start, end
-            return [*self.good(), *self.rebuilding]
+            return [leg for leg in self.legs if not leg.why or leg.rebuilding]
 
-    def _judge(self, failed: dict[str, OSError]) -> None:
-        """Drop legs that failed where another did not; before the client is told of success."""
-        if failed:
-            if failed.keys() >= set(self.good()):
-                raise next(iter(failed.values()))
-            self._drop(set(failed), "; ".join(sorted({str(error) for error in failed.values()})))
+    def _judge(self, failed: dict[Leg, OSError]) -> None:
+        """Drop legs that failed where another did not, before the client is told of success."""
+        if failed and failed.keys() >= set(self.good()):
+            raise next(iter(failed.values()))
+        for leg, error in failed.items():
+            self._drop(leg, str(error))
 
     # ---- legs that fail and come back --------------------------------------------------------------
 
     def _default_state(self) -> str:
         base = "/var/lib" if os.geteuid() == 0 else os.path.expanduser("~/.local/state")
-        names = "\n".join(map(os.path.abspath, self.paths)).encode()
+        names = "\n".join(os.path.abspath(leg.path) for leg in self.legs).encode()
         return os.path.join(base, "ublk", f"mirror-{zlib.crc32(names):08x}")
 
-    def _load(self) -> set[str]:
+    def _noted(self) -> set[str]:
+        """Return the legs that an earlier server dropped."""
         try:
             with open(self.state, encoding="utf-8") as file:
-                return set(file.read().splitlines()) & set(self.paths)
+                return set(file.read().splitlines())
         except FileNotFoundError:
             return set()
 
-    def _save(self) -> None:
+    def _note(self) -> None:
         os.makedirs(os.path.dirname(self.state), exist_ok=True)
-        replace_file(self.state, "".join(f"{path}\n" for path in sorted(self.dropped)).encode())
+        replace_file(self.state, "".join(f"{leg.path}\n" for leg in self.legs if leg.why).encode())
 
-    def _drop(self, paths: set[str], reason: str) -> None:
-        """Take legs out of use; say so once."""
+    def _drop(self, leg: Leg, why: str) -> None:
+        """Take a leg out of use; say so once."""
         with self.lock:
-            new = not paths <= self.dropped
-            self.dropped, self.rebuilding = self.dropped | paths, self.rebuilding - paths
-            if new:
-                self._save()
-        news = sorted(path for path in paths if self.reasons.get(path) != reason)
-        if news:
-            self.reasons.update(dict.fromkeys(news, reason))
-            say(f"mirror: dropped {', '.join(news)}: {reason}")
+            before, leg.why, leg.rebuilding = leg.why, why, False
+            if not before:
+                self._note()
+        if why != before:
+            say(f"mirror: dropped {leg.path}: {why}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
-        if index == 0 and self.retry:
+        if index == 0 and self.rebuild:
             self.mender = threading.Thread(target=self._mend, daemon=True, name="rebuild")
             self.mender.start()
 
     def _mend(self) -> None:
         ublk.io_flusher()
         while True:
-            for path in sorted(self.dropped):
+            for leg in self.legs:
                 try:
-                    self._rebuild(path)
+                    if leg.why:
+                        self._bring_back(leg)
                 except OSError as error:
-                    self._drop({path}, str(error))
+                    self._drop(leg, str(error))
             # By the next try nobody uses the leg's descriptor any more, and it can be closed.
             if self.closed.wait(self.retry):
                 return
 
-    def _rebuild(self, path: str) -> None:
+    def _bring_back(self, leg: Leg) -> None:
         """Copy everything to a dropped leg; what is written meanwhile goes there as well."""
-        if path in self.disks:
-            self.disks.pop(path).close()
-        disk = self.disks[path] = Loop(path, direct=self.direct)
-        if disk.size < self.size or disk.read_only or disk.block_size > self.block_size:
-            raise wrong(path, "too small, for reading only, or with larger blocks")
-        self.rebuilding = self.rebuilding | {path}
+        if leg.disk:
+            leg.disk.close()
+        leg.disk = disk = Loop(leg.path, direct=self.direct)
+        if disk.size < self.size or disk.read_only or disk.block_size > self.block_size \
+                or hasattr(self, "discard") > hasattr(disk, "discard"):
+            raise wrong(leg.path, "too small, for reading only, with larger blocks or without discard")
+        leg.rebuilding = True
         for offset in range(0, self.size, len(ZEROES)):
-            if self.closed.is_set() or path not in self.rebuilding:
+            self._copy(offset, min(offset + len(ZEROES), self.size), disk.fd)
+            if self.closed.is_set() or not leg.rebuilding:
                 return
-            self._copy(offset, min(offset + len(ZEROES), self.size), disk)
         os.fdatasync(disk.fd)
         with self.lock:
-            if path not in self.rebuilding:
+            if not leg.rebuilding:              # a write to it failed
                 return
-            self.dropped, self.rebuilding = self.dropped - {path}, self.rebuilding - {path}
-            self.reasons.pop(path, None)
-            self._save()
-        say(f"mirror: rebuilt {path}")
+            leg.why, leg.rebuilding = "", False
+            self._note()
+        say(f"mirror: rebuilt {leg.path}")
 
-    def _copy(self, start: int, end: int, disk: Loop) -> None:
+    def _copy(self, start: int, end: int, fd: int) -> None:
         """Copy a range that no request changes meanwhile from a good leg; only what differs."""
         with self.lock:
             self.copying = start, end
@@ -562,10 +581,12 @@ class Mirror(ublk.Target):
             while any(start < b and a < end for a, b in list(self.writing.values())):
                 time.sleep(0.001)
             with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
-                transfer(os.preadv, self.disks[self.good()[0]].fd, new, start)
-                transfer(os.preadv, disk.fd, old, start)
+                count = os.preadv(self.good()[0].disk.fd, [new], start)
+                count += os.preadv(fd, [old], start)
                 if new[:] != old[:]:
-                    transfer(os.pwritev, disk.fd, new, start)
+                    count += os.pwritev(fd, [new], start) - len(new)
+                if count != 2 * len(new):
+                    raise OSError(errno.EIO, "unexpected end of file")
         finally:
             self.copying = (0, 0)
 
@@ -573,20 +594,9 @@ class Mirror(ublk.Target):
         self.closed.set()
         if self.mender:
             self.mender.join()
-        for disk in self.disks.values():
-            disk.close()
-
-
-def transfer(function: Any, fd: int, buffer: Any, offset: int) -> None:
-    """Fill or write a whole buffer with os.preadv or os.pwritev."""
-    with memoryview(buffer) as view:
-        done = 0
-        while done < len(view):
-            with view[done:] as rest:
-                count = function(fd, [rest], offset + done)
-            if not count:
-                raise OSError(errno.EIO, "unexpected end of file")
-            done += count
+        for leg in self.legs:
+            if leg.disk:
+                leg.disk.close()
 
 
 def replace_file(path: str, content: bytes) -> None:
@@ -603,16 +613,18 @@ def replace_file(path: str, content: bytes) -> None:
 
 COW_HEADER = struct.Struct("<8sQQ36s")          # magic, size, block size, boot id; then a CRC-32
 COW_MAGIC = b"ublkcow1"
+COW_UNIT = 64 << 10                             # header and marks fill whole pages of any machine
+BASE, OURS, KEPT = b"\0", b"\1", b"\2"          # marks of blocks: see Cow
 
 
 class Cow(ublk.Target):
     """A writable overlay over a base that stays as it is (copy on write).
 
-    What is written goes to the same place of the overlay, a sparse file, and a bit for the block is
-    set there. Data first, bit second: so no kill can make a block of garbage visible. Because a loss
-    of power may reorder the two, a second map gets the bits only after their data is durable, and
-    counts alone when the overlay was last open before the machine was started. Bits are only ever
-    set: zeroes and discarded blocks become holes of the overlay.
+    What is written goes to the same place of the overlay, a sparse file, and then the block's mark,
+    a byte, becomes OURS. Data first, mark second: no kill can make a block of garbage visible. As a
+    loss of power may reorder the two, OURS counts only until the machine is started anew. A flush
+    makes the data durable and then the marks KEPT, which count for ever. No mark ever goes back:
+    zeroes and discarded blocks become holes of the overlay.
 
     base: the file or block device that is read
     overlay: the file that takes the changes; made if it is not there; delete it to discard them
@@ -620,138 +632,136 @@ class Cow(ublk.Target):
     """
 
     def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
+        distinct([base, overlay])
         is_block(base)
         self.base = os.open(base, (os.O_RDWR if commit else os.O_RDONLY) | os.O_CLOEXEC)
-        self.block_size, self.physical_block_size = block_sizes(self.base, base, False)
-        self.size = size_of(self.base, base, self.block_size)
-        self.map_size = -(-self.size // (8 * self.block_size * PAGE_SIZE)) * PAGE_SIZE
-        self.live_at, self.durable_at = PAGE_SIZE, PAGE_SIZE + self.map_size
-        self.data_at = PAGE_SIZE + 2 * self.map_size
+        self.grain, self.physical_block_size = block_sizes(self.base, base, False)
+        self.size, self.block_size = size_of(self.base, base, self.grain), self.grain
+        count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
+        self.marks_at, self.data_at = COW_UNIT, COW_UNIT + count
         if not os.path.exists(overlay) or not os.path.getsize(overlay):
             with open(overlay, "wb") as file:
                 file.truncate(self.data_at + self.size)
         self.top, self.path = Loop(overlay), overlay
-        self.read_only = self.top.read_only
-        self.lock = threading.Lock()
-        self.fresh: set[tuple[int, int]] = set()    # ranges of map bytes not yet durable
+        self.fd, self.lock = self.top.fd, threading.Lock()
+        self.fresh: list[slice] = []            # blocks that are to be KEPT
         self._open()
         # Reading through a mapping is quick; writing through one could kill us when the file
         # system is full, where pwrite returns ENOSPC.
-        self.live = mmap.mmap(self.top.fd, self.map_size, prot=mmap.PROT_READ, offset=self.live_at)
+        self.marks = mmap.mmap(self.fd, count, prot=mmap.PROT_READ, offset=self.marks_at)
         if commit:
             self._commit()
 
     def _open(self) -> None:
-        """Check the overlay's header, or write a new one, and settle which of the maps counts."""
+        """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
+        if self.top.read_only:
+            raise ublk.UblkError(errno.EACCES, self.path, "the overlay cannot be written to")
         try:
-            fcntl.flock(self.top.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ublk.UblkError(errno.EBUSY, self.path, "another server uses this overlay") from None
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
-        found = os.pread(self.top.fd, COW_HEADER.size + 4, 0)
+        header = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.grain, boot))
+        found = os.pread(self.fd, len(header), 0)
         if found == bytes(len(found)):                      # new, or killed while it was made
-            found = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.block_size, boot))
-        magic, size, block, last_boot = COW_HEADER.unpack(found[:COW_HEADER.size])
-        if magic != COW_MAGIC or found != sealed(found[:COW_HEADER.size]):
+            found = header
+        if found != sealed(found[:-4]) or not found.startswith(COW_MAGIC):
             raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
-        if (size, block) != (self.size, self.block_size):
-            raise wrong(self.path, f"made for a base of {size} bytes in blocks of {block}, "
-                        f"this one has {self.size} in {self.block_size}", "name its own base")
+        _, size, grain, last_boot = COW_HEADER.unpack(found[:-4])
+        if (size, grain) != (self.size, self.grain):
+            raise wrong(self.path, f"made for a base of {size} bytes in blocks of {grain}, "
+                        f"this one has {self.size} in {self.grain}", "name its own base")
         if self.top.size != self.data_at + size:
             raise wrong(self.path, "its end is missing", "restore it, or delete it")
-        if self.read_only:
-            return
-        if last_boot != boot:
-            for at in range(0, self.map_size, PAGE_SIZE):
-                page = os.pread(self.top.fd, PAGE_SIZE, self.durable_at + at)
-                os.pwrite(self.top.fd, page, self.live_at + at)
-        os.pwrite(self.top.fd, sealed(COW_HEADER.pack(magic, size, block, boot)), 0)
-        os.fsync(self.top.fd)
+        os.fsync(self.fd)
+        for at in range(self.marks_at, self.data_at, COW_UNIT):
+            marks = os.pread(self.fd, COW_UNIT, at)
+            if OURS in marks:
+                write_all(self.fd, marks.replace(OURS, KEPT if last_boot == boot else BASE), at)
+        write_all(self.fd, header, 0)
+        os.fsync(self.fd)
+
+    # ---- which blocks the overlay has --------------------------------------------------------------
+
+    def blocks(self, offset: int, length: int) -> slice:
+        """Return which blocks these are; a disk that was made larger has none behind the base's end."""
+        if offset + length > self.size:
+            raise OSError(errno.EIO, "behind the end of the base")
+        return slice(offset // self.grain, (offset + length) // self.grain)
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into (whether the overlay has it, offset, length)."""
-        first, count = offset // self.block_size, length // self.block_size
-        bits = int.from_bytes(self.live[first // 8:(first + count + 7) // 8], "little") >> first % 8
-        bits &= (1 << count) - 1
-        while count:
-            other = ~bits if bits & 1 else bits     # its lowest bit that is set ends the run
-            run = min((other & -other).bit_length() - 1 if other else count, count)
-            yield bool(bits & 1), offset, run * self.block_size
-            offset, bits, count = offset + run * self.block_size, bits >> run, count - run
+        marks = self.marks[self.blocks(offset, length)]
+        for run in re.finditer(b"\0+|[^\0]+", marks):
+            yield run[0][:1] != BASE, offset + run.start() * self.grain, len(run[0]) * self.grain
 
-    def _mark(self, offset: int, length: int) -> None:
-        """Note in the live map that the overlay has a range."""
-        first, count = offset // self.block_size, length // self.block_size
-        start, end = first // 8, (first + count + 7) // 8
+    def _mark(self, blocks: slice) -> None:
+        """Note that the overlay has these blocks."""
         with self.lock:
-            old = int.from_bytes(self.live[start:end], "little")
-            new = old | ((1 << count) - 1) << first % 8
-            if new != old:
-                write_all(self.top.fd, new.to_bytes(end - start, "little"), self.live_at + start)
-                self.fresh.add((start, end))
+            marks = self.marks[blocks]
+            if BASE in marks:
+                write_all(self.fd, marks.replace(BASE, OURS), self.marks_at + blocks.start)
+                self.fresh.append(blocks)
+
+    def _keep(self, fresh: list[slice]) -> None:
+        """Note that blocks of the overlay are durable."""
+        with self.lock:
+            for blocks in fresh:
+                write_all(self.fd, KEPT * (blocks.stop - blocks.start), self.marks_at + blocks.start)
+
+    # ---- requests --------------------------------------------------------------------------------
 
     async def read(self, offset: int, buffer: memoryview) -> None:
-        await together(*[moved(partial(read_at, self.top.fd), self.data_at + at, buffer[at - offset:][:n])
-                         if ours else
-                         moved(partial(read_at, self.base), at, buffer[at - offset:][:n])
-                         for ours, at, n in self.runs(offset, len(buffer))])
+        for ours, at, length in self.runs(offset, len(buffer)):
+            fd, shift = (self.fd, self.data_at) if ours else (self.base, 0)
+            await fill(fd, buffer[at - offset:][:length], at + shift)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
+        blocks = self.blocks(offset, len(buffer))
         await moved(self.top.write, self.data_at + offset, buffer)
-        self._mark(offset, len(buffer))
+        self._mark(blocks)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        blocks = self.blocks(offset, length)
         await self.top.write_zeroes(self.data_at + offset, length, unmap)
-        self._mark(offset, length)
+        self._mark(blocks)
 
     async def discard(self, offset: int, length: int) -> None:
         await self.write_zeroes(offset, length, True)
 
     async def flush(self) -> None:
         with self.lock:
-            fresh = [(start, self.live[start:end]) for start, end in self.fresh]
-            self.fresh.clear()
+            fresh, self.fresh = self.fresh, []
         try:
             await self.top.flush()
-            self._make_durable(fresh)
+            self._keep(fresh)
             await self.top.flush()
         except OSError:
             with self.lock:
-                self.fresh |= {(start, start + len(bits)) for start, bits in fresh}
+                self.fresh += fresh
             raise
-
-    def _make_durable(self, fresh: list[tuple[int, bytes]]) -> None:
-        """Add bits, whose data is durable, to the map that counts after a loss of power."""
-        with self.lock:
-            for start, bits in fresh:
-                old = os.pread(self.top.fd, len(bits), self.durable_at + start)
-                new = int.from_bytes(old, "little") | int.from_bytes(bits, "little")
-                write_all(self.top.fd, new.to_bytes(len(bits), "little"), self.durable_at + start)
 
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
         for at in range(0, self.size, len(ZEROES)):
             for ours, start, length in self.runs(at, min(len(ZEROES), self.size - at)):
                 if ours:
-                    write_all(self.base, os.pread(self.top.fd, length, self.data_at + start), start)
+                    write_all(self.base, os.pread(self.fd, length, self.data_at + start), start)
         os.fsync(self.base)
-        for at in range(self.live_at, self.data_at, PAGE_SIZE):
-            write_all(self.top.fd, bytes(PAGE_SIZE), at)
-        os.fsync(self.top.fd)
-        os.ftruncate(self.top.fd, self.data_at)
-        os.ftruncate(self.top.fd, self.data_at + self.size)
+        hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        for start, end in (self.marks_at, self.data_at), (self.data_at, self.top.size):
+            fallocate(self.fd, hole, start, end - start)
+            os.fsync(self.fd)
 
     def close(self) -> None:
-        if self.top.fd >= 0 and not self.read_only:
-            os.fdatasync(self.top.fd)
-            self._make_durable([(start, self.live[start:end]) for start, end in self.fresh])
-            os.fdatasync(self.top.fd)
-        self.top.close()
-        self.live.close()       # it has a descriptor of its own, and with that the lock
-        if self.base >= 0:
+        if self.top.fd >= 0:
+            os.fdatasync(self.fd)
+            self._keep(self.fresh)
+            os.fdatasync(self.fd)
+            self.top.close()
+            self.marks.close()      # it has a descriptor of its own, and with that the lock
             os.close(self.base)
-            self.base = -1
 
 
 def sealed(data: bytes) -> bytes:
@@ -759,9 +769,13 @@ def sealed(data: bytes) -> bytes:
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
-async def read_at(fd: int, offset: int, buffer: memoryview) -> int:
-    """Read from a file, as a handler reads."""
-    return await ublk.uring_read(fd, buffer, offset)
+async def fill(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill a whole buffer from a file."""
+    while buffer:
+        count = await ublk.uring_read(fd, buffer, offset)
+        if not count:
+            raise OSError(errno.EIO, "unexpected end of file")
+        buffer, offset = buffer[count:], offset + count
 
 
 def write_all(fd: int, data: Any, offset: int) -> None:
@@ -771,11 +785,6 @@ def write_all(fd: int, data: Any, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
-async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
-    """Have a target's read or write handler, of whatever kind, move a whole buffer."""
-    await ublk.whole(handler, handler(offset, buffer), offset, buffer)
-
-
 # =================================================================================================
 # Targets over another target
 # =================================================================================================
@@ -783,9 +792,9 @@ async def moved(handler: Any, offset: int, buffer: memoryview) -> None:
 # What a target may define: handlers of requests, and all else
 HANDLERS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "zone_append",
             "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_reset_all")
-PROPERTIES = ("size", "block_size", "physical_block_size", "read_only", "rotational",
+PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
               "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
-              "processes", "report_zones", "start", "close")
+              "processes", "report_zones", "resized", "start", "close")
 
 
 class Wrapper:
@@ -806,12 +815,6 @@ class Wrapper:
     def call(self, name: str, *args: Any) -> Any:
         """Serve a request: return what the wrapped target's handler returns."""
         return getattr(self.target, name)(*args)
-
-    def resized(self, size: int) -> None:
-        """Pass the new size on."""
-        if hasattr(self.target, "resized"):
-            self.target.resized(size)
-        self.size = size
 
 
 async def settled(outcome: Any) -> Any:
@@ -837,25 +840,29 @@ class Fault(Wrapper, ublk.Target):
     torn: of a write, do only a part from its beginning, at random
     lost: report success and do nothing: a flush that lies, a write that never happened
     hang: wait until --control says otherwise
-    control: a file that may appear and change meanwhile: its words replace all options of this list
+    control: a file that may appear and change meanwhile: its words replace all options above
     seed: makes the same random choices again (1)
     target: the target that is to fail, with its own arguments
     """
+
+    processes = False       # there is one sequence of random numbers and one count of bytes written
 
     def __init__(self, target: ublk.Target, *, on: str = "", range: str = "",
                  after: ublk.Size = ublk.Size(0), rate: float = 1.0, error: str = "",
                  delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
                  hang: bool = False, control: str = "", seed: int = 1) -> None:
         super().__init__(target)
-        self.given = self.rule = Rule(on, range, after, rate, error, delay, jitter, torn, lost, hang)
+        self.options: dict[str, Any] = {
+            "on": on, "range": range, "after": after, "rate": rate, "error": error, "delay": delay,
+            "jitter": jitter, "torn": torn, "lost": lost, "hang": hang}
+        self.given = self.rule = Rule(**self.options)
         self.control = os.path.abspath(control) if control else ""
         self.parser = ublk.target_parser(Fault, "fault")
         self.random, self.written = random.Random(seed), 0
-        self.seen: Any = None
+        self.seen: Any = None           # what the control file was when it was last read
 
     def call(self, name: str, *args: Any) -> Any:
-        if self.control:
-            self.look()
+        self.look()
         rule = self.rule
         if not rule.matches(name, args, self.written) or self.random.random() >= rule.rate:
             return self.pass_on(name, *args)
@@ -871,8 +878,7 @@ class Fault(Wrapper, ublk.Target):
 
     async def stall(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
         """Wait, then do what else there is to do."""
-        if rule.delay or rule.jitter:
-            await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
+        await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
         while rule.hang and self.rule is rule:
             await ublk.uring_sleep(0.05)
             self.look()
@@ -896,6 +902,8 @@ class Fault(Wrapper, ublk.Target):
 
     def look(self) -> None:
         """Take the options from the control file when that has changed."""
+        if not self.control:
+            return
         try:
             status = os.stat(self.control)
             seen: Any = status.st_mtime_ns, status.st_size, status.st_ino
@@ -906,9 +914,8 @@ class Fault(Wrapper, ublk.Target):
         self.seen, self.written = seen, 0
         try:
             with open(self.control, encoding="utf-8") as file:
-                words = shlex.split(file.read(4096))
-            values = vars(self.parser.parse_args(words))
-            self.rule = Rule(**{key: values[key] for key in Rule.WORDS}) if words else self.given
+                values = vars(self.parser.parse_args(shlex.split(file.read(4096))))
+            self.rule = Rule(**{name: values[name] for name in self.options})
         except FileNotFoundError:
             self.rule = self.given
         except (OSError, ValueError, SystemExit) as error:
@@ -918,19 +925,17 @@ class Fault(Wrapper, ublk.Target):
 class Rule:
     """What a Fault does to which requests: its options, understood."""
 
-    WORDS = ("on", "range", "after", "rate", "error", "delay", "jitter", "torn", "lost", "hang")
-
     def __init__(self, on: str, range: str, after: int, rate: float, error: str, delay: str,
                  jitter: str, torn: bool, lost: bool, hang: bool) -> None:
         self.on = frozenset(on.split(",")) if on else frozenset(HANDLERS)
         if not self.on <= frozenset(HANDLERS):
             raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
-        first, _, last = range.partition("-")
-        self.start = ublk.parse_size(first) if first else 0
-        self.end = ublk.parse_size(last) if last else self.start + ublk.SECTOR
         self.anywhere = not range
-        if error and not hasattr(errno, error):
+        self.start, self.end = span(range or "0")
+        if error and error not in errno.errorcode.values():
             raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
+        if not 0 <= rate <= 1:
+            raise wrong(f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in a hundred")
         self.error = getattr(errno, error) if error else 0
         self.after, self.rate, self.torn, self.lost, self.hang = after, rate, torn, lost, hang
         self.delay, self.jitter = seconds(delay), seconds(jitter)
@@ -939,21 +944,35 @@ class Rule:
         """Tell whether a request may be struck."""
         if written < self.after or name.replace("_fua", "") not in self.on:
             return False
-        if self.anywhere:
-            return True
-        length = 0 if not args else ublk.SECTOR if len(args) < 2 else args[1]
-        if not isinstance(length, int):
-            length = len(length)
-        return bool(args) and args[0] < self.end and args[0] + length > self.start
+        if self.anywhere or not args:           # a flush is of no range
+            return self.anywhere
+        offset, length = extent(args)
+        return offset < self.end and offset + max(length, ublk.SECTOR) > self.start
+
+
+def span(text: str) -> tuple[int, int]:
+    """Read a range of bytes such as 1M-2M, or the place of one sector. Raises UblkError."""
+    first, _, last = text.partition("-")
+    try:
+        start = ublk.parse_size(first)
+        end = ublk.parse_size(last) if last else start + ublk.SECTOR
+    except ValueError:
+        start = end = 0
+    if start >= end:
+        raise wrong(f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for the sector there")
+    return start, end
 
 
 def seconds(text: str) -> float:
     """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
     unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
     try:
-        return abs(float(text[:len(text) - len(unit)])) * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
+        number = float(text[:len(text) - len(unit)])
     except ValueError:
-        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s") from None
+        number = -1.0
+    if not 0 <= number < 1e9:
+        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
+    return number * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
 
 
 # =================================================================================================
@@ -1316,21 +1335,6 @@ class Nbd(ublk.Target):
         self.heard, self.told = time.monotonic(), False
         del self.pending[request.cookie]
         request.done.set(error if error in errno.errorcode or not error else errno.EIO)
-
-
-class beside:
-    """Start a coroutine that goes on by itself on this queue: ``await beside(coroutine)``."""
-
-    def __init__(self, coroutine: Any) -> None:
-        self.coroutine = coroutine
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        yield self
-
-    def begin(self, task: ublk.Task) -> None:
-        """Called by the queue with the task that awaits."""
-        task.queue.spawn(self.coroutine)
-        task.step()
 
 
 # =================================================================================================

@@ -10,6 +10,8 @@ Modes, each N rounds (100):
     quiesce     exchange the server under fio: no error (Linux 6.16)
     ext4        kill at random moments, also while a new server starts, under a mounted file system:
                 no error, every synced file whole, and fsck content in the end
+    cow         kill servers of an overlay at random moments, also while they start: every write that was
+                done is there, no block is torn, the base is as it was
 
 Prints one line for each mode; the exit status is 1 if one of them failed.
 """
@@ -123,7 +125,12 @@ def ext4(image: Path, rounds: int) -> Result:
     return {"synced files": synced, "killed while recovering": early}
 
 
-MODES = {function.__name__: function for function in (reissue, requeue, fail, quiesce, ext4)}
+def cow(image: Path, rounds: int) -> Result:
+    """kill -9 at random moments over an overlay, opened again each time."""
+    return t.kill_overlays(image.parent, rounds, lambda number: progress("cow", number, rounds))
+
+
+MODES = {function.__name__: function for function in (reissue, requeue, fail, quiesce, ext4, cow)}
 
 
 def features() -> int:
