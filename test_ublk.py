@@ -2571,12 +2571,19 @@ def test_a_device_that_was_stopped_before_its_start_is_not_started(capfd):
     assert text and devices_left() == []
 
 
-@kernel
-def test_the_partition_table_is_read_while_the_disk_starts():
-    target = Ram(8 << 20)
+def partitioned(size=8 << 20):
+    """Return a disk with one partition, of 2 MiB behind its first MiB."""
+    target = Ram(size)
     entry = bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (4096).to_bytes(4, "little")
     target.data[446:462], target.data[510:512] = entry, b"\x55\xaa"
-    with ublk.Device(target, depth=1) as disk:
+    return target
+
+
+@kernel
+@pytest.mark.parametrize("recovery", [None, "reissue"])
+def test_the_partition_table_is_read_while_the_disk_starts(recovery):
+    target = partitioned()
+    with ublk.Device(target, depth=1, recovery=recovery) as disk:
         until(lambda: os.path.exists(f"{disk.path}p1"), "the partition")
         with opened(f"{disk.path}p1") as fd:
             write_at(fd, 0, b"p" * 4096)
@@ -3155,9 +3162,6 @@ def half_a_server(change):
     ids=["ADD", "SET_PARAMS", "half-fetched", "fetched", "START", "scan", "started"])
 def test_killed_while_it_starts(change, recovery, backing, run):
     half_a_server(change)
-    if change is first_request and not at_least("7.0"):
-        pytest.skip("up to 6.x START_DEV reads the partitions itself, and a server killed in that moment "
-                    "can leave it, and so its own end, waiting for ever: seen on 6.12")
     disk = Forked("loop", backing, *recovery, change=change)
     assert disk.wait() == -signal.SIGKILL
     row, = json.loads(run("list", "--json").out)

@@ -1930,7 +1930,7 @@ class Null(Target):
 # Life cycle of a device
 # =================================================================================================
 
-PR_SET_IO_FLUSHER = 57
+PR_SET_IO_FLUSHER, CAP_SYS_ADMIN = 57, 1 << 21
 MAX_DISCARD = 1 << 30           # bytes a single discard or write-zeroes may cover
 NODE_TIMEOUT = 10.0             # seconds udev has to make a device node usable
 STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are doing
@@ -2020,7 +2020,9 @@ class Worker(threading.Thread):
         kind = BatchQueue if self.device.info.flags & UBLK_F_BATCH_IO else Queue
         self.queue = kind(self.device, self.index)
         try:
+            set_admin(self.device.scanned)
             self.queue.fetch()
+            set_admin(True)
             ready()
             self.queue.run()
         finally:
@@ -2151,6 +2153,16 @@ class Device:
         return f"/dev/ublkb{self.id}"
 
     @property
+    def scanned(self) -> bool:
+        """Whether the kernel itself may look for partitions, which it does in the background since 7.0.
+
+        Up to 6.x it reads them inside START_DEV. If the server is killed in that moment, START_DEV
+        never ends, nor does anything else about the device. No disk is scanned that a thread
+        without CAP_SYS_ADMIN serves; so the threads fetch without it, and scan() does the work.
+        """
+        return bool((self.control.features or 0) & UBLK_F_NO_AUTO_PART_SCAN)
+
+    @property
     def desc_size(self) -> int:
         """Bytes from one request descriptor to the next; only the flag says the field is valid."""
         return self.info.io_desc_size if self.info.flags & UBLK_F_IO_DESC_SIZE else IO_DESC.size
@@ -2168,6 +2180,7 @@ class Device:
             self._not_stopped()
             self.control.start_dev(self.id, os.getpid(), abort=lambda: self._ended > 0)
             self._live()
+            self._scan()
         except BaseException as error:
             self._give_up(error, self.stop)
 
@@ -2273,6 +2286,20 @@ class Device:
         await_node(self.path, os.R_OK)
         self._serving = True
         atexit.register(self.stop)
+
+    def _scan(self) -> None:
+        """Have partx(8), which every Linux has, look for partitions where the kernel does not."""
+        if self.scanned or self.unprivileged or self.zoned or not self.partition_scan:
+            return
+        import subprocess
+        try:
+            process = subprocess.Popen(["partx", "--add", self.path], stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except FileNotFoundError:
+            return
+        deadline = time.monotonic() + NODE_TIMEOUT          # a handler may never return
+        while process.poll() is None and not self._ended and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def _give_up(self, error: BaseException, undo: Callable[[], None]) -> NoReturn:
         """Undo a start that failed, and raise what it failed of."""
@@ -2497,7 +2524,7 @@ def privileged() -> bool:
         effective = next(line for line in file if line.startswith("CapEff"))
     with open("/proc/self/uid_map", encoding="ascii") as file:
         outside = file.read().split() == ["0", "0", "4294967295"]
-    return outside and bool(int(effective.split()[1], 16) >> 21 & 1)
+    return outside and bool(int(effective.split()[1], 16) & CAP_SYS_ADMIN)
 
 
 def alive(pid: int) -> bool:
@@ -2570,6 +2597,15 @@ def io_flusher() -> None:
     the small risk left that reclaiming memory waits for the disk that waits for memory.
     """
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+
+
+def set_admin(use: bool) -> None:
+    """Have this thread use its CAP_SYS_ADMIN, if it has it, or not: capset(2) is about threads."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)       # _LINUX_CAPABILITY_VERSION_3, this thread
+    sets = (ctypes.c_uint32 * 6)()                      # effective, permitted, inheritable; twice 32 bits
+    _libc.capget(header, sets)
+    sets[0] = sets[0] & ~CAP_SYS_ADMIN | sets[1] & CAP_SYS_ADMIN * use
+    _libc.capset(header, sets)
 
 
 def holders(dev_id: int) -> list[str]:
