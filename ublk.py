@@ -405,6 +405,9 @@ PARAM_TYPES = {
     UBLK_PARAM_TYPE_DMA_ALIGN: ("DMA_ALIGN", "6.15"), UBLK_PARAM_TYPE_SEGMENT: ("SEGMENT", "6.15"),
     UBLK_PARAM_TYPE_INTEGRITY: ("INTEGRITY", "7.0"),
 }
+# linux/fs.h: what the metadata of blocks is good for, and which checksum is in it
+LBMD_PI_CAP_INTEGRITY, LBMD_PI_CAP_REFTAG = 1, 2
+LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC64_NVME = 0, 1, 2, 4
 
 # =================================================================================================
 # io_uring: include/uapi/linux/io_uring.h, and rings by raw system call
@@ -1033,19 +1036,35 @@ class UserCopy(MappedCopy):
         return self.origin + (tag << UBLK_TAG_OFF)
 
     def data(self, tag: int, length: int) -> memoryview:
-        start, done = tag * self.max_io, 0
-        while done < length:
-            done += some(os.preadv(self.fd, [self.view[start + done:start + length]],
-                                   self.position(tag) + done))
+        start = tag * self.max_io
+        self._take(self.view[start:start + length], self.position(tag))
         return self.read_only_view[start:start + length]
 
     def blank(self, tag: int, length: int) -> None:
         self.give(tag, ZEROES[:length])
 
     def give(self, tag: int, buffer: memoryview) -> int:
+        return self._put(buffer, self.position(tag))
+
+    def metadata(self, tag: int, length: int) -> memoryview:
+        """Return the metadata of the blocks a WRITE wrote (INTEGRITY, 7.0)."""
+        buffer = memoryview(bytearray(length))
+        self._take(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+        return buffer.toreadonly()
+
+    def give_metadata(self, tag: int, buffer: memoryview) -> None:
+        """Hand the metadata of its blocks to a READ."""
+        self._put(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+
+    def _take(self, buffer: memoryview, position: int) -> None:
         done = 0
         while done < len(buffer):
-            done += some(os.pwrite(self.fd, buffer[done:], self.position(tag) + done))
+            done += some(os.preadv(self.fd, [buffer[done:]], position + done))
+
+    def _put(self, buffer: memoryview, position: int) -> int:
+        done = 0
+        while done < len(buffer):
+            done += some(os.pwrite(self.fd, buffer[done:], position + done))
         return done
 
 
@@ -1516,6 +1535,8 @@ class Queue:
         for operation, (name, arguments) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
                 table[operation] = partial(self._simple, getattr(self.target, name), arguments)
+        if self.target.metadata_size:
+            table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
 
     def _unsupported(self, tag: int, flags: int, offset: int, length: int) -> int:
@@ -1546,6 +1567,19 @@ class Queue:
         if outcome is None:
             return length
         return self._later(tag, whole(function, outcome, offset, buffer), lambda _: length)
+
+    def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
+        size = length // self.target.block_size * self.target.metadata_size
+        if flags & 0xFF == UBLK_IO_OP_WRITE:
+            if flags & UBLK_IO_F_INTEGRITY:
+                self.target.write_metadata(offset, self.path.metadata(tag, size))
+            return self._write(tag, flags, offset, length)
+        if flags & UBLK_IO_F_INTEGRITY:
+            buffer = memoryview(bytearray(size))
+            self.target.read_metadata(offset, buffer)
+            self.path.give_metadata(tag, buffer)
+        return self._read(tag, flags, offset, length)
 
     def _report(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         """REPORT_ZONES: where others say sectors, this says zones."""
@@ -1650,7 +1684,7 @@ class Queue:
 
 
 # What map() is not asked for: requests without data, durable ones, those with pages of no slot.
-NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF
+NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY
 
 # Requests without data: the target's method, and its arguments made of flags, offset and length.
 SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...]]]] = {
@@ -1848,8 +1882,13 @@ class Target:
         report_zones(offset, count)     return a list of blk_zone
         zone_append(offset, buffer)     write where the zone's data ends; return where that was
         zone_open, zone_close, zone_finish, zone_reset (each of offset), zone_reset_all()
+    and, for a disk that keeps metadata_size bytes beside each block, its checksum (a name in
+    CHECKSUMS) made and verified by the kernel (7.0):
+        read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the data;
+                                        all ones (0xFF) for blocks never written: check nothing
+        write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
 
-    Each may be an ``async def`` and await operations of the queue's ring (uring_read, ...). The
+    Each of the others may be an ``async def`` and await operations of the queue's ring (uring_read, ...). The
     value returned is None, or for read and write the number of bytes moved: what is short is asked
     for again. An OSError reaches the client as its errno; any other exception is a bug: it is
     printed with its traceback and the client gets EIO.
@@ -1862,6 +1901,8 @@ class Target:
     rotational: bool = False
     discard_granularity: int = 0        # bytes; 0: one block
     boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
+    metadata_size: int = 0              # bytes beside each block
+    checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
     processes: bool = False             # queues may be served by forked processes: state is shared
 
     def read(self, offset: int, buffer: memoryview) -> Any:
@@ -1871,6 +1912,14 @@ class Target:
     def write(self, offset: int, buffer: memoryview) -> Any:
         """Keep the bytes of buffer at offset."""
         raise OSError(errno.EOPNOTSUPP, "this target cannot write")
+
+    def read_metadata(self, offset: int, buffer: memoryview) -> None:
+        """Fill buffer with the metadata of the blocks at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
+
+    def write_metadata(self, offset: int, buffer: memoryview) -> None:
+        """Keep the metadata of the blocks at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
 
 
 class Size(int):
@@ -1979,6 +2028,9 @@ def params_of(target: Any, max_io: int) -> Any:
         params.zoned = ublk_param_zoned(
             max_open_zones=target.max_open_zones, max_active_zones=target.max_active_zones,
             max_zone_append_sectors=min(target.max_append, max_io) // SECTOR)
+    if target.metadata_size:
+        params.types |= UBLK_PARAM_TYPE_INTEGRITY
+        params.integrity = integrity_of(target)
     if hasattr(target, "discard") or hasattr(target, "write_zeroes"):
         params.types |= UBLK_PARAM_TYPE_DISCARD
         params.discard = ublk_param_discard(
@@ -1986,6 +2038,29 @@ def params_of(target: Any, max_io: int) -> Any:
             max_discard_sectors=MAX_DISCARD // SECTOR if hasattr(target, "discard") else 0,
             max_write_zeroes_sectors=MAX_DISCARD // SECTOR if hasattr(target, "write_zeroes") else 0)
     return params
+
+
+# Name of a checksum -> its number, and how many bytes of a block's metadata it and its tags take.
+CHECKSUMS = {"none": (LBMD_PI_CSUM_NONE, 0), "ip": (LBMD_PI_CSUM_IP, 8),
+             "crc": (LBMD_PI_CSUM_CRC16_T10DIF, 8), "crc64": (LBMD_PI_CSUM_CRC64_NVME, 16)}
+
+
+def integrity_of(target: Any) -> Any:
+    """Return the parameters of a disk's metadata: the kernel's tuple first, then what clients like."""
+    if target.checksum not in CHECKSUMS:
+        raise UblkError(errno.EINVAL, f"checksum {target.checksum!r}", "there is none so called",
+                        f"choose one of {', '.join(CHECKSUMS)}")
+    number, least = CHECKSUMS[target.checksum]
+    if not max(least, 1) <= target.metadata_size <= 255:
+        raise UblkError(errno.EINVAL, f"metadata of {target.metadata_size} bytes",
+                        f"not a number from {max(least, 1)} to 255, as {target.checksum} wants it",
+                        "choose another")
+    if hasattr(target, "zone_size"):
+        raise UblkError(errno.EINVAL, "metadata on a zoned disk", "not supported", "do without")
+    return ublk_param_integrity(
+        flags=LBMD_PI_CAP_INTEGRITY | (LBMD_PI_CAP_REFTAG if number else 0),
+        interval_exp=target.block_size.bit_length() - 1, metadata_size=target.metadata_size,
+        csum_type=number)
 
 
 class Worker(threading.Thread):
@@ -2205,13 +2280,14 @@ class Device:
         flags |= RECOVERY_MODES[self.recovery]
         flags |= (UBLK_F_ZONED if self.zoned else 0) | (UBLK_F_BATCH_IO if self.batch else 0)
         flags |= UBLK_F_SHMEM_ZC if self.share_memory else 0
+        flags |= UBLK_F_INTEGRITY if self.target.metadata_size else 0
         flags |= UBLK_F_QUIESCE & known if self.recovery else 0
         flags |= UBLK_F_UNPRIVILEGED_DEV if self.unprivileged else 0
         return flags | (0 if self.partition_scan else UBLK_F_NO_AUTO_PART_SCAN)
 
     def _best_path(self, known: int) -> str:
         """Return the fastest data path that target, kernel and privileges allow."""
-        if self.zoned:
+        if self.zoned or self.target.metadata_size:
             return "user-copy"
         if hasattr(self.target, "map") and not self.unprivileged:
             for name in ("auto-zero-copy", "zero-copy"):
@@ -2319,7 +2395,12 @@ class Device:
             raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
                             "it was not made to be recovered",
                             f"delete it (`ublk.py del {self.id}`) and create it with -r")
-        basic = self.control.get_params(self.id).basic
+        params = self.control.get_params(self.id)
+        basic, kept = params.basic, params.integrity.metadata_size
+        if self.target.metadata_size != kept:
+            raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
+                            f"the target has {self.target.metadata_size} bytes of metadata beside a "
+                            f"block, the disk {kept}", "give it the target it had")
         size, self.target.block_size = basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
         if self.target.size != size and hasattr(self.target, "resized"):
             self.target.resized(size)
