@@ -585,6 +585,28 @@ def test_tables_are_consistent():
         assert not feature.needs & feature.excludes
 
 
+def uses(name, *without):
+    """Tell whether code of ublk.py outside these definitions reads a name."""
+    def found(node):
+        if getattr(node, "name", "") in without:
+            return False
+        return (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)) \
+            or any(map(found, ast.iter_child_nodes(node)))
+
+    table = [node for node in SOURCE.body if isinstance(node, ast.Assign)
+             and isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "Feature"]
+    assert len(table) == len(ublk.FEATURES)
+    return any(found(node) for node in SOURCE.body if node not in table)
+
+
+@pytest.mark.parametrize("feature", ublk.FEATURES, ids=lambda feature: feature.name)
+def test_every_feature_is_used_or_the_table_says_why_not(feature):
+    name = f"UBLK_F_{feature.name}"
+    assert uses(name) or feature.unused
+    # what is never asked for is at most looked for on a device
+    assert not (feature.unused and uses(name, "desc_size"))
+
+
 def test_flags_are_named_even_those_of_the_future():
     assert ublk.flag_names(ublk.UBLK_F_USER_COPY | 1 << 50) == ["USER_COPY", "BIT_50"]
     assert ublk.flag_names(0) == []

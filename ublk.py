@@ -117,7 +117,7 @@ class Feature(int):
     """A feature flag of a device: the number is its mask.
 
     since is the first kernel that has it; needs are flags that must come with it (one of them is
-    enough), excludes those that must not.
+    enough), excludes those that must not. unused says why this server never asks for it.
     """
 
     known: list[Feature] = []
@@ -127,12 +127,13 @@ class Feature(int):
     meaning: str
     needs: int
     excludes: int
+    unused: str
 
     def __new__(cls, bit: int, name: str, since: str, meaning: str, needs: int = 0,
-                excludes: int = 0) -> Feature:
+                excludes: int = 0, unused: str = "") -> Feature:
         self = super().__new__(cls, 1 << bit)
         self.bit, self.name, self.since, self.meaning = bit, name, since, meaning
-        self.needs, self.excludes = needs, excludes
+        self.needs, self.excludes, self.unused = needs, excludes, unused
         cls.known.append(self)
         return self
 
@@ -140,9 +141,11 @@ class Feature(int):
 UBLK_F_SUPPORT_ZERO_COPY = Feature(
     0, "SUPPORT_ZERO_COPY", "6.15", "request pages can be registered as fixed buffers of a ring")
 UBLK_F_URING_CMD_COMP_IN_TASK = Feature(
-    1, "URING_CMD_COMP_IN_TASK", "6.0", "completions run in the server's task; the driver sets it")
+    1, "URING_CMD_COMP_IN_TASK", "6.0", "completions run in the server's task; the driver sets it",
+    unused="it is the only way there has ever been")
 UBLK_F_NEED_GET_DATA = Feature(
-    2, "NEED_GET_DATA", "6.0", "the server names the buffer of a write after the write arrived")
+    2, "NEED_GET_DATA", "6.0", "the server names the buffer of a write after the write arrived",
+    excludes=UBLK_F_SUPPORT_ZERO_COPY)
 UBLK_F_USER_RECOVERY = Feature(
     3, "USER_RECOVERY", "6.1", "the disk outlives its server and waits for a new one")
 UBLK_F_USER_RECOVERY_REISSUE = Feature(
@@ -152,10 +155,11 @@ UBLK_F_UNPRIVILEGED_DEV = Feature(
     5, "UNPRIVILEGED_DEV", "6.3", "created, owned and served by an ordinary user",
     excludes=UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_RECOVERY)
 UBLK_F_CMD_IOCTL_ENCODE = Feature(
-    6, "CMD_IOCTL_ENCODE", "6.4", "commands are encoded like ioctls; the driver sets it")
+    6, "CMD_IOCTL_ENCODE", "6.4", "commands are encoded like ioctls; the driver sets it",
+    unused="whether GET_FEATURES is answered tells the same before there is a device")
 UBLK_F_USER_COPY = Feature(
     7, "USER_COPY", "6.5", "the server moves data with pread and pwrite on /dev/ublkcN",
-    excludes=UBLK_F_UNPRIVILEGED_DEV)
+    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
 UBLK_F_ZONED = Feature(8, "ZONED", "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
 UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
     9, "USER_RECOVERY_FAIL_IO", "6.13", "without a server the disk fails requests, not queues them",
@@ -163,17 +167,18 @@ UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
 UBLK_F_UPDATE_SIZE = Feature(10, "UPDATE_SIZE", "6.16", "the size of a live disk can change")
 UBLK_F_AUTO_BUF_REG = Feature(
     11, "AUTO_BUF_REG", "6.16", "the driver registers request pages with the ring by itself",
-    excludes=UBLK_F_UNPRIVILEGED_DEV)
+    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
 UBLK_F_QUIESCE = Feature(
     12, "QUIESCE", "6.16", "a healthy server can be detached without an error",
     needs=UBLK_F_USER_RECOVERY)
 UBLK_F_PER_IO_DAEMON = Feature(
     13, "PER_IO_DAEMON", "6.16", "each tag may have a task of its own; the driver sets it")
 UBLK_F_BUF_REG_OFF_DAEMON = Feature(
-    14, "BUF_REG_OFF_DAEMON", "6.17", "any task may register request pages; the driver sets it")
+    14, "BUF_REG_OFF_DAEMON", "6.17", "any task may register request pages; the driver sets it",
+    unused="the thread that fetches a request also serves it")
 UBLK_F_BATCH_IO = Feature(
     15, "BATCH_IO", "7.0", "one command fetches or commits many requests",
-    excludes=UBLK_F_NEED_GET_DATA)
+    excludes=UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON)
 UBLK_F_INTEGRITY = Feature(
     16, "INTEGRITY", "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
 UBLK_F_SAFE_STOP_DEV = Feature(
@@ -181,7 +186,9 @@ UBLK_F_SAFE_STOP_DEV = Feature(
 UBLK_F_NO_AUTO_PART_SCAN = Feature(18, "NO_AUTO_PART_SCAN", "7.0", "no partition scan when the disk starts")
 UBLK_F_SHMEM_ZC = Feature(
     19, "SHMEM_ZC", "7.1", "clients' direct I/O from memory shared with the server is not copied")
-UBLK_F_IO_DESC_SIZE = Feature(20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes")
+UBLK_F_IO_DESC_SIZE = Feature(
+    20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes",
+    unused="nothing lies behind these 24 yet; a device that has it is served all the same")
 
 FEATURES: Sequence[Feature] = tuple(Feature.known)
 
