@@ -1122,8 +1122,12 @@ class AutoZeroCopy(UserCopy):
         self.fds[tag], self.lengths[tag] = fd, length
         self.queue.prepare(tag, length)
 
-    def broken(self, tag: int, stage: int) -> None:
-        """Clean up after the stage of a chain that failed; what came behind it was cancelled."""
+    def broken(self, tag: int, stage: int) -> bool:
+        """Clean up after the stage of a chain that failed; what came behind it was cancelled.
+
+        Returns whether that takes an SQE, the last of the chain.
+        """
+        return False
 
     def moving(self, tag: int) -> bool:
         """Tell whether a request of this tag is still ours: an idle tag has no data to copy."""
@@ -1159,9 +1163,10 @@ class ZeroCopy(AutoZeroCopy):
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
         return 2 * depth + tag, depth + tag, 3 * depth + tag
 
-    def broken(self, tag: int, stage: int) -> None:
+    def broken(self, tag: int, stage: int) -> bool:
         if stage == 1:
             self.queue.ring.push(3 * self.queue.depth + tag)
+        return stage == 1
 
 
 class SharedCopy:
@@ -1721,6 +1726,7 @@ class BatchQueue(Queue):
 
     def __init__(self, device: Device, index: int) -> None:
         self._pending: list[bytes] = []     # elements for the next commit
+        self._cleaning: set[int] = set()    # tags whose broken chain is being cleaned up
         super().__init__(device, index)
         copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
         self._tails = [struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)]
@@ -1850,12 +1856,17 @@ class BatchQueue(Queue):
         return not self.in_flight
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
+        if tag in self._cleaning:           # not the end of a chain: its request was served otherwise
+            self._cleaning.remove(tag)
+            return
         self.in_flight -= 1
         length = self.sectors[tag] * SECTOR
         if stage == self.path.stages and result == (length if stage == 1 else 0):
             self.complete(tag, length)
-        else:
-            super().chain_done(tag, stage, result)
+            return
+        if self.path.broken(tag, stage):
+            self._cleaning.add(tag)
+        self.handle(tag)
 
 
 # =================================================================================================
