@@ -2009,7 +2009,7 @@ def check_limits(device: Device) -> None:
     """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
     for name, value, least, most in (
             ("id", device.id, -1, MAX_DEVICES - 1), ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
-            ("depth", device.depth, 1, UBLK_MAX_QUEUE_DEPTH),
+            ("depth", device.depth, 1 + device.batch, UBLK_MAX_QUEUE_DEPTH),
             ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
             ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
             ("size", device.target.size, SECTOR, (1 << 63) - 1)):
