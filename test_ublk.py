@@ -4422,9 +4422,10 @@ def memory():
     """Memory of 64 KiB that this process, as a server, shares with itself, as a client."""
     fd = os.memfd_create("shared")
     os.ftruncate(fd, 65536)
-    with mmap.mmap(fd, 65536) as ours, mmap.mmap(fd, 65536) as clients, memoryview(clients) as view:
-        yield SimpleNamespace(ours=ours, client=view, start=ublk.address_of(ours))
+    ours = mmap.mmap(fd, 65536)
+    yield SimpleNamespace(ours=ours, client=memoryview(mmap.mmap(fd, 65536)), start=ublk.address_of(ours))
     os.close(fd)
+    ours.close()                                        # nobody else holds it
 
 
 def lacks_shared_memory():
@@ -4473,7 +4474,7 @@ def test_memory_shared_with_a_client_is_not_copied(memory):
 
 
 @kernel
-@each_path(name=["loop", "null", "ram", "metadata"])
+@each_path(name=["null", "loop", "ram", "metadata"])
 def test_shared_memory_with_every_data_path(targets, new_image, memory, data_path, batch, name):
     if lacks_shared_memory():
         return
@@ -4497,7 +4498,7 @@ def test_shared_memory_with_every_data_path(targets, new_image, memory, data_pat
 @kernel
 def test_shared_memory_does_not_outlive_its_server():
     device = ublk.Device(Ram(), share_memory=True, recovery="reissue")
-    assert_error_line(f"ublk: {message(device.start)}\n", errno.EINVAL, says="shared memory")
+    assert "not possible with shared memory (22 EINVAL)" in message(device.start)
 
 
 @kernel

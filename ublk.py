@@ -1391,7 +1391,7 @@ class Queue:
         self._backlog: list[tuple[Operation, Task]] = []
         self._next_operation = OPERATION
         self._handlers = self._table()
-        self.shared = SharedCopy(self, device.shared)
+        self.shared, self.sharing = SharedCopy(self, device.shared), device.share_memory
         self._wake(own, device.wake_fd)
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -1428,7 +1428,7 @@ class Queue:
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
-        if hasattr(self.target, "answer"):
+        if hasattr(self.target, "answer") and not self.sharing:
             return partial(self.target.answer, self)
         if hasattr(self.target, "map") and isinstance(self.path, AutoZeroCopy):
             return self._answer_by_map
@@ -2181,9 +2181,10 @@ class Device:
     becomes of the disk and its requests when the server dies. unprivileged: an ordinary user's
     device; by itself for whoever lacks CAP_SYS_ADMIN. partition_scan: whether the kernel looks for
     partitions. data_path: a name in DATA_PATHS; by itself the fastest possible. batch:
-    commands for many requests at a time (7.0). share_memory: allow share(). processes: serve
-    each queue in a process of its own, for a target whose state forked processes share; by itself
-    where the target promises that and threads would share one GIL. words: what to note in the
+    commands for many requests at a time (7.0). share_memory: allow share(), not with recovery.
+    processes: serve each queue in a process of its own, for a target whose state forked processes
+    share; by itself where the target promises that and threads would share one GIL, never with
+    share_memory. words: what to note in the
     state file as target, arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
@@ -2202,6 +2203,8 @@ class Device:
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         self.processes = target.processes and gil if processes is None else processes
+        if share_memory:                    # processes forked before share() would not see it
+            self.processes = False
         self.words = words or (type(target).__name__, [], {})
         self.on_added: Callable[[int], object] = bool   # called once the device has its number
         self.on_forked: Callable[[int], object] = bool  # called in the process of a queue, once it serves
@@ -2298,7 +2301,11 @@ class Device:
         flags = DATA_PATHS[self.path_name or self._best_path(known)].features
         flags |= RECOVERY_MODES[self.recovery]
         flags |= (UBLK_F_ZONED if self.zoned else 0) | (UBLK_F_BATCH_IO if self.batch else 0)
-        flags |= UBLK_F_SHMEM_ZC if self.share_memory else 0
+        if self.share_memory:
+            flags |= UBLK_F_SHMEM_ZC
+            if self.recovery:               # the kernel would tell of memory the next server does not have
+                raise UblkError(errno.EINVAL, "a disk that outlives its server",
+                                "not possible with shared memory", "choose one of them")
         flags |= UBLK_F_INTEGRITY if self.target.metadata_size else 0
         # With batches QUIESCE_DEV fails what arrives meanwhile (seen on 7.3), which it is there to avoid.
         flags |= UBLK_F_QUIESCE & known if self.recovery and not self.batch else 0
@@ -2554,6 +2561,9 @@ class Device:
     def _close(self) -> None:
         _served.discard(self)
         self._workers.clear()
+        for view in self.shared.values():
+            view.release()
+        self.shared.clear()
         self._close_files()
 
     def _close_files(self) -> None:
