@@ -1181,14 +1181,19 @@ class SharedCopy:
         self.memories = memories
 
     def room(self, tag: int, length: int) -> memoryview:
-        """Return the memory a READ fills, which is its client's already."""
-        address = self.queue.shared_addresses[tag]
-        start = address & 0xFFFFFFFF
-        return self.memories[address >> 32][start:start + length]
+        """Return the memory a READ fills, which is its client's already, cleared."""
+        buffer = self._memory(tag, length)
+        buffer[:] = ZEROES[:length]
+        return buffer
 
     def data(self, tag: int, length: int) -> memoryview:
         """Return what a WRITE wrote."""
-        return self.room(tag, length).toreadonly()
+        return self._memory(tag, length).toreadonly()
+
+    def _memory(self, tag: int, length: int) -> memoryview:
+        address = self.queue.shared_addresses[tag]
+        start = address & 0xFFFFFFFF
+        return self.memories[address >> 32][start:start + length]
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """There is nothing left to hand over; return the length in bytes."""
