@@ -1396,7 +1396,9 @@ class Queue:
         self._backlog: list[tuple[Operation, Task]] = []
         self._next_operation = OPERATION
         self._handlers = self._table()
-        self.shared, self.sharing = SharedCopy(self, device.shared), device.share_memory
+        self.shared = SharedCopy(self, device.shared)
+        # answer() knows neither of memory shared with clients nor of metadata
+        self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self._wake(own, device.wake_fd)
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -1433,7 +1435,7 @@ class Queue:
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
-        if hasattr(self.target, "answer") and not self.sharing:
+        if hasattr(self.target, "answer") and not self.needs_handlers:
             return partial(self.target.answer, self)
         if hasattr(self.target, "map") and isinstance(self.path, AutoZeroCopy):
             return self._answer_by_map
@@ -1912,10 +1914,10 @@ class Target:
                                         all ones (0xFF) for blocks never written: check nothing
         write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
 
-    Each of the others may be an ``async def`` and await operations of the queue's ring (uring_read, ...). The
-    value returned is None, or for read and write the number of bytes moved: what is short is asked
-    for again. An OSError reaches the client as its errno; any other exception is a bug: it is
-    printed with its traceback and the client gets EIO.
+    Each of the others may be an ``async def`` and await operations of the queue's ring (uring_read,
+    ...). The value returned is None, or for read and write the number of bytes moved: what is short
+    is asked for again. An OSError reaches the client as its errno; any other exception is a bug: it
+    is printed with its traceback and the client gets EIO.
     """
 
     size: int = 0
@@ -2189,8 +2191,7 @@ class Device:
     commands for many requests at a time (7.0). share_memory: allow share(), not with recovery.
     processes: serve each queue in a process of its own, for a target whose state forked processes
     share; by itself where the target promises that and threads would share one GIL, never with
-    share_memory. words: what to note in the
-    state file as target, arguments and options.
+    share_memory. words: what to note in the state file as target, arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
     """
