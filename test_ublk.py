@@ -585,6 +585,28 @@ def test_tables_are_consistent():
         assert not feature.needs & feature.excludes
 
 
+def uses(name, *without):
+    """Tell whether code of ublk.py outside these definitions reads a name."""
+    def found(node):
+        if getattr(node, "name", "") in without:
+            return False
+        return (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)) \
+            or any(map(found, ast.iter_child_nodes(node)))
+
+    table = [node for node in SOURCE.body if isinstance(node, ast.Assign)
+             and isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "Feature"]
+    assert len(table) == len(ublk.FEATURES)
+    return any(found(node) for node in SOURCE.body if node not in table)
+
+
+@pytest.mark.parametrize("feature", ublk.FEATURES, ids=lambda feature: feature.name)
+def test_every_feature_is_used_or_the_table_says_why_not(feature):
+    name = f"UBLK_F_{feature.name}"
+    assert uses(name) or feature.unused
+    # what is never asked for is at most looked for on a device
+    assert not (feature.unused and uses(name, "desc_size"))
+
+
 def test_flags_are_named_even_those_of_the_future():
     assert ublk.flag_names(ublk.UBLK_F_USER_COPY | 1 << 50) == ["USER_COPY", "BIT_50"]
     assert ublk.flag_names(0) == []
@@ -1604,7 +1626,7 @@ def digest(path):
     return result.hexdigest()
 
 
-FIO_JOBS = [("512", "0", "128k"), ("4k", "1m", "1m"), ("64k", "8m", "4m"), ("1m", "16m", "8m")]
+FIO_JOBS = [("512", "0", "64k"), ("4k", "1m", "1m"), ("64k", "8m", "2m"), ("1m", "16m", "4m")]
 
 
 def fio_verify(path, jobs=tuple(FIO_JOBS)):
@@ -1617,21 +1639,6 @@ def fio_verify(path, jobs=tuple(FIO_JOBS)):
         words += [f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common]
     done = sh("fio", *words, cwd="/tmp")
     assert "verify" not in done.stderr, done.stderr
-
-
-@kernel
-@pytest.mark.parametrize("name, queues", [("ram", 1), ("ram", 4), ("loop", 1), ("loop", 4),
-                                          ("coroutines", 4)])
-def test_random_writes_verify(targets, new_image, name, queues):
-    needs("fio")
-    make = {"ram": lambda: targets.Ram(size=32 << 20), "loop": lambda: targets.Loop(str(new_image("32M"))),
-            "coroutines": lambda: AsyncRam(32 << 20)}
-    with ublk.Device(make[name](), queues=queues) as disk:
-        assert disk.info.nr_hw_queues == min(queues, os.sysconf("SC_NPROCESSORS_CONF"))
-        fio_verify(disk.path)
-        if name == "loop":
-            os.sync()
-            assert digest(disk.path) == digest(disk.target.path)
 
 
 @kernel
@@ -2571,8 +2578,8 @@ def test_a_device_that_was_stopped_before_its_start_is_not_started(capfd):
     assert text and devices_left() == []
 
 
-def partitioned(size=8 << 20):
-    """Return a disk with one partition, of 2 MiB behind its first MiB."""
+def with_partition(size=8 << 20):
+    """Make a disk in memory with one partition, at sector 2048."""
     target = Ram(size)
     entry = bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (4096).to_bytes(4, "little")
     target.data[446:462], target.data[510:512] = entry, b"\x55\xaa"
@@ -2582,7 +2589,7 @@ def partitioned(size=8 << 20):
 @kernel
 @pytest.mark.parametrize("recovery", [None, "reissue"])
 def test_the_partition_table_is_read_while_the_disk_starts(recovery):
-    target = partitioned()
+    target = with_partition()
     with ublk.Device(target, depth=1, recovery=recovery) as disk:
         until(lambda: os.path.exists(f"{disk.path}p1"), "the partition")
         with opened(f"{disk.path}p1") as fd:
@@ -3987,6 +3994,554 @@ def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
     assert_error_line(disk.said())
     assert run("del", 0).status == 0
     assert_nothing_stuck()
+
+
+# =================================================================================================
+# Data paths: integrity
+# =================================================================================================
+
+
+def crc_t10dif(data):
+    """Return the checksum T10 gives a block."""
+    crc = 0
+    for byte in data:
+        crc ^= byte << 8
+        for _ in range(8):
+            crc = (crc << 1) ^ (0x18BB7 if crc & 0x8000 else 0)
+    return crc
+
+
+def lacks_integrity(target):
+    """Where there is no INTEGRITY, see that the error names the kernel that has it."""
+    if at_least("7.0"):
+        return False
+    assert "needs Linux 7.0, this is" in message(ublk.Device(target).start)
+    return True
+
+
+def metadata_of(target, offset, blocks=1):
+    """Return the metadata of blocks of a target."""
+    buffer = bytearray(blocks * target.metadata_size)
+    target.read_metadata(offset, memoryview(buffer))
+    return buffer
+
+
+FORMATS = {"crc": "T10-DIF-TYPE1-CRC", "ip": "T10-DIF-TYPE1-IP", "crc64": "EXT-DIF-TYPE1-CRC64"}
+
+
+@kernel
+@pytest.mark.parametrize("checksum, size", [("crc", 8), ("crc", 64), ("ip", 8), ("crc64", 16)])
+@pytest.mark.parametrize("block", [512, 4096])
+def test_the_kernel_finds_what_went_wrong_in_a_block(targets, checksum, size, block):
+    target = targets.Ram(size=1 << 20, metadata_size=size, checksum=checksum)
+    target.block_size = block
+    if lacks_integrity(target):
+        return
+    data = os.urandom(2 * block)
+    with ublk.Device(target) as disk, opened(disk.path) as fd:
+        assert "INTEGRITY" in ublk.flag_names(disk.info.flags)
+        about = Path(f"/sys/block/ublkb{disk.id}/integrity")
+        assert (about / "format").read_text().strip() == FORMATS[checksum]
+        assert int((about / "protection_interval_bytes").read_text()) == block
+        assert read_at(fd, 0, 65536) == bytes(65536)        # blocks never written are not verified
+        write_at(fd, 65536, data)
+        assert read_at(fd, 65536, len(data)) == data
+        good = metadata_of(target, 65536, 2)
+        if checksum == "crc":
+            assert good[:2] == crc_t10dif(data[:block]).to_bytes(2, "big")
+            assert good[4:8] == (65536 // block).to_bytes(4, "big")
+
+        target.view[65536 + 100] ^= 1                       # the data are not what was written
+        assert error_of(read_at, fd, 65536, block) == errno.EILSEQ
+        assert read_at(fd, 65536 + block, block) == data[block:]
+        target.view[65536 + 100] ^= 1
+        assert read_at(fd, 65536, block) == data[:block]
+
+        target.write_metadata(65536, bytes([good[0] ^ 1]) + good[1:size])   # the metadata are not
+        assert error_of(read_at, fd, 65536, block) == errno.EILSEQ
+        target.view[:2 * block] = target.view[65536:65536 + 2 * block]      # the block lies elsewhere
+        target.write_metadata(0, good)
+        assert error_of(read_at, fd, 0, block) == errno.EILSEQ
+
+        write_at(fd, 0, data)                               # written anew all is well
+        write_at(fd, 65536, data)
+        assert read_at(fd, 0, len(data)) == read_at(fd, 65536, len(data)) == data
+        sh("blkdiscard", "-o", 65536, "-l", 4096, disk.path)
+        assert read_at(fd, 65536, 4096) == bytes(4096)
+
+
+@kernel
+@pytest.mark.parametrize("name, options", [
+    ("ram", {"queues": 4}), ("loop", {}), ("loop", {"batch": True, "queues": 4}),
+    ("ram", {"data_path": "auto-zero-copy"}), ("loop", {"data_path": "zero-copy", "batch": True})], ids=str)
+def test_disks_with_metadata_verify(targets, new_image, tmp_path, name, options):
+    needs("fio")
+    if name == "ram":
+        target = targets.Ram(size=32 << 20, metadata_size=8)
+    else:
+        target = targets.Loop(str(new_image("32M")), metadata=str(tmp_path / "metadata"))
+    if lacks_integrity(target):
+        return
+    with ublk.Device(target, **options) as disk:
+        fio_verify(disk.path)
+        assert metadata_of(target, 0) != b"\xff" * 8
+
+
+@kernel
+def test_metadata_lie_in_a_file_beside(targets, new_image, tmp_path, run):
+    image, metadata = new_image("64M"), tmp_path / "metadata"
+    words = ["loop", image, "--metadata", metadata, "-r", "reissue"]
+    if lacks_integrity(targets.Loop(str(image), metadata=str(metadata))):
+        return
+    with Forked(*words) as disk:
+        carries("ext4", disk, tmp_path / "mnt")
+        assert disk.kill(signal.SIGTERM) == 0
+    assert metadata.stat().st_size <= (64 << 20) // 512 * 8
+    disk = Forked(*words).live()                            # another life, and one after a sudden death
+    with Fio(disk) as fio:
+        fio.busy()
+        disk.kill()
+        disk = recovered(disk)
+        fio.busy()
+        assert fio.finish() == 0
+    disk.kill()
+    await_state(disk.id, "QUIESCED")
+    says = message(ublk.Device.recover, disk.id, targets.Loop(str(image)))
+    assert "the target has 0 bytes of metadata beside a block, the disk 8" in says
+    with open(image, "r+b") as file:
+        file.seek(4096)
+        file.write(b"another program wrote this")
+    disk = recovered(disk)
+    with opened(disk.path) as fd:
+        assert error_of(read_at, fd, 4096, 4096) == errno.EILSEQ
+        assert len(read_at(fd, 8192, 4096)) == 4096
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_a_write_that_was_lost_on_its_way_is_found(targets):
+    """What a lost write leaves is as good a block as any, but not the one its metadata tell of."""
+    inner = targets.Ram(size=1 << 20, metadata_size=8)
+    if lacks_integrity(inner):
+        return
+    with ublk.Device(targets.Fault(inner, on="write", range="64K-128K", lost=True)) as disk, \
+            opened(disk.path) as fd:
+        write_at(fd, 0, b"a" * 4096)
+        write_at(fd, 65536, b"a" * 4096)
+        assert read_at(fd, 0, 4096) == b"a" * 4096
+        assert error_of(read_at, fd, 65536, 4096) == errno.EILSEQ
+
+
+@pytest.mark.parametrize("words, says", [
+    (["ram", "--metadata-size", "4"], "not a number from 8 to 255, as crc wants it"),
+    (["ram", "--metadata-size", "8", "--checksum", "crc64"], "not a number from 16 to 255"),
+    (["ram", "--metadata-size", "256"], "not a number from 8 to 255"),
+    (["ram", "--metadata-size", "8", "--checksum", "md5"], "choose one of none, ip, crc, crc64"),
+    (["loop", "disk.img", "--metadata", "disk.img"], "not a file for metadata alone"),
+    (["loop", "disk.img", "--metadata", "/dev/null"], "not a file for metadata alone"),
+    (["loop", "disk.img", "--metadata", "no/such/place"], "no such file or directory")])
+def test_bad_metadata(run, words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("disk.img").write_bytes(bytes(4096))
+    done = run(*words)
+    assert done.status == 1
+    assert_error_line(done.err.splitlines(True)[-1], says=says)
+
+
+@kernel
+@pytest.mark.parametrize("data_path", ["copy", "get-data"])
+def test_metadata_need_user_copy(targets, data_path):
+    device = ublk.Device(targets.Ram(size=1 << 20, metadata_size=8), data_path=data_path)
+    assert_error_line(f"ublk: {message(device.start)}\n", errno.EINVAL, says="not possible without USER_COPY")
+
+
+# =================================================================================================
+# Data paths
+# =================================================================================================
+
+
+def missing(data_path, batch=False):
+    """Return the newest feature of a data path that this kernel lacks, or None."""
+    flags = ublk.DATA_PATHS[data_path].features | (ublk.UBLK_F_BATCH_IO if batch else 0)
+    return next((feature for feature in reversed(ublk.FEATURES)
+                 if flags & feature and not at_least(feature.since)), None)
+
+
+# Every data path, alone and with batches: what this kernel has, and what it lacks or no kernel has.
+ALL_PATHS = [(path, batch) for batch in (False, True) for path in ublk.DATA_PATHS]
+PATHS = [pair for pair in ALL_PATHS if not missing(*pair) and pair != ("get-data", True)]
+
+
+def each_path(*paths, **others):
+    """Run a test with every data path; others: names of arguments and their values, given in turn."""
+    rows = [(path, batch, *(values[at % len(values)] for values in others.values()))
+            for at, (path, batch) in enumerate(paths or PATHS)]
+    names = ["-".join(map(str, [row[0] + "-batch" * row[1], *row[2:]])) for row in rows]
+    return pytest.mark.parametrize(["data_path", "batch", *others], rows, ids=names)
+
+
+@kernel
+def test_batches_need_a_depth_of_two(control):
+    assert "depth 1: not a number from 2 to 4096" in message(ublk.Device(Ram(), depth=1, batch=True).start)
+    if at_least("7.0"):
+        assert error_of(control.add_dev, -1, 1, 1, 4096, ublk.UBLK_F_BATCH_IO) == errno.EINVAL
+
+
+@kernel
+@each_path(*(pair for pair in ALL_PATHS if pair not in PATHS))
+def test_a_data_path_that_cannot_be_is_refused(data_path, batch):
+    says = message(ublk.Device(Ram(), data_path=data_path, batch=batch).start)
+    if data_path == "get-data" and batch:
+        assert_error_line(f"ublk: {says}\n", errno.EINVAL, says="not allow it together with NEED_GET_DATA")
+    else:
+        assert_error_line(f"ublk: {says}\n", errno.EOPNOTSUPP, says="needs Linux ")
+        assert any(f"needs Linux {feature.since}, this is" in says for feature in ublk.FEATURES
+                   if not at_least(feature.since))
+
+
+def path_options(path):
+    """Return the options of the command line for a data path."""
+    return ["--need-get-data" if path == "get-data" else f"--{path}"]
+
+
+def made(targets, name, image, size=24 << 20):
+    """Make a target: one of the companion's, or ten lines of Python."""
+    return {"ram": lambda: targets.Ram(size=size), "loop": lambda: targets.Loop(str(image(str(size)))),
+            "direct": lambda: make_loop(targets, image(str(size)), True),
+            "plain": lambda: Ram(size), "coroutines": lambda: AsyncRam(size)}[name]()
+
+
+@kernel
+@each_path(queues=[1, 4])
+def test_every_data_path_verifies_a_loop(targets, new_image, data_path, batch, queues):
+    needs("fio")
+    target = made(targets, "loop", new_image)
+    with ublk.Device(target, data_path=data_path, batch=batch, queues=queues) as disk:
+        assert disk.info.flags & disk.data_path.features == ublk.DATA_PATHS[data_path].features
+        count = disk.info.nr_hw_queues
+        assert count == min(queues, os.sysconf("SC_NPROCESSORS_CONF"))
+        assert len(started_by(os.getpid())) == (count if count > 1 else 0)     # a process for each queue
+        fio_verify(disk.path)
+        os.sync()
+        sh("cmp", disk.path, target.path)
+
+
+@kernel
+@each_path(name=["plain", "coroutines", "ram"], queues=[4, 1])
+def test_every_data_path_verifies_python(targets, new_image, data_path, batch, name, queues):
+    needs("fio")
+    target = made(targets, name, new_image)
+    with ublk.Device(target, data_path=data_path, batch=batch, queues=queues) as disk:
+        fio_verify(disk.path)
+
+
+@kernel
+@each_path(name=["loop", "coroutines", "ram", "plain"], queues=[1, 4, 1])
+def test_every_data_path_carries_ext4(targets, new_image, tmp_path, data_path, batch, name, queues):
+    target = made(targets, name, new_image)
+    with ublk.Device(target, data_path=data_path, batch=batch, queues=queues) as disk:
+        carries("ext4", disk, tmp_path / "mnt")
+
+
+@kernel
+@each_path(queues=[4, 1])
+def test_every_data_path_reads_zeroes_from_null_and_is_listed(data_path, batch, queues):
+    with ublk.Device(ublk.Null(size=ublk.Size(1 << 30)), data_path=data_path, batch=batch, queues=queues,
+                     depth=2) as disk, opened(disk.path) as fd:
+        for size in (512, 4096, 512 << 10, 2 << 20):
+            write_at(fd, 4096, b"x" * size)
+            assert read_at(fd, 4096, size) == bytes(size)
+        flags = set(ublk.describe(disk.control, disk.id)["flags"])
+        expected = ublk.DATA_PATHS[data_path].features | (ublk.UBLK_F_BATCH_IO if batch else 0)
+        paths = sum({int(feature) for feature in ublk.FEATURES
+                     if any(path.features & feature for path in ublk.DATA_PATHS.values())})
+        assert flags & set(ublk.flag_names(paths | ublk.UBLK_F_BATCH_IO)) == set(ublk.flag_names(expected))
+
+
+class Troubled(Ram):
+    """Blocks of 64 KiB that are well, raise, are served piecemeal, or not at all."""
+
+    def outcome(self, offset, buffer):
+        trouble = offset >> 16 & 3
+        if trouble == 1:
+            raise OSError(errno.ENOSPC, "full")
+        return {0: None, 2: min(len(buffer), 1536), 3: 0}[trouble]
+
+    def read(self, offset, buffer):
+        count = self.outcome(offset, buffer)
+        super().read(offset, buffer[:count])
+        return count
+
+    def write(self, offset, buffer):
+        count = self.outcome(offset, buffer)
+        super().write(offset, buffer[:count])
+        return count
+
+
+class AsyncTroubled(Troubled):
+    """The same with coroutines."""
+
+    async def read(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        return Troubled.read(self, offset, buffer)
+
+    async def write(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        return Troubled.write(self, offset, buffer)
+
+
+@kernel
+@each_path()
+@pytest.mark.parametrize("make", [Troubled, AsyncTroubled])
+def test_a_handlers_trouble_on_every_data_path(data_path, batch, make, capfd):
+    data = os.urandom(65536)
+    with ublk.Device(make(), data_path=data_path, batch=batch, depth=8) as disk, opened(disk.path) as fd:
+        for start in (0, 4 << 16):
+            for number, expected in enumerate((0, errno.ENOSPC, 0, errno.EIO)):
+                offset = start + (number << 16)
+                assert error_of(write_at, fd, offset, data) == expected
+                assert error_of(read_at, fd, offset, len(data)) == expected
+                if not expected:
+                    assert read_at(fd, offset, len(data)) == data
+        assert disk.target.data[2 << 16:3 << 16] == data
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@kernel
+@each_path(direct=[False, True])
+def test_a_backing_file_cut_short_on_every_data_path(targets, new_image, data_path, batch, direct):
+    path, data = new_image("8M"), os.urandom(1 << 20)
+    target = make_loop(targets, path, direct)
+    with ublk.Device(target, data_path=data_path, batch=batch, depth=4) as disk, opened(disk.path) as fd:
+        write_at(fd, 0, data)
+        os.truncate(path, 512 << 10)
+        assert read_at(fd, 0, 512 << 10) == data[:512 << 10]
+        for _ in range(3):                              # no tag is lost by it
+            for offset, size in ((512 << 10, 4096), (510 << 10, 4096), (1 << 20, 65536), (0, 1 << 20)):
+                assert error_of(read_at, fd, offset, size) == errno.EIO
+        write_at(fd, 512 << 10, data[512 << 10:])       # the file grows again
+        assert read_at(fd, 0, 1 << 20) == data
+
+
+@kernel
+@each_path()
+def test_a_backing_that_is_full_or_gone_on_every_data_path(targets, new_image, data_path, batch):
+    class Full(targets.Loop):
+        """Beyond 64 KiB a device that has no room; beyond 128 KiB a descriptor of nothing."""
+
+        def backing(self, offset):
+            return (self.fd, self.full, 999)[min(offset >> 16, 2)]
+
+        def map(self, offset, length, write):
+            if offset >> 16 == 3:
+                raise OSError(errno.ENODATA, "no such place")
+            return self.backing(offset), offset
+
+        async def read(self, offset, buffer):
+            self.map(offset, 0, False)
+            return await ublk.uring_read(self.backing(offset), buffer, offset)
+
+        async def write(self, offset, buffer):
+            self.map(offset, 0, True)
+            return await ublk.uring_write(self.backing(offset), buffer, offset)
+
+    target = Full(str(new_image("1M")))
+    with open("/dev/full", "r+b", 0) as full, \
+            ublk.Device(target, data_path=data_path, batch=batch, depth=4) as disk, opened(disk.path) as fd:
+        target.full = full.fileno()
+        for _ in range(3):
+            write_at(fd, 0, b"w" * 4096)
+            assert read_at(fd, 0, 4096) == b"w" * 4096
+            assert error_of(write_at, fd, 1 << 16, b"w" * 4096) == errno.ENOSPC
+            assert error_of(write_at, fd, 2 << 16, b"w" * 4096) == errno.EIO
+            assert error_of(read_at, fd, 2 << 16, 4096) == errno.EIO
+            assert error_of(write_at, fd, 3 << 16, b"w" * 4096) == errno.ENODATA
+            assert error_of(read_at, fd, 3 << 16, 4096) == errno.ENODATA
+
+
+@kernel
+@each_path(queues=[1, 2])
+def test_killed_and_quiesced_under_load_on_every_data_path(backing, run, data_path, batch, queues):
+    """With batches the kernel does not quiesce without errors: there a server is only killed."""
+    disk = Forked("loop", backing, "-r", "reissue", "-q", queues, *path_options(data_path),
+                  *["--batch"] * batch).live()
+    with Fio(disk, "--size=2M") as fio:
+        fio.busy()
+        os.kill(next(iter(started_by(disk.pid)), disk.pid), signal.SIGKILL)     # one of its processes
+        assert disk.wait() != 0
+        until(lambda: not session(disk.pid), "its processes to end")
+        disk = recovered(disk)
+        fio.busy()
+        if at_least("6.16"):
+            done = run("quiesce", disk.id)
+            if batch:
+                assert_error_line(done.err, errno.EOPNOTSUPP, says="not made with the flag QUIESCE")
+            else:
+                assert (done.status, done.err) == (0, "")
+                assert disk.wait() == 0
+                disk = recovered(disk)
+                fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+def closure(flags):
+    """Return flags with what they need."""
+    for feature in ublk.FEATURES:
+        if flags & feature and feature.needs and not flags & feature.needs:
+            return closure(flags | 1 << (feature.needs.bit_length() - 1))
+    return flags
+
+
+@kernel
+def test_every_combination_the_kernel_refuses_is_refused_first(control):
+    """And no other: each pair of features, with and without what they need, is asked of both.
+
+    Only what recovery needs is checked by no kernel before 6.13.
+    """
+    known = [feature for feature in ublk.FEATURES if feature & (control.features or 0)
+             and feature not in (ublk.UBLK_F_UNPRIVILEGED_DEV, ublk.UBLK_F_IO_DESC_SIZE)]
+    pairs = {one | other for one in known for other in known}
+    wrong = []
+    for flags in sorted(pairs | {closure(flags) for flags in pairs}):
+        says = message(ublk.check_flags, flags, control.features)
+        try:
+            info = control.add_dev(-1, 1, 2, 4096, flags)
+            control.del_dev(info.dev_id)
+            fine = not flags & ~info.flags
+        except ublk.UblkError as error:
+            assert error.errno == errno.EINVAL, error
+            fine = False
+        if bool(says) == fine and (not fine or at_least("6.13") or "USER_RECOVERY" not in says):
+            wrong.append((ublk.flag_names(flags), fine, says))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.fixture
+def memory():
+    """Memory of 64 KiB that this process, as a server, shares with itself, as a client."""
+    fd = os.memfd_create("shared")
+    os.ftruncate(fd, 65536)
+    ours = mmap.mmap(fd, 65536)
+    yield SimpleNamespace(ours=ours, client=memoryview(mmap.mmap(fd, 65536)), start=ublk.address_of(ours))
+    os.close(fd)
+    ours.close()                                        # nobody else holds it
+
+
+def lacks_shared_memory():
+    """Where there is no SHMEM_ZC, see that the error names the kernel that has it."""
+    if at_least("7.1"):
+        return False
+    assert "needs Linux 7.1, this is" in message(ublk.Device(Ram(), share_memory=True).start)
+    return True
+
+
+@kernel
+def test_memory_shared_with_a_client_is_not_copied(memory):
+    if lacks_shared_memory():
+        return
+    seen = []
+
+    class Looks(Ram):
+        def read(self, offset, buffer):
+            seen.append(ublk.address_of(buffer) - memory.start)
+            super().read(offset, buffer)
+
+        def write(self, offset, buffer):
+            seen.append(ublk.address_of(buffer) - memory.start)
+            super().write(offset, buffer)
+
+    def transfer():
+        """Write from the middle of the memory, read to its beginning; return where the buffers were."""
+        memory.client[:] = data = os.urandom(65536)
+        del seen[:]
+        assert os.pwritev(fd, [memory.client[4096:12288]], 32768) == 8192
+        assert os.preadv(fd, [memory.client[:8192]], 32768) == 8192
+        assert memory.client[:8192] == data[4096:12288] == disk.target.data[32768:40960]
+        return seen
+
+    with ublk.Device(Looks(), share_memory=True) as disk, opened(disk.path) as fd:
+        assert not {4096, 0} & set(transfer())
+        index = disk.share(memory.ours)
+        assert transfer() == [4096, 0]
+        write_at(fd, 0, b"o" * 65536)                   # from other memory
+        assert read_at(fd, 0, 65536) == b"o" * 65536
+        disk.unshare(index)
+        assert not {4096, 0} & set(transfer())
+        index = disk.share(memory.ours, read_only=True)
+        assert transfer()[0] == 4096 and seen[1] != 0
+        disk.unshare(index)
+
+
+@kernel
+@each_path(name=["null", "loop", "ram", "metadata"])
+def test_shared_memory_with_every_data_path(targets, new_image, memory, data_path, batch, name):
+    if lacks_shared_memory():
+        return
+    if name == "metadata":
+        target = targets.Ram(size=1 << 20, metadata_size=8)
+        data_path = "user-copy"
+    else:
+        target = ublk.Null(size=ublk.Size(1 << 20)) if name == "null" else made(targets, name, new_image)
+    with ublk.Device(target, share_memory=True, data_path=data_path, batch=batch, queues=2) as disk, \
+            opened(disk.path) as fd:
+        disk.share(memory.ours)
+        for _ in range(3):
+            memory.client[:] = data = os.urandom(65536)
+            assert os.pwritev(fd, [memory.client[4096:12288]], 32768) == 8192
+            assert os.preadv(fd, [memory.client[:8192]], 32768) == 8192
+            assert memory.client[:8192] == (bytes(8192) if name == "null" else data[4096:12288])
+            assert read_at(fd, 32768, 8192) == memory.client[:8192]
+            assert memory.client[8192:] == data[8192:]
+
+
+@kernel
+def test_shared_memory_does_not_outlive_its_server():
+    device = ublk.Device(Ram(), share_memory=True, recovery="reissue")
+    assert "not possible with shared memory (22 EINVAL)" in message(device.start)
+
+
+@kernel
+def test_no_partition_scan():
+    if not at_least("7.0"):
+        assert "needs Linux 7.0" in message(ublk.Device(with_partition(), partition_scan=False).start)
+        return
+    with ublk.Device(with_partition(), partition_scan=False) as disk, ublk.Device(with_partition()) as other:
+        until(lambda: os.path.exists(f"{other.path}p1"), "the partition of a disk that is scanned")
+        assert not os.path.exists(f"{disk.path}p1")
+        sh("blockdev", "--rereadpt", disk.path)
+        until(lambda: os.path.exists(f"{disk.path}p1"), "the partition")
+
+
+@kernel
+def test_fifty_disks_at_a_time(run):
+    with ExitStack() as stack:
+        disks = [stack.enter_context(ublk.Device(Ram(), depth=4)) for _ in range(50)]
+        for number, disk in enumerate(disks):
+            with opened(disk.path) as fd:
+                write_at(fd, 4096, bytes([number]) * 4096)
+        for number, disk in enumerate(disks):
+            with opened(disk.path) as fd:
+                assert read_at(fd, 4096, 4096) == bytes([number]) * 4096
+        rows = json.loads(run("list", "--json").out)
+        assert [row["state"] for row in rows] == ["LIVE"] * 50
+        assert sorted(row["id"] for row in rows) == sorted(disk.id for disk in disks)
+
+
+@kernel
+def test_disks_of_many_servers_at_a_time(run):
+    disks = [Forked("ram", "--size", "1M", "-d", 4) for _ in range(12)]
+    try:
+        for disk in disks:
+            with opened(disk.live().path) as fd:
+                write_at(fd, 4096, b"s" * 4096)
+        assert len(devices_left()) == len(disks)
+        assert run("del", "--all").status == 0
+        assert [disk.wait() for disk in disks] == [0] * len(disks)
+    finally:
+        for disk in disks:
+            disk.__exit__()
 
 
 # =================================================================================================

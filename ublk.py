@@ -117,7 +117,7 @@ class Feature(int):
     """A feature flag of a device: the number is its mask.
 
     since is the first kernel that has it; needs are flags that must come with it (one of them is
-    enough), excludes those that must not.
+    enough), excludes those that must not. unused says why this server never asks for it.
     """
 
     known: list[Feature] = []
@@ -127,12 +127,13 @@ class Feature(int):
     meaning: str
     needs: int
     excludes: int
+    unused: str
 
     def __new__(cls, bit: int, name: str, since: str, meaning: str, needs: int = 0,
-                excludes: int = 0) -> Feature:
+                excludes: int = 0, unused: str = "") -> Feature:
         self = super().__new__(cls, 1 << bit)
         self.bit, self.name, self.since, self.meaning = bit, name, since, meaning
-        self.needs, self.excludes = needs, excludes
+        self.needs, self.excludes, self.unused = needs, excludes, unused
         cls.known.append(self)
         return self
 
@@ -140,9 +141,11 @@ class Feature(int):
 UBLK_F_SUPPORT_ZERO_COPY = Feature(
     0, "SUPPORT_ZERO_COPY", "6.15", "request pages can be registered as fixed buffers of a ring")
 UBLK_F_URING_CMD_COMP_IN_TASK = Feature(
-    1, "URING_CMD_COMP_IN_TASK", "6.0", "completions run in the server's task; the driver sets it")
+    1, "URING_CMD_COMP_IN_TASK", "6.0", "completions run in the server's task; the driver sets it",
+    unused="it is the only way there has ever been")
 UBLK_F_NEED_GET_DATA = Feature(
-    2, "NEED_GET_DATA", "6.0", "the server names the buffer of a write after the write arrived")
+    2, "NEED_GET_DATA", "6.0", "the server names the buffer of a write after the write arrived",
+    excludes=UBLK_F_SUPPORT_ZERO_COPY)
 UBLK_F_USER_RECOVERY = Feature(
     3, "USER_RECOVERY", "6.1", "the disk outlives its server and waits for a new one")
 UBLK_F_USER_RECOVERY_REISSUE = Feature(
@@ -152,10 +155,11 @@ UBLK_F_UNPRIVILEGED_DEV = Feature(
     5, "UNPRIVILEGED_DEV", "6.3", "created, owned and served by an ordinary user",
     excludes=UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_RECOVERY)
 UBLK_F_CMD_IOCTL_ENCODE = Feature(
-    6, "CMD_IOCTL_ENCODE", "6.4", "commands are encoded like ioctls; the driver sets it")
+    6, "CMD_IOCTL_ENCODE", "6.4", "commands are encoded like ioctls; the driver sets it",
+    unused="whether GET_FEATURES is answered tells the same before there is a device")
 UBLK_F_USER_COPY = Feature(
     7, "USER_COPY", "6.5", "the server moves data with pread and pwrite on /dev/ublkcN",
-    excludes=UBLK_F_UNPRIVILEGED_DEV)
+    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
 UBLK_F_ZONED = Feature(8, "ZONED", "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
 UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
     9, "USER_RECOVERY_FAIL_IO", "6.13", "without a server the disk fails requests, not queues them",
@@ -163,17 +167,18 @@ UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
 UBLK_F_UPDATE_SIZE = Feature(10, "UPDATE_SIZE", "6.16", "the size of a live disk can change")
 UBLK_F_AUTO_BUF_REG = Feature(
     11, "AUTO_BUF_REG", "6.16", "the driver registers request pages with the ring by itself",
-    excludes=UBLK_F_UNPRIVILEGED_DEV)
+    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
 UBLK_F_QUIESCE = Feature(
     12, "QUIESCE", "6.16", "a healthy server can be detached without an error",
     needs=UBLK_F_USER_RECOVERY)
 UBLK_F_PER_IO_DAEMON = Feature(
     13, "PER_IO_DAEMON", "6.16", "each tag may have a task of its own; the driver sets it")
 UBLK_F_BUF_REG_OFF_DAEMON = Feature(
-    14, "BUF_REG_OFF_DAEMON", "6.17", "any task may register request pages; the driver sets it")
+    14, "BUF_REG_OFF_DAEMON", "6.17", "any task may register request pages; the driver sets it",
+    unused="the thread that fetches a request also serves it")
 UBLK_F_BATCH_IO = Feature(
     15, "BATCH_IO", "7.0", "one command fetches or commits many requests",
-    excludes=UBLK_F_NEED_GET_DATA)
+    excludes=UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON)
 UBLK_F_INTEGRITY = Feature(
     16, "INTEGRITY", "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
 UBLK_F_SAFE_STOP_DEV = Feature(
@@ -181,7 +186,9 @@ UBLK_F_SAFE_STOP_DEV = Feature(
 UBLK_F_NO_AUTO_PART_SCAN = Feature(18, "NO_AUTO_PART_SCAN", "7.0", "no partition scan when the disk starts")
 UBLK_F_SHMEM_ZC = Feature(
     19, "SHMEM_ZC", "7.1", "clients' direct I/O from memory shared with the server is not copied")
-UBLK_F_IO_DESC_SIZE = Feature(20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes")
+UBLK_F_IO_DESC_SIZE = Feature(
+    20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes",
+    unused="nothing lies behind these 24 yet; a device that has it is served all the same")
 
 FEATURES: Sequence[Feature] = tuple(Feature.known)
 
@@ -282,7 +289,8 @@ EXPLANATIONS: dict[tuple[Command | None, int], tuple[str, str]] = {
     (UBLK_CMD_QUIESCE_DEV, errno.EBUSY): (
         "every tag of a queue was busy for the whole time", "try again with a longer --timeout"),
     (UBLK_CMD_QUIESCE_DEV, errno.EOPNOTSUPP): (
-        "it was not made with the flag QUIESCE", "create it with -r on Linux 6.16 or later"),
+        "it was not made with the flag QUIESCE",
+        "create it with -r and without -b on Linux 6.16 or later"),
     (UBLK_CMD_QUIESCE_DEV, errno.ENODEV): ("there is no such device, or it is not running",
                                            "see `ublk.py list`"),
     (UBLK_CMD_REG_BUF, errno.EEXIST): ("a page of this memory is registered already",
@@ -405,6 +413,9 @@ PARAM_TYPES = {
     UBLK_PARAM_TYPE_DMA_ALIGN: ("DMA_ALIGN", "6.15"), UBLK_PARAM_TYPE_SEGMENT: ("SEGMENT", "6.15"),
     UBLK_PARAM_TYPE_INTEGRITY: ("INTEGRITY", "7.0"),
 }
+# linux/fs.h: what the metadata of blocks is good for, and which checksum is in it
+LBMD_PI_CAP_INTEGRITY, LBMD_PI_CAP_REFTAG = 1, 2
+LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC64_NVME = 0, 1, 2, 4
 
 # =================================================================================================
 # io_uring: include/uapi/linux/io_uring.h, and rings by raw system call
@@ -1033,19 +1044,35 @@ class UserCopy(MappedCopy):
         return self.origin + (tag << UBLK_TAG_OFF)
 
     def data(self, tag: int, length: int) -> memoryview:
-        start, done = tag * self.max_io, 0
-        while done < length:
-            done += some(os.preadv(self.fd, [self.view[start + done:start + length]],
-                                   self.position(tag) + done))
+        start = tag * self.max_io
+        self._take(self.view[start:start + length], self.position(tag))
         return self.read_only_view[start:start + length]
 
     def blank(self, tag: int, length: int) -> None:
         self.give(tag, ZEROES[:length])
 
     def give(self, tag: int, buffer: memoryview) -> int:
+        return self._put(buffer, self.position(tag))
+
+    def metadata(self, tag: int, length: int) -> memoryview:
+        """Return the metadata of the blocks a WRITE wrote (INTEGRITY, 7.0)."""
+        buffer = memoryview(bytearray(length))
+        self._take(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+        return buffer.toreadonly()
+
+    def give_metadata(self, tag: int, buffer: memoryview) -> None:
+        """Hand the metadata of its blocks to a READ."""
+        self._put(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+
+    def _take(self, buffer: memoryview, position: int) -> None:
         done = 0
         while done < len(buffer):
-            done += some(os.pwrite(self.fd, buffer[done:], self.position(tag) + done))
+            done += some(os.preadv(self.fd, [buffer[done:]], position + done))
+
+    def _put(self, buffer: memoryview, position: int) -> int:
+        done = 0
+        while done < len(buffer):
+            done += some(os.pwrite(self.fd, buffer[done:], position + done))
         return done
 
 
@@ -1096,8 +1123,12 @@ class AutoZeroCopy(UserCopy):
         self.fds[tag], self.lengths[tag] = fd, length
         self.queue.prepare(tag, length)
 
-    def broken(self, tag: int, stage: int) -> None:
-        """Clean up after the stage of a chain that failed; what came behind it was cancelled."""
+    def broken(self, tag: int, stage: int) -> bool:
+        """Clean up after the stage of a chain that failed; what came behind it was cancelled.
+
+        Returns whether that takes an SQE, the last of the chain.
+        """
+        return False
 
     def moving(self, tag: int) -> bool:
         """Tell whether a request of this tag is still ours: an idle tag has no data to copy."""
@@ -1133,9 +1164,10 @@ class ZeroCopy(AutoZeroCopy):
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
         return 2 * depth + tag, depth + tag, 3 * depth + tag
 
-    def broken(self, tag: int, stage: int) -> None:
+    def broken(self, tag: int, stage: int) -> bool:
         if stage == 1:
             self.queue.ring.push(3 * self.queue.depth + tag)
+        return stage == 1
 
 
 class SharedCopy:
@@ -1149,14 +1181,19 @@ class SharedCopy:
         self.memories = memories
 
     def room(self, tag: int, length: int) -> memoryview:
-        """Return the memory a READ fills, which is its client's already."""
-        address = self.queue.shared_addresses[tag]
-        start = address & 0xFFFFFFFF
-        return self.memories[address >> 32][start:start + length]
+        """Return the memory a READ fills, which is its client's already, cleared."""
+        buffer = self._memory(tag, length)
+        buffer[:] = ZEROES[:length]
+        return buffer
 
     def data(self, tag: int, length: int) -> memoryview:
         """Return what a WRITE wrote."""
-        return self.room(tag, length).toreadonly()
+        return self._memory(tag, length).toreadonly()
+
+    def _memory(self, tag: int, length: int) -> memoryview:
+        address = self.queue.shared_addresses[tag]
+        start = address & 0xFFFFFFFF
+        return self.memories[address >> 32][start:start + length]
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """There is nothing left to hand over; return the length in bytes."""
@@ -1360,6 +1397,8 @@ class Queue:
         self._next_operation = OPERATION
         self._handlers = self._table()
         self.shared = SharedCopy(self, device.shared)
+        # answer() knows neither of memory shared with clients nor of metadata
+        self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self._wake(own, device.wake_fd)
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -1396,7 +1435,7 @@ class Queue:
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
-        if hasattr(self.target, "answer"):
+        if hasattr(self.target, "answer") and not self.needs_handlers:
             return partial(self.target.answer, self)
         if hasattr(self.target, "map") and isinstance(self.path, AutoZeroCopy):
             return self._answer_by_map
@@ -1516,6 +1555,8 @@ class Queue:
         for operation, (name, arguments) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
                 table[operation] = partial(self._simple, getattr(self.target, name), arguments)
+        if self.target.metadata_size:
+            table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
 
     def _unsupported(self, tag: int, flags: int, offset: int, length: int) -> int:
@@ -1546,6 +1587,19 @@ class Queue:
         if outcome is None:
             return length
         return self._later(tag, whole(function, outcome, offset, buffer), lambda _: length)
+
+    def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+        """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
+        size = length // self.target.block_size * self.target.metadata_size
+        if flags & 0xFF == UBLK_IO_OP_WRITE:
+            if flags & UBLK_IO_F_INTEGRITY:
+                self.target.write_metadata(offset, self.path.metadata(tag, size))
+            return self._write(tag, flags, offset, length)
+        if flags & UBLK_IO_F_INTEGRITY:
+            buffer = memoryview(bytearray(size))
+            self.target.read_metadata(offset, buffer)
+            self.path.give_metadata(tag, buffer)
+        return self._read(tag, flags, offset, length)
 
     def _report(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         """REPORT_ZONES: where others say sectors, this says zones."""
@@ -1650,7 +1704,7 @@ class Queue:
 
 
 # What map() is not asked for: requests without data, durable ones, those with pages of no slot.
-NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF
+NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY
 
 # Requests without data: the target's method, and its arguments made of flags, offset and length.
 SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...]]]] = {
@@ -1680,6 +1734,7 @@ class BatchQueue(Queue):
 
     def __init__(self, device: Device, index: int) -> None:
         self._pending: list[bytes] = []     # elements for the next commit
+        self._cleaning: set[int] = set()    # tags whose broken chain is being cleaned up
         super().__init__(device, index)
         copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
         self._tails = [struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)]
@@ -1809,12 +1864,17 @@ class BatchQueue(Queue):
         return not self.in_flight
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
+        if tag in self._cleaning:           # not the end of a chain: its request was served otherwise
+            self._cleaning.remove(tag)
+            return
         self.in_flight -= 1
         length = self.sectors[tag] * SECTOR
         if stage == self.path.stages and result == (length if stage == 1 else 0):
             self.complete(tag, length)
-        else:
-            super().chain_done(tag, stage, result)
+            return
+        if self.path.broken(tag, stage):
+            self._cleaning.add(tag)
+        self.handle(tag)
 
 
 # =================================================================================================
@@ -1848,11 +1908,16 @@ class Target:
         report_zones(offset, count)     return a list of blk_zone
         zone_append(offset, buffer)     write where the zone's data ends; return where that was
         zone_open, zone_close, zone_finish, zone_reset (each of offset), zone_reset_all()
+    and, for a disk that keeps metadata_size bytes beside each block, its checksum (a name in
+    CHECKSUMS) made and verified by the kernel (7.0):
+        read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the data;
+                                        all ones (0xFF) for blocks never written: check nothing
+        write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
 
-    Each may be an ``async def`` and await operations of the queue's ring (uring_read, ...). The
-    value returned is None, or for read and write the number of bytes moved: what is short is asked
-    for again. An OSError reaches the client as its errno; any other exception is a bug: it is
-    printed with its traceback and the client gets EIO.
+    Each of the others may be an ``async def`` and await operations of the queue's ring (uring_read,
+    ...). The value returned is None, or for read and write the number of bytes moved: what is short
+    is asked for again. An OSError reaches the client as its errno; any other exception is a bug: it
+    is printed with its traceback and the client gets EIO.
     """
 
     size: int = 0
@@ -1862,6 +1927,8 @@ class Target:
     rotational: bool = False
     discard_granularity: int = 0        # bytes; 0: one block
     boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
+    metadata_size: int = 0              # bytes beside each block
+    checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
     processes: bool = False             # queues may be served by forked processes: state is shared
 
     def read(self, offset: int, buffer: memoryview) -> Any:
@@ -1871,6 +1938,14 @@ class Target:
     def write(self, offset: int, buffer: memoryview) -> Any:
         """Keep the bytes of buffer at offset."""
         raise OSError(errno.EOPNOTSUPP, "this target cannot write")
+
+    def read_metadata(self, offset: int, buffer: memoryview) -> None:
+        """Fill buffer with the metadata of the blocks at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
+
+    def write_metadata(self, offset: int, buffer: memoryview) -> None:
+        """Keep the metadata of the blocks at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
 
 
 class Size(int):
@@ -1942,7 +2017,7 @@ def check_limits(device: Device) -> None:
     """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
     for name, value, least, most in (
             ("id", device.id, -1, MAX_DEVICES - 1), ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
-            ("depth", device.depth, 1, UBLK_MAX_QUEUE_DEPTH),
+            ("depth", device.depth, 1 + device.batch, UBLK_MAX_QUEUE_DEPTH),
             ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
             ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
             ("size", device.target.size, SECTOR, (1 << 63) - 1)):
@@ -1979,6 +2054,9 @@ def params_of(target: Any, max_io: int) -> Any:
         params.zoned = ublk_param_zoned(
             max_open_zones=target.max_open_zones, max_active_zones=target.max_active_zones,
             max_zone_append_sectors=min(target.max_append, max_io) // SECTOR)
+    if target.metadata_size:
+        params.types |= UBLK_PARAM_TYPE_INTEGRITY
+        params.integrity = integrity_of(target)
     if hasattr(target, "discard") or hasattr(target, "write_zeroes"):
         params.types |= UBLK_PARAM_TYPE_DISCARD
         params.discard = ublk_param_discard(
@@ -1986,6 +2064,29 @@ def params_of(target: Any, max_io: int) -> Any:
             max_discard_sectors=MAX_DISCARD // SECTOR if hasattr(target, "discard") else 0,
             max_write_zeroes_sectors=MAX_DISCARD // SECTOR if hasattr(target, "write_zeroes") else 0)
     return params
+
+
+# Name of a checksum -> its number, and how many bytes of a block's metadata it and its tags take.
+CHECKSUMS = {"none": (LBMD_PI_CSUM_NONE, 0), "ip": (LBMD_PI_CSUM_IP, 8),
+             "crc": (LBMD_PI_CSUM_CRC16_T10DIF, 8), "crc64": (LBMD_PI_CSUM_CRC64_NVME, 16)}
+
+
+def integrity_of(target: Any) -> Any:
+    """Return the parameters of a disk's metadata: the kernel's tuple first, then what clients like."""
+    if target.checksum not in CHECKSUMS:
+        raise UblkError(errno.EINVAL, f"checksum {target.checksum!r}", "there is none so called",
+                        f"choose one of {', '.join(CHECKSUMS)}")
+    number, least = CHECKSUMS[target.checksum]
+    if not max(least, 1) <= target.metadata_size <= 255:
+        raise UblkError(errno.EINVAL, f"metadata of {target.metadata_size} bytes",
+                        f"not a number from {max(least, 1)} to 255, as {target.checksum} wants it",
+                        "choose another")
+    if hasattr(target, "zone_size"):
+        raise UblkError(errno.EINVAL, "metadata on a zoned disk", "not supported", "do without")
+    return ublk_param_integrity(
+        flags=LBMD_PI_CAP_INTEGRITY | (LBMD_PI_CAP_REFTAG if number else 0),
+        interval_exp=target.block_size.bit_length() - 1, metadata_size=target.metadata_size,
+        csum_type=number)
 
 
 class Worker(threading.Thread):
@@ -2089,10 +2190,10 @@ class Device:
     becomes of the disk and its requests when the server dies. unprivileged: an ordinary user's
     device; by itself for whoever lacks CAP_SYS_ADMIN. partition_scan: whether the kernel looks for
     partitions. data_path: a name in DATA_PATHS; by itself the fastest possible. batch:
-    commands for many requests at a time (7.0). share_memory: allow share(). processes: serve
-    each queue in a process of its own, for a target whose state forked processes share; by itself
-    where the target promises that and threads would share one GIL. words: what to note in the
-    state file as target, arguments and options.
+    commands for many requests at a time (7.0). share_memory: allow share(), not with recovery.
+    processes: serve each queue in a process of its own, for a target whose state forked processes
+    share; by itself where the target promises that and threads would share one GIL, never with
+    share_memory. words: what to note in the state file as target, arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
     """
@@ -2110,6 +2211,8 @@ class Device:
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         gil = getattr(sys, "_is_gil_enabled", lambda: True)()
         self.processes = target.processes and gil if processes is None else processes
+        if share_memory:                    # processes forked before share() would not see it
+            self.processes = False
         self.words = words or (type(target).__name__, [], {})
         self.on_added: Callable[[int], object] = bool   # called once the device has its number
         self.on_forked: Callable[[int], object] = bool  # called in the process of a queue, once it serves
@@ -2217,14 +2320,20 @@ class Device:
         flags = DATA_PATHS[self.path_name or self._best_path(known)].features
         flags |= RECOVERY_MODES[self.recovery]
         flags |= (UBLK_F_ZONED if self.zoned else 0) | (UBLK_F_BATCH_IO if self.batch else 0)
-        flags |= UBLK_F_SHMEM_ZC if self.share_memory else 0
-        flags |= UBLK_F_QUIESCE & known if self.recovery else 0
+        if self.share_memory:
+            flags |= UBLK_F_SHMEM_ZC
+            if self.recovery:               # the kernel would tell of memory the next server does not have
+                raise UblkError(errno.EINVAL, "a disk that outlives its server",
+                                "not possible with shared memory", "choose one of them")
+        flags |= UBLK_F_INTEGRITY if self.target.metadata_size else 0
+        # With batches QUIESCE_DEV fails what arrives meanwhile (seen on 7.3), which it is there to avoid.
+        flags |= UBLK_F_QUIESCE & known if self.recovery and not self.batch else 0
         flags |= UBLK_F_UNPRIVILEGED_DEV if self.unprivileged else 0
         return flags | (0 if self.partition_scan else UBLK_F_NO_AUTO_PART_SCAN)
 
     def _best_path(self, known: int) -> str:
         """Return the fastest data path that target, kernel and privileges allow."""
-        if self.zoned:
+        if self.zoned or self.target.metadata_size:
             return "user-copy"
         if hasattr(self.target, "map") and not self.unprivileged:
             for name in ("auto-zero-copy", "zero-copy"):
@@ -2346,7 +2455,12 @@ class Device:
             raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
                             "it was not made to be recovered",
                             f"delete it (`ublk.py del {self.id}`) and create it with -r")
-        basic = self.control.get_params(self.id).basic
+        params = self.control.get_params(self.id)
+        basic, kept = params.basic, params.integrity.metadata_size
+        if self.target.metadata_size != kept:
+            raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
+                            f"the target has {self.target.metadata_size} bytes of metadata beside a "
+                            f"block, the disk {kept}", "give it the target it had")
         size, self.target.block_size = basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
         if self.target.size != size and hasattr(self.target, "resized"):
             self.target.resized(size)
@@ -2480,6 +2594,9 @@ class Device:
     def _close(self) -> None:
         _served.discard(self)
         self._workers.clear()
+        for view in self.shared.values():
+            view.release()
+        self.shared.clear()
         self._close_files()
 
     def _close_files(self) -> None:

@@ -63,15 +63,74 @@ def say(text: str) -> None:
 # =================================================================================================
 
 
-class Ram(ublk.Target):
+# new byte for each byte: 255 minus it
+COMPLEMENT = bytes(range(255, -1, -1))
+
+
+class WithMetadata:
+    """A part of targets that keep the metadata of their blocks in a file of its own.
+
+    What lies there is the complement: a hole in the file, which reads as zeroes, then means all
+    ones, and to the kernel these mean a block that was never written.
+    """
+
+    block_size: int
+    metadata_size: int
+    checksum: str
+    metadata_fd = -1
+
+    def keep_metadata(self, fd: int, size: int, checksum: str) -> None:
+        """Keep size bytes of metadata beside each block in the file fd."""
+        self.metadata_fd, self.metadata_size, self.checksum = fd, size, checksum
+
+    def metadata_at(self, offset: int) -> int:
+        """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
+        return offset // self.block_size * self.metadata_size
+
+    def read_metadata(self, offset: int, buffer: memoryview) -> None:
+        at, done = self.metadata_at(offset), 0
+        while done < len(buffer) and (count := os.preadv(self.metadata_fd, [buffer[done:]], at + done)):
+            done += count
+        buffer[:] = bytes(buffer).translate(COMPLEMENT)
+
+    def write_metadata(self, offset: int, buffer: memoryview) -> None:
+        at, data = self.metadata_at(offset), bytes(buffer).translate(COMPLEMENT)
+        while data:
+            count = os.pwrite(self.metadata_fd, data, at)
+            at, data = at + count, data[count:]
+
+    def forget_metadata(self, offset: int, length: int) -> None:
+        """Make these blocks like new ones; nothing to do where there is no metadata."""
+        if self.metadata_fd < 0:
+            return
+        at, end = self.metadata_at(offset), self.metadata_at(offset + length)
+        try:
+            fallocate(self.metadata_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, end - at)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            while at < end:
+                at += os.pwrite(self.metadata_fd, memoryview(ZEROES)[:end - at], at)
+
+    def close_metadata(self) -> None:
+        """Close the file."""
+        if self.metadata_fd >= 0:
+            os.close(self.metadata_fd)
+            self.metadata_fd = -1
+
+
+class Ram(WithMetadata, ublk.Target):
     """Keep the disk in memory; it is gone when the server ends.
 
     size: size of the disk
+    metadata_size: bytes kept beside each block, for the checksum that the kernel makes and verifies (7.0)
+    checksum: which one: crc, ip, crc64 or none
     """
 
     processes = True
 
-    def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30)) -> None:
+    def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30), metadata_size: int = 0,
+                 checksum: str = "crc") -> None:
         if size <= 0 or size % self.block_size:
             raise wrong(f"ram of {size} bytes", "not a multiple of 512", "choose another size")
         self.size = size
@@ -79,6 +138,11 @@ class Ram(ublk.Target):
         noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
         self.memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | noreserve)
         self.view = memoryview(self.memory)
+        if metadata_size:
+            self.keep_metadata(os.memfd_create("metadata"), metadata_size, checksum)
+
+    def close(self) -> None:
+        self.close_metadata()
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.view[offset:offset + len(buffer)]
@@ -88,6 +152,7 @@ class Ram(ublk.Target):
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Give whole pages back, which makes them read as zeroes, and clear the edges by hand."""
+        self.forget_metadata(offset, length)
         end = offset + length
         first, last = min(-(-offset // PAGE_SIZE) * PAGE_SIZE, end), end // PAGE_SIZE * PAGE_SIZE
         self.view[offset:first] = bytes(first - offset)
@@ -100,18 +165,23 @@ class Ram(ublk.Target):
         self.write_zeroes(offset, length, True)
 
 
-class Loop(ublk.Target):
+class Loop(WithMetadata, ublk.Target):
     """Serve a file or a block device as a disk.
 
-    A file that may not be written to makes a read-only disk.
+    A file that may not be written to makes a read-only disk. A crash of the machine may leave blocks
+    whose metadata is older or newer than they are: these fail until they are written again.
 
     path: the file or block device
     direct: transfer around the page cache (O_DIRECT)
+    metadata: a file beside it for the metadata of its blocks, made where there is none (7.0)
+    metadata_size: bytes of these for each block
+    checksum: the one that the kernel makes and verifies in them: crc, ip, crc64 or none
     """
 
     processes = True
 
-    def __init__(self, path: str, *, direct: bool = False) -> None:
+    def __init__(self, path: str, *, direct: bool = False, metadata: str = "", metadata_size: int = 8,
+                 checksum: str = "crc") -> None:
         self.path = path
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
         try:
@@ -120,11 +190,14 @@ class Loop(ublk.Target):
             self.size = size_of(self.fd, path, self.block_size)
             if not self.read_only and self._can_discard():
                 self.discard = self._discard        # an attribute: not every backing has it
+            if metadata:
+                self.keep_metadata(open_metadata(metadata, path, self.read_only), metadata_size, checksum)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
+        self.close_metadata()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -140,13 +213,20 @@ class Loop(ublk.Target):
         return await ublk.uring_write(self.fd, buffer, offset)
 
     async def write_fua(self, offset: int, buffer: memoryview) -> int:
+        await self._flush_metadata()
         return await ublk.uring_write(self.fd, buffer, offset, os.RWF_DSYNC)
 
     async def flush(self) -> None:
+        await self._flush_metadata()
         await ublk.uring_fsync(self.fd, datasync=True)
+
+    async def _flush_metadata(self) -> None:
+        if self.metadata_fd >= 0:
+            await ublk.uring_fsync(self.metadata_fd, datasync=True)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, else convert to zeroes, else write them."""
+        self.forget_metadata(offset, length)
         for mode in (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE)[0 if unmap else 1:]:
             try:
                 await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
@@ -159,6 +239,7 @@ class Loop(ublk.Target):
             await ublk.whole(self.write, self.write(at, piece), at, piece)
 
     async def _discard(self, offset: int, length: int) -> None:
+        self.forget_metadata(offset, length)
         if self.is_block:
             fcntl.ioctl(self.fd, BLKDISCARD, two_words(offset, length))
         else:
@@ -201,6 +282,15 @@ def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
             raise wrong(path, "its file system has no direct I/O",
                         "leave --direct out") from None
         raise
+
+
+def open_metadata(path: str, data: str, read_only: bool) -> int:
+    """Open the file for the metadata of a disk whose data are in another one; make it if need be."""
+    fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT) | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, data):
+        os.close(fd)
+        raise wrong(path, "not a file for metadata alone", "name another, or a new one")
+    return fd
 
 
 def is_block(path: str) -> bool:
@@ -794,7 +884,8 @@ HANDLERS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "z
             "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_reset_all")
 PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
               "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
-              "processes", "report_zones", "resized", "start", "close")
+              "metadata_size", "checksum", "read_metadata", "write_metadata", "processes",
+              "report_zones", "resized", "start", "close")
 
 
 class Wrapper:
