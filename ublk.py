@@ -1870,7 +1870,7 @@ class BatchQueue(Queue):
         self.in_flight -= 1
         length = self.sectors[tag] * SECTOR
         if stage == self.path.stages and result == (length if stage == 1 else 0):
-            self.complete(tag, length)
+            self.repeat([tag])
             return
         if self.path.broken(tag, stage):
             self._cleaning.add(tag)
@@ -2227,6 +2227,7 @@ class Device:
         self._control: Control | None = None
         self._added = self._serving = False
         self._workers: list[Worker] = []
+        self._scanner: Any = None                       # the process that looks for partitions
         self._changed = threading.Condition()
         self._ready = self._ended = 0
 
@@ -2329,7 +2330,7 @@ class Device:
         # With batches QUIESCE_DEV fails what arrives meanwhile (seen on 7.3), which it is there to avoid.
         flags |= UBLK_F_QUIESCE & known if self.recovery and not self.batch else 0
         flags |= UBLK_F_UNPRIVILEGED_DEV if self.unprivileged else 0
-        return flags | (0 if self.partition_scan else UBLK_F_NO_AUTO_PART_SCAN)
+        return flags | (0 if self.partition_scan else UBLK_F_NO_AUTO_PART_SCAN & known)
 
     def _best_path(self, known: int) -> str:
         """Return the fastest data path that target, kernel and privileges allow."""
@@ -2402,12 +2403,12 @@ class Device:
             return
         import subprocess
         try:
-            process = subprocess.Popen(["partx", "--add", self.path], stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._scanner = subprocess.Popen(["partx", "--add", self.path], stdin=subprocess.DEVNULL,
+                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except FileNotFoundError:
             return
         deadline = time.monotonic() + NODE_TIMEOUT          # a handler may never return
-        while process.poll() is None and not self._ended and time.monotonic() < deadline:
+        while self._scanner.poll() is None and not self._ended and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def _give_up(self, error: BaseException, undo: Callable[[], None]) -> NoReturn:
@@ -2578,6 +2579,9 @@ class Device:
             if worker.is_alive():
                 worker.kill()
         self._close()
+        deadline = time.monotonic() + GRACE
+        while self._scanner and self._scanner.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
 
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
@@ -3075,7 +3079,7 @@ def device_parser() -> Any:
     add("-p", "--unprivileged", action="store_const", const=True,
         help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
     add("-b", "--batch", action="store_true", help="commands for many requests at a time (7.0)")
-    add("--no-partition-scan", action="store_true", help="do not look for partitions (7.0)")
+    add("--no-partition-scan", action="store_true", help="do not look for partitions")
     add("--json", action="store_true", help="print the device as a JSON object")
     add("--debug", action="store_true", help="show a traceback with an error")
     return parser
