@@ -94,10 +94,7 @@ class WithMetadata:
         buffer[:] = bytes(buffer).translate(COMPLEMENT)
 
     def write_metadata(self, offset: int, buffer: memoryview) -> None:
-        at, data = self.metadata_at(offset), bytes(buffer).translate(COMPLEMENT)
-        while data:
-            count = os.pwrite(self.metadata_fd, data, at)
-            at, data = at + count, data[count:]
+        write_all(self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset))
 
     def forget_metadata(self, offset: int, length: int) -> None:
         """Make these blocks like new ones; nothing to do where there is no metadata."""
@@ -756,7 +753,7 @@ class Cow(ublk.Target):
         found = os.pread(self.fd, len(header), 0)
         if found == bytes(len(found)):                      # new, or killed while it was made
             found = header
-        if found != sealed(found[:-4]) or not found.startswith(COW_MAGIC):
+        if not intact(found, COW_MAGIC):
             raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
         _, size, grain, last_boot = COW_HEADER.unpack(found[:-4])
         if (size, grain) != (self.size, self.grain):
@@ -857,6 +854,11 @@ class Cow(ublk.Target):
 def sealed(data: bytes) -> bytes:
     """Put a CRC-32 behind data."""
     return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def intact(data: bytes, magic: bytes) -> bool:
+    """Tell whether data is what sealed() made, and of the kind that begins with magic."""
+    return data.startswith(magic) and data == sealed(data[:-4])
 
 
 async def fill(fd: int, buffer: memoryview, offset: int) -> None:
@@ -1493,7 +1495,7 @@ class Zoned(ublk.Target):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path)
         header = os.pread(self.disk.fd, ZONED_HEADER.size + 4, 0)
-        if not header.startswith(ZONED_MAGIC) or header != sealed(header[:-4]):
+        if not intact(header, ZONED_MAGIC):
             raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
         _, self.size, self.zone_size, self.conventional = ZONED_HEADER.unpack(header[:-4])
         self.data_at = zone_data_at(self.size // self.zone_size)
@@ -1726,7 +1728,7 @@ class Entry(NamedTuple):
 def log_size(log: Any) -> int:
     """Read the header of a log and return the size of the disk."""
     head = log.read(LOG_HEADER.size + 4)
-    if len(head) != LOG_HEADER.size + 4 or head != sealed(head[:-4]) or not head.startswith(LOG_MAGIC):
+    if len(head) != LOG_HEADER.size + 4 or not intact(head, LOG_MAGIC):
         raise wrong(log.name, "not a log of the target record")
     return LOG_HEADER.unpack(head[:-4])[1]
 
@@ -1738,8 +1740,8 @@ def entries(log: Any) -> Iterator[Entry]:
         head = os.pread(log.fileno(), ENTRY.size + 4, end)
         if len(head) < ENTRY.size + 4:
             return
-        magic, kind, offset, length, crc = ENTRY.unpack(head[:-4])
-        if magic != ENTRY_MAGIC or head != sealed(head[:-4]) or kind >= len(KINDS):
+        _, kind, offset, length, crc = ENTRY.unpack(head[:-4])
+        if not intact(head, ENTRY_MAGIC) or kind >= len(KINDS):
             raise wrong(log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}")
         end += len(head) + (length if KINDS[kind] in WITH_DATA else 0)
         if end > limit:
