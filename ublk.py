@@ -2121,9 +2121,11 @@ class Worker(threading.Thread):
         kind = BatchQueue if self.device.info.flags & UBLK_F_BATCH_IO else Queue
         self.queue = kind(self.device, self.index)
         try:
-            set_admin(self.device.scanned)
+            if self.device.partx_scans:
+                set_admin(False)
             self.queue.fetch()
-            set_admin(True)
+            if self.device.partx_scans:
+                set_admin(True)
             ready()
             self.queue.run()
         finally:
@@ -2257,14 +2259,14 @@ class Device:
         return f"/dev/ublkb{self.id}"
 
     @property
-    def scanned(self) -> bool:
-        """Whether the kernel itself may look for partitions, which it does in the background since 7.0.
+    def partx_scans(self) -> bool:
+        """Whether partx looks for partitions instead of the kernel, which does so quietly since 7.0.
 
         Up to 6.x it reads them inside START_DEV. If the server is killed in that moment, START_DEV
         never ends, nor does anything else about the device. No disk is scanned that a thread
-        without CAP_SYS_ADMIN serves; so the threads fetch without it, and scan() does the work.
+        without CAP_SYS_ADMIN serves, an ordinary user's never; so the threads fetch without it.
         """
-        return bool((self.control.features or 0) & UBLK_F_NO_AUTO_PART_SCAN)
+        return not self.unprivileged and not (self.control.features or 0) & UBLK_F_NO_AUTO_PART_SCAN
 
     @property
     def desc_size(self) -> int:
@@ -2399,7 +2401,7 @@ class Device:
 
     def _scan(self) -> None:
         """Have partx(8), which every Linux has, look for partitions where the kernel does not."""
-        if self.scanned or self.unprivileged or self.zoned or not self.partition_scan:
+        if not self.partx_scans or self.zoned or not self.partition_scan:
             return
         import subprocess
         try:
@@ -2407,8 +2409,14 @@ class Device:
                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except FileNotFoundError:
             return
-        deadline = time.monotonic() + NODE_TIMEOUT          # a handler may never return
-        while self._scanner.poll() is None and not self._ended and time.monotonic() < deadline:
+        self._await_scanner(NODE_TIMEOUT, lambda: self._ended > 0)      # a handler may never return
+
+    def _await_scanner(self, seconds: float, enough: Callable[[], bool] = bool) -> None:
+        """Wait for the end of partx, so many seconds or until it is enough."""
+        deadline = time.monotonic() + seconds
+        while self._scanner and self._scanner.poll() is None and not enough():
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.005)
 
     def _give_up(self, error: BaseException, undo: Callable[[], None]) -> NoReturn:
@@ -2579,9 +2587,7 @@ class Device:
             if worker.is_alive():
                 worker.kill()
         self._close()
-        deadline = time.monotonic() + GRACE
-        while self._scanner and self._scanner.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        self._await_scanner(GRACE)
 
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
