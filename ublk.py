@@ -774,6 +774,8 @@ class Control:
 
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float,
               abort: Callable[[], bool] | None) -> int:
+        if abort and abort():
+            return -errno.ECANCELED
         token = self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
                              off=int(command) if self.legacy else command.encoded)
         if self._await(token, timeout, abort):
@@ -2283,9 +2285,7 @@ class Device:
         try:
             self._add(params)
             self._serve()
-            self._not_stopped()
-            self.control.start_dev(self.id, os.getpid(), abort=lambda: self._ended > 0)
-            self._live()
+            self._go_live(self.control.start_dev)
             self._scan()
         except BaseException as error:
             self._give_up(error, self.stop)
@@ -2389,12 +2389,18 @@ class Device:
                 self._close_files()         # the kernel fails the requests that died with a worker
             self._changed.notify_all()
 
-    def _not_stopped(self) -> None:
-        """Raise UblkError if somebody took the device away meanwhile: START_DEV then crashes old kernels."""
+    def _go_live(self, command: Callable[..., None]) -> None:
+        """START_DEV or END_USER_RECOVERY; raises UblkError if somebody took the device away meanwhile.
+
+        Neither is sent then: kernels before 7.3 would make a disk that nobody serves, or crash.
+        """
+        try:
+            command(self.id, os.getpid(), abort=lambda: self._ended > 0)
+        except UblkError:
+            if not self._ended:
+                raise
         if self._ended:
             raise UblkError(errno.ENODEV, f"device {self.id}", "it was stopped before it was there")
-
-    def _live(self) -> None:
         await_node(self.path, os.R_OK)
         self._serving = True
         atexit.register(self.stop)
@@ -2450,9 +2456,7 @@ class Device:
         try:
             self._adopt()
             self._serve()
-            self._not_stopped()
-            self.control.end_user_recovery(self.id, os.getpid(), abort=lambda: self._ended > 0)
-            self._live()
+            self._go_live(self.control.end_user_recovery)
         except BaseException as error:
             self._give_up(error, self.detach)
         self._added = True
@@ -2547,7 +2551,7 @@ class Device:
         they close it.
         """
         try:
-            if self._added and self._ended < len(self._workers):
+            if self._added and (self._ended < len(self._workers) or not self._serving):
                 self._stop_disk(timeout)
             self._release()
             if self._added:
@@ -2563,7 +2567,7 @@ class Device:
             if error.errno == errno.ETIMEDOUT:
                 print(f"ublk: device {self.id}: a handler does not return, its requests fail now",
                       file=sys.stderr)
-            elif error.errno != errno.ENODEV:
+            elif error.errno not in (errno.ENODEV, errno.ENOENT):       # it is gone, or its node is
                 raise
 
     def detach(self) -> None:
