@@ -158,7 +158,7 @@ def reported(what: str) -> Iterator[None]:
 def collect(options: argparse.Namespace) -> dict[str, Any]:
     """Run measure() in a virtual machine and gather what it says."""
     from kernels import PACKAGES, VENV, do, fetch, make_venv
-    PACKAGES.append("fuse3")
+    PACKAGES.extend(["fuse3", "liburing-dev"])
     fetch([KERNEL])
     make_venv("pytest")
     if not list(VENV.glob("lib/python*/site-packages/mfusepy*")):

@@ -21,6 +21,7 @@ from typing import Any, Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 UBLK = HERE.parent / "ublk.py"
+IN_C = HERE / "disks" / "null.c"
 OURS, NBD, FUSE, IDLE = (HERE / "disks" / f"{name}.py" for name in ("ours", "nbd", "fuse", "idle"))
 BACKING = Path("/scratch/bench.img")
 BACKING_SIZE = 64 << 20
@@ -106,6 +107,19 @@ def data_path(flags: list[str]) -> str:
     return path + (" batch" if "BATCH_IO" in flags else "")
 
 
+def in_c(stack: ExitStack) -> Disk:
+    """A null disk of ublk whose server is written in C."""
+    program = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "null"
+    run(["gcc", "-O2", f"-I{os.environ['UBLK_HEADERS']}", "-o", str(program), str(IN_C), "-luring"])
+    server, errors = serve(stack, [str(program)])
+    assert server.stdout
+    line = server.stdout.readline()
+    if not line:
+        errors.seek(0)
+        raise Failed(errors.read().strip() or "it does not start")
+    return Disk(json.loads(line)["path"], server.pid)
+
+
 def null_blk(stack: ExitStack, **attributes: int) -> Disk:
     """The kernel's own null disk (queue_mode 2: multi-queue; irqmode 0: completed at once)."""
     run(["modprobe", "-a", "configfs", "null_blk"])
@@ -182,6 +196,7 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     """Every disk; the first of a group is what the others are measured by."""
     yield Case("null", "null_blk (kernel)", null_blk, ALL)
+    yield Case("null", "ublk server in C", in_c, ALL)
     yield Case("null", "ublk.py null", ours("null"), ALL)
     yield Case("null", "nbdkit null (C)", nbdkit("null", "size=1G"), ALL)
     yield Case("paths", "null_blk (kernel)", null_blk, "r4k128 w4k128 r1m8")
