@@ -52,7 +52,8 @@ from kernels import (
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 GUEST_PATH = f"{VENV}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-EMULATION = ["-accel", "tcg,thread=multi", "-cpu", "max"]
+# Without the features that make the kernel copy by `rep movsb`, which is emulated byte by byte.
+EMULATION = ["-accel", "tcg,thread=multi", "-cpu", "max,erms=off,fsrm=off"]
 HARDWARE = ["-accel", "kvm", "-cpu", "host"]
 TROUBLE = re.compile(r"BUG:|kernel BUG at|Oops|general protection|blocked for more than|Kernel panic")
 WARNING = re.compile(r"WARNING: ")
