@@ -504,6 +504,8 @@ def address_of(buffer: Any) -> int:
     return address
 
 
+LOOKS = 20      # some ten microseconds
+
 # io_uring_sqe up to file_index, as one record
 SQE = struct.Struct("=BBHiQQIIQHHi")
 
@@ -626,6 +628,18 @@ class Ring:
         if number in (errno.EBUSY, errno.EAGAIN):       # completions must be taken first
             return True
         raise OSError(number, os.strerror(number))
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Submit what was pushed and wait for a CQE, for timeout seconds at most.
+
+        Looks LOOKS times before it goes to sleep: waking costs far more than the next request of a
+        busy client takes to come.
+        """
+        for _ in range(LOOKS):
+            self.enter()
+            if self._words[self._cq_head_at] != self._words[self._cq_tail_at]:
+                return
+        self.enter(1, timeout)
 
     def reap(self) -> tuple[list[int], list[int]]:
         """Take every CQE there is; return their user_data and their results, in order."""
@@ -1475,7 +1489,7 @@ class Queue:
     def collect(self, timeout: float | None = None) -> list[int]:
         """Submit what is pending, wait, and return the tags that have a new request."""
         self.commit()
-        self.ring.enter(1, timeout)
+        self.ring.wait(timeout)
         if self._used_slots or self._appended:
             self._recycle()
         data, results = self.ring.reap()
@@ -1823,7 +1837,7 @@ class BatchQueue(Queue):
 
     def collect(self, timeout: float | None = None) -> list[int]:
         self.commit()
-        self.ring.enter(1, timeout)
+        self.ring.wait(timeout)
         self._recycle()
         tags: list[int] = []
         for user_data, result, flags in self.ring.reap_all():
@@ -2556,7 +2570,7 @@ class Device:
             self._release()
             if self._added:
                 self._added = False
-                delete(self.control, self.id)
+                delete(self.control, self.id, lost=self.failure is not None)
         finally:
             self.detach()
 
@@ -2683,8 +2697,8 @@ def check_flags(flags: int, known: int | None) -> None:
 
 
 def require(missing: int) -> None:
-    """Raise UblkError for the first feature in the mask missing, naming the kernel that has it."""
-    for feature in FEATURES:
+    """Raise UblkError for the newest feature in the mask missing, naming the kernel that has it."""
+    for feature in reversed(FEATURES):
         if missing & feature:
             raise UblkError(errno.EOPNOTSUPP, f"{feature.name} ({feature.meaning})",
                             f"needs Linux {feature.since}, this is {kernel_release()}",
@@ -2762,10 +2776,11 @@ def is_node_of(dev_id: int, path: str) -> bool:
     return not head and (not tail or tail[0] in "p ") and path != tail
 
 
-def await_notice(control: Control, dev_id: int) -> None:
+def await_notice(control: Control, dev_id: int, lost: bool = False) -> None:
     """On Linux 6.0 to 6.3 wait until the driver, which looks every 5 seconds, knows of a server's death.
 
     Told to stop a disk earlier, these never look again, and wait for the dead server's requests.
+    lost: the server lives, but a thread of it is gone.
     """
     deadline = time.monotonic() + SERVER_TIMEOUT
     while control.legacy and time.monotonic() < deadline:
@@ -2773,15 +2788,15 @@ def await_notice(control: Control, dev_id: int) -> None:
             info = control.get_dev_info(dev_id)
         except UblkError:
             return
-        if info.state != UBLK_S_DEV_LIVE or alive(info.ublksrv_pid):
+        if info.state != UBLK_S_DEV_LIVE or (alive(info.ublksrv_pid) and not lost):
             return
         time.sleep(0.05)
 
 
-def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
+def delete(control: Control, dev_id: int, timeout: float = 10.0, lost: bool = False) -> None:
     """DEL_DEV, or an error that says who holds the disk. Forgets the state file."""
     forget_state(dev_id)
-    await_notice(control, dev_id)
+    await_notice(control, dev_id, lost)
     try:
         control.del_dev(dev_id, timeout)
     except UblkError as error:
