@@ -44,8 +44,8 @@ KERNELS = {
     "7.2": Kernel("sid", "linux-image-amd64"),
     "7.3": Kernel("trixie-backports", "linux-image-amd64"),
 }
-# 6.1 has the oldest driver there is; its part of the suite is not whole yet, so it runs on request only.
-DEFAULT_KERNELS = ("7.3", "6.12")
+# The newest driver, an older one that many have, and the oldest.
+DEFAULT_KERNELS = ("7.3", "6.12", "6.1")
 NEWEST_SUITE = "trixie-backports"
 
 PACKAGES = """
