@@ -2064,6 +2064,52 @@ def test_whatever_a_handler_raises_no_client_waits_for_ever(trouble):
 
 
 @kernel
+@pytest.mark.parametrize("batch", [False, pytest.param(True, id="batch")])
+def test_requests_alike_may_end_in_every_way(batch):
+    """A tag's requests alike are served from a buffer kept ready: none may see how the last one ended."""
+    class Moody(Ram):
+        mood, kept = "all", []
+
+        def move(self, offset, buffer):
+            if self.mood == "error":
+                raise OSError(errno.ENOSPC, "full")
+            if self.mood == "half" and len(buffer) == 4096:
+                return 1024
+            if self.mood == "coroutine":
+                return self.later(buffer)
+            if self.mood == "released":
+                buffer.release()
+            if self.mood == "kept":
+                self.kept.append(buffer)
+            return None
+
+        async def later(self, buffer):
+            await ublk.Operation(ublk.IORING_OP_NOP)
+
+        def read(self, offset, buffer):
+            if self.mood != "nothing":
+                buffer[:] = b"r" * len(buffer)
+            return self.move(offset, buffer)
+
+        def write(self, offset, buffer):
+            assert buffer.readonly and bytes(buffer) == b"w" * len(buffer)
+            return self.move(offset, buffer)
+
+    if batch and not at_least("7.0"):
+        pytest.skip("batches need Linux 7.0")
+    with ublk.Device(Moody(), depth=2, batch=batch) as disk, opened(disk.path) as fd:
+        for mood in ("all", "all", "nothing", "error", "all", "all", "half", "all", "coroutine", "all", "all",
+                     "released", "all", "kept", "all", "nothing", "all", "error", "error", "nothing"):
+            disk.target.mood = mood
+            for move in (lambda: read_at(fd, 8192, 4096), lambda: write_at(fd, 8192, b"w" * 4096)):
+                for _ in range(3):
+                    if mood == "error":
+                        assert error_of(move) == errno.ENOSPC
+                    else:
+                        assert move() in (4096, bytes(4096) if mood == "nothing" else b"r" * 4096)
+
+
+@kernel
 def test_a_queue_that_dies_ends_the_device(capfd):
     class Dies(Ram):
         def answer(self, queue, tags):
@@ -3743,14 +3789,15 @@ def test_a_lost_process_of_a_recoverable_disk(backing, which):
 @kernel
 @pytest.mark.parametrize("recovery", [[], ["-r", "fail"]], ids=["lost", "fail"])
 def test_a_lost_thread_does_not_leave_a_deaf_disk(tmp_path, recovery):
-    flag, handle = tmp_path / "flag", ublk.Queue.handle
+    flag, collect = tmp_path / "flag", ublk.Queue.collect
 
     def change():
-        def fail(queue, tag):
-            if flag.exists():
+        def fail(queue, timeout=None):
+            tags = collect(queue, timeout)
+            if tags and flag.exists():
                 raise RuntimeError("a fault of the loop itself")
-            return handle(queue, tag)
-        replace(ublk.Queue, handle=fail)
+            return tags
+        replace(ublk.Queue, collect=fail)
     if recovery and needs_fail_io("ram", "--size", "4M", *recovery):
         return
     disk = Forked("ram", "--size", "4M", *recovery, change=change).live()

@@ -975,7 +975,7 @@ class MappedCopy:
     summary = "the kernel copies to and from our buffers"
     features: int = 0       # the flags of a device with this data path
     stages = 0              # SQEs a request needs besides the command of its tag
-    lasting = True          # a buffer blanked for one READ serves the tag's next one too
+    lasting = True          # a tag's requests all have the same memory, as it was left by the last
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.max_io = queue, queue.max_io
@@ -993,10 +993,14 @@ class MappedCopy:
         """Return what it carries in the addr field of the SQE itself."""
         return 0
 
+    def buffer(self, tag: int, length: int) -> memoryview:
+        """Return the tag's own memory, as it is."""
+        start = tag * self.max_io
+        return self.view[start:start + length]
+
     def room(self, tag: int, length: int) -> memoryview:
         """Return the buffer a READ fills, cleared of what an earlier request left there."""
-        start = tag * self.max_io
-        buffer = self.view[start:start + length]
+        buffer = self.buffer(tag, length)
         buffer[:] = ZEROES[:length]
         return buffer
 
@@ -1060,9 +1064,8 @@ class UserCopy(MappedCopy):
         return self.origin + (tag << UBLK_TAG_OFF)
 
     def data(self, tag: int, length: int) -> memoryview:
-        start = tag * self.max_io
-        self._take(self.view[start:start + length], self.position(tag))
-        return self.read_only_view[start:start + length]
+        self._take(self.buffer(tag, length), self.position(tag))
+        return super().data(tag, length)
 
     def blank(self, tag: int, length: int) -> None:
         self.give(tag, ZEROES[:length])
@@ -1395,6 +1398,7 @@ class Queue:
         self.flags, self.sectors = words[::2 * apart], words[1::2 * apart]
         self.requests, self.starts, self.shared_addresses = longs[::apart], longs[1::apart], longs[2::apart]
         self.served = [-1] * self.depth
+        self._buffers: list[Any] = [()] * self.depth    # what _keep_ready() kept
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
         self.ring = Ring(own + 64)
@@ -1458,8 +1462,41 @@ class Queue:
         return self._answer_by_handler
 
     def _answer_by_handler(self, tags: list[int]) -> None:
+        """Have the target's methods serve; a READ or WRITE like the tag's last one with no ado."""
+        requests, served, starts, buffers = self.requests, self.served, self.starts, self._buffers
+        read, write = self.target.read, self.target.write
+        ended: list[int] = []
         for tag in tags:
-            self.handle(tag)
+            if requests[tag] != served[tag]:
+                if self.handle(tag) and self.path.lasting:
+                    self._keep_ready(tag)
+                continue
+            buffer, blank = buffers[tag]
+            try:
+                if blank is None:
+                    outcome = write(starts[tag] * SECTOR, buffer[:])
+                else:
+                    buffer[:] = blank
+                    outcome = read(starts[tag] * SECTOR, buffer[:])
+            except BaseException as error:      # even SystemExit: a client waits for an answer
+                self.complete(tag, failed(error))
+                continue
+            if outcome is None:
+                ended.append(tag)
+            else:
+                self._see_through(tag, write if blank is None else read, outcome, buffer)
+        self.repeat(ended)
+
+    def _keep_ready(self, tag: int) -> None:
+        """Keep what served a READ or WRITE for those of the tag alike that follow."""
+        flags, length = self.flags[tag], self.sectors[tag] * SECTOR
+        if flags & NOT_BY_BUFFER:
+            return
+        if flags & 0xFF == UBLK_IO_OP_READ:
+            self._buffers[tag] = self.path.buffer(tag, length), ZEROES[:length]
+        else:
+            self._buffers[tag] = self.path.data(tag, length), None
+        self.prepare(tag, length)
 
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
@@ -1535,8 +1572,8 @@ class Queue:
         return not self.in_flight and not (isinstance(path, AutoZeroCopy) and any(
             tag not in self.ended and path.moving(tag) for tag in range(self.depth)))
 
-    def handle(self, tag: int) -> None:
-        """Serve one request by the target's method for its operation."""
+    def handle(self, tag: int) -> bool:
+        """Serve one request by the target's method for its operation; tell if it ended well at once."""
         flags = self.flags[tag]
         try:
             result = self._handlers[flags & 0xFF](
@@ -1545,6 +1582,7 @@ class Queue:
             result = failed(error)
         if result is not None:
             self.complete(tag, result)
+        return bool(result and result > 0)
 
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno."""
@@ -1589,17 +1627,21 @@ class Queue:
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.path if not flags & UBLK_IO_F_SHMEM_ZC else self.shared
         buffer = path.room(tag, length)
-        outcome = self.target.read(offset, buffer)
+        outcome = self.target.read(offset, buffer[:])
         if outcome is None:
             return path.give(tag, buffer)
         return self._later(tag, whole(self.target.read, outcome, offset, buffer),
                            lambda _: path.give(tag, buffer))
 
+    def _see_through(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> None:
+        """End a READ or WRITE of the tag's own memory once all of it is moved."""
+        self._later(tag, whole(function, outcome, self.starts[tag] * SECTOR, buffer), lambda _: len(buffer))
+
     def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.path if not flags & UBLK_IO_F_SHMEM_ZC else self.shared
         function = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
         buffer = path.data(tag, length)
-        outcome = function(offset, buffer)
+        outcome = function(offset, buffer[:])
         if outcome is None:
             return length
         return self._later(tag, whole(function, outcome, offset, buffer), lambda _: length)
@@ -1709,6 +1751,7 @@ class Queue:
         # run of the garbage collector.
         self._handlers.clear()
         self._tasks.clear()
+        self._buffers.clear()
         self.path.queue = self.shared.queue = None
         self.path.close()
         for view in (self.results, self.addresses):
@@ -1719,6 +1762,8 @@ class Queue:
             view.release()
 
 
+# What is not served from a buffer kept ready: requests without data, durable ones, shared memory.
+NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
 # What map() is not asked for: requests without data, durable ones, those with pages of no slot.
 NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY
 
