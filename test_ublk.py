@@ -2066,7 +2066,7 @@ def test_whatever_a_handler_raises_no_client_waits_for_ever(trouble):
 @kernel
 @pytest.mark.parametrize("batch", [False, pytest.param(True, id="batch")])
 def test_requests_alike_may_end_in_every_way(batch):
-    """A tag's requests alike are served from a buffer kept ready: none may see how the last one ended."""
+    """A tag's requests alike are served by what was made ready once: none may see how the last one ended."""
     class Moody(Ram):
         mood, kept = "all", []
 

@@ -1337,12 +1337,11 @@ class Task:
                 awaited = self.coroutine.send(value)
             else:
                 awaited = self.coroutine.throw(error)
+            awaited.begin(self)
         except StopIteration as end:
             self.done(end.value)
         except BaseException as failure:
             self.failed(failed(failure))
-        else:
-            awaited.begin(self)
 
 
 def failed(error: BaseException) -> int:
@@ -1398,7 +1397,7 @@ class Queue:
         self.flags, self.sectors = words[::2 * apart], words[1::2 * apart]
         self.requests, self.starts, self.shared_addresses = longs[::apart], longs[1::apart], longs[2::apart]
         self.served = [-1] * self.depth
-        self._buffers: list[Any] = [()] * self.depth    # what _keep_ready() kept
+        self._buffers: list[Any] = [()] * self.depth    # what _make_ready() made
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
         self.ring = Ring(own + 64)
@@ -1467,9 +1466,8 @@ class Queue:
         read, write = self.target.read, self.target.write
         ended: list[int] = []
         for tag in tags:
-            if requests[tag] != served[tag]:
-                if self.handle(tag) and self.path.lasting:
-                    self._keep_ready(tag)
+            if requests[tag] != served[tag] and not self._make_ready(tag):
+                self.handle(tag)
                 continue
             buffer, blank = buffers[tag]
             try:
@@ -1487,16 +1485,37 @@ class Queue:
                 self._see_through(tag, write if blank is None else read, outcome, buffer)
         self.repeat(ended)
 
-    def _keep_ready(self, tag: int) -> None:
-        """Keep what served a READ or WRITE for those of the tag alike that follow."""
+    def _make_ready(self, tag: int) -> bool:
+        """Make ready what serves this READ or WRITE, and those of the tag alike that follow."""
         flags, length = self.flags[tag], self.sectors[tag] * SECTOR
-        if flags & NOT_BY_BUFFER:
-            return
+        if flags & NOT_BY_BUFFER or not self.path.lasting:
+            return False
         if flags & 0xFF == UBLK_IO_OP_READ:
             self._buffers[tag] = self.path.buffer(tag, length), ZEROES[:length]
         else:
             self._buffers[tag] = self.path.data(tag, length), None
         self.prepare(tag, length)
+        return True
+
+    def _see_through(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> None:
+        """End a READ or WRITE that was made ready, once its coroutine has ended and all is moved."""
+        def done(value: Any) -> None:
+            self.in_flight -= 1
+            if value is None or value == len(buffer):
+                self.repeat([tag])
+            else:
+                self._later(tag, whole(function, value, self.starts[tag] * SECTOR, buffer),
+                            lambda _: len(buffer))
+
+        def ended(result: int) -> None:
+            self.in_flight -= 1
+            self.complete(tag, result)
+
+        self.in_flight += 1
+        if type(outcome) is CoroutineType:
+            Task(self, outcome, done, ended).step()
+        else:
+            done(outcome)
 
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
@@ -1572,8 +1591,8 @@ class Queue:
         return not self.in_flight and not (isinstance(path, AutoZeroCopy) and any(
             tag not in self.ended and path.moving(tag) for tag in range(self.depth)))
 
-    def handle(self, tag: int) -> bool:
-        """Serve one request by the target's method for its operation; tell if it ended well at once."""
+    def handle(self, tag: int) -> None:
+        """Serve one request by the target's method for its operation."""
         flags = self.flags[tag]
         try:
             result = self._handlers[flags & 0xFF](
@@ -1582,7 +1601,6 @@ class Queue:
             result = failed(error)
         if result is not None:
             self.complete(tag, result)
-        return bool(result and result > 0)
 
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno."""
@@ -1632,10 +1650,6 @@ class Queue:
             return path.give(tag, buffer)
         return self._later(tag, whole(self.target.read, outcome, offset, buffer),
                            lambda _: path.give(tag, buffer))
-
-    def _see_through(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> None:
-        """End a READ or WRITE of the tag's own memory once all of it is moved."""
-        self._later(tag, whole(function, outcome, self.starts[tag] * SECTOR, buffer), lambda _: len(buffer))
 
     def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.path if not flags & UBLK_IO_F_SHMEM_ZC else self.shared
@@ -1762,7 +1776,7 @@ class Queue:
             view.release()
 
 
-# What is not served from a buffer kept ready: requests without data, durable ones, shared memory.
+# What is not made ready: requests without data, durable ones, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
 # What map() is not asked for: requests without data, durable ones, those with pages of no slot.
 NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY
