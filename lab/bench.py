@@ -41,11 +41,14 @@ class Workload(NamedTuple):
     unit: str = "IOPS"
 
 
+# Clients with many requests in flight hand in and take back several at a time; one128 is one that does not.
+DEEP = "--iodepth=128 --iodepth_batch_submit=16 --iodepth_batch_complete_max=64"
 WORKLOADS = {
     "r4k1": Workload("4 KiB random read, depth 1", "--rw=randread --bs=4k --iodepth=1"),
     "r4k32": Workload("4 KiB random read, depth 32", "--rw=randread --bs=4k --iodepth=32"),
-    "r4k128": Workload("4 KiB random read, depth 128", "--rw=randread --bs=4k --iodepth=128"),
-    "w4k128": Workload("4 KiB random write, depth 128", "--rw=randwrite --bs=4k --iodepth=128"),
+    "r4k128": Workload("4 KiB random read, depth 128, 16 at a time", f"--rw=randread --bs=4k {DEEP}"),
+    "w4k128": Workload("4 KiB random write, depth 128, 16 at a time", f"--rw=randwrite --bs=4k {DEEP}"),
+    "one128": Workload("4 KiB random read, depth 128, one at a time", "--rw=randread --bs=4k --iodepth=128"),
     "r64k32": Workload("64 KiB random read, depth 32", "--rw=randread --bs=64k --iodepth=32"),
     "r1m8": Workload("1 MiB sequential read, depth 8", "--rw=read --bs=1m --iodepth=8", "MiB/s"),
     "w1m8": Workload("1 MiB sequential write, depth 8", "--rw=write --bs=1m --iodepth=8", "MiB/s"),
@@ -279,7 +282,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seconds", type=float, default=0, help="of one measurement")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (1 if options.quick else 5)
-    options.seconds = options.seconds or (1 if options.quick else 1.5)
+    options.seconds = options.seconds or 1
     if options.verb == "inside":
         words = options.cases.split(",") if options.cases else ()
         measure(options.rounds, options.seconds, words, options.quick)

@@ -29,8 +29,8 @@ BACKING_SIZE = 64 << 20
 COMPILED = ("-c", f"import sys; sys.path.insert(0, {str(UBLK.parent)!r}); import ublk; sys.exit(ublk.main())")
 PATIENCE = 120      # seconds for anything to start or end
 TICK = os.sysconf("SC_CLK_TCK")
-ALL = "r4k1 r4k32 r4k128 w4k128 r64k32 r1m8"
-MAIN = "r4k1 r4k128 w4k128 r1m8"
+ALL = "r4k1 r4k32 r4k128 w4k128 one128 r64k32 r1m8"
+MAIN = "r4k1 r4k128 w4k128 one128 r1m8"
 
 
 class Failed(Exception):
@@ -213,6 +213,8 @@ def cases() -> Iterator[Case]:
     yield Case("memory", "nbdkit memory (C)", nbdkit("memory", "size=1G"), MAIN)
     yield Case("file", "loop (kernel)", loop, MAIN + " w1m8")
     yield Case("file", "ublk.py loop", ours("loop", "BACKING", "--direct"), MAIN + " w1m8")
+    yield Case("file", "ublk.py loop --max-io=1M", ours("loop", "BACKING", "--direct", "--max-io=1M"),
+               "r1m8 w1m8")
     yield Case("file", "ublk.py loop --copy", ours("loop", "BACKING", "--direct", "--copy"), MAIN + " w1m8")
     yield Case("file", "nbdkit file (C, page cache)", nbdkit("file", "BACKING"), MAIN + " w1m8")
     yield Case("scale", "busy Python, 2 threads", ours(f"{OURS}:BusyThreads", "--queues=2"), "jobs2")
