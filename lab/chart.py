@@ -7,13 +7,13 @@ from typing import Any
 
 # title, group, workload, unit
 PANELS = (
-    ("No work at all: 4 KiB random read, depth 128", "null", "r4k128", "IOPS"),
-    ("No work at all: 4 KiB random read, depth 1", "null", "r4k1", "IOPS"),
-    ("A disk in ten lines of Python: 4 KiB random read, depth 128", "python", "r4k128", "IOPS"),
-    ("A disk in ten lines of Python: 4 KiB random read, depth 1", "python", "r4k1", "IOPS"),
-    ("A file as a disk: 4 KiB random read, depth 128", "file", "r4k128", "IOPS"),
+    ("No work at all: 4 KiB read, depth 128, 16 at a time", "null", "r4k128", "IOPS"),
+    ("No work at all: 4 KiB read, depth 1", "null", "r4k1", "IOPS"),
+    ("A disk in ten lines of Python: 4 KiB read, depth 128, 16 at a time", "python", "r4k128", "IOPS"),
+    ("A disk in ten lines of Python: 4 KiB read, depth 1", "python", "r4k1", "IOPS"),
+    ("A file as a disk: 4 KiB read, depth 128, 16 at a time", "file", "r4k128", "IOPS"),
     ("A file as a disk: 1 MiB sequential read", "file", "r1m8", "MiB/s"),
-    ("Ways of the data: 4 KiB random read, depth 128", "paths", "r4k128", "IOPS"),
+    ("Ways of the data: 4 KiB read, depth 128, 16 at a time", "paths", "r4k128", "IOPS"),
     ("Ways of the data: 1 MiB sequential read", "paths", "r1m8", "MiB/s"),
 )
 WIDTH, LABELS, NUMBERS, BAR, GAP = 460, 190, 80, 16, 6
