@@ -279,10 +279,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--cases", default="", metavar="WORD,...",
                         help="only groups, disks and workloads with one of these in their names")
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=0, help="of one measurement")
+    parser.add_argument("--seconds", type=float, default=1, help="of one measurement")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (1 if options.quick else 5)
-    options.seconds = options.seconds or 1
     if options.verb == "inside":
         words = options.cases.split(",") if options.cases else ()
         measure(options.rounds, options.seconds, words, options.quick)

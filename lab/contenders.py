@@ -78,6 +78,21 @@ def wait_for(condition: Callable[[], object], server: subprocess.Popen[bytes], e
         time.sleep(0.02)
 
 
+def announced(server: subprocess.Popen[bytes], errors: Any) -> dict[str, Any]:
+    """Return what a server prints of its disk, as JSON, once it is there."""
+    assert server.stdout
+    text = b""
+    while not text.endswith(b"}\n"):
+        ready = select.select([server.stdout], [], [], PATIENCE)[0]
+        piece = os.read(server.stdout.fileno(), 65536) if ready else b""
+        if not piece:
+            errors.seek(0)
+            raise Failed(errors.read().strip() or "it does not start")
+        text += piece
+    shown: dict[str, Any] = json.loads(text)
+    return shown
+
+
 # ---- kinds of disks --------------------------------------------------------------------------------------
 
 def ours(*words: str, launcher: Sequence[str] = (str(UBLK),)) -> Callable[[ExitStack], Disk]:
@@ -85,16 +100,7 @@ def ours(*words: str, launcher: Sequence[str] = (str(UBLK),)) -> Callable[[ExitS
     def start(stack: ExitStack) -> Disk:
         words_here = [word.replace("BACKING", str(backing())) for word in words]
         server, errors = serve(stack, ["python3", *launcher, *words_here, "--json"])
-        assert server.stdout
-        line = b""
-        while not line.endswith(b"}\n"):
-            ready = select.select([server.stdout], [], [], PATIENCE)[0]
-            piece = os.read(server.stdout.fileno(), 65536) if ready else b""
-            if not piece:
-                errors.seek(0)
-                raise Failed(errors.read().strip() or "it does not start")
-            line += piece
-        shown = json.loads(line)
+        shown = announced(server, errors)
         return Disk(shown["path"], server.pid, data_path(shown["flags"]))
     return start
 
@@ -112,12 +118,7 @@ def in_c(stack: ExitStack) -> Disk:
     program = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "null"
     run(["gcc", "-O2", f"-I{os.environ['UBLK_HEADERS']}", "-o", str(program), str(IN_C), "-luring"])
     server, errors = serve(stack, [str(program)])
-    assert server.stdout
-    line = server.stdout.readline()
-    if not line:
-        errors.seek(0)
-        raise Failed(errors.read().strip() or "it does not start")
-    return Disk(json.loads(line)["path"], server.pid)
+    return Disk(announced(server, errors)["path"], server.pid)
 
 
 def null_blk(stack: ExitStack, **attributes: int) -> Disk:
