@@ -1330,13 +1330,11 @@ class Task:
                  failed: Callable[[int], object]) -> None:
         self.queue, self.coroutine, self.done, self.failed = queue, coroutine, done, failed
 
-    def step(self, value: Any = None, error: OSError | None = None) -> None:
+    def step(self, value: Any = None, error: OSError | None = None, awaited: Any = None) -> None:
         """Go on with the result of what was awaited, up to the next await or the end."""
         try:
-            if error is None:
-                awaited = self.coroutine.send(value)
-            else:
-                awaited = self.coroutine.throw(error)
+            if awaited is None:
+                awaited = self.coroutine.send(value) if error is None else self.coroutine.throw(error)
             awaited.begin(self)
         except StopIteration as end:
             self.done(end.value)
@@ -1476,13 +1474,10 @@ class Queue:
                 else:
                     buffer[:] = blank
                     outcome = read(starts[tag] * SECTOR, buffer[:])
+                if outcome is None or self._is_over(tag, write if blank is None else read, outcome, buffer):
+                    ended.append(tag)
             except BaseException as error:      # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
-                continue
-            if outcome is None:
-                ended.append(tag)
-            else:
-                self._see_through(tag, write if blank is None else read, outcome, buffer)
         self.repeat(ended)
 
     def _make_ready(self, tag: int) -> bool:
@@ -1497,25 +1492,32 @@ class Queue:
         self.prepare(tag, length)
         return True
 
-    def _see_through(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> None:
-        """End a READ or WRITE that was made ready, once its coroutine has ended and all is moved."""
-        def done(value: Any) -> None:
-            self.in_flight -= 1
+    def _is_over(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> bool:
+        """Tell whether a READ or WRITE that was made ready is over, all moved; if not, see it through.
+
+        A coroutine that never waits is over after its first step, and costs little more than a function.
+        """
+        awaited = None
+        if type(outcome) is CoroutineType:
+            try:
+                awaited = outcome.send(None)
+            except StopIteration as end:
+                outcome = end.value
+        if outcome is None or outcome == len(buffer):
+            return True
+
+        def finish(value: Any) -> int | None:
             if value is None or value == len(buffer):
                 self.repeat([tag])
-            else:
-                self._later(tag, whole(function, value, self.starts[tag] * SECTOR, buffer),
-                            lambda _: len(buffer))
+                return None
+            return self._later(tag, whole(function, value, self.starts[tag] * SECTOR, buffer),
+                               lambda _: len(buffer))
 
-        def ended(result: int) -> None:
-            self.in_flight -= 1
-            self.complete(tag, result)
-
-        self.in_flight += 1
         if type(outcome) is CoroutineType:
-            Task(self, outcome, done, ended).step()
+            self._later(tag, outcome, finish, awaited)
         else:
-            done(outcome)
+            finish(outcome)
+        return False
 
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
@@ -1696,20 +1698,27 @@ class Queue:
 
     # ---- coroutines ------------------------------------------------------------------------------
 
-    def _later(self, tag: int, coroutine: Any, finish: Callable[[Any], int]) -> int | None:
-        """Run a handler's coroutine; the request ends when it does. Returns None."""
+    def _later(self, tag: int, coroutine: Any, finish: Callable[[Any], int | None],
+               awaited: Any = None) -> int | None:
+        """Run a handler's coroutine, from what it awaits already where it has begun. Returns None.
+
+        When it has ended, finish(value) returns the request's result, or None where it saw to that.
+        """
         def done(value: Any) -> None:
+            self.in_flight -= 1
             try:
-                ended(finish(value))
+                result = finish(value)
             except Exception as error:
-                ended(failed(error))
+                result = failed(error)
+            if result is not None:
+                self.complete(tag, result)
 
         def ended(result: int) -> None:
             self.in_flight -= 1
             self.complete(tag, result)
 
         self.in_flight += 1
-        Task(self, coroutine, done, ended).step()
+        Task(self, coroutine, done, ended).step(awaited=awaited)
         return None
 
     def spawn(self, coroutine: Any) -> None:
@@ -2629,7 +2638,7 @@ class Device:
             self._release()
             if self._added:
                 self._added = False
-                delete(self.control, self.id, lost=self.failure is not None)
+                delete(self.control, self.id)
         finally:
             self.detach()
 
@@ -2778,9 +2787,9 @@ def await_node(path: str, mode: int) -> None:
         pause = min(2 * pause, 0.1)
 
 
-def open_char(dev_id: int) -> int:
+def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT) -> int:
     """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it."""
-    deadline = time.monotonic() + SERVER_TIMEOUT
+    deadline = time.monotonic() + timeout
     while True:
         try:
             return os.open(f"/dev/ublkc{dev_id}", os.O_RDWR | os.O_CLOEXEC)
@@ -2835,35 +2844,27 @@ def is_node_of(dev_id: int, path: str) -> bool:
     return not head and (not tail or tail[0] in "p ") and path != tail
 
 
-def await_notice(control: Control, dev_id: int, lost: bool = False) -> None:
-    """On Linux 6.0 to 6.3 wait until the driver, which looks every 5 seconds, knows of a server's death.
+def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
+    """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
 
-    Told to stop a disk earlier, these never look again, and wait for the dead server's requests.
-    lost: the server lives, but a thread of it is gone.
+    Up to Linux 6.3 the kernel's thread that stops a disk may be left with the last reference to
+    /dev/ublkcN, and drop it only when it has nothing else to do: given DEL_DEV, which waits for
+    just that, it would wait for ever. So this stops the disk first and sees the node closed.
     """
-    deadline = time.monotonic() + SERVER_TIMEOUT
-    while control.legacy and time.monotonic() < deadline:
-        try:
-            info = control.get_dev_info(dev_id)
-        except UblkError:
-            return
-        if info.state != UBLK_S_DEV_LIVE or (alive(info.ublksrv_pid) and not lost):
-            return
-        time.sleep(0.05)
-
-
-def delete(control: Control, dev_id: int, timeout: float = 10.0, lost: bool = False) -> None:
-    """DEL_DEV, or an error that says who holds the disk. Forgets the state file."""
     forget_state(dev_id)
-    await_notice(control, dev_id, lost)
+    remedy = f"end its server, then `ublk.py del {dev_id}`"
     try:
+        if control.legacy:
+            control.stop_dev(dev_id, timeout)
+            os.close(open_char(dev_id, timeout))
+        remedy = "it goes when they close it"
         control.del_dev(dev_id, timeout)
-    except UblkError as error:
-        if error.errno == errno.ETIMEDOUT:
+    except OSError as error:
+        if error.errno in (errno.ETIMEDOUT, errno.EBUSY):
             who = ", ".join(holders(dev_id)) or "somebody"
             raise UblkError(errno.EBUSY, f"device {dev_id} is stopped but not deleted",
-                            f"held open by {who}", "it goes when they close it") from None
-        if error.errno != errno.ENODEV:
+                            f"held open by {who}", remedy) from None
+        if error.errno not in (errno.ENODEV, errno.ENOENT):
             raise
 
 
@@ -3505,7 +3506,6 @@ def stop_device(options: Any) -> None:
         if options.if_unused:
             control.try_stop_dev(options.id)
         else:
-            await_notice(control, options.id)
             control.stop_dev(options.id)
 
 

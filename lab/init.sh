@@ -67,7 +67,7 @@ mkfifo /run/lab-output
 exec 3<>/run/lab-output
 cat </run/lab-output 3<&- >$(echo /dev/vport*p1) &
 drain=$!
-[ -z "$WATCHDOG" ] || (sleep "$WATCHDOG"; echo w >/proc/sysrq-trigger; echo l >/proc/sysrq-trigger) >/dev/null 3<&- 2>&1 &
+[ -z "$WATCHDOG" ] || (sleep "$WATCHDOG"; echo l >/proc/sysrq-trigger; echo w >/proc/sysrq-trigger) >/dev/null 3<&- 2>&1 &
 setsid /bin/sh /run/lab/command >/run/lab-output 2>&1 3<&-
 status=$?
 exec 3<&-

@@ -60,6 +60,7 @@ WARNING = re.compile(r"WARNING: ")
 STATUS_KERNEL_TROUBLE = 99
 STATUS_NO_ANSWER = 124
 NO_TESTS_COLLECTED = 5
+ACCEPTING = 0x10000                             # __SO_ACCEPTCON of linux/net.h, in /proc/net/unix
 JOBS = max(1, (os.cpu_count() or 1) // 2)       # virtual machines at a time: each has two processors
 
 
@@ -232,8 +233,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def listening(path: Path) -> bool:
+    """Whether the socket there accepts connections: between bind(2) and listen(2) it refuses them."""
+    sockets = map(str.split, Path("/proc/net/unix").read_text().splitlines()[1:])
+    return any(words[-1] == str(path) and int(words[3], 16) & ACCEPTING for words in sockets)
+
+
 def await_socket(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    while not path.exists():
+    while not listening(path):
         if process.poll() is not None:
             fail(f"virtiofsd did not start: {log.read_text().strip()}")
         time.sleep(0.02)
@@ -279,7 +286,9 @@ class Suite:
     command: Sequence[str]
     environment: Optional[dict[str, str]] = None
     status: int = -1
-    closing_line: str = "no closing line"
+    closing_line: str = ""
+    last_test: str = "no test"
+    failures: list[str] = field(default_factory=list)
 
     def run(self, printing: threading.Lock, running: list[subprocess.Popen[str]]) -> Suite:
         with subprocess.Popen(self.command, cwd=PROJECT, env=self.environment, stdin=subprocess.DEVNULL,
@@ -291,6 +300,10 @@ class Suite:
                 for line in process.stdout:
                     found = re.fullmatch(r"=+ (.* in [\d.]+s.*?) =+\s*", line)
                     self.closing_line = found.group(1) if found else self.closing_line
+                    begun = re.match(r"test_ublk\.py::(\S+)", line)
+                    self.last_test = begun.group(1) if begun else self.last_test
+                    if line.startswith(("FAILED ", "ERROR ")):
+                        self.failures.append(line.rstrip())
                     with printing:
                         print(f"{self.where:>4} | {line.rstrip()}", flush=True)
             except BaseException:
@@ -307,7 +320,7 @@ class Suite:
 
 
 def pytest_command(python: str, marks: str, word: str) -> list[str]:
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-v", "test_ublk.py"]
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "-v", "test_ublk.py"]
     return command + (["-m", marks] if marks else []) + (["-k", word] if word else [])
 
 
@@ -348,7 +361,9 @@ def test(kernels: Sequence[str], word: str, host: bool, jobs: int, timeout: floa
     for suite in done:
         state = "nothing selected" if suite.status == NO_TESTS_COLLECTED and word else "ok"
         state = state if suite.good(bool(word)) else "FAILED"
-        print(f"=== {suite.where}: {state} (exit status {suite.status}): {suite.closing_line}")
+        outcome = suite.closing_line or f"no closing line; the last test begun was {suite.last_test}"
+        print(f"=== {suite.where}: {state} (exit status {suite.status}): {outcome}", *suite.failures,
+              sep="\n    ")
     passed = any(" passed" in suite.closing_line for suite in done)
     return 0 if passed and all(suite.good(bool(word)) for suite in done) else 1
 
@@ -384,7 +399,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     verb.add_argument("-k", dest="word", default="", help="only tests that match, as in pytest")
     verb.add_argument("--host", action="store_true", help="everything natively, on this machine's driver")
     verb.add_argument("--jobs", type=int, default=JOBS, help="virtual machines at once")
-    verb.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for each kernel")
+    verb.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for each kernel")
     verbs.add_parser("lint", help="ruff and mypy")
     return parser.parse_args(arguments)
 
