@@ -3067,15 +3067,39 @@ def load_target(path: str, name: str) -> type[Target]:
                     f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target")
 
 
+def make_parser(program: str, **options: Any) -> Any:
+    """Make a command line parser. With a width given it does without shutil, whose import takes long."""
+    import argparse
+    return argparse.ArgumentParser(program, allow_abbrev=False,
+                                   formatter_class=partial(argparse.HelpFormatter, width=80), **options)
+
+
 CONVERTERS: dict[str, Callable[[str], Any]] = {"int": parse_size, "Size": parse_size, "float": float}
 
 
-def parameters(cls: type[Target]) -> list[tuple[Any, str]]:
-    """Return the parameters of a target's constructor (see inspect), each with its annotation's name."""
-    import inspect
-    found = inspect.signature(cls).parameters.values()
-    names = [str(getattr(one.annotation, "__name__", one.annotation)) for one in found]
-    return [(one, name.rpartition(".")[2]) for one, name in zip(found, names)]
+REQUIRED = object()                     # the default of a parameter that has none
+CO_VARARGS = 4                          # see inspect
+
+
+def parameters(cls: type[Target]) -> list[tuple[str, str, str, Any]]:
+    """Return name, place (word, words or option), annotation and default of a constructor's parameters.
+
+    What inspect.signature() tells: its import alone would be an eighth of the time until a disk is there.
+    """
+    init: Any = getattr(cls.__init__, "__wrapped__", cls.__init__)
+    code = getattr(init, "__code__", None)
+    if code is None:
+        return []
+    names, words = code.co_varnames, code.co_argcount
+    end = words + code.co_kwonlyargcount
+    places = dict.fromkeys(names[1:words], "word")
+    places.update(dict.fromkeys(names[end:end + 1] if code.co_flags & CO_VARARGS else (), "words"))
+    places.update(dict.fromkeys(names[words:end], "option"))
+    defaults = dict(zip(reversed(names[:words]), reversed(init.__defaults__ or ())))
+    defaults.update(init.__kwdefaults__ or {})
+    kinds = {name: str(getattr(kind, "__name__", kind)) for name, kind in init.__annotations__.items()}
+    return [(name, place, kinds.get(name, "").rpartition(".")[2], defaults.get(name, REQUIRED))
+            for name, place in places.items()]
 
 
 def target_parser(cls: type[Target], word: str) -> Any:
@@ -3084,27 +3108,25 @@ def target_parser(cls: type[Target], word: str) -> Any:
     Positional parameters become words and keyword-only ones options, a Target is made of all words
     that remain. Lines ``name: text`` of the class's docstring are the help.
     """
-    import argparse
     text = cls.__doc__ or ""
     helps = dict(line.strip().partition(": ")[::2] for line in text.splitlines())
-    parser = argparse.ArgumentParser(f"ublk.py {word}", description=text.split("\n\n")[0],
-                                     epilog="Device options: see `ublk.py --help`.",
-                                     allow_abbrev=False)
-    for one, kind in parameters(cls):
-        given = one.default is not one.empty
-        extra: dict[str, Any] = {"help": helps.get(one.name)}
+    parser = make_parser(f"ublk.py {word}", description=text.split("\n\n")[0],
+                         epilog="Device options: see `ublk.py --help`.")
+    for name, place, kind, default in parameters(cls):
+        given = default is not REQUIRED
+        extra: dict[str, Any] = {"help": helps.get(name)}
         if kind == "bool":
             extra["action"] = "store_true"
         elif kind == "Target":
-            extra["nargs"] = argparse.REMAINDER
+            extra["nargs"] = "..."
         else:
-            extra.update(type=CONVERTERS.get(kind, str), default=one.default if given else None)
-        if one.kind == one.KEYWORD_ONLY:
-            parser.add_argument("--" + one.name.replace("_", "-"), required=not given, **extra)
+            extra.update(type=CONVERTERS.get(kind, str), default=default if given else None)
+        if place == "option":
+            parser.add_argument("--" + name.replace("_", "-"), required=not given, **extra)
             continue
-        if given or one.kind == one.VAR_POSITIONAL:
+        if given or place == "words":
             extra["nargs"] = "?" if given else "+"
-        parser.add_argument(one.name, **extra)
+        parser.add_argument(name, **extra)
     return parser
 
 
@@ -3117,12 +3139,12 @@ def make_target(words: Sequence[str]) -> Target:
     values = vars(target_parser(cls, word).parse_args(rest))
     args: list[Any] = []
     options: dict[str, Any] = {}
-    for one, kind in parameters(cls):
-        value: Any = make_target(values[one.name]) if kind == "Target" else values[one.name]
-        if one.kind == one.KEYWORD_ONLY:
-            options[one.name] = value
+    for name, place, kind, _ in parameters(cls):
+        value: Any = make_target(values[name]) if kind == "Target" else values[name]
+        if place == "option":
+            options[name] = value
         else:
-            args += value if one.kind == one.VAR_POSITIONAL else [value]
+            args += value if place == "words" else [value]
     try:
         return cls(*args, **options)
     except UblkError:
@@ -3140,10 +3162,7 @@ def make_target(words: Sequence[str]) -> Target:
 
 def device_parser() -> Any:
     """Make the parser of the options every target takes."""
-    import argparse
-    parser = argparse.ArgumentParser(
-        "ublk.py", usage="ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]", add_help=False,
-        allow_abbrev=False)
+    parser = make_parser("ublk.py", usage="ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]", add_help=False)
     add = parser.add_argument
     add("-n", "--id", type=int, default=-1, help="the N of /dev/ublkbN; default: the first free")
     add("-q", "--queues", type=int, default=1, help="hardware queues (1)")
@@ -3678,12 +3697,11 @@ VERBS = {
 
 def run_verb(words: Sequence[str]) -> int:
     """Run one of the VERBS."""
-    import argparse
     function, text, arguments = VERBS[words[0]]
-    parser = argparse.ArgumentParser(f"ublk.py {words[0]}", description=text, allow_abbrev=False)
+    parser = make_parser(f"ublk.py {words[0]}", description=text)
     for names, extra in arguments:
         parser.add_argument(*names, **extra)
-    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return function(parser.parse_args(words[1:])) or 0
 
 

@@ -733,9 +733,6 @@ class Cow(ublk.Target):
         self.fd, self.lock = self.top.fd, threading.Lock()
         self.fresh: list[slice] = []            # blocks that are to be KEPT
         self._open()
-        # Reading through a mapping is quick; writing through one could kill us when the file
-        # system is full, where pwrite returns ENOSPC.
-        self.marks = mmap.mmap(self.fd, count, prot=mmap.PROT_READ, offset=self.marks_at)
         if commit:
             self._commit()
 
@@ -779,14 +776,21 @@ class Cow(ublk.Target):
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into (whether the overlay has it, offset, length)."""
-        marks = self.marks[self.blocks(offset, length)]
-        for run in re.finditer(b"\0+|[^\0]+", marks):
+        for run in re.finditer(b"\0+|[^\0]+", self._marks(self.blocks(offset, length))):
             yield run[0][:1] != BASE, offset + run.start() * self.grain, len(run[0]) * self.grain
+
+    def _marks(self, blocks: slice) -> bytes:
+        """Return the marks of blocks. A mapping would be quicker, and kill us: a full tmpfs has no page
+        to show for a hole, not even for reading."""
+        marks = os.pread(self.fd, blocks.stop - blocks.start, self.marks_at + blocks.start)
+        if len(marks) < blocks.stop - blocks.start:
+            raise OSError(errno.EIO, "the overlay's end is missing")
+        return marks
 
     def _mark(self, blocks: slice) -> None:
         """Note that the overlay has these blocks."""
         with self.lock:
-            marks = self.marks[blocks]
+            marks = self._marks(blocks)
             if BASE in marks:
                 write_all(self.fd, marks.replace(BASE, OURS), self.marks_at + blocks.start)
                 self.fresh.append(blocks)
@@ -847,7 +851,6 @@ class Cow(ublk.Target):
             self._keep(self.fresh)
             os.fdatasync(self.fd)
             self.top.close()
-            self.marks.close()      # it has a descriptor of its own, and with that the lock
             os.close(self.base)
 
 
@@ -1762,8 +1765,7 @@ def apply(log: Any, entry: Entry, disk: Any) -> None:
 
 def replay(argv: Sequence[str]) -> int:
     """Rebuild a recorded disk, or look for the first moment at which a crash would be fatal."""
-    import argparse
-    parser = argparse.ArgumentParser("ublk.py replay", description=replay.__doc__, allow_abbrev=False)
+    parser = ublk.make_parser("ublk.py replay", description=replay.__doc__)
     add = parser.add_argument
     add("log", help="what the target record has written")
     add("disk", nargs="?", help="the disk image to make; without it the entries are shown")
