@@ -1639,28 +1639,17 @@ class Queue:
     def _simple(self, function: Callable[..., Any], arguments: Callable[[int, int, int], Any],
                 tag: int, flags: int, offset: int, length: int) -> int | None:
         """Serve a request without data: its result is only good or bad."""
-        outcome = function(*arguments(flags, offset, length))
-        if type(outcome) is CoroutineType:
-            return self._later(tag, outcome, lambda _: length)
-        return length
+        return self._end(tag, function(*arguments(flags, offset, length)), lambda _: length)
 
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        path = self.path if not flags & UBLK_IO_F_SHMEM_ZC else self.shared
+        path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
         buffer = path.room(tag, length)
-        outcome = self.target.read(offset, buffer[:])
-        if outcome is None:
-            return path.give(tag, buffer)
-        return self._later(tag, whole(self.target.read, outcome, offset, buffer),
-                           lambda _: path.give(tag, buffer))
+        return self._move(tag, self.target.read, offset, buffer, lambda _: path.give(tag, buffer))
 
     def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        path = self.path if not flags & UBLK_IO_F_SHMEM_ZC else self.shared
+        path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
         function = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
-        buffer = path.data(tag, length)
-        outcome = function(offset, buffer[:])
-        if outcome is None:
-            return length
-        return self._later(tag, whole(function, outcome, offset, buffer), lambda _: length)
+        return self._move(tag, function, offset, path.data(tag, length), lambda _: length)
 
     def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -1686,10 +1675,7 @@ class Queue:
             self.appended(tag, position // SECTOR)
             return length
 
-        outcome = self.target.zone_append(offset, self.path.data(tag, length))
-        if type(outcome) is CoroutineType:
-            return self._later(tag, outcome, landed)
-        return landed(outcome)
+        return self._end(tag, self.target.zone_append(offset, self.path.data(tag, length)), landed)
 
     def appended(self, tag: int, sector: int) -> None:
         """Note where the data of a ZONE_APPEND landed: its COMMIT says so, and no other may."""
@@ -1697,6 +1683,18 @@ class Queue:
         self._appended.append(tag)
 
     # ---- coroutines ------------------------------------------------------------------------------
+
+    def _move(self, tag: int, function: Callable[..., Any], offset: int, buffer: memoryview,
+              finish: Callable[[Any], int]) -> int | None:
+        """Have a method move all of a buffer's data; return finish(None), now or later."""
+        outcome = function(offset, buffer[:])
+        if outcome is not None:
+            outcome = whole(function, outcome, offset, buffer)
+        return self._end(tag, outcome, finish)
+
+    def _end(self, tag: int, outcome: Any, finish: Callable[[Any], int]) -> int | None:
+        """Return finish(outcome), the result of a request, or None where a coroutine has to end first."""
+        return self._later(tag, outcome, finish) if type(outcome) is CoroutineType else finish(outcome)
 
     def _later(self, tag: int, coroutine: Any, finish: Callable[[Any], int | None],
                awaited: Any = None) -> int | None:

@@ -81,9 +81,11 @@ def measure(rounds: int, seconds: float, words: Sequence[str], quick: bool) -> N
             for name, start in STARTS.items():
                 with reported(name), contextlib.ExitStack() as stack:
                     began = time.monotonic()
-                    start(stack)
+                    disk = start(stack)
                     tell(group="start", case=name, workload="start", round=number,
                          value=time.monotonic() - began)
+                    if disk and number == 0:
+                        tell(memory=name, group="start", mib=resident(disk.pid), path=disk.path_name)
     if asked_for("idle", words or ["none"] if quick else words):
         with reported("idle"):
             tell(idle=idle(50, 10))

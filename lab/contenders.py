@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 
 HERE = Path(__file__).resolve().parent
 UBLK = HERE.parent / "ublk.py"
@@ -230,7 +230,7 @@ def python_alone(stack: ExitStack) -> None:
 
 
 CASES: list[Case] = []
-STARTS: dict[str, Callable[[ExitStack], object]] = {
+STARTS: dict[str, Callable[[ExitStack], Optional[Disk]]] = {
     "python3 -c pass": python_alone,
     "ublk.py null": ours("null"),
     "ublk.py null, compiled before": ours("null", launcher=COMPILED),
