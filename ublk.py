@@ -2094,6 +2094,20 @@ STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are
 SERVER_TIMEOUT = 15.0           # seconds the kernel may take to notice that a server is gone
 GRACE = 2.0                     # seconds a worker has to leave its loop when told to
 
+RECOVERY_MODES = {None: 0, "requeue": UBLK_F_USER_RECOVERY,
+                  "reissue": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
+                  "fail": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO}
+
+# Name of a checksum -> its number, and how many bytes of metadata a block must have for it.
+CHECKSUMS = {"none": (LBMD_PI_CSUM_NONE, 1), "ip": (LBMD_PI_CSUM_IP, 8),
+             "crc": (LBMD_PI_CSUM_CRC16_T10DIF, 8), "crc64": (LBMD_PI_CSUM_CRC64_NVME, 16)}
+
+
+def refuse(wrong: object, what: str, reason: str, remedy: str = "choose another") -> None:
+    """Raise UblkError (EINVAL) for what cannot be had, if something is wrong with it."""
+    if wrong:
+        raise UblkError(errno.EINVAL, what, reason, remedy)
+
 
 def check_limits(device: Device) -> None:
     """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
@@ -2103,9 +2117,8 @@ def check_limits(device: Device) -> None:
             ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
             ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
             ("size", device.target.size, SECTOR, (1 << 63) - 1)):
-        if not isinstance(value, int) or not least <= value <= most:
-            raise UblkError(errno.EINVAL, f"{name} {value}", f"not a number from {least} to {most}",
-                            "choose another")
+        fits = isinstance(value, int) and least <= value <= most
+        refuse(not fits, f"{name} {value}", f"not a number from {least} to {most}")
 
 
 def params_of(target: Any, max_io: int) -> Any:
@@ -2113,62 +2126,47 @@ def params_of(target: Any, max_io: int) -> Any:
 
     Raises UblkError (EINVAL) for a size or block size no disk can have.
     """
-    block = target.block_size
-    if block & (block - 1):
-        raise UblkError(errno.EINVAL, f"block size {block}", "not a power of two", "choose another")
-    if target.size % block:
-        raise UblkError(errno.EINVAL, f"size {target.size}",
-                        f"not a positive multiple of the block size {block}", "choose another size")
-    physical = max(target.physical_block_size, block)
-    attrs = UBLK_ATTR_READ_ONLY if target.read_only else 0
-    attrs |= UBLK_ATTR_ROTATIONAL if target.rotational else 0
-    attrs |= UBLK_ATTR_VOLATILE_CACHE if hasattr(target, "flush") else 0
-    attrs |= UBLK_ATTR_FUA if hasattr(target, "flush") and hasattr(target, "write_fua") else 0
-    params = ublk_params(types=UBLK_PARAM_TYPE_BASIC)
-    params.basic = ublk_param_basic(
+    block, physical = target.block_size, max(target.physical_block_size, target.block_size)
+    refuse(block & (block - 1), f"block size {block}", "not a power of two")
+    refuse(target.size % block, f"size {target.size}",
+           f"not a positive multiple of the block size {block}", "choose another size")
+    flushes, fua, discards, zeroes, zoned = (hasattr(target, name) for name in (
+        "flush", "write_fua", "discard", "write_zeroes", "zone_size"))
+    attrs = (UBLK_ATTR_READ_ONLY * bool(target.read_only) | UBLK_ATTR_ROTATIONAL * bool(target.rotational)
+             | UBLK_ATTR_VOLATILE_CACHE * flushes | UBLK_ATTR_FUA * (flushes and fua))
+    params = ublk_params(types=UBLK_PARAM_TYPE_BASIC, basic=ublk_param_basic(
         attrs=attrs, logical_bs_shift=block.bit_length() - 1,
         physical_bs_shift=physical.bit_length() - 1, io_min_shift=physical.bit_length() - 1,
-        max_sectors=max_io // SECTOR, chunk_sectors=target.boundary // SECTOR,
-        dev_sectors=target.size // SECTOR)
-    if hasattr(target, "zone_size"):
+        max_sectors=max_io // SECTOR, dev_sectors=target.size // SECTOR,
+        chunk_sectors=(target.zone_size if zoned else target.boundary) // SECTOR))
+    if zoned:
         params.types |= UBLK_PARAM_TYPE_ZONED
-        params.basic.chunk_sectors = target.zone_size // SECTOR
         params.zoned = ublk_param_zoned(
             max_open_zones=target.max_open_zones, max_active_zones=target.max_active_zones,
             max_zone_append_sectors=min(target.max_append, max_io) // SECTOR)
     if target.metadata_size:
         params.types |= UBLK_PARAM_TYPE_INTEGRITY
         params.integrity = integrity_of(target)
-    if hasattr(target, "discard") or hasattr(target, "write_zeroes"):
+    if discards or zeroes:
         params.types |= UBLK_PARAM_TYPE_DISCARD
         params.discard = ublk_param_discard(
             discard_granularity=target.discard_granularity or block, max_discard_segments=1,
-            max_discard_sectors=MAX_DISCARD // SECTOR if hasattr(target, "discard") else 0,
-            max_write_zeroes_sectors=MAX_DISCARD // SECTOR if hasattr(target, "write_zeroes") else 0)
+            max_discard_sectors=MAX_DISCARD // SECTOR * discards,
+            max_write_zeroes_sectors=MAX_DISCARD // SECTOR * zeroes)
     return params
-
-
-# Name of a checksum -> its number, and how many bytes of a block's metadata it and its tags take.
-CHECKSUMS = {"none": (LBMD_PI_CSUM_NONE, 0), "ip": (LBMD_PI_CSUM_IP, 8),
-             "crc": (LBMD_PI_CSUM_CRC16_T10DIF, 8), "crc64": (LBMD_PI_CSUM_CRC64_NVME, 16)}
 
 
 def integrity_of(target: Any) -> Any:
     """Return the parameters of a disk's metadata: the kernel's tuple first, then what clients like."""
-    if target.checksum not in CHECKSUMS:
-        raise UblkError(errno.EINVAL, f"checksum {target.checksum!r}", "there is none so called",
-                        f"choose one of {', '.join(CHECKSUMS)}")
+    refuse(target.checksum not in CHECKSUMS, f"checksum {target.checksum!r}", "there is none so called",
+           f"choose one of {', '.join(CHECKSUMS)}")
     number, least = CHECKSUMS[target.checksum]
-    if not max(least, 1) <= target.metadata_size <= 255:
-        raise UblkError(errno.EINVAL, f"metadata of {target.metadata_size} bytes",
-                        f"not a number from {max(least, 1)} to 255, as {target.checksum} wants it",
-                        "choose another")
-    if hasattr(target, "zone_size"):
-        raise UblkError(errno.EINVAL, "metadata on a zoned disk", "not supported", "do without")
+    refuse(not least <= target.metadata_size <= 255, f"metadata of {target.metadata_size} bytes",
+           f"not a number from {least} to 255, as {target.checksum} wants it")
+    refuse(hasattr(target, "zone_size"), "metadata on a zoned disk", "not supported", "do without")
     return ublk_param_integrity(
-        flags=LBMD_PI_CAP_INTEGRITY | (LBMD_PI_CAP_REFTAG if number else 0),
-        interval_exp=target.block_size.bit_length() - 1, metadata_size=target.metadata_size,
-        csum_type=number)
+        flags=LBMD_PI_CAP_INTEGRITY | (LBMD_PI_CAP_REFTAG if number else 0), csum_type=number,
+        interval_exp=target.block_size.bit_length() - 1, metadata_size=target.metadata_size)
 
 
 class Worker(threading.Thread):
@@ -2715,13 +2713,6 @@ def _disown_all() -> None:
 
 # A child that a program forks for purposes of its own would keep DEL_DEV waiting for its copies.
 os.register_at_fork(after_in_child=_disown_all)
-
-RECOVERY_MODES = {
-    None: 0,
-    "requeue": UBLK_F_USER_RECOVERY,
-    "reissue": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
-    "fail": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO,
-}
 
 
 def pages(size: int) -> int:
