@@ -2122,10 +2122,7 @@ def check_limits(device: Device) -> None:
 
 
 def params_of(target: Any, max_io: int) -> Any:
-    """Return the parameters of a disk with this target; max_io in bytes.
-
-    Raises UblkError (EINVAL) for a size or block size no disk can have.
-    """
+    """Return the parameters of a disk; UblkError (EINVAL) for a size or block size none can have."""
     block, physical = target.block_size, max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
     refuse(target.size % block, f"size {target.size}",
@@ -2182,17 +2179,13 @@ class Worker(threading.Thread):
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         failure = None
         try:
-            self.attend(lambda: self.device.report(ready=1))
+            self.serve(lambda: self.device.report(ready=1))
         except BaseException as error:
             failure = error
         self.device.report(ended=1, failure=failure)
 
-    def attend(self, ready: Callable[[], object]) -> None:
-        """See the queue through its life; call ready() once requests can arrive."""
-        self.serve(ready)
-
     def serve(self, ready: Callable[[], object]) -> None:
-        """Serve the queue in the calling thread until the device ends."""
+        """Serve the queue until the device ends; call ready() once requests can arrive."""
         io_flusher()
         if self.cpus:
             os.sched_setaffinity(0, self.cpus)
@@ -2219,10 +2212,7 @@ class Worker(threading.Thread):
 
 
 class Process(Worker):
-    """The same in a process of its own, forked after /dev/ublkcN was opened and mapped.
-
-    The child inherits both, and makes its ring itself; the thread here waits for its end.
-    """
+    """The same in a process, which inherits /dev/ublkcN open and mapped; the thread awaits its end."""
 
     def fork(self) -> None:
         """Start the process. To be called before there are other threads."""
@@ -2239,7 +2229,7 @@ class Process(Worker):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.close(self.device.wake_write)    # so that wake_fd tells when the parent is gone
             self.device.control.close()
-            self.serve(lambda: (os.write(writer, b"+"), self.device.on_forked(self.device.id)))
+            super().serve(lambda: (os.write(writer, b"+"), self.device.on_forked(self.device.id)))
             status = 0
         except UblkError as error:
             os.write(writer, str(error).encode())
@@ -2248,14 +2238,14 @@ class Process(Worker):
         finally:
             os._exit(status)
 
-    def attend(self, ready: Callable[[], object]) -> None:
+    def serve(self, ready: Callable[[], object]) -> None:
+        """Wait for the end of the process; call ready() once requests can arrive."""
         with open(self.pipe, "rb") as pipe:
             if (first := pipe.read(1)) == b"+":
                 ready()
                 first = b""
             text = (first + pipe.read()).decode()
-        status = os.waitpid(self.pid, 0)[1]
-        if status:
+        if status := os.waitpid(self.pid, 0)[1]:
             raise UblkError(errno.ECHILD, f"the process of queue {self.index} died",
                             text or f"wait status {status}")
 
@@ -2281,20 +2271,17 @@ class Device:
     """
 
     def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
-                 max_io: int = 512 << 10, recovery: str | None = None,
-                 unprivileged: bool | None = None, partition_scan: bool = True,
-                 data_path: str | None = None, batch: bool = False, share_memory: bool = False,
-                 processes: bool | None = None,
+                 max_io: int = 512 << 10, recovery: str | None = None, unprivileged: bool | None = None,
+                 partition_scan: bool = True, data_path: str | None = None, batch: bool = False,
+                 share_memory: bool = False, processes: bool | None = None,
                  words: tuple[str, list[str], dict[str, Any]] | None = None) -> None:
-        self.target, self.id = target, id
-        self.queues, self.depth, self.max_io = queues, depth, max_io
+        self.target, self.id, self.queues, self.depth, self.max_io = target, id, queues, depth, max_io
         self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
-        self.batch, self.share_memory = batch, share_memory
+        self.batch, self.share_memory, self.zoned = batch, share_memory, hasattr(target, "zone_size")
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-        self.processes = target.processes and gil if processes is None else processes
-        if share_memory:                    # processes forked before share() would not see it
-            self.processes = False
+        apart = target.processes and gil if processes is None else processes
+        self.processes = apart and not share_memory     # forked before share(), they would not see it
         self.words = words or (type(target).__name__, [], {})
         self.on_added: Callable[[int], object] = bool   # called once the device has its number
         self.on_forked: Callable[[int], object] = bool  # called in the process of a queue, once it serves
@@ -2302,12 +2289,10 @@ class Device:
         self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
         self.descriptors: list[mmap.mmap] = []
-        self.zoned = hasattr(target, "zone_size")
         self.shared: dict[int, memoryview] = {}         # memory shared with clients, by its index
         self.failure: BaseException | None = None
-        self.abandoned = False
+        self.abandoned = self._added = self._serving = False
         self._control: Control | None = None
-        self._added = self._serving = False
         self._workers: list[Worker] = []
         self._scanner: Any = None                       # the process that looks for partitions
         self._changed = threading.Condition()
@@ -2340,12 +2325,10 @@ class Device:
 
     @property
     def partx_scans(self) -> bool:
-        """Whether partx looks for partitions instead of the kernel, which does so quietly since 7.0.
-
-        Up to 6.x it reads them inside START_DEV. If the server is killed in that moment, START_DEV
-        never ends, nor does anything else about the device. No disk is scanned that a thread
-        without CAP_SYS_ADMIN serves, an ordinary user's never; so the threads fetch without it.
-        """
+        """Whether partx looks for partitions instead of the kernel, which does so quietly since 7.0."""
+        # Up to 6.x it reads them inside START_DEV. If the server is killed in that moment, START_DEV
+        # never ends, nor does anything else about the device. No disk is scanned that a thread
+        # without CAP_SYS_ADMIN serves, an ordinary user's never; so the threads fetch without it.
         return not self.unprivileged and not (self.control.features or 0) & UBLK_F_NO_AUTO_PART_SCAN
 
     @property
@@ -2360,19 +2343,29 @@ class Device:
         self._only_once()
         check_limits(self)
         params = params_of(self.target, self.max_io)
-        try:
-            self._add(params)
-            self._serve()
-            self._go_live(self.control.start_dev)
-            self._scan()
-        except BaseException as error:
-            self._give_up(error, self.stop)
+        self._take(self.stop, lambda: self._add(params), self._serve,
+                   lambda: self._go_live(self.control.start_dev), self._scan)
 
     def _only_once(self) -> None:
         """Refuse a second life: START_DEV after STOP_DEV on one open node crashes older kernels."""
         if self._serving or self.abandoned:
             raise UblkError(errno.EALREADY, f"device {self.id}", "this Device was started before",
                             "make a new Device")
+
+    def _take(self, undo: Callable[[], None], *steps: Callable[[], object]) -> None:
+        """Take the steps to a disk. If one fails, undo them, and raise what it failed of."""
+        try:
+            for step in steps:
+                step()
+        except BaseException as error:
+            cause = self.failure
+            try:
+                undo()
+            except UblkError as left:
+                print(f"ublk: device {self.id} is left behind: {left}", file=sys.stderr)
+            if cause is not None and isinstance(error, UblkError):
+                raise cause from None
+            raise
 
     def _add(self, params: Any) -> None:
         """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
@@ -2386,41 +2379,39 @@ class Device:
         await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
-        kept = self.control.get_params(self.id).types
+        lost = params.types & ~self.control.get_params(self.id).types
         for kind, (name, since) in PARAM_TYPES.items():
-            if params.types & ~kept & kind:
+            if lost & kind:
                 raise UblkError(errno.EOPNOTSUPP, f"parameters {name}",
                                 f"needs Linux {since}, this is {kernel_release()}")
 
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
         known = self.control.features or 0
-        if self.unprivileged and privileged():
-            raise UblkError(errno.EINVAL, "an unprivileged device", "this process has CAP_SYS_ADMIN",
-                            "run as an ordinary user, or without -p")
-        flags = DATA_PATHS[self.path_name or self._best_path(known)].features
-        flags |= RECOVERY_MODES[self.recovery]
-        flags |= (UBLK_F_ZONED if self.zoned else 0) | (UBLK_F_BATCH_IO if self.batch else 0)
-        if self.share_memory:
-            flags |= UBLK_F_SHMEM_ZC
-            if self.recovery:               # the kernel would tell of memory the next server does not have
-                raise UblkError(errno.EINVAL, "a disk that outlives its server",
-                                "not possible with shared memory", "choose one of them")
-        flags |= UBLK_F_INTEGRITY if self.target.metadata_size else 0
-        # With batches QUIESCE_DEV fails what arrives meanwhile (seen on 7.3), which it is there to avoid.
-        flags |= UBLK_F_QUIESCE & known if self.recovery and not self.batch else 0
-        flags |= UBLK_F_UNPRIVILEGED_DEV if self.unprivileged else 0
-        return flags | (0 if self.partition_scan else UBLK_F_NO_AUTO_PART_SCAN & known)
+        refuse(self.unprivileged and privileged(), "an unprivileged device",
+               "this process has CAP_SYS_ADMIN", "run as an ordinary user, or without -p")
+        path = DATA_PATHS[self.path_name or self._best_path(known)]
+        flags = path.features | RECOVERY_MODES[self.recovery]
+        # The kernel would tell of memory that the next server does not have.
+        refuse(self.share_memory and self.recovery, "a disk that outlives its server",
+               "not possible with shared memory", "choose one of them")
+        for feature, wanted in (
+                (UBLK_F_ZONED, self.zoned), (UBLK_F_BATCH_IO, self.batch),
+                (UBLK_F_SHMEM_ZC, self.share_memory), (UBLK_F_INTEGRITY, self.target.metadata_size),
+                (UBLK_F_UNPRIVILEGED_DEV, self.unprivileged),
+                # With batches it fails what arrives meanwhile (seen on 7.3), which it is there to avoid.
+                (UBLK_F_QUIESCE & known, self.recovery and not self.batch),
+                (UBLK_F_NO_AUTO_PART_SCAN & known, not self.partition_scan)):
+            flags |= feature if wanted else 0
+        return flags
 
     def _best_path(self, known: int) -> str:
         """Return the fastest data path that target, kernel and privileges allow."""
         if self.zoned or self.target.metadata_size:
             return "user-copy"
-        if hasattr(self.target, "map") and not self.unprivileged:
-            for name in ("auto-zero-copy", "zero-copy"):
-                if DATA_PATHS[name].features & ~known == 0:
-                    return name
-        return "copy"
+        maps = hasattr(self.target, "map") and not self.unprivileged
+        names = ("auto-zero-copy", "zero-copy") if maps else ()
+        return next((name for name in names if not DATA_PATHS[name].features & ~known), "copy")
 
     def _serve(self) -> None:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
@@ -2431,12 +2422,13 @@ class Device:
         # Before 6.16 a disk that lost one of several processes under load could not be recovered.
         whole = not self.info.flags & UBLK_F_USER_RECOVERY or \
             (self.control.features or 0) & UBLK_F_PER_IO_DAEMON
+        kind = Process if self.processes and count > 1 and whole else Worker
+        size, apart = (-(-depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE      # in whole pages
+                       for depth in (self.info.queue_depth, UBLK_MAX_QUEUE_DEPTH))
         for index in range(count):
             self.descriptors.append(mmap.mmap(
-                self.char_fd, pages(self.info.queue_depth * self.desc_size), mmap.MAP_SHARED,
-                mmap.PROT_READ, offset=index * pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)))
+                self.char_fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=index * apart))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
-            kind = Process if self.processes and count > 1 and whole else Worker
             self._workers.append(kind(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
             if isinstance(worker, Process):
@@ -2468,11 +2460,8 @@ class Device:
             self._changed.notify_all()
 
     def _go_live(self, command: Callable[..., None]) -> None:
-        """START_DEV or END_USER_RECOVERY; raises UblkError if somebody took the device away meanwhile.
-
-        Neither is sent then: kernels before 7.3 would make a disk that nobody serves, or crash.
-        """
-        try:
+        """START_DEV or END_USER_RECOVERY; raises UblkError if somebody took the device away meanwhile."""
+        try:        # then it is not sent: kernels before 7.3 would make a disk nobody serves, or crash
             command(self.id, os.getpid(), abort=lambda: self._ended > 0)
         except UblkError:
             if not self._ended:
@@ -2498,21 +2487,9 @@ class Device:
     def _await_scanner(self, seconds: float, enough: Callable[[], bool] = bool) -> None:
         """Wait for the end of partx, so many seconds or until it is enough."""
         deadline = time.monotonic() + seconds
-        while self._scanner and self._scanner.poll() is None and not enough():
-            if time.monotonic() > deadline:
-                return
+        while self._scanner and self._scanner.poll() is None and not enough() \
+                and time.monotonic() <= deadline:
             time.sleep(0.005)
-
-    def _give_up(self, error: BaseException, undo: Callable[[], None]) -> NoReturn:
-        """Undo a start that failed, and raise what it failed of."""
-        cause = self.failure
-        try:
-            undo()
-        except UblkError as left:
-            print(f"ublk: device {self.id} is left behind: {left}", file=sys.stderr)
-        if cause is not None and isinstance(error, UblkError):
-            raise cause from None
-        raise error
 
     # ---- from a disk without a server back to one with -------------------------------------------
 
@@ -2531,45 +2508,36 @@ class Device:
     def resume(self) -> None:
         """What recover() does, for a Device that was not started."""
         self._only_once()
-        try:
-            self._adopt()
-            self._serve()
-            self._go_live(self.control.end_user_recovery)
-        except BaseException as error:
-            self._give_up(error, self.detach)
+        self._take(self.detach, self._adopt, self._serve,
+                   lambda: self._go_live(self.control.end_user_recovery))
         self._added = True
 
     def _adopt(self) -> None:
         """Take over what the kernel knows of the device, once it is ready for a new server."""
+        what = f"cannot recover device {self.id}"
         self.info = self.control.get_dev_info(self.id)
-        if not self.info.flags & UBLK_F_USER_RECOVERY:
-            raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
-                            "it was not made to be recovered",
-                            f"delete it (`ublk.py del {self.id}`) and create it with -r")
+        refuse(not self.info.flags & UBLK_F_USER_RECOVERY, what, "it was not made to be recovered",
+               f"delete it (`ublk.py del {self.id}`) and create it with -r")
         params = self.control.get_params(self.id)
-        basic, kept = params.basic, params.integrity.metadata_size
-        if self.target.metadata_size != kept:
-            raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
-                            f"the target has {self.target.metadata_size} bytes of metadata beside a "
-                            f"block, the disk {kept}", "give it the target it had")
+        basic, kept, given = params.basic, params.integrity.metadata_size, self.target.metadata_size
+        refuse(given != kept, what, f"the target has {given} bytes of metadata beside a block, "
+               f"the disk {kept}", "give it the target it had")
         size, self.target.block_size = basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
         if self.target.size != size and hasattr(self.target, "resized"):
             self.target.resized(size)
-        elif self.target.size < size:
-            raise UblkError(errno.EINVAL, f"cannot recover device {self.id}",
-                            f"the target has {self.target.size} bytes, the disk {size}",
-                            "give it a target as large as the disk")
-        self._await_end_of_server()
+        else:
+            refuse(self.target.size < size, what, f"the target has {self.target.size} bytes, "
+                   f"the disk {size}", "give it a target as large as the disk")
+        self._await_end_of_server(what)
         save_state(self)
 
-    def _await_end_of_server(self) -> None:
+    def _await_end_of_server(self, what: str) -> None:
         """START_USER_RECOVERY, as soon as the kernel allows it."""
         begun, told = time.monotonic(), False
         while True:
             info = self.control.get_dev_info(self.id)
-            if info.state == UBLK_S_DEV_DEAD:
-                raise UblkError(errno.EINVAL, f"cannot recover device {self.id}", "it is stopped",
-                                f"delete it: `ublk.py del {self.id}`")
+            refuse(info.state == UBLK_S_DEV_DEAD, what, "it is stopped",
+                   f"delete it: `ublk.py del {self.id}`")
             waited, lives = time.monotonic() - begun, alive(info.ublksrv_pid)
             try:
                 if info.state != UBLK_S_DEV_LIVE:
@@ -2580,7 +2548,7 @@ class Device:
                 if error.errno != errno.EBUSY or waited > SERVER_TIMEOUT:
                     raise
             if waited > (2.0 if lives else SERVER_TIMEOUT):
-                raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, f"cannot recover device {self.id}")
+                raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
             if waited > 1.0 and not lives and not told:
                 told = True
                 print(f"ublk: waiting for the kernel to notice that the server of device {self.id} "
