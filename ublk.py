@@ -2581,20 +2581,18 @@ class Device:
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16)."""
         require(UBLK_F_UPDATE_SIZE & ~(self.control.features or 0))
-        resized = getattr(self.target, "resized", bool)
-        if size > self.target.size:
+        grows, resized = size > self.target.size, getattr(self.target, "resized", bool)
+        if grows:
             resized(size)               # before the first request for what is new
-            self.control.update_size(self.id, size)
-        else:
-            self.control.update_size(self.id, size)
+        self.control.update_size(self.id, size)
+        if not grows:
             resized(size)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
 
-        Handlers get timeout seconds to end what they are doing, then their requests fail.
-        Raises UblkError (EBUSY) that names who still holds the disk open: the device goes when
-        they close it.
+        Handlers get timeout seconds to end what they are doing, then their requests fail. Raises
+        UblkError (EBUSY) that names who still holds the disk open: the device goes when they close it.
         """
         try:
             if self._added and (self._ended < len(self._workers) or not self._serving):
