@@ -2681,11 +2681,6 @@ def _disown_all() -> None:
 os.register_at_fork(after_in_child=_disown_all)
 
 
-def pages(size: int) -> int:
-    """Round a size in bytes up to whole pages."""
-    return -(-size // PAGE_SIZE) * PAGE_SIZE
-
-
 def privileged() -> bool:
     """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
@@ -2707,14 +2702,12 @@ def alive(pid: int) -> bool:
 def check_flags(flags: int, known: int | None) -> None:
     """Refuse what the kernel would refuse or silently drop, saying why. Raises UblkError."""
     for feature in FEATURES:
-        if flags & feature and feature.needs and not flags & feature.needs:
-            raise UblkError(errno.EINVAL, f"{feature.name} ({feature.meaning})",
-                            "not possible without " + " or ".join(flag_names(feature.needs)))
-        if flags & feature and flags & feature.excludes:
-            other = " and ".join(flag_names(flags & feature.excludes))
-            raise UblkError(errno.EINVAL, f"{feature.name} ({feature.meaning})",
-                            f"the kernel does not allow it together with {other}",
-                            "choose one of them")
+        if flags & feature:
+            what, other = f"{feature.name} ({feature.meaning})", flags & feature.excludes
+            refuse(feature.needs and not flags & feature.needs, what,
+                   "not possible without " + " or ".join(flag_names(feature.needs)), "")
+            refuse(other, what, "the kernel does not allow it together with "
+                   + " and ".join(flag_names(other)), "choose one of them")
     if known is not None:
         require(flags & ~known)
 
@@ -2729,11 +2722,9 @@ def require(missing: int) -> None:
 
 
 def await_node(path: str, mode: int) -> None:
-    """Wait until udev has made a device node and, for ordinary users, handed it over.
-
-    In a container a plain file may stand in its place first, for the node to be mounted upon.
-    """
+    """Wait until udev has made a device node and, for ordinary users, handed it over."""
     deadline, pause = time.monotonic() + NODE_TIMEOUT, 0.001
+    # In a container a plain file may stand in its place first, for the node to be mounted upon.
     while not os.access(path, mode) or os.path.isfile(path):
         if time.monotonic() > deadline:
             number = errno.EACCES if os.path.exists(path) else errno.ENOENT
@@ -2759,11 +2750,9 @@ def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT) -> int:
 
 
 def io_flusher() -> None:
-    """Keep this thread's memory allocations from waiting for disks, ours among them.
-
-    prctl(PR_SET_IO_FLUSHER), Linux 5.6; it needs CAP_SYS_RESOURCE, and without it there is only
-    the small risk left that reclaiming memory waits for the disk that waits for memory.
-    """
+    """Keep this thread's memory allocations from waiting for disks, ours among them (Linux 5.6)."""
+    # It needs CAP_SYS_RESOURCE, and without it there is only the small risk left that reclaiming
+    # memory waits for the disk that waits for memory.
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
@@ -2779,6 +2768,7 @@ def set_admin(use: bool) -> None:
 def holders(dev_id: int) -> list[str]:
     """Return who has /dev/ublkbN or one of its partitions open or mounted, as far as we may see."""
     found = []
+    nodes = (f"/dev/ublkb{dev_id} ", f"/dev/ublkb{dev_id}p")    # a deleted one ends in " (deleted)"
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
@@ -2786,29 +2776,20 @@ def holders(dev_id: int) -> list[str]:
                 name = file.read().strip()
         except OSError:
             continue
-        if any(is_node_of(dev_id, link) for link in links):
+        if any(f"{link} ".startswith(nodes) for link in links):
             found.append(f"{name} (pid {pid})")
     with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
-        found += [f"the mount at {line.split()[1]}" for line in file if is_node_of(dev_id, line.split()[0])]
-    return found
-
-
-def is_node_of(dev_id: int, path: str) -> bool:
-    """Tell whether path is the block device of dev_id or one of its partitions, even if deleted."""
-    head, _, tail = path.partition(f"/dev/ublkb{dev_id}")
-    return not head and (not tail or tail[0] in "p ") and path != tail
+        return found + [f"the mount at {line.split()[1]}" for line in file if line.startswith(nodes)]
 
 
 def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
-    """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
-
-    Up to Linux 6.3 the kernel's thread that stops a disk may be left with the last reference to
-    /dev/ublkcN, and drop it only when it has nothing else to do: given DEL_DEV, which waits for
-    just that, it would wait for ever. So this stops the disk first and sees the node closed.
-    """
+    """DEL_DEV, or an error that says who holds the disk. Forgets the state file."""
     forget_state(dev_id)
     remedy = f"end its server, then `ublk.py del {dev_id}`"
     try:
+        # Up to Linux 6.3 the kernel's thread that stops a disk may be left with the last reference to
+        # /dev/ublkcN, and drop it only when it has nothing else to do: given DEL_DEV, which waits for
+        # just that, it would wait for ever. So this stops the disk first and sees the node closed.
         if control.legacy:
             control.stop_dev(dev_id, timeout)
             os.close(open_char(dev_id, timeout))
@@ -2828,24 +2809,9 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
 
 def run_dir() -> str:
     """Return the directory of the state files."""
-    if "UBLK_RUN_DIR" in os.environ:
-        return os.environ["UBLK_RUN_DIR"]
-    if os.geteuid() == 0:
-        return "/run/ublk"
-    if "XDG_RUNTIME_DIR" in os.environ:
-        return os.path.join(os.environ["XDG_RUNTIME_DIR"], "ublk")
-    return f"/tmp/ublk-{os.geteuid()}"
-
-
-def make_run_dir() -> str:
-    """Make the directory of the state files, and make sure that nobody else can write there."""
-    directory = run_dir()
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    status = os.lstat(directory)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise UblkError(errno.EPERM, f"state directory {directory}", "others may write there",
-                        "set UBLK_RUN_DIR to a directory of yours with mode 0700")
-    return directory
+    user, runtime = os.geteuid(), os.environ.get("XDG_RUNTIME_DIR")
+    own = f"/tmp/ublk-{user}" if runtime is None else os.path.join(runtime, "ublk")
+    return os.environ.get("UBLK_RUN_DIR", own if user else "/run/ublk")
 
 
 def state_path(dev_id: int) -> str:
@@ -2854,12 +2820,17 @@ def state_path(dev_id: int) -> str:
 
 
 def save_state(device: Device) -> None:
-    """Write the state file of a device atomically."""
+    """Write the state file of a device atomically, in a directory where nobody else can write."""
     import json
     target, args, options = device.words
     state = {"id": device.id, "target": target, "args": args, "options": options,
              "cwd": os.getcwd(), "pid": os.getpid()}
-    path = os.path.join(make_run_dir(), f"{device.id}.json")
+    directory, path = run_dir(), state_path(device.id)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise UblkError(errno.EPERM, f"state directory {directory}", "others may write there",
+                        "set UBLK_RUN_DIR to a directory of yours with mode 0700")
     with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
         json.dump(state, file)
     os.rename(f"{path}.new", path)
@@ -2871,10 +2842,7 @@ def private(path: str, flags: int) -> int:
 
 
 def load_state(dev_id: int) -> dict[str, Any]:
-    """Return the state of a device; empty where there is none or it is damaged (then a warning).
-
-    A file is believed only if it is a small regular file of ours (or root's) that says what it should.
-    """
+    """Return the state of a device; empty where there is none, or with a warning none to believe."""
     import json
     path = state_path(dev_id)
     try:
@@ -2889,10 +2857,9 @@ def load_state(dev_id: int) -> dict[str, Any]:
         if not isinstance(state.get("args"), list) or not all(isinstance(word, str) for word in words):
             raise ValueError("it names no target")
         return state
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        print(f"ublk: ignoring {path}: {error}", file=sys.stderr)
+        if not isinstance(error, FileNotFoundError):
+            print(f"ublk: ignoring {path}: {error}", file=sys.stderr)
         return {}
 
 
@@ -2922,14 +2889,13 @@ def stale_states(ids: Sequence[int]) -> list[int]:
 def describe(control: Control, dev_id: int) -> dict[str, Any]:
     """Return what `list --json` prints of a device; the kernel's word goes before the state file's."""
     info = control.get_dev_info(dev_id)
-    params = control.get_params(dev_id, timeout=5.0)
+    basic = control.get_params(dev_id, timeout=5.0).basic
     state = load_state(dev_id)
     return {
         "id": dev_id, "path": f"/dev/ublkb{dev_id}", "char_path": f"/dev/ublkc{dev_id}",
         "state": STATES[info.state] if info.state < len(STATES) else str(info.state),
         "target": state.get("target"), "args": state.get("args"),
-        "size": params.basic.dev_sectors * SECTOR,
-        "block_size": 1 << params.basic.logical_bs_shift,
+        "size": basic.dev_sectors * SECTOR, "block_size": 1 << basic.logical_bs_shift,
         "queues": info.nr_hw_queues, "depth": info.queue_depth,
         "max_io_bytes": info.max_io_buf_bytes, "flags": flag_names(info.flags),
         "pid": info.ublksrv_pid if alive(info.ublksrv_pid) else -1,
