@@ -2122,7 +2122,7 @@ def check_limits(device: Device) -> None:
 
 
 def params_of(target: Any, max_io: int) -> Any:
-    """Return the parameters of a disk; UblkError (EINVAL) for a size or block size none can have."""
+    """Return the parameters of a disk, max_io in bytes; UblkError (EINVAL) for a size none can have."""
     block, physical = target.block_size, max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
     refuse(target.size % block, f"size {target.size}",
@@ -2212,7 +2212,7 @@ class Worker(threading.Thread):
 
 
 class Process(Worker):
-    """The same in a process, which inherits /dev/ublkcN open and mapped; the thread awaits its end."""
+    """The same in a process that inherits /dev/ublkcN open and mapped, and makes its ring itself."""
 
     def fork(self) -> None:
         """Start the process. To be called before there are other threads."""
@@ -2256,16 +2256,16 @@ class Process(Worker):
 class Device:
     """A disk and its server. ``with Device(target) as disk:`` is LIVE inside and gone after.
 
-    target: the Target behind it. id: the N of /dev/ublkbN; -1: the first that is free.
-    queues: hardware queues, each with a worker of its own. depth: requests each carries at a time.
-    max_io: the largest request in bytes. recovery: None, "requeue", "reissue" or "fail": what
-    becomes of the disk and its requests when the server dies. unprivileged: an ordinary user's
-    device; by itself for whoever lacks CAP_SYS_ADMIN. partition_scan: whether the kernel looks for
-    partitions. data_path: a name in DATA_PATHS; by itself the fastest possible. batch:
-    commands for many requests at a time (7.0). share_memory: allow share(), not with recovery.
-    processes: serve each queue in a process of its own, for a target whose state forked processes
-    share; by itself where the target promises that and threads would share one GIL, never with
-    share_memory. words: what to note in the state file as target, arguments and options.
+    target: the Target behind it. id: the N of /dev/ublkbN; -1: the first that is free. queues: hardware
+    queues, each with a worker of its own. depth: requests each carries at a time. max_io: the largest
+    request in bytes. recovery: None, "requeue", "reissue" or "fail": what becomes of the disk and its
+    requests when the server dies. unprivileged: an ordinary user's device; by itself for whoever lacks
+    CAP_SYS_ADMIN. partition_scan: whether the kernel looks for partitions. data_path: a name in
+    DATA_PATHS; by itself the fastest possible. batch: commands for many requests at a time (7.0).
+    share_memory: allow share(), not with recovery. processes: serve each queue in a process of its own,
+    for a target whose state forked processes share; by itself where the target promises that and
+    threads would share one GIL, never with share_memory. words: what to note in the state file as
+    target, arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
     """
@@ -2342,8 +2342,7 @@ class Device:
         """Create the device, serve it and wait until the disk is there. A Device lives once."""
         self._only_once()
         check_limits(self)
-        params = params_of(self.target, self.max_io)
-        self._take(self.stop, lambda: self._add(params), self._serve,
+        self._take(self.stop, partial(self._add, params_of(self.target, self.max_io)), self._serve,
                    lambda: self._go_live(self.control.start_dev), self._scan)
 
     def _only_once(self) -> None:
@@ -2842,7 +2841,7 @@ def private(path: str, flags: int) -> int:
 
 
 def load_state(dev_id: int) -> dict[str, Any]:
-    """Return the state of a device; empty where there is none, or with a warning none to believe."""
+    """Return the state of a device; empty if there is none or, with a warning, none to be believed."""
     import json
     path = state_path(dev_id)
     try:
