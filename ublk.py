@@ -2449,14 +2449,19 @@ class Device:
                 cause, failure = failure, UblkError(number, f"the server of device {self.id}", reason)
                 failure.__cause__ = cause
             self.failure = failure
-            if self.wake_write >= 0:
-                os.write(self.wake_write, b"!")
+            self._wake_workers()
         with self._changed:
             self._ready += ready
             self._ended += ended
             if self.failure is not None and self._ended == len(self._workers):
                 self._close_files()         # the kernel fails the requests that died with a worker
             self._changed.notify_all()
+
+    def _wake_workers(self) -> None:
+        """Tell every queue to leave its loop; a worker's report may close the pipe meanwhile."""
+        with self._changed:
+            if self.wake_write >= 0:
+                os.write(self.wake_write, b"!")
 
     def _go_live(self, command: Callable[..., None]) -> None:
         """START_DEV or END_USER_RECOVERY; raises UblkError if somebody took the device away meanwhile."""
@@ -2625,8 +2630,7 @@ class Device:
     def _release(self) -> None:
         """End the workers and give back everything that refers to /dev/ublkcN."""
         atexit.unregister(self.stop)
-        if self.wake_write >= 0:
-            os.write(self.wake_write, b"!")
+        self._wake_workers()
         for worker in self._workers:
             worker.join(GRACE)
         self.abandoned = True
