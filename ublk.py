@@ -2998,11 +2998,12 @@ def make_parser(program: str, **options: Any) -> Any:
                                    formatter_class=partial(argparse.HelpFormatter, width=80), **options)
 
 
-CONVERTERS: dict[str, Callable[[str], Any]] = {"int": parse_size, "Size": parse_size, "float": float}
-
-
 REQUIRED = object()                     # the default of a parameter that has none
 CO_VARARGS = 4                          # see inspect
+# annotation -> what it means to argparse
+KINDS: dict[str, dict[str, Any]] = {
+    "bool": {"action": "store_true", "default": False}, "Target": {"nargs": "..."},
+    "int": {"type": parse_size}, "Size": {"type": parse_size}, "float": {"type": float}}
 
 
 def parameters(cls: type[Target]) -> list[tuple[str, str, str, Any]]:
@@ -3016,11 +3017,11 @@ def parameters(cls: type[Target]) -> list[tuple[str, str, str, Any]]:
         return []
     names, words = code.co_varnames, code.co_argcount
     end = words + code.co_kwonlyargcount
-    places = dict.fromkeys(names[1:words], "word")
-    places.update(dict.fromkeys(names[end:end + 1] if code.co_flags & CO_VARARGS else (), "words"))
-    places.update(dict.fromkeys(names[words:end], "option"))
-    defaults = dict(zip(reversed(names[:words]), reversed(init.__defaults__ or ())))
-    defaults.update(init.__kwdefaults__ or {})
+    starred = names[end:end + 1] if code.co_flags & CO_VARARGS else ()
+    places = {**dict.fromkeys(names[1:words], "word"), **dict.fromkeys(starred, "words"),
+              **dict.fromkeys(names[words:end], "option")}
+    defaults = {**dict(zip(reversed(names[:words]), reversed(init.__defaults__ or ()))),
+                **(init.__kwdefaults__ or {})}
     kinds = {name: str(getattr(kind, "__name__", kind)) for name, kind in init.__annotations__.items()}
     return [(name, place, kinds.get(name, "").rpartition(".")[2], defaults.get(name, REQUIRED))
             for name, place in places.items()]
@@ -3038,13 +3039,7 @@ def target_parser(cls: type[Target], word: str) -> Any:
                          epilog="Device options: see `ublk.py --help`.")
     for name, place, kind, default in parameters(cls):
         given = default is not REQUIRED
-        extra: dict[str, Any] = {"help": helps.get(name)}
-        if kind == "bool":
-            extra["action"] = "store_true"
-        elif kind == "Target":
-            extra["nargs"] = "..."
-        else:
-            extra.update(type=CONVERTERS.get(kind, str), default=default if given else None)
+        extra = {"help": helps.get(name), "default": default if given else None, **KINDS.get(kind, {})}
         if place == "option":
             parser.add_argument("--" + name.replace("_", "-"), required=not given, **extra)
             continue
@@ -3060,17 +3055,16 @@ def make_target(words: Sequence[str]) -> Target:
         raise Usage("a target is missing")
     word, *rest = words
     cls = find_target(word)
-    values = vars(target_parser(cls, word).parse_args(rest))
+    values: dict[str, Any] = vars(target_parser(cls, word).parse_args(rest))
     args: list[Any] = []
-    options: dict[str, Any] = {}
     for name, place, kind, _ in parameters(cls):
-        value: Any = make_target(values[name]) if kind == "Target" else values[name]
+        value: Any = make_target(values.pop(name)) if kind == "Target" else values.pop(name)
         if place == "option":
-            options[name] = value
+            values[name] = value
         else:
             args += value if place == "words" else [value]
     try:
-        return cls(*args, **options)
+        return cls(*args, **values)
     except UblkError:
         raise
     except OSError as error:
@@ -3098,11 +3092,11 @@ def device_parser() -> Any:
     add("-r", "--recovery", choices=("requeue", "reissue", "fail"),
         help="what becomes of requests when the server dies; the disk then outlives it")
     paths = parser.add_mutually_exclusive_group()
-    for letter, name in (("-u", "user-copy"), ("-z", "zero-copy"), ("-g", "need-get-data"),
-                         (None, "auto-zero-copy"), (None, "copy")):
-        paths.add_argument(*filter(None, (letter, f"--{name}")), dest="data_path",
-                           action="store_const", const=name.replace("need-", ""),
-                           help=DATA_PATHS[name.replace("need-", "")].summary)
+    for path, *names in (("user-copy", "-u", "--user-copy"), ("zero-copy", "-z", "--zero-copy"),
+                         ("get-data", "-g", "--need-get-data"), ("auto-zero-copy", "--auto-zero-copy"),
+                         ("copy", "--copy")):
+        paths.add_argument(*names, dest="data_path", action="store_const", const=path,
+                           help=DATA_PATHS[path].summary)
     add("--restart", action="store_true", help="start another server when it dies")
     add("-p", "--unprivileged", action="store_const", const=True,
         help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
@@ -3113,26 +3107,22 @@ def device_parser() -> Any:
     return parser
 
 
-def make_device(words: Sequence[str], options: Any) -> Device:
-    """Make the device with the target that words name."""
-    target = make_target(words)
-    if options.block_size is not None:
-        target.block_size = options.block_size
-    target.read_only = target.read_only or options.read_only
-    return Device(target, id=options.id, queues=options.queues, depth=options.depth,
-                  max_io=options.max_io, recovery=options.recovery, unprivileged=options.unprivileged,
-                  partition_scan=not options.no_partition_scan, data_path=options.data_path,
-                  batch=options.batch, words=(words[0], list(words[1:]), vars(options)))
-
-
 def create(words: Sequence[str]) -> int:
     """Create a device and serve it: here, in the background, or under a supervisor."""
-    options, rest = device_parser().parse_known_args(words[1:])
+    options, args = device_parser().parse_known_args(words[1:])
     if options.restart and not options.recovery:
         options.recovery = "reissue"
 
     def first(started: Started) -> None:
-        device = make_device([words[0], *rest], options)
+        target = make_target([words[0], *args])
+        if options.block_size is not None:
+            target.block_size = options.block_size
+        target.read_only = target.read_only or options.read_only
+        device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
+                        max_io=options.max_io, recovery=options.recovery, data_path=options.data_path,
+                        unprivileged=options.unprivileged, batch=options.batch,
+                        partition_scan=not options.no_partition_scan,
+                        words=(words[0], args, vars(options)))
         if device.unprivileged:
             print("ublk: note: a disk of an ordinary user has no partitions and no recovery, and a "
                   "request that takes 30 seconds ends its server", file=sys.stderr)
@@ -3143,55 +3133,47 @@ def create(words: Sequence[str]) -> int:
 
 def launch(run: Callable[[Started], None], options: Any) -> int:
     """Run a server the way the options --background and --restart say."""
-    if options.restart:
-        run = partial(supervise, run)
+    started = Started(options)
+    job = partial(supervise, run, started) if options.restart else partial(run, started)
     if options.background:
-        return in_background(run, options)
-    run(Started(options.json))
+        return in_background(job)
+    job()
     return 0
 
 
 class Started:
-    """Tells whoever waits for a disk that it is there: on standard output."""
+    """Tells whoever waits for a disk that it is there: on standard output, or a parent process.
 
-    def __init__(self, json: bool = False) -> None:
-        self.json = json
+    The parent reads a pipe, which is also our standard error until the disk is there: lines
+    ``\\0added ID`` and ``\\0live TEXT`` are news, all others are for its standard error.
+    """
+
+    def __init__(self, options: Any) -> None:
+        self.json, self.background = options.json, options.background
 
     def added(self, dev_id: int) -> None:
         """The device has its number."""
+        if self.background:
+            os.write(2, f"\0added {dev_id}\n".encode())
 
     def live(self, device: Device) -> None:
-        """The disk is there."""
-        print(self.text(device), flush=True)
+        """The disk is there: tell its path, or with --json all about it."""
+        text = device.path
+        if self.json:
+            import json
+            text = json.dumps(describe(device.control, device.id))
+        if self.background:
+            os.write(2, f"\0live {text}\n".encode())
+            self.settle(device.id)
+        else:
+            print(text, flush=True)
 
     def settle(self, dev_id: int) -> None:
         """From now on nobody waits."""
-
-    def text(self, device: Device) -> str:
-        """Return the path of the disk, or the disk as a JSON object."""
-        if not self.json:
-            return device.path
-        import json
-        return json.dumps(describe(device.control, device.id))
-
-
-class Relay(Started):
-    """Tells a parent process through a pipe, which is also our standard error until the disk is there.
-
-    Lines ``\\0added ID`` and ``\\0live TEXT`` are news; all others are for its standard error.
-    """
-
-    def added(self, dev_id: int) -> None:
-        os.write(2, f"\0added {dev_id}\n".encode())
-
-    def live(self, device: Device) -> None:
-        os.write(2, f"\0live {self.text(device)}\n".encode())
-        self.settle(device.id)
-
-    def settle(self, dev_id: int) -> None:
-        log = os.open(f"{run_dir()}/{dev_id}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(log, 2)
-        os.close(log)
+        if self.background:
+            log = os.open(f"{run_dir()}/{dev_id}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(log, 2)
+            os.close(log)
 
 
 class Stopped(BaseException):
@@ -3204,18 +3186,21 @@ def on_signals(action: Callable[[int, Any], object]) -> None:
     signal.signal(signal.SIGTERM, action)
 
 
-def stop_now(number: int, frame: Any) -> None:
-    """Handle a signal."""
-    raise Stopped
+def serve(device: Device, start: Callable[[], object], started: Started | None) -> None:
+    """Serve a device until a signal takes it away or somebody else stops or detaches it.
 
+    started: None where nobody waits, as the disk has been there before.
+    """
+    def stop_now(number: int, frame: Any) -> None:
+        raise Stopped
 
-def serve(device: Device, start: Callable[[], object], started: Started) -> None:
-    """Serve a device until a signal takes it away or somebody else stops or detaches it."""
     on_signals(stop_now)
-    device.on_added, device.on_forked = started.added, started.settle
+    if started:
+        device.on_added, device.on_forked = started.added, started.settle
     try:
         start()
-        started.live(device)
+        if started:
+            started.live(device)
         notify(f"READY=1\nSTATUS=serving {device.path}")
         # Not without end: a signal that comes just before a wait for ever would not end it.
         pause = min(float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or 1.0, 1.0)
@@ -3248,7 +3233,7 @@ def notify(message: str) -> None:
                 pass
 
 
-def in_background(run: Callable[[Started], None], options: Any) -> int:
+def in_background(run: Callable[[], object]) -> int:
     """Serve in a child process; return when the disk is usable or with the child's own error."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -3259,7 +3244,7 @@ def in_background(run: Callable[[Started], None], options: Any) -> int:
             os.dup2(fd, copy)
         os.close(reader)
         os.close(writer)
-        to_the_end(partial(run, Relay(options.json)))
+        to_the_end(run)
     os.close(writer)
     dev_id, said = -1, False
     with open(reader, encoding="utf-8", errors="replace") as answers:
@@ -3306,6 +3291,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
     Waits 0.1, 0.2, 0.4 ... seconds before each new try.
     """
     child, dev_id, deaths, stopping = 0, -1, 0, False
+    server: Callable[[], None] = partial(run, started)
 
     def pass_on(number: int, frame: Any) -> None:
         nonlocal stopping
@@ -3320,7 +3306,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
             begun = time.monotonic()
             child = os.fork()
             if child == 0:
-                to_the_end(partial(run, started))
+                to_the_end(server)
             status = await_child(child)
             if status == 0:
                 return
@@ -3330,7 +3316,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
             if dev_id < 0:
                 dev_id = device_of(child)
                 started.settle(dev_id)
-            run, started = partial(recover_from_state, dev_id), Quiet()
+            server = partial(recover_from_state, dev_id)
             pause_after_death(dev_id, status, deaths)
     except Stopped:             # while there is no server to take the disk away
         with Control() as control:
@@ -3362,13 +3348,6 @@ def pause_after_death(dev_id: int, status: int, deaths: int) -> None:
     time.sleep(min(0.1 * 2 ** (deaths - 1), 10.0))
 
 
-class Quiet(Started):
-    """Nobody waits: the disk has been there before."""
-
-    def live(self, device: Device) -> None:
-        """Say nothing."""
-
-
 def device_of(pid: int) -> int:
     """Return the device a dead server left to be recovered; raise UblkError if there is none."""
     with Control() as control:
@@ -3380,7 +3359,7 @@ def device_of(pid: int) -> int:
     raise UblkError(errno.ECHILD, "the server died before the disk was there")
 
 
-def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ()) -> None:
+def recover_from_state(dev_id: int, started: Started | None = None, words: Sequence[str] = ()) -> None:
     """Serve a device anew, with the target its state file names or, without one, words do."""
     with Control() as control:
         control.get_dev_info(dev_id)        # a device that is not there or not ours is the first news
@@ -3444,12 +3423,9 @@ def stop_device(options: Any) -> None:
         info = control.get_dev_info(options.id)
         if options.if_unused:
             require(UBLK_F_SAFE_STOP_DEV & ~(control.features or 0))
-        if info.state == UBLK_S_DEV_DEAD:
-            return
-        if options.if_unused:
-            control.try_stop_dev(options.id)
-        else:
-            control.stop_dev(options.id)
+        if info.state != UBLK_S_DEV_DEAD:
+            stop = control.try_stop_dev if options.if_unused else control.stop_dev
+            stop(options.id)
 
 
 def delete_devices(options: Any) -> None:
@@ -3590,32 +3566,25 @@ def udev_owner(options: Any) -> int:
     return 0
 
 
+FLAG = {"action": "store_true"}
+ID = {"id": {"type": int}}
 # name -> function, help, arguments
-VERBS: dict[str, tuple[Callable[[Any], int | None], str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
-VERBS = {
-    "list": (list_devices, "show devices", [
-        (("id",), {"type": int, "nargs": "?"}), (("--json",), {"action": "store_true"})]),
-    "stop": (stop_device, "take a disk away", [
-        (("id",), {"type": int}),
-        (("--if-unused",), {"action": "store_true", "help": "only where nobody has it open"})]),
-    "del": (delete_devices, "stop and delete devices", [
-        (("id",), {"type": int, "nargs": "*"}), (("--all",), {"action": "store_true"})]),
-    "recover": (recover, "start a new server for a disk whose server is gone", [
-        (("id",), {"type": int}), (("--background",), {"action": "store_true"}),
-        (("--restart",), {"action": "store_true"}), (("--json",), {"action": "store_true"}),
-        (("--target",), {"nargs": "...", "default": [], "metavar": "TARGET [TARGET ARGS]",
-                         "help": "where the state file is lost"})]),
-    "quiesce": (quiesce, "detach a disk's server for another to `recover` it, without an error", [
-        (("id",), {"type": int}),
-        (("--timeout",), {"type": float, "default": 30.0, "metavar": "SECONDS"})]),
-    "resize": (resize, "change the size of a live disk", [
-        (("id",), {"type": int}), (("size",), {"type": parse_size})]),
-    "features": (show_features, "show what this kernel offers", [
-        (("--json",), {"action": "store_true"})]),
-    "check": (check, "say what is missing on this machine", []),
-    "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", []),
-    "udev-owner": (udev_owner, "used by these rules: print the owner of a device node", [
-        (("node",), {})]),
+VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any]]]] = {
+    "list": (list_devices, "show devices", {"id": {"type": int, "nargs": "?"}, "--json": FLAG}),
+    "stop": (stop_device, "take a disk away",
+             {**ID, "--if-unused": {**FLAG, "help": "only where nobody has it open"}}),
+    "del": (delete_devices, "stop and delete devices", {"id": {"type": int, "nargs": "*"}, "--all": FLAG}),
+    "recover": (recover, "start a new server for a disk whose server is gone", {
+        **ID, "--background": FLAG, "--restart": FLAG, "--json": FLAG,
+        "--target": {"nargs": "...", "default": [], "metavar": "TARGET [TARGET ARGS]",
+                     "help": "where the state file is lost"}}),
+    "quiesce": (quiesce, "detach a disk's server for another to `recover` it, without an error",
+                {**ID, "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"}}),
+    "resize": (resize, "change the size of a live disk", {**ID, "size": {"type": parse_size}}),
+    "features": (show_features, "show what this kernel offers", {"--json": FLAG}),
+    "check": (check, "say what is missing on this machine", {}),
+    "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", {}),
+    "udev-owner": (udev_owner, "used by these rules: print the owner of a device node", {"node": {}}),
 }
 
 
@@ -3623,8 +3592,8 @@ def run_verb(words: Sequence[str]) -> int:
     """Run one of the VERBS."""
     function, text, arguments = VERBS[words[0]]
     parser = make_parser(f"ublk.py {words[0]}", description=text)
-    for names, extra in arguments:
-        parser.add_argument(*names, **extra)
+    for name, extra in arguments.items():
+        parser.add_argument(name, **extra)
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return function(parser.parse_args(words[1:])) or 0
 
