@@ -2916,8 +2916,7 @@ class Usage(Exception):
 
 def parse_size(text: str) -> int:
     """Read a number of bytes such as 4096, 512K or 1G. Raises ValueError."""
-    units = {"K": 10, "M": 20, "G": 30, "T": 40}
-    unit = units.get(text[-1:].upper(), 0)
+    unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper(), 0)
     whole, _, fraction = (text[:-1] if unit else text).partition(".")
     digits = whole + fraction
     if digits.isascii() and digits.isdigit():
@@ -2960,9 +2959,8 @@ def find_target(word: str) -> type[Target]:
     """Return the class that a name or FILE.py:CLASS stands for. Raises UblkError."""
     if ".py" in word:
         return load_target(*word.partition(":")[::2])
-    if word == "null":
-        return Null                     # without the time it takes to load the companion
-    targets = known_targets()
+    # For null without the time it takes to load the companion.
+    targets = {"null": Null} if word == "null" else known_targets()
     if word not in targets:
         raise UblkError(errno.EINVAL, f"unknown target or command {word!r}", "there is none so called",
                         f"targets are {', '.join(sorted(targets))}, or FILE.py:CLASS")
@@ -3058,11 +3056,10 @@ def make_target(words: Sequence[str]) -> Target:
     values: dict[str, Any] = vars(target_parser(cls, word).parse_args(rest))
     args: list[Any] = []
     for name, place, kind, _ in parameters(cls):
-        value: Any = make_target(values.pop(name)) if kind == "Target" else values.pop(name)
-        if place == "option":
-            values[name] = value
-        else:
-            args += value if place == "words" else [value]
+        if kind == "Target":
+            values[name] = make_target(values[name])
+        if place != "option":
+            args += values.pop(name) if place == "words" else [values.pop(name)]
     try:
         return cls(*args, **values)
     except UblkError:
@@ -3187,10 +3184,7 @@ def on_signals(action: Callable[[int, Any], object]) -> None:
 
 
 def serve(device: Device, start: Callable[[], object], started: Started | None) -> None:
-    """Serve a device until a signal takes it away or somebody else stops or detaches it.
-
-    started: None where nobody waits, as the disk has been there before.
-    """
+    """Serve a device until a signal takes it away or somebody else stops or detaches it."""
     def stop_now(number: int, frame: Any) -> None:
         raise Stopped
 
@@ -3286,10 +3280,7 @@ RESTARTS, LONG_LIFE = 10, 30.0      # so many deaths in a row, none after a life
 
 
 def supervise(run: Callable[[Started], None], started: Started) -> None:
-    """Keep a server alive: a parent that holds nothing of the device, and recovers it.
-
-    Waits 0.1, 0.2, 0.4 ... seconds before each new try.
-    """
+    """Keep a server alive: a parent that holds nothing of the device, and recovers it."""
     child, dev_id, deaths, stopping = 0, -1, 0, False
     server: Callable[[], None] = partial(run, started)
 
@@ -3316,7 +3307,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
             if dev_id < 0:
                 dev_id = device_of(child)
                 started.settle(dev_id)
-            server = partial(recover_from_state, dev_id)
+            server = partial(recover_from_state, dev_id)    # nobody waits for it to start
             pause_after_death(dev_id, status, deaths)
     except Stopped:             # while there is no server to take the disk away
         with Control() as control:
@@ -3521,7 +3512,7 @@ def checks() -> Iterator[tuple[str, str, str]]:
         usable = os.access("/dev/ublk-control", os.R_OK | os.W_OK)
         yield "/dev/ublk-control", "" if usable else "not yours to open", f"run as root, or {install}"
     if not privileged():
-        rules = any(UDEV_MARK in text for text in udev_rules())
+        rules = any("ublk.py udev-owner" in text for text in udev_rules())
         yield "udev rules", "" if rules else "ordinary users get no device nodes", install
     parent = run_dir()
     while not os.path.exists(parent):
@@ -3530,7 +3521,6 @@ def checks() -> Iterator[tuple[str, str, str]]:
            "set UBLK_RUN_DIR to a directory of yours")
 
 
-UDEV_MARK = "ublk.py udev-owner"
 UDEV_COMMAND = f"{os.path.realpath(sys.executable)} -I {os.path.abspath(__file__)}"
 
 
@@ -3566,10 +3556,19 @@ def udev_owner(options: Any) -> int:
     return 0
 
 
+def replay(words: Sequence[str]) -> int:
+    """Rebuild a recorded disk; the companion, which records, knows how."""
+    module = companion()
+    if module is None:
+        raise UblkError(errno.ENOENT, "cannot replay", "ublk_targets.py is not here",
+                        "put it beside ublk.py")
+    return module.replay(words)
+
+
 FLAG = {"action": "store_true"}
 ID = {"id": {"type": int}}
-# name -> function, help, arguments
-VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any]]]] = {
+# name -> function, help, arguments (None: it parses its words itself)
+VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any]] | None]] = {
     "list": (list_devices, "show devices", {"id": {"type": int, "nargs": "?"}, "--json": FLAG}),
     "stop": (stop_device, "take a disk away",
              {**ID, "--if-unused": {**FLAG, "help": "only where nobody has it open"}}),
@@ -3585,12 +3584,15 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any
     "check": (check, "say what is missing on this machine", {}),
     "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", {}),
     "udev-owner": (udev_owner, "used by these rules: print the owner of a device node", {"node": {}}),
+    "replay": (replay, "rebuild a recorded disk as it was at a given moment (target record)", None),
 }
 
 
 def run_verb(words: Sequence[str]) -> int:
     """Run one of the VERBS."""
     function, text, arguments = VERBS[words[0]]
+    if arguments is None:
+        return function(words[1:]) or 0
     parser = make_parser(f"ublk.py {words[0]}", description=text)
     for name, extra in arguments.items():
         parser.add_argument(name, **extra)
@@ -3607,17 +3609,7 @@ def print_help() -> None:
     print("  FILE.py:CLASS  a Target of your own\n\ncommands:")
     for verb, (_, text, _) in VERBS.items():
         print(f"  {verb:<12} {text}")
-    print("  replay       rebuild a recorded disk as it was at a given moment (target record)")
     print("\n" + device_parser().format_help().partition("\n\n")[2])
-
-
-def replay(words: Sequence[str]) -> int:
-    """Rebuild a recorded disk; the companion, which records, knows how."""
-    module = companion()
-    if module is None:
-        raise UblkError(errno.ENOENT, "cannot replay", "ublk_targets.py is not here",
-                        "put it beside ublk.py")
-    return module.replay(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3628,8 +3620,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not words or words[0] in ("-h", "--help"):
             print_help()
             return 0 if words else 2
-        if words[0] == "replay":
-            return replay(words[1:])
         return run_verb(words) if words[0] in VERBS else create(words)
     except Usage as error:
         print(f"ublk: {error}", file=sys.stderr)
