@@ -2950,8 +2950,8 @@ def companion() -> Any:
 
 def known_targets() -> dict[str, type[Target]]:
     """Return the targets that may be named on the command line, by name."""
-    spaces = [{"Null": Null}, vars(companion() or object)]
-    return {name.lower(): item for space in spaces for name, item in space.items()
+    names = {"Null": Null, **vars(companion() or object)}
+    return {name.lower(): item for name, item in names.items()
             if isinstance(item, type) and issubclass(item, Target) and item is not Target}
 
 
@@ -2959,8 +2959,7 @@ def find_target(word: str) -> type[Target]:
     """Return the class that a name or FILE.py:CLASS stands for. Raises UblkError."""
     if ".py" in word:
         return load_target(*word.partition(":")[::2])
-    # For null without the time it takes to load the companion.
-    targets = {"null": Null} if word == "null" else known_targets()
+    targets = {"null": Null} if word == "null" else known_targets()     # the companion takes time
     if word not in targets:
         raise UblkError(errno.EINVAL, f"unknown target or command {word!r}", "there is none so called",
                         f"targets are {', '.join(sorted(targets))}, or FILE.py:CLASS")
@@ -3039,9 +3038,8 @@ def target_parser(cls: type[Target], word: str) -> Any:
         given = default is not REQUIRED
         extra = {"help": helps.get(name), "default": default if given else None, **KINDS.get(kind, {})}
         if place == "option":
-            parser.add_argument("--" + name.replace("_", "-"), required=not given, **extra)
-            continue
-        if given or place == "words":
+            name, extra["required"] = "--" + name.replace("_", "-"), not given
+        elif given or place == "words":
             extra["nargs"] = "?" if given else "+"
         parser.add_argument(name, **extra)
     return parser
@@ -3053,7 +3051,7 @@ def make_target(words: Sequence[str]) -> Target:
         raise Usage("a target is missing")
     word, *rest = words
     cls = find_target(word)
-    values: dict[str, Any] = vars(target_parser(cls, word).parse_args(rest))
+    values = vars(target_parser(cls, word).parse_args(rest))
     args: list[Any] = []
     for name, place, kind, _ in parameters(cls):
         if kind == "Target":
@@ -3428,11 +3426,10 @@ def delete_devices(options: Any) -> None:
         for dev_id in [*ids, *stale_states(ids)] if options.all else options.id:
             try:
                 control.get_dev_info(dev_id)
+                delete(control, dev_id)
             except UblkError as error:
                 if error.errno != errno.ENODEV or not forget_state(dev_id):
                     raise
-            else:
-                delete(control, dev_id)
 
 
 def recover(options: Any) -> int:
@@ -3572,7 +3569,8 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any
     "list": (list_devices, "show devices", {"id": {"type": int, "nargs": "?"}, "--json": FLAG}),
     "stop": (stop_device, "take a disk away",
              {**ID, "--if-unused": {**FLAG, "help": "only where nobody has it open"}}),
-    "del": (delete_devices, "stop and delete devices", {"id": {"type": int, "nargs": "*"}, "--all": FLAG}),
+    "del": (delete_devices, "stop and delete devices",
+            {"id": {"type": int, "nargs": "*"}, "--all": FLAG}),
     "recover": (recover, "start a new server for a disk whose server is gone", {
         **ID, "--background": FLAG, "--restart": FLAG, "--json": FLAG,
         "--target": {"nargs": "...", "default": [], "metavar": "TARGET [TARGET ARGS]",
