@@ -120,77 +120,102 @@ class Feature(int):
     enough), excludes those that must not. unused says why this server never asks for it.
     """
 
-    known: list[Feature] = []
-    bit: int
-    name: str
-    since: str
-    meaning: str
-    needs: int
-    excludes: int
-    unused: str
+    name = ""
 
-    def __new__(cls, bit: int, name: str, since: str, meaning: str, needs: int = 0,
-                excludes: int = 0, unused: str = "") -> Feature:
-        self = super().__new__(cls, 1 << bit)
-        self.bit, self.name, self.since, self.meaning = bit, name, since, meaning
+    def __new__(cls, bit: int, *_: object, **__: object) -> Feature:
+        return super().__new__(cls, 1 << bit)
+
+    def __init__(self, bit: int, since: str, meaning: str, needs: int = 0, excludes: int = 0,
+                 unused: str = "") -> None:
+        self.bit, self.since, self.meaning = bit, since, meaning
         self.needs, self.excludes, self.unused = needs, excludes, unused
-        cls.known.append(self)
-        return self
 
 
-UBLK_F_SUPPORT_ZERO_COPY = Feature(
-    0, "SUPPORT_ZERO_COPY", "6.15", "request pages can be registered as fixed buffers of a ring")
+class Command(int):
+    """A control command: the number is its legacy opcode, encoded the one of kernels since 6.4.
+
+    since is the first kernel that has it. changes: it needs write permission.
+    """
+
+    name = ""
+
+    def __new__(cls, number: int, *_: object, **__: object) -> Command:
+        return super().__new__(cls, number)
+
+    def __init__(self, number: int, since: str, changes: bool) -> None:
+        self.since = since
+        # as for an ioctl: direction, size 32, type 'u', number
+        self.encoded = (0xC0207500 if changes else 0x80207500) | number
+
+
+def table_of(kind: Any, prefix: str) -> Any:
+    """Return all constants of this kind, after naming each as it is called here, less the prefix."""
+    table = {name: row for name, row in globals().items() if isinstance(row, kind)}
+    for name, row in table.items():
+        row.name = name[len(prefix):]
+    return tuple(table.values())
+
+
+UBLK_F_SUPPORT_ZERO_COPY = Feature(0, "6.15", "request pages can be registered as fixed buffers of a ring")
 UBLK_F_URING_CMD_COMP_IN_TASK = Feature(
-    1, "URING_CMD_COMP_IN_TASK", "6.0", "completions run in the server's task; the driver sets it",
+    1, "6.0", "completions run in the server's task; the driver sets it",
     unused="it is the only way there has ever been")
-UBLK_F_NEED_GET_DATA = Feature(
-    2, "NEED_GET_DATA", "6.0", "the server names the buffer of a write after the write arrived",
-    excludes=UBLK_F_SUPPORT_ZERO_COPY)
-UBLK_F_USER_RECOVERY = Feature(
-    3, "USER_RECOVERY", "6.1", "the disk outlives its server and waits for a new one")
-UBLK_F_USER_RECOVERY_REISSUE = Feature(
-    4, "USER_RECOVERY_REISSUE", "6.1", "requests the dead server held are sent to the new one",
-    needs=UBLK_F_USER_RECOVERY)
-UBLK_F_UNPRIVILEGED_DEV = Feature(
-    5, "UNPRIVILEGED_DEV", "6.3", "created, owned and served by an ordinary user",
-    excludes=UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_RECOVERY)
+UBLK_F_NEED_GET_DATA = Feature(2, "6.0", "the server names the buffer of a write after the write arrived",
+                               excludes=UBLK_F_SUPPORT_ZERO_COPY)
+UBLK_F_USER_RECOVERY = Feature(3, "6.1", "the disk outlives its server and waits for a new one")
+UBLK_F_USER_RECOVERY_REISSUE = Feature(4, "6.1", "requests the dead server held are sent to the new one",
+                                       needs=UBLK_F_USER_RECOVERY)
+UBLK_F_UNPRIVILEGED_DEV = Feature(5, "6.3", "created, owned and served by an ordinary user",
+                                  excludes=UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_RECOVERY)
 UBLK_F_CMD_IOCTL_ENCODE = Feature(
-    6, "CMD_IOCTL_ENCODE", "6.4", "commands are encoded like ioctls; the driver sets it",
+    6, "6.4", "commands are encoded like ioctls; the driver sets it",
     unused="whether GET_FEATURES is answered tells the same before there is a device")
-UBLK_F_USER_COPY = Feature(
-    7, "USER_COPY", "6.5", "the server moves data with pread and pwrite on /dev/ublkcN",
-    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
-UBLK_F_ZONED = Feature(8, "ZONED", "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
+UBLK_F_USER_COPY = Feature(7, "6.5", "the server moves data with pread and pwrite on /dev/ublkcN",
+                           excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
+UBLK_F_ZONED = Feature(8, "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
 UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
-    9, "USER_RECOVERY_FAIL_IO", "6.13", "without a server the disk fails requests, not queues them",
+    9, "6.13", "without a server the disk fails requests, not queues them",
     needs=UBLK_F_USER_RECOVERY, excludes=UBLK_F_USER_RECOVERY_REISSUE)
-UBLK_F_UPDATE_SIZE = Feature(10, "UPDATE_SIZE", "6.16", "the size of a live disk can change")
-UBLK_F_AUTO_BUF_REG = Feature(
-    11, "AUTO_BUF_REG", "6.16", "the driver registers request pages with the ring by itself",
-    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
-UBLK_F_QUIESCE = Feature(
-    12, "QUIESCE", "6.16", "a healthy server can be detached without an error",
-    needs=UBLK_F_USER_RECOVERY)
-UBLK_F_PER_IO_DAEMON = Feature(
-    13, "PER_IO_DAEMON", "6.16", "each tag may have a task of its own; the driver sets it")
-UBLK_F_BUF_REG_OFF_DAEMON = Feature(
-    14, "BUF_REG_OFF_DAEMON", "6.17", "any task may register request pages; the driver sets it",
-    unused="the thread that fetches a request also serves it")
-UBLK_F_BATCH_IO = Feature(
-    15, "BATCH_IO", "7.0", "one command fetches or commits many requests",
-    excludes=UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON)
-UBLK_F_INTEGRITY = Feature(
-    16, "INTEGRITY", "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
-UBLK_F_SAFE_STOP_DEV = Feature(
-    17, "SAFE_STOP_DEV", "7.0", "a disk can be stopped only if unused; the driver sets it")
-UBLK_F_NO_AUTO_PART_SCAN = Feature(18, "NO_AUTO_PART_SCAN", "7.0", "no partition scan when the disk starts")
+UBLK_F_UPDATE_SIZE = Feature(10, "6.16", "the size of a live disk can change")
+UBLK_F_AUTO_BUF_REG = Feature(11, "6.16", "the driver registers request pages with the ring by itself",
+                              excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
+UBLK_F_QUIESCE = Feature(12, "6.16", "a healthy server can be detached without an error",
+                         needs=UBLK_F_USER_RECOVERY)
+UBLK_F_PER_IO_DAEMON = Feature(13, "6.16", "each tag may have a task of its own; the driver sets it")
+UBLK_F_BUF_REG_OFF_DAEMON = Feature(14, "6.17", "any task may register request pages; the driver sets it",
+                                    unused="the thread that fetches a request also serves it")
+UBLK_F_BATCH_IO = Feature(15, "7.0", "one command fetches or commits many requests",
+                          excludes=UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON)
+UBLK_F_INTEGRITY = Feature(16, "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
+UBLK_F_SAFE_STOP_DEV = Feature(17, "7.0", "a disk can be stopped only if unused; the driver sets it")
+UBLK_F_NO_AUTO_PART_SCAN = Feature(18, "7.0", "no partition scan when the disk starts")
 UBLK_F_SHMEM_ZC = Feature(
-    19, "SHMEM_ZC", "7.1", "clients' direct I/O from memory shared with the server is not copied")
+    19, "7.1", "clients' direct I/O from memory shared with the server is not copied")
 UBLK_F_IO_DESC_SIZE = Feature(
-    20, "IO_DESC_SIZE", "7.3", "request descriptors may be larger than 24 bytes",
+    20, "7.3", "request descriptors may be larger than 24 bytes",
     unused="nothing lies behind these 24 yet; a device that has it is served all the same")
 
-FEATURES: Sequence[Feature] = tuple(Feature.known)
+UBLK_CMD_GET_QUEUE_AFFINITY = Command(0x01, "6.0", changes=False)
+UBLK_CMD_GET_DEV_INFO = Command(0x02, "6.0", changes=False)
+UBLK_CMD_ADD_DEV = Command(0x04, "6.0", changes=True)
+UBLK_CMD_DEL_DEV = Command(0x05, "6.0", changes=True)
+UBLK_CMD_START_DEV = Command(0x06, "6.0", changes=True)
+UBLK_CMD_STOP_DEV = Command(0x07, "6.0", changes=True)
+UBLK_CMD_SET_PARAMS = Command(0x08, "6.0", changes=True)
+UBLK_CMD_GET_PARAMS = Command(0x09, "6.0", changes=False)
+UBLK_CMD_START_USER_RECOVERY = Command(0x10, "6.1", changes=True)
+UBLK_CMD_END_USER_RECOVERY = Command(0x11, "6.1", changes=True)
+UBLK_CMD_GET_DEV_INFO2 = Command(0x12, "6.3", changes=False)
+UBLK_CMD_GET_FEATURES = Command(0x13, "6.5", changes=False)
+UBLK_CMD_DEL_DEV_ASYNC = Command(0x14, "6.9", changes=False)
+UBLK_CMD_UPDATE_SIZE = Command(0x15, "6.16", changes=True)
+UBLK_CMD_QUIESCE_DEV = Command(0x16, "6.16", changes=True)
+UBLK_CMD_TRY_STOP_DEV = Command(0x17, "7.0", changes=True)
+UBLK_CMD_REG_BUF = Command(0x18, "7.1", changes=True)
+UBLK_CMD_UNREG_BUF = Command(0x19, "7.1", changes=True)
+
+FEATURES: Sequence[Feature] = table_of(Feature, "UBLK_F_")
+COMMANDS: Sequence[Command] = table_of(Command, "UBLK_CMD_")
 
 
 def flag_names(flags: int) -> list[str]:
@@ -204,101 +229,50 @@ def kernel_release() -> str:
     return ".".join(os.uname().release.split(".")[:2])
 
 
-class Command(int):
-    """A control command: the number is its legacy opcode. changes: it needs write permission."""
-
-    known: list[Command] = []
-    name: str
-    since: str
-    changes: bool
-
-    def __new__(cls, number: int, name: str, since: str, changes: bool) -> Command:
-        self = super().__new__(cls, number)
-        self.name, self.since, self.changes = name, since, changes
-        cls.known.append(self)
-        return self
-
-    @property
-    def encoded(self) -> int:
-        """The ioctl-style opcode of kernels since 6.4: direction, size 32, type 'u', number."""
-        return (0xC0207500 if self.changes else 0x80207500) | self
+def explanations(table: str) -> dict[tuple[Command | None, int], tuple[str, str]]:
+    """Read lines of ``commands errno reason -> remedy`` into {(command, errno): (reason, remedy)}."""
+    commands = {"any": None, **{command.name: command for command in COMMANDS}}
+    rows = (line.split(maxsplit=2) for line in table.strip().splitlines())
+    return {(commands[name], getattr(errno, number)): " ".join(text.split()).partition(" -> ")[::2]
+            for names, number, text in rows for name in names.split(",")}
 
 
-UBLK_CMD_GET_QUEUE_AFFINITY = Command(0x01, "GET_QUEUE_AFFINITY", "6.0", changes=False)
-UBLK_CMD_GET_DEV_INFO = Command(0x02, "GET_DEV_INFO", "6.0", changes=False)
-UBLK_CMD_ADD_DEV = Command(0x04, "ADD_DEV", "6.0", changes=True)
-UBLK_CMD_DEL_DEV = Command(0x05, "DEL_DEV", "6.0", changes=True)
-UBLK_CMD_START_DEV = Command(0x06, "START_DEV", "6.0", changes=True)
-UBLK_CMD_STOP_DEV = Command(0x07, "STOP_DEV", "6.0", changes=True)
-UBLK_CMD_SET_PARAMS = Command(0x08, "SET_PARAMS", "6.0", changes=True)
-UBLK_CMD_GET_PARAMS = Command(0x09, "GET_PARAMS", "6.0", changes=False)
-UBLK_CMD_START_USER_RECOVERY = Command(0x10, "START_USER_RECOVERY", "6.1", changes=True)
-UBLK_CMD_END_USER_RECOVERY = Command(0x11, "END_USER_RECOVERY", "6.1", changes=True)
-UBLK_CMD_GET_DEV_INFO2 = Command(0x12, "GET_DEV_INFO2", "6.3", changes=False)
-UBLK_CMD_GET_FEATURES = Command(0x13, "GET_FEATURES", "6.5", changes=False)
-UBLK_CMD_DEL_DEV_ASYNC = Command(0x14, "DEL_DEV_ASYNC", "6.9", changes=False)
-UBLK_CMD_UPDATE_SIZE = Command(0x15, "UPDATE_SIZE", "6.16", changes=True)
-UBLK_CMD_QUIESCE_DEV = Command(0x16, "QUIESCE_DEV", "6.16", changes=True)
-UBLK_CMD_TRY_STOP_DEV = Command(0x17, "TRY_STOP_DEV", "7.0", changes=True)
-UBLK_CMD_REG_BUF = Command(0x18, "REG_BUF", "7.1", changes=True)
-UBLK_CMD_UNREG_BUF = Command(0x19, "UNREG_BUF", "7.1", changes=True)
-
-COMMANDS: Sequence[Command] = tuple(Command.known)
-
-# Why a command fails, and what to do: (command, errno) -> (reason, remedy). None: any command.
-EXPLANATIONS: dict[tuple[Command | None, int], tuple[str, str]] = {
-    (None, errno.ENODEV): ("there is no such device", "see `ublk.py list`"),
-    (None, errno.EPERM): ("it belongs to the system, and this process lacks CAP_SYS_ADMIN",
-                          "run as root"),
-    (None, errno.EACCES): ("its device node is not yours to use", "ask its owner, or run as root"),
-    (None, errno.ENOENT): ("its device node is not visible here",
-                           "see whether /dev holds the node of this device"),
-    (None, errno.EINTR): ("the command was cancelled", "try again"),
-    (UBLK_CMD_ADD_DEV, errno.EEXIST): ("the id is taken", "choose another, or none"),
-    (UBLK_CMD_ADD_DEV, errno.EPERM): ("this process lacks CAP_SYS_ADMIN",
-                                      "run as root, or ask for an unprivileged device (-p)"),
-    (UBLK_CMD_ADD_DEV, errno.EACCES): (
-        "too many unprivileged devices",
-        "delete some, or raise /sys/module/ublk_drv/parameters/ublks_max"),
-    (UBLK_CMD_ADD_DEV, errno.EINVAL): (
-        "the kernel refuses this number of queues, this depth or this combination of flags",
-        "see `ublk.py features`"),
-    (UBLK_CMD_SET_PARAMS, errno.EACCES): ("the device has been started", "delete it and add it"),
-    (UBLK_CMD_SET_PARAMS, errno.EINVAL): ("the kernel refuses these parameters",
-                                          "see the block size, --max-io and discard limits"),
-    (UBLK_CMD_START_DEV, errno.EEXIST): ("it is running already", "see `ublk.py list`"),
-    (UBLK_CMD_START_DEV, errno.EBUSY): ("it was stopped and not yet closed",
-                                        "delete it and add it again"),
-    (UBLK_CMD_START_DEV, errno.EINVAL): (
-        "no parameters were set, or the server is not the process that opened the device",
-        "delete it and add it again"),
-    (UBLK_CMD_START_USER_RECOVERY, errno.EBUSY): (
-        "its server still lives", "end that server first, or see `ublk.py quiesce`"),
-    (UBLK_CMD_START_USER_RECOVERY, errno.EINVAL): (
-        "it was not made to be recovered, or never started", "create it with -r"),
-    (UBLK_CMD_END_USER_RECOVERY, errno.EBUSY): ("it is not waiting for a server",
-                                                "see `ublk.py list`"),
-    (UBLK_CMD_END_USER_RECOVERY, errno.EINVAL): (
-        "it was not made to be recovered, or the server is not the process that opened it",
-        "create it with -r"),
-    (UBLK_CMD_UPDATE_SIZE, errno.ENODEV): ("there is no such device, or it is not running",
-                                           "see `ublk.py list`"),
-    (UBLK_CMD_TRY_STOP_DEV, errno.EBUSY): ("somebody has it open", "close it first"),
-    (UBLK_CMD_TRY_STOP_DEV, errno.ENODEV): ("there is no such device, or it is not running",
-                                            "see `ublk.py list`"),
-    (UBLK_CMD_QUIESCE_DEV, errno.EBUSY): (
-        "every tag of a queue was busy for the whole time", "try again with a longer --timeout"),
-    (UBLK_CMD_QUIESCE_DEV, errno.EOPNOTSUPP): (
-        "it was not made with the flag QUIESCE",
-        "create it with -r and without -b on Linux 6.16 or later"),
-    (UBLK_CMD_QUIESCE_DEV, errno.ENODEV): ("there is no such device, or it is not running",
-                                           "see `ublk.py list`"),
-    (UBLK_CMD_REG_BUF, errno.EEXIST): ("a page of this memory is registered already",
-                                       "unregister it first"),
-    (UBLK_CMD_REG_BUF, errno.EOPNOTSUPP): ("it was not made with the flag SHMEM_ZC",
-                                           "create it with shared memory on Linux 7.1 or later"),
-    (UBLK_CMD_UNREG_BUF, errno.ENOENT): ("no memory is registered under this index", ""),
-}
+# Why a command fails, and what to do
+EXPLANATIONS = explanations("""
+    any ENODEV there is no such device -> see `ublk.py list`
+    any EPERM it belongs to the system, and this process lacks CAP_SYS_ADMIN -> run as root
+    any EACCES its device node is not yours to use -> ask its owner, or run as root
+    any ENOENT its device node is not visible here -> see whether /dev holds the node of this device
+    any EINTR the command was cancelled -> try again
+    ADD_DEV EEXIST the id is taken -> choose another, or none
+    ADD_DEV EPERM this process lacks CAP_SYS_ADMIN -> run as root, or ask for an unprivileged device (-p)
+    ADD_DEV EACCES too many unprivileged devices \
+        -> delete some, or raise /sys/module/ublk_drv/parameters/ublks_max
+    ADD_DEV EINVAL the kernel refuses this number of queues, this depth or this combination of flags \
+        -> see `ublk.py features`
+    SET_PARAMS EACCES the device has been started -> delete it and add it
+    SET_PARAMS EINVAL the kernel refuses these parameters \
+        -> see the block size, --max-io and discard limits
+    START_DEV EEXIST it is running already -> see `ublk.py list`
+    START_DEV EBUSY it was stopped and not yet closed -> delete it and add it again
+    START_DEV EINVAL no parameters were set, or the server is not the process that opened the device \
+        -> delete it and add it again
+    START_USER_RECOVERY EBUSY its server still lives -> end that server first, or see `ublk.py quiesce`
+    START_USER_RECOVERY EINVAL it was not made to be recovered, or never started -> create it with -r
+    END_USER_RECOVERY EBUSY it is not waiting for a server -> see `ublk.py list`
+    END_USER_RECOVERY EINVAL it was not made to be recovered, or the server is not the process that \
+        opened it -> create it with -r
+    UPDATE_SIZE,TRY_STOP_DEV,QUIESCE_DEV ENODEV there is no such device, or it is not running \
+        -> see `ublk.py list`
+    TRY_STOP_DEV EBUSY somebody has it open -> close it first
+    QUIESCE_DEV EBUSY every tag of a queue was busy for the whole time -> try again with a longer --timeout
+    QUIESCE_DEV EOPNOTSUPP it was not made with the flag QUIESCE \
+        -> create it with -r and without -b on Linux 6.16 or later
+    REG_BUF EEXIST a page of this memory is registered already -> unregister it first
+    REG_BUF EOPNOTSUPP it was not made with the flag SHMEM_ZC \
+        -> create it with shared memory on Linux 7.1 or later
+    UNREG_BUF ENOENT no memory is registered under this index
+""")
 
 
 def explain(command: Command, number: int, what: str) -> UblkError:
