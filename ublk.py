@@ -289,22 +289,16 @@ UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO = rang
 STATES = ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
 
 # Commands of the data plane, encoded; their low byte is the legacy opcode.
-UBLK_U_IO_FETCH_REQ = 0xC0107520
-UBLK_U_IO_COMMIT_AND_FETCH_REQ = 0xC0107521
-UBLK_U_IO_NEED_GET_DATA = 0xC0107522
-UBLK_U_IO_REGISTER_IO_BUF = 0xC0107523
-UBLK_U_IO_UNREGISTER_IO_BUF = 0xC0107524
-UBLK_U_IO_PREP_IO_CMDS = 0xC0107525
-UBLK_U_IO_COMMIT_IO_CMDS = 0xC0107526
-UBLK_U_IO_FETCH_IO_CMDS = 0xC0107527
+(UBLK_U_IO_FETCH_REQ, UBLK_U_IO_COMMIT_AND_FETCH_REQ, UBLK_U_IO_NEED_GET_DATA, UBLK_U_IO_REGISTER_IO_BUF,
+ UBLK_U_IO_UNREGISTER_IO_BUF, UBLK_U_IO_PREP_IO_CMDS, UBLK_U_IO_COMMIT_IO_CMDS,
+ UBLK_U_IO_FETCH_IO_CMDS) = range(0xC0107520, 0xC0107528)
 UBLK_IO_RES_OK, UBLK_IO_RES_NEED_GET_DATA, UBLK_IO_RES_ABORT = 0, 1, -errno.ENODEV
 
 # Operations of a request: the low byte of ublksrv_io_desc.op_flags.
 UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH, UBLK_IO_OP_DISCARD = 0, 1, 2, 3
-UBLK_IO_OP_WRITE_SAME, UBLK_IO_OP_WRITE_ZEROES = 4, 5
+UBLK_IO_OP_WRITE_SAME, UBLK_IO_OP_WRITE_ZEROES, UBLK_IO_OP_REPORT_ZONES = 4, 5, 18
 UBLK_IO_OP_ZONE_OPEN, UBLK_IO_OP_ZONE_CLOSE, UBLK_IO_OP_ZONE_FINISH = 10, 11, 12
 UBLK_IO_OP_ZONE_APPEND, UBLK_IO_OP_ZONE_RESET_ALL, UBLK_IO_OP_ZONE_RESET = 13, 14, 15
-UBLK_IO_OP_REPORT_ZONES = 18
 
 # Flags of a request: bits of the same word.
 UBLK_IO_F_FAILFAST_DEV, UBLK_IO_F_FAILFAST_TRANSPORT, UBLK_IO_F_FAILFAST_DRIVER = 1 << 8, 1 << 9, 1 << 10
@@ -312,16 +306,12 @@ UBLK_IO_F_META, UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_F_SWAP = 1 << 11, 1 <<
 UBLK_IO_F_NEED_REG_BUF, UBLK_IO_F_INTEGRITY, UBLK_IO_F_SHMEM_ZC = 1 << 17, 1 << 18, 1 << 19
 
 # Limits and address spaces of /dev/ublkcN.
-UBLK_MAX_QUEUE_DEPTH = 4096
-UBLK_MAX_NR_QUEUES = 4096
-UBLKSRV_IO_BUF_OFFSET = 0x80000000
+UBLK_MAX_QUEUE_DEPTH, UBLK_MAX_NR_QUEUES = 4096, 4096
+UBLKSRV_IO_BUF_OFFSET, UBLKSRV_IO_INTEGRITY_FLAG = 1 << 31, 1 << 62
 UBLK_IO_BUF_BITS, UBLK_TAG_BITS = 25, 16
 UBLK_TAG_OFF, UBLK_QID_OFF = UBLK_IO_BUF_BITS, UBLK_IO_BUF_BITS + UBLK_TAG_BITS
-UBLKSRV_IO_INTEGRITY_FLAG = 1 << 62
-UBLK_AUTO_BUF_REG_FALLBACK = 1
 UBLK_BATCH_F_HAS_ZONE_LBA, UBLK_BATCH_F_HAS_BUF_ADDR, UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK = 1, 2, 4
-UBLK_SHMEM_BUF_READ_ONLY = 1
-
+UBLK_AUTO_BUF_REG_FALLBACK, UBLK_SHMEM_BUF_READ_ONLY = 1, 1
 UBLK_ATTR_READ_ONLY, UBLK_ATTR_ROTATIONAL, UBLK_ATTR_VOLATILE_CACHE, UBLK_ATTR_FUA = 1, 2, 4, 8
 
 C_TYPES: dict[str, Any] = {"u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32,
@@ -329,64 +319,55 @@ C_TYPES: dict[str, Any] = {"u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": 
 
 
 def structure(name: str, members: str) -> Any:
-    """Make a ctypes.Structure from members written as in C: ``u32 len, u8 pad[4], ...``."""
+    """Make a ctypes.Structure of C types, each with its members: ``u32 len flags, u8 pad[4]``."""
     fields = []
-    for member in members.split(","):
-        kind, field = member.split()
-        field, _, count = field.rstrip("]").partition("[")
-        fields.append((field, C_TYPES[kind] * int(count) if count else C_TYPES[kind]))
+    for kind, *declared in (group.split() for group in members.split(",")):
+        for field, _, count in (member.rstrip("]").partition("[") for member in declared):
+            fields.append((field, C_TYPES[kind] * int(count) if count else C_TYPES[kind]))
     C_TYPES[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return C_TYPES[name]
 
 
 ublksrv_ctrl_cmd = structure(
-    "ublksrv_ctrl_cmd", "u32 dev_id, u16 queue_id, u16 len, u64 addr, u64 data[1], u16 dev_path_len, "
-    "u16 pad, u32 reserved")
+    "ublksrv_ctrl_cmd", "u32 dev_id, u16 queue_id len, u64 addr data[1], u16 dev_path_len pad, "
+    "u32 reserved")
 ublksrv_ctrl_dev_info = structure(
-    "ublksrv_ctrl_dev_info", "u16 nr_hw_queues, u16 queue_depth, u16 state, u16 io_desc_size, "
-    "u32 max_io_buf_bytes, u32 dev_id, s32 ublksrv_pid, u32 pad1, u64 flags, u64 ublksrv_flags, "
-    "u32 owner_uid, u32 owner_gid, u64 reserved1, u64 reserved2")
-ublksrv_io_desc = structure("ublksrv_io_desc", "u32 op_flags, u32 nr_sectors, u64 start_sector, u64 addr")
-ublksrv_io_cmd = structure("ublksrv_io_cmd", "u16 q_id, u16 tag, s32 result, u64 addr")
-ublk_elem_header = structure("ublk_elem_header", "u16 tag, u16 buf_index, s32 result")
-ublk_batch_io = structure(
-    "ublk_batch_io", "u16 q_id, u16 flags, u16 nr_elem, u8 elem_bytes, u8 reserved, u64 reserved2")
-ublk_auto_buf_reg = structure("ublk_auto_buf_reg", "u16 index, u8 flags, u8 reserved0, u32 reserved1")
-ublk_shmem_buf_reg = structure("ublk_shmem_buf_reg", "u64 addr, u64 len, u32 flags, u32 reserved")
+    "ublksrv_ctrl_dev_info", "u16 nr_hw_queues queue_depth state io_desc_size, u32 max_io_buf_bytes "
+    "dev_id, s32 ublksrv_pid, u32 pad1, u64 flags ublksrv_flags, u32 owner_uid owner_gid, "
+    "u64 reserved1 reserved2")
+ublksrv_io_desc = structure("ublksrv_io_desc", "u32 op_flags nr_sectors, u64 start_sector addr")
+ublksrv_io_cmd = structure("ublksrv_io_cmd", "u16 q_id tag, s32 result, u64 addr")
+ublk_elem_header = structure("ublk_elem_header", "u16 tag buf_index, s32 result")
+ublk_batch_io = structure("ublk_batch_io", "u16 q_id flags nr_elem, u8 elem_bytes reserved, u64 reserved2")
+ublk_auto_buf_reg = structure("ublk_auto_buf_reg", "u16 index, u8 flags reserved0, u32 reserved1")
+ublk_shmem_buf_reg = structure("ublk_shmem_buf_reg", "u64 addr len, u32 flags reserved")
 blk_zone = structure(
-    "blk_zone", "u64 start, u64 len, u64 wp, u8 type, u8 cond, u8 non_seq, u8 reset, u8 resv[4], "
-    "u64 capacity, u8 reserved[24]")
+    "blk_zone", "u64 start len wp, u8 type cond non_seq reset resv[4], u64 capacity, u8 reserved[24]")
 ublk_param_basic = structure(
-    "ublk_param_basic", "u32 attrs, u8 logical_bs_shift, u8 physical_bs_shift, u8 io_opt_shift, "
-    "u8 io_min_shift, u32 max_sectors, u32 chunk_sectors, u64 dev_sectors, u64 virt_boundary_mask")
+    "ublk_param_basic", "u32 attrs, u8 logical_bs_shift physical_bs_shift io_opt_shift io_min_shift, "
+    "u32 max_sectors chunk_sectors, u64 dev_sectors virt_boundary_mask")
 ublk_param_discard = structure(
-    "ublk_param_discard", "u32 discard_alignment, u32 discard_granularity, u32 max_discard_sectors, "
-    "u32 max_write_zeroes_sectors, u16 max_discard_segments, u16 reserved0")
-ublk_param_devt = structure(
-    "ublk_param_devt", "u32 char_major, u32 char_minor, u32 disk_major, u32 disk_minor")
+    "ublk_param_discard", "u32 discard_alignment discard_granularity max_discard_sectors "
+    "max_write_zeroes_sectors, u16 max_discard_segments reserved0")
+ublk_param_devt = structure("ublk_param_devt", "u32 char_major char_minor disk_major disk_minor")
 ublk_param_zoned = structure(
-    "ublk_param_zoned", "u32 max_open_zones, u32 max_active_zones, u32 max_zone_append_sectors, "
-    "u8 reserved[20]")
+    "ublk_param_zoned", "u32 max_open_zones max_active_zones max_zone_append_sectors, u8 reserved[20]")
 ublk_param_dma_align = structure("ublk_param_dma_align", "u32 alignment, u8 pad[4]")
 ublk_param_segment = structure(
     "ublk_param_segment", "u64 seg_boundary_mask, u32 max_segment_size, u16 max_segments, u8 pad[2]")
 ublk_param_integrity = structure(
-    "ublk_param_integrity", "u32 flags, u16 max_integrity_segments, u8 interval_exp, "
-    "u8 metadata_size, u8 pi_offset, u8 csum_type, u8 tag_size, u8 pad[5]")
+    "ublk_param_integrity", "u32 flags, u16 max_integrity_segments, "
+    "u8 interval_exp metadata_size pi_offset csum_type tag_size pad[5]")
 ublk_params = structure(
-    "ublk_params", "u32 len, u32 types, ublk_param_basic basic, ublk_param_discard discard, "
+    "ublk_params", "u32 len types, ublk_param_basic basic, ublk_param_discard discard, "
     "ublk_param_devt devt, ublk_param_zoned zoned, ublk_param_dma_align dma, ublk_param_segment seg, "
     "ublk_param_integrity integrity")
-UBLK_PARAM_TYPE_BASIC, UBLK_PARAM_TYPE_DISCARD, UBLK_PARAM_TYPE_DEVT = 1 << 0, 1 << 1, 1 << 2
-UBLK_PARAM_TYPE_ZONED, UBLK_PARAM_TYPE_DMA_ALIGN, UBLK_PARAM_TYPE_SEGMENT = 1 << 3, 1 << 4, 1 << 5
-UBLK_PARAM_TYPE_INTEGRITY = 1 << 6
 # Parameter type -> its name and the first kernel that knows it; older ones drop it silently.
-PARAM_TYPES = {
-    UBLK_PARAM_TYPE_BASIC: ("BASIC", "6.0"), UBLK_PARAM_TYPE_DISCARD: ("DISCARD", "6.0"),
-    UBLK_PARAM_TYPE_DEVT: ("DEVT", "6.3"), UBLK_PARAM_TYPE_ZONED: ("ZONED", "6.6"),
-    UBLK_PARAM_TYPE_DMA_ALIGN: ("DMA_ALIGN", "6.15"), UBLK_PARAM_TYPE_SEGMENT: ("SEGMENT", "6.15"),
-    UBLK_PARAM_TYPE_INTEGRITY: ("INTEGRITY", "7.0"),
-}
+PARAM_TYPES = {1 << bit: row for bit, row in enumerate((
+    ("BASIC", "6.0"), ("DISCARD", "6.0"), ("DEVT", "6.3"), ("ZONED", "6.6"), ("DMA_ALIGN", "6.15"),
+    ("SEGMENT", "6.15"), ("INTEGRITY", "7.0")))}
+(UBLK_PARAM_TYPE_BASIC, UBLK_PARAM_TYPE_DISCARD, UBLK_PARAM_TYPE_DEVT, UBLK_PARAM_TYPE_ZONED,
+ UBLK_PARAM_TYPE_DMA_ALIGN, UBLK_PARAM_TYPE_SEGMENT, UBLK_PARAM_TYPE_INTEGRITY) = PARAM_TYPES
 # linux/fs.h: what the metadata of blocks is good for, and which checksum is in it
 LBMD_PI_CAP_INTEGRITY, LBMD_PI_CAP_REFTAG = 1, 2
 LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC64_NVME = 0, 1, 2, 4
@@ -404,41 +385,33 @@ IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
 IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x10000000
 IORING_ENTER_GETEVENTS, IORING_ENTER_EXT_ARG = 1, 8
 IORING_REGISTER_BUFFERS2, IORING_REGISTER_PBUF_RING = 15, 22
-IORING_RSRC_REGISTER_SPARSE = 1
 IORING_CQE_F_BUFFER, IORING_CQE_F_MORE, IORING_CQE_BUFFER_SHIFT = 1, 2, 16
 
-IORING_OP_NOP, IORING_OP_FSYNC, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED = 0, 3, 4, 5
-IORING_OP_POLL_ADD, IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL = 6, 11, 14
+IORING_OP_NOP, IORING_OP_FSYNC, IORING_OP_READ_FIXED, IORING_OP_POLL_ADD = 0, 3, 4, 6
+IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL = 11, 14
 IORING_OP_FALLOCATE, IORING_OP_READ, IORING_OP_WRITE = 17, 22, 23
 IORING_OP_SEND, IORING_OP_RECV, IORING_OP_URING_CMD = 26, 27, 46
-IORING_FSYNC_DATASYNC = 1
-IORING_URING_CMD_MULTISHOT = 2
+IORING_FSYNC_DATASYNC, IORING_URING_CMD_MULTISHOT, IORING_RSRC_REGISTER_SPARSE = 1, 2, 1
 IOSQE_IO_LINK, IOSQE_BUFFER_SELECT, IOSQE_CQE_SKIP_SUCCESS = 1 << 2, 1 << 5, 1 << 6
 
-
 io_sqring_offsets = structure(
-    "io_sqring_offsets", "u32 head, u32 tail, u32 ring_mask, u32 ring_entries, u32 flags, u32 dropped, "
-    "u32 array, u32 resv1, u64 user_addr")
+    "io_sqring_offsets", "u32 head tail ring_mask ring_entries flags dropped array resv1, u64 user_addr")
 io_cqring_offsets = structure(
-    "io_cqring_offsets", "u32 head, u32 tail, u32 ring_mask, u32 ring_entries, u32 overflow, u32 cqes, "
-    "u32 flags, u32 resv1, u64 user_addr")
+    "io_cqring_offsets", "u32 head tail ring_mask ring_entries overflow cqes flags resv1, u64 user_addr")
 io_uring_params = structure(
-    "io_uring_params", "u32 sq_entries, u32 cq_entries, u32 flags, u32 sq_thread_cpu, "
-    "u32 sq_thread_idle, u32 features, u32 wq_fd, u32 resv[3], io_sqring_offsets sq_off, "
-    "io_cqring_offsets cq_off")
+    "io_uring_params", "u32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd "
+    "resv[3], io_sqring_offsets sq_off, io_cqring_offsets cq_off")
 # Unions are named by the member used here: off may be cmd_op, rw_flags any other flags.
 io_uring_sqe = structure(
-    "io_uring_sqe", "u8 opcode, u8 flags, u16 ioprio, s32 fd, u64 off, u64 addr, u32 len, "
-    "u32 rw_flags, u64 user_data, u16 buf_index, u16 personality, s32 file_index, u8 cmd[16]")
+    "io_uring_sqe", "u8 opcode flags, u16 ioprio, s32 fd, u64 off addr, u32 len rw_flags, u64 user_data, "
+    "u16 buf_index personality, s32 file_index, u8 cmd[16]")
 io_uring_cqe = structure("io_uring_cqe", "u64 user_data, s32 res, u32 flags")
 io_uring_getevents_arg = structure(
-    "io_uring_getevents_arg", "u64 sigmask, u32 sigmask_sz, u32 min_wait_usec, u64 ts")
-io_uring_rsrc_register = structure(
-    "io_uring_rsrc_register", "u32 nr, u32 flags, u64 resv2, u64 data, u64 tags")
+    "io_uring_getevents_arg", "u64 sigmask, u32 sigmask_sz min_wait_usec, u64 ts")
+io_uring_rsrc_register = structure("io_uring_rsrc_register", "u32 nr flags, u64 resv2 data tags")
 io_uring_buf_reg = structure(
-    "io_uring_buf_reg", "u64 ring_addr, u32 ring_entries, u16 bgid, u16 flags, u64 resv[3]")
-timespec = structure("timespec", "s64 tv_sec, s64 tv_nsec")
-
+    "io_uring_buf_reg", "u64 ring_addr, u32 ring_entries, u16 bgid flags, u64 resv[3]")
+timespec = structure("timespec", "s64 tv_sec tv_nsec")
 
 _libc = ctypes.CDLL(None, use_errno=True)        # CDLL, not PyDLL: it drops the GIL while waiting
 _syscall = _libc.syscall        # without argtypes: ready-made c_long are passed on in half the time
@@ -453,28 +426,18 @@ def syscall(number: int, *args: int) -> int:
     return result
 
 
-class Py_buffer(ctypes.Structure):
-    """CPython's buffer interface, for the address of any bytes-like object."""
-
-    _fields_ = [("buf", ctypes.c_void_p), ("obj", ctypes.py_object), ("len", ctypes.c_ssize_t),
-                ("itemsize", ctypes.c_ssize_t), ("readonly", ctypes.c_int), ("ndim", ctypes.c_int),
-                ("format", ctypes.c_char_p), ("shape", ctypes.c_void_p),
-                ("strides", ctypes.c_void_p), ("suboffsets", ctypes.c_void_p),
-                ("internal", ctypes.c_void_p)]
-
-
-_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
-_get_buffer.argtypes = [ctypes.py_object, ctypes.POINTER(Py_buffer), ctypes.c_int]
-_release_buffer = ctypes.pythonapi.PyBuffer_Release
-_release_buffer.argtypes = [ctypes.POINTER(Py_buffer)]
+_get_buffer, _release_buffer = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
+_get_buffer.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int]
+_release_buffer.argtypes = [ctypes.c_void_p]
+_Py_buffer = ctypes.c_void_p * 11       # CPython's Py_buffer begins with the address and is no larger
 
 
 def address_of(buffer: Any) -> int:
     """Return the memory address of a bytes-like object, which the caller must keep alive."""
-    view = Py_buffer()
-    _get_buffer(buffer, ctypes.byref(view), 0)
-    address = view.buf or 0
-    _release_buffer(ctypes.byref(view))
+    view = _Py_buffer()
+    _get_buffer(buffer, view, 0)
+    address = view[0] or 0
+    _release_buffer(view)
     return address
 
 
@@ -505,7 +468,6 @@ class Ring:
         self.fd = -1
         params = self._setup(entries, max(cq_entries, 2 * entries), sqe128, shared)
         self.entries, self.sqe_size = params.sq_entries, 128 if sqe128 else 64
-        self.cq_entries = params.cq_entries
         sq, cq = params.sq_off, params.cq_off
         size = max(sq.array + 4 * params.sq_entries, cq.cqes + 16 * params.cq_entries)
         # FEAT_SINGLE_MMAP (5.4): both rings lie in one mapping
@@ -515,7 +477,6 @@ class Ring:
         self._ring_bytes = memoryview(self._rings)
         words = self._words = self._ring_bytes[:size & ~3].cast("I")
         self._sq_tail_at, self._cq_head_at, self._cq_tail_at = sq.tail // 4, cq.head // 4, cq.tail // 4
-        self._overflow_at = cq.overflow // 4
         self._array = words[sq.array // 4:sq.array // 4 + params.sq_entries]
         cqes = self._ring_bytes[cq.cqes:cq.cqes + 16 * params.cq_entries]
         self._cq64, self._cq32 = cqes.cast("Q"), cqes.cast("i")
@@ -651,11 +612,6 @@ class Ring:
     def pending(self) -> int:
         """How many SQEs were pushed that the kernel has not taken yet."""
         return self._tail - self._submitted
-
-    @property
-    def overflow(self) -> int:
-        """How many CQEs did not fit; the kernel keeps them until there is room (NODROP, 5.5)."""
-        return self._words[self._overflow_at]
 
     def close(self) -> None:
         """Give back every view, mapping and descriptor; the kernel cancels what is pending."""
