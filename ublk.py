@@ -660,15 +660,11 @@ class Control:
         self._buffers: dict[int, Any] = {}      # what pending commands point at, by token
         self._results: dict[int, int] = {}
         self._unprivileged: set[int] = set()
-        self.legacy = False
-        self.features = self._detect()
-
-    def _detect(self) -> int | None:
+        self.legacy, self.features = False, None
         try:
-            return self.get_features()
+            self.features = self.get_features()
         except UblkError:
             self.legacy = True
-            return None
 
     def __enter__(self) -> Control:
         return self
@@ -685,25 +681,27 @@ class Control:
 
     # ---- how a command is sent -----------------------------------------------------------------
 
-    def _run(self, command: Command, dev_id: int, payload: Any = None, data: int = 0,
+    def _run(self, command: Command, dev_id: int, payload: Any = None, data: int = 0, what: str = "",
              timeout: float = COMMAND_TIMEOUT, abort: Callable[[], bool] | None = None) -> int:
         """Send one command; payload (a ctypes object) is sent and then filled with the answer."""
+        what = what or command.name + (f" of device {dev_id}" if dev_id != -1 else "")
         if not -1 <= dev_id < MAX_DEVICES:      # cut to 32 bits it would mean another device
-            raise explain(command, errno.ENODEV, f"{command.name} of device {dev_id}")
+            raise explain(command, errno.ENODEV, what)
         path = self._path(command, dev_id)
-        size = ctypes.sizeof(payload) if payload is not None else 0
-        buffer = ctypes.create_string_buffer(path + bytes(payload or b""), max(len(path) + size, 1))
+        content = path + (b"" if payload is None else bytes(payload))
+        buffer = ctypes.create_string_buffer(content)
         header = ublksrv_ctrl_cmd(
-            dev_id=dev_id & 0xFFFFFFFF, queue_id=0xFFFF, len=len(path) + size,
-            addr=ctypes.addressof(buffer) if path or size else 0, data=(data,),
-            dev_path_len=len(path))
+            dev_id=dev_id & 0xFFFFFFFF, queue_id=0xFFFF, len=len(content), dev_path_len=len(path),
+            addr=ctypes.addressof(buffer) if content else 0, data=(data,))
         with self._lock:
             result = self._send(command, header, buffer, timeout, abort)
         if result < 0:
-            whose = f" of device {dev_id}" if 0 <= dev_id < 1 << 20 else ""
-            raise explain(command, -result, f"{command.name}{whose}")
+            raise explain(command, -result, what)
         if payload is not None:
-            ctypes.memmove(ctypes.addressof(payload), ctypes.addressof(buffer) + len(path), size)
+            ctypes.memmove(ctypes.addressof(payload), buffer.raw[len(path):], ctypes.sizeof(payload))
+        if isinstance(payload, ublksrv_ctrl_dev_info):
+            unprivileged = payload.flags & UBLK_F_UNPRIVILEGED_DEV
+            (self._unprivileged.add if unprivileged else self._unprivileged.discard)(payload.dev_id)
         return result
 
     def _path(self, command: Command, dev_id: int) -> bytes:
@@ -722,13 +720,12 @@ class Control:
             return -errno.ECANCELED
         token = self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
                              off=int(command) if self.legacy else command.encoded)
-        if self._await(token, timeout, abort):
-            return self._results.pop(token)
-        self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
-        if self._await(token, 2.0):
-            result = self._results.pop(token)
-            return result if result != -errno.EINTR else -errno.ETIMEDOUT
-        return -errno.ETIMEDOUT
+        late = not self._await(token, timeout, abort)
+        if late:
+            self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
+            self._await(token, 2.0)
+        result = self._results.pop(token, -errno.EINTR)
+        return -errno.ETIMEDOUT if late and result == -errno.EINTR else result
 
     def _submit(self, opcode: int, fd: int = -1, cmd: bytes = b"", buffer: Any = None, off: int = 0,
                 addr: int = 0) -> int:
@@ -770,19 +767,14 @@ class Control:
         info = ublksrv_ctrl_dev_info(
             nr_hw_queues=queues, queue_depth=depth, max_io_buf_bytes=max_io, flags=flags,
             dev_id=dev_id & 0xFFFFFFFF, ublksrv_flags=ublksrv_flags)
+        whose = "a device" if dev_id < 0 else f"device {dev_id}"
         try:
-            self._run(UBLK_CMD_ADD_DEV, dev_id, info)
+            self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=f"cannot create {whose}")
         except UblkError as error:
             if error.errno == errno.EPERM:      # which kernels that know the flag do not answer to it
                 require(flags & UBLK_F_UNPRIVILEGED_DEV)
-            error.what = "cannot create a device" if dev_id < 0 else f"cannot create device {dev_id}"
             raise
-        self._note(info)
         return info
-
-    def _note(self, info: Any) -> None:
-        (self._unprivileged.add if info.flags & UBLK_F_UNPRIVILEGED_DEV
-         else self._unprivileged.discard)(info.dev_id)
 
     def del_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """DEL_DEV: stop and remove; waits until nobody holds /dev/ublkcN or /dev/ublkbN open."""
@@ -821,16 +813,11 @@ class Control:
         """GET_DEV_INFO2 (6.3), or GET_DEV_INFO where the kernel lacks it."""
         info = ublksrv_ctrl_dev_info()
         try:
-            try:
-                self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info)
-            except UblkError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info)
+            self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info, what=f"device {dev_id}")
         except UblkError as error:
-            error.what = f"device {dev_id}"
-            raise
-        self._note(info)
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info, what=f"device {dev_id}")
         return info
 
     def get_queue_affinity(self, dev_id: int, queue: int) -> set[int]:
