@@ -59,6 +59,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import select
@@ -2710,7 +2711,9 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
         # Up to Linux 6.3 the kernel's thread that stops a disk may be left with the last reference to
         # /dev/ublkcN, and drop it only when it has nothing else to do: given DEL_DEV, which waits for
         # just that, it would wait for ever. So this stops the disk first and sees the node closed.
+        # And two DEL_DEV at a time would wait for each other.
         if control.legacy:
+            fcntl.flock(control.fd, fcntl.LOCK_EX)
             control.stop_dev(dev_id, timeout)
             os.close(open_char(dev_id, timeout))
         remedy = "it goes when they close it"
@@ -2722,6 +2725,8 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
                             f"held open by {who}", remedy) from None
         if error.errno not in (errno.ENODEV, errno.ENOENT):
             raise
+    finally:
+        fcntl.flock(control.fd, fcntl.LOCK_UN)
 
 
 # ---- the state file: what `list` and `recover` need to know of a served device -------------------
