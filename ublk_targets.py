@@ -14,6 +14,7 @@ options, described by the lines ``name: text`` of its docstring.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
@@ -43,6 +45,9 @@ ZEROES = mmap.mmap(-1, 1 << 20)             # page-aligned, as O_DIRECT wants it
 # linux/falloc.h and linux/fs.h
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 BLKDISCARD, BLKSSZGET, BLKPBSZGET = 0x1277, 0x1268, 0x127B
+
+HOLE = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)      # what fallocate(2) fails with, which is no fault
 
 
 def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
@@ -61,6 +66,33 @@ def say(text: str) -> None:
 # =================================================================================================
 # Disks of memory and of files
 # =================================================================================================
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which the os module lacks; raises OSError."""
+    if LIBC.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def write_all(fd: int, data: Any, offset: int) -> None:
+    """Write all of data at offset; raises OSError."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def clear(fd: int, offset: int, length: int) -> None:
+    """Make a range of a file zeroes: by a hole where there can be one, else by writing them."""
+    try:
+        fallocate(fd, HOLE, offset, length)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        for at in range(offset, offset + length, len(ZEROES)):
+            write_all(fd, memoryview(ZEROES)[:offset + length - at], at)
 
 
 # new byte for each byte: 255 minus it
@@ -82,38 +114,23 @@ class WithMetadata:
     def keep_metadata(self, fd: int, size: int, checksum: str) -> None:
         """Keep size bytes of metadata beside each block in the file fd."""
         self.metadata_fd, self.metadata_size, self.checksum = fd, size, checksum
+        weakref.finalize(self, os.close, fd)
 
     def metadata_at(self, offset: int) -> int:
         """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
         return offset // self.block_size * self.metadata_size
 
     def read_metadata(self, offset: int, buffer: memoryview) -> None:
-        at, done = self.metadata_at(offset), 0
-        while done < len(buffer) and (count := os.preadv(self.metadata_fd, [buffer[done:]], at + done)):
-            done += count
-        buffer[:] = bytes(buffer).translate(COMPLEMENT)
+        data = os.pread(self.metadata_fd, len(buffer), self.metadata_at(offset))
+        buffer[:] = data.ljust(len(buffer), b"\0").translate(COMPLEMENT)
 
     def write_metadata(self, offset: int, buffer: memoryview) -> None:
         write_all(self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset))
 
     def forget_metadata(self, offset: int, length: int) -> None:
         """Make these blocks like new ones; nothing to do where there is no metadata."""
-        if self.metadata_fd < 0:
-            return
-        at, end = self.metadata_at(offset), self.metadata_at(offset + length)
-        try:
-            fallocate(self.metadata_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, end - at)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            while at < end:
-                at += os.pwrite(self.metadata_fd, memoryview(ZEROES)[:end - at], at)
-
-    def close_metadata(self) -> None:
-        """Close the file."""
         if self.metadata_fd >= 0:
-            os.close(self.metadata_fd)
-            self.metadata_fd = -1
+            clear(self.metadata_fd, self.metadata_at(offset), self.metadata_at(length))
 
 
 class Ram(WithMetadata, ublk.Target):
@@ -124,22 +141,19 @@ class Ram(WithMetadata, ublk.Target):
     checksum: which one: crc, ip, crc64 or none
     """
 
-    processes = True
+    processes = True            # forked later they see the same disk: memory of a file is shared
 
     def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30), metadata_size: int = 0,
                  checksum: str = "crc") -> None:
         if size <= 0 or size % self.block_size:
             raise wrong(f"ram of {size} bytes", "not a multiple of 512", "choose another size")
         self.size = size
-        # Shared, so that processes forked later see the same disk; pages exist once written.
-        noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
-        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | noreserve)
-        self.view = memoryview(self.memory)
+        self.fd = os.memfd_create("ram")
+        weakref.finalize(self, os.close, self.fd)
+        os.ftruncate(self.fd, size)             # pages exist once written
+        self.view = memoryview(mmap.mmap(self.fd, size))
         if metadata_size:
             self.keep_metadata(os.memfd_create("metadata"), metadata_size, checksum)
-
-    def close(self) -> None:
-        self.close_metadata()
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.view[offset:offset + len(buffer)]
@@ -148,15 +162,8 @@ class Ram(WithMetadata, ublk.Target):
         self.view[offset:offset + len(buffer)] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        """Give whole pages back, which makes them read as zeroes, and clear the edges by hand."""
         self.forget_metadata(offset, length)
-        end = offset + length
-        first, last = min(-(-offset // PAGE_SIZE) * PAGE_SIZE, end), end // PAGE_SIZE * PAGE_SIZE
-        self.view[offset:first] = bytes(first - offset)
-        if first < last:
-            self.memory.madvise(mmap.MADV_REMOVE, first, last - first)
-        last = max(first, last)
-        self.view[last:end] = bytes(end - last)
+        clear(self.fd, offset, length)          # which gives pages back
 
     def discard(self, offset: int, length: int) -> None:
         self.write_zeroes(offset, length, True)
@@ -179,12 +186,10 @@ class Loop(WithMetadata, ublk.Target):
 
     def __init__(self, path: str, *, direct: bool = False, metadata: str = "", metadata_size: int = 8,
                  checksum: str = "crc") -> None:
-        self.path = path
+        self.path, self.is_block = path, is_block(path)
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
         try:
-            self.is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
-            self.block_size, self.physical_block_size = block_sizes(self.fd, path, direct)
-            self.size = size_of(self.fd, path, self.block_size)
+            self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
             if not self.read_only and self._can_discard():
                 self.discard = self._discard        # an attribute: not every backing has it
             if metadata:
@@ -194,7 +199,6 @@ class Loop(WithMetadata, ublk.Target):
             raise
 
     def close(self) -> None:
-        self.close_metadata()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -229,27 +233,28 @@ class Loop(WithMetadata, ublk.Target):
                 await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
                 return
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                if error.errno not in UNSUPPORTED:
                     raise
         for at in range(offset, offset + length, len(ZEROES)):
-            piece = memoryview(ZEROES)[:min(len(ZEROES), offset + length - at)]
-            await ublk.whole(self.write, self.write(at, piece), at, piece)
+            await moved(self.write, at, memoryview(ZEROES)[:offset + length - at])
 
     async def _discard(self, offset: int, length: int) -> None:
         self.forget_metadata(offset, length)
         if self.is_block:
-            fcntl.ioctl(self.fd, BLKDISCARD, two_words(offset, length))
+            self._discard_blocks(offset, length)
         else:
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            await ublk.uring_fallocate(self.fd, mode, offset, length)
+            await ublk.uring_fallocate(self.fd, HOLE, offset, length)
+
+    def _discard_blocks(self, offset: int, length: int) -> None:
+        fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("=QQ", offset, length))
 
     def _can_discard(self) -> bool:
         """Try it where there is nothing to lose: beyond the end, or (a device) at an odd place."""
         try:
             if self.is_block:
-                fcntl.ioctl(self.fd, BLKDISCARD, two_words(1, ublk.SECTOR))
+                self._discard_blocks(1, ublk.SECTOR)
             else:
-                fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, self.size, PAGE_SIZE)
+                fallocate(self.fd, HOLE, self.size, PAGE_SIZE)
         except OSError as error:
             return error.errno == errno.EINVAL and self.is_block
         return True
@@ -261,35 +266,6 @@ class Loop(WithMetadata, ublk.Target):
         self.size = size
 
 
-def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
-    """Open a file or block device; return its descriptor and whether it is only for reading.
-
-    A device is taken exclusively, so that nobody mounts it meanwhile.
-    """
-    flags |= os.O_CLOEXEC | (os.O_EXCL if os.path.exists(path) and is_block(path) else 0)
-    try:
-        try:
-            return os.open(path, flags | os.O_RDWR), False
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            return os.open(path, flags & ~os.O_EXCL | os.O_RDONLY), True
-    except OSError as error:
-        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            raise wrong(path, "its file system has no direct I/O",
-                        "leave --direct out") from None
-        raise
-
-
-def open_metadata(path: str, data: str, read_only: bool) -> int:
-    """Open the file for the metadata of a disk whose data are in another one; make it if need be."""
-    fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT) | os.O_CLOEXEC, 0o666)
-    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, data):
-        os.close(fd)
-        raise wrong(path, "not a file for metadata alone", "name another, or a new one")
-    return fd
-
-
 def is_block(path: str) -> bool:
     """Tell a block device from a file; raise UblkError for what is neither."""
     mode = os.stat(path).st_mode
@@ -298,54 +274,66 @@ def is_block(path: str) -> bool:
     return stat.S_ISBLK(mode)
 
 
-def block_sizes(fd: int, path: str, direct: bool) -> tuple[int, int]:
-    """Return the smallest unit of transfer to this file or device, and the one it likes."""
-    if stat.S_ISBLK(os.fstat(fd).st_mode):
-        sizes = [bytearray(4), bytearray(4)]
-        fcntl.ioctl(fd, BLKSSZGET, sizes[0])
-        fcntl.ioctl(fd, BLKPBSZGET, sizes[1])
-        logical, physical = (int.from_bytes(size, "little") for size in sizes)
-        return logical, min(physical, PAGE_SIZE)
-    size = ublk.SECTOR
-    with mmap.mmap(-1, PAGE_SIZE) as page, memoryview(page) as view:
-        while direct and size <= PAGE_SIZE:
-            with view[:size] as part:
-                try:
-                    os.preadv(fd, [part], 0)
-                    break
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-            size *= 2
-    if size > PAGE_SIZE:
-        raise wrong(path, "its file system takes no direct I/O of a page", "leave --direct out")
-    return size, max(size, 4096)
+def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
+    """Open a file or block device; return its descriptor and whether it is only for reading.
+
+    A device is taken exclusively, so that nobody mounts it meanwhile.
+    """
+    exclusive = os.O_EXCL if is_block(path) else 0
+    try:
+        try:
+            return os.open(path, flags | exclusive | os.O_RDWR), False
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return os.open(path, flags | os.O_RDONLY), True
+    except OSError as error:
+        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
+            raise wrong(path, "its file system has no direct I/O", "leave --direct out") from None
+        raise
 
 
-def size_of(fd: int, path: str, block_size: int) -> int:
-    """Return the size of a file or device; raise UblkError for one that cannot be a disk's."""
+def open_metadata(path: str, data: str, read_only: bool) -> int:
+    """Open the file for the metadata of a disk whose data are in another one; make it if need be."""
+    fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, data):
+        os.close(fd)
+        raise wrong(path, "not a file for metadata alone", "name another, or a new one")
+    return fd
+
+
+def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
+    """Return the size of a file or device, the smallest unit of transfer to it, and the one it likes.
+
+    Raises UblkError where it cannot be a disk.
+    """
+    if is_block(path):
+        words = [fcntl.ioctl(fd, request, bytes(4)) for request in (BLKSSZGET, BLKPBSZGET)]
+        unit, liked = (int.from_bytes(word, sys.byteorder) for word in words)
+    else:
+        unit = direct_unit(fd, path) if direct else ublk.SECTOR
+        liked = max(unit, 4096)
     size = os.lseek(fd, 0, os.SEEK_END)
     if size == 0:
         raise wrong(path, "it is empty", f"give it a size: truncate -s 1G {path}")
-    if size % block_size:
-        more = -(-size // block_size) * block_size
-        raise wrong(path, f"its size {size} is not a multiple of {block_size}",
-                    f"make it one: truncate -s {more} {path}")
-    return size
+    if size % unit:
+        raise wrong(path, f"its size {size} is not a multiple of {unit}",
+                    f"make it one: truncate -s {-(-size // unit) * unit} {path}")
+    return size, unit, min(liked, PAGE_SIZE)
 
 
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), which the os module lacks; raises OSError."""
-    import ctypes
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def two_words(first: int, second: int) -> bytes:
-    """Pack the argument of an ioctl on a range of a block device."""
-    return first.to_bytes(8, "little") + second.to_bytes(8, "little")
+def direct_unit(fd: int, path: str) -> int:
+    """Return the smallest unit of direct transfer to a file."""
+    unit, page = ublk.SECTOR, memoryview(mmap.mmap(-1, PAGE_SIZE))
+    while unit <= PAGE_SIZE:
+        try:
+            os.preadv(fd, [page[:unit]], 0)
+            return unit
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        unit *= 2
+    raise wrong(path, "its file system takes no direct I/O of a page", "leave --direct out")
 
 
 # =================================================================================================
@@ -721,9 +709,9 @@ class Cow(ublk.Target):
     def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
         distinct([base, overlay])
         is_block(base)
-        self.base = os.open(base, (os.O_RDWR if commit else os.O_RDONLY) | os.O_CLOEXEC)
-        self.grain, self.physical_block_size = block_sizes(self.base, base, False)
-        self.size, self.block_size = size_of(self.base, base, self.grain), self.grain
+        self.base = os.open(base, os.O_RDWR if commit else os.O_RDONLY)
+        self.size, self.block_size, self.physical_block_size = sizes_of(self.base, base)
+        self.grain = self.block_size
         count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
         self.marks_at, self.data_at = COW_UNIT, COW_UNIT + count
         if not os.path.exists(overlay) or not os.path.getsize(overlay):
@@ -840,9 +828,8 @@ class Cow(ublk.Target):
                 if ours:
                     write_all(self.base, os.pread(self.fd, length, self.data_at + start), start)
         os.fsync(self.base)
-        hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
         for start, end in (self.marks_at, self.data_at), (self.data_at, self.top.size):
-            fallocate(self.fd, hole, start, end - start)
+            clear(self.fd, start, end - start)
             os.fsync(self.fd)
 
     def close(self) -> None:
@@ -871,13 +858,6 @@ async def fill(fd: int, buffer: memoryview, offset: int) -> None:
         if not count:
             raise OSError(errno.EIO, "unexpected end of file")
         buffer, offset = buffer[count:], offset + count
-
-
-def write_all(fd: int, data: Any, offset: int) -> None:
-    """Write all of data at offset; raises OSError."""
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
 
 
 # =================================================================================================
@@ -1674,7 +1654,7 @@ class Record(Wrapper, ublk.Target):
             raise wrong("record", "a zoned disk cannot be recorded")
         self.flush = partial(self.call, "flush")    # of interest even where the target needs none
         self.lock = threading.Lock()
-        self.fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if not os.path.getsize(log):
             os.write(self.fd, sealed(LOG_HEADER.pack(LOG_MAGIC, self.size)))
         with open(log, "rb") as file:
@@ -1760,7 +1740,7 @@ def apply(log: Any, entry: Entry, disk: Any) -> None:
             raise wrong(log.name, f"entry {entry.number} is damaged", f"replay it --to {entry.number - 1}")
         write_all(disk.fileno(), data, entry.offset)
     elif entry.kind != "flush":
-        fallocate(disk.fileno(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.offset, entry.length)
+        clear(disk.fileno(), entry.offset, entry.length)
 
 
 def replay(argv: Sequence[str]) -> int:
