@@ -358,34 +358,65 @@ class beside:
 
 async def together(*coroutines: Any) -> None:
     """Run coroutines side by side on this queue until all have ended; raise what one of them raised."""
-    left, failures, done = len(coroutines), [], ublk.Event()
-
-    async def run(coroutine: Any) -> None:
-        nonlocal left
+    async def run(coroutine: Any, end: ublk.Event) -> None:
+        failure = None
         try:
             await coroutine
         except Exception as error:
-            failures.append(error)
-        left -= 1
-        if not left:
-            done.set()
+            failure = error
+        end.set(failure)
 
-    for coroutine in coroutines:
-        await beside(run(coroutine))
-    await done
-    if failures:
-        raise failures[0]
+    ends = [ublk.Event() for _ in coroutines]
+    for coroutine, end in zip(coroutines, ends):
+        await beside(run(coroutine, end))
+    for failure in [await end for end in ends]:
+        if failure:
+            raise failure
+
+
+async def settled(outcome: Any) -> Any:
+    """Return what a handler of whatever kind returns in the end."""
+    return await outcome if type(outcome) is CoroutineType else outcome
 
 
 async def moved(handler: Any, *args: Any) -> None:
     """Have a target's handler, of whatever kind, serve a request to its end."""
-    await ublk.whole(handler, handler(*args), *(args or (0, b""))[:2])
+    if len(args) == 2 and not isinstance(args[1], int):
+        await ublk.whole(handler, handler(*args), *args)
+    else:
+        await settled(handler(*args))
 
 
 def extent(args: Sequence[Any]) -> tuple[int, int]:
     """Return offset and length of a request, from what its handler is called with."""
     offset, what = (*args, 0, 0)[:2]
     return offset, what if isinstance(what, int) else len(what)
+
+
+# What a target may define: handlers of requests, and all else
+CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
+HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset",
+            "zone_reset_all")
+PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
+              "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
+              "metadata_size", "checksum", "read_metadata", "write_metadata", "processes",
+              "report_zones", "resized", "start", "close")
+
+
+class Over:
+    """A part of targets over others: they serve the requests that all of these do.
+
+    Each comes to call(handler's name, its arguments).
+    """
+
+    def offer(self, names: Sequence[str], *targets: ublk.Target) -> None:
+        for name in names:
+            if all(hasattr(target, name) for target in targets):
+                setattr(self, name, partial(self.call, name))
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Serve a request: return what a handler returns."""
+        raise NotImplementedError
 
 
 def distinct(paths: Sequence[str]) -> Sequence[str]:
@@ -395,7 +426,7 @@ def distinct(paths: Sequence[str]) -> Sequence[str]:
     return paths
 
 
-class Stripe(ublk.Target):
+class Stripe(Over, ublk.Target):
     """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
 
     The kernel lets no read or write cross from one chunk into the next, so each goes to one file.
@@ -421,8 +452,7 @@ class Stripe(ublk.Target):
                         f"smaller than a chunk of {chunk} bytes", "take a smaller --chunk")
         self.size = rows * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
-        if all(hasattr(leg, "discard") for leg in legs):
-            self.discard = self._discard
+        self.offer(("read", *CHANGES), *legs)
 
     def place(self, offset: int) -> tuple[Loop, int, int]:
         """Return the leg that has this byte of the disk, where, and how much there is in one piece."""
@@ -445,27 +475,16 @@ class Stripe(ublk.Target):
         leg, at, _ = self.place(offset)
         return leg.fd, at
 
-    def read(self, offset: int, buffer: memoryview) -> Any:
+    def call(self, name: str, *args: Any) -> Any:
+        """Have the leg of a transfer serve it, all legs a flush, and other requests those they touch."""
+        if name == "flush":
+            return together(*[leg.flush() for leg in self.legs])
+        offset, what, *how = args
+        if isinstance(what, int):
+            spans = self.spans(offset, what)
+            return together(*[getattr(leg, name)(at, length, *how) for leg, at, length in spans])
         leg, at, room = self.place(offset)
-        return leg.read(at, buffer[:room])
-
-    def write(self, offset: int, buffer: memoryview) -> Any:
-        leg, at, room = self.place(offset)
-        return leg.write(at, buffer[:room])
-
-    def write_fua(self, offset: int, buffer: memoryview) -> Any:
-        leg, at, room = self.place(offset)
-        return leg.write_fua(at, buffer[:room])
-
-    async def flush(self) -> None:
-        await together(*[leg.flush() for leg in self.legs])
-
-    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await together(*[leg.write_zeroes(at, count, unmap)
-                         for leg, at, count in self.spans(offset, length)])
-
-    async def _discard(self, offset: int, length: int) -> None:
-        await together(*[leg.discard(at, count) for leg, at, count in self.spans(offset, length)])
+        return getattr(leg, name)(at, what[:room])
 
     def close(self) -> None:
         for leg in self.legs:
@@ -864,38 +883,18 @@ async def fill(fd: int, buffer: memoryview, offset: int) -> None:
 # Targets over another target
 # =================================================================================================
 
-# What a target may define: handlers of requests, and all else
-HANDLERS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "zone_append",
-            "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_reset_all")
-PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
-              "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
-              "metadata_size", "checksum", "read_metadata", "write_metadata", "processes",
-              "report_zones", "resized", "start", "close")
-
-
-class Wrapper:
-    """A target over another one: it offers what the other offers, no more and no less.
-
-    Each request comes to call(handler's name, its arguments), for a subclass to come between.
-    """
+class Wrapper(Over):
+    """A part of targets over one other: they offer what it offers, no more and no less."""
 
     def __init__(self, target: ublk.Target) -> None:
         self.target = target
         for name in PROPERTIES:
             if hasattr(target, name) and name not in vars(type(self)):
                 setattr(self, name, getattr(target, name))
-        for name in HANDLERS:
-            if hasattr(target, name):
-                setattr(self, name, partial(self.call, name))
+        self.offer(HANDLERS, target)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Serve a request: return what the wrapped target's handler returns."""
         return getattr(self.target, name)(*args)
-
-
-async def settled(outcome: Any) -> Any:
-    """Return what a handler of whatever kind returns in the end."""
-    return await outcome if type(outcome) is CoroutineType else outcome
 
 
 class Fault(Wrapper, ublk.Target):
