@@ -395,6 +395,7 @@ def extent(args: Sequence[Any]) -> tuple[int, int]:
 
 # What a target may define: handlers of requests, and all else
 CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
+WITH_DATA = CHANGES[:2]
 HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset",
             "zone_reset_all")
 PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
@@ -927,53 +928,52 @@ class Fault(Wrapper, ublk.Target):
                  delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
                  hang: bool = False, control: str = "", seed: int = 1) -> None:
         super().__init__(target)
-        self.options: dict[str, Any] = {
-            "on": on, "range": range, "after": after, "rate": rate, "error": error, "delay": delay,
-            "jitter": jitter, "torn": torn, "lost": lost, "hang": hang}
-        self.given = self.rule = Rule(**self.options)
+        handlers = frozenset(on.split(",") if on else HANDLERS)
+        if not handlers <= frozenset(HANDLERS):
+            raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
+        if error and error not in errno.errorcode.values():
+            raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
+        if not 0 <= rate <= 1:
+            raise wrong(f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in a hundred")
+        self.given = self.rule = Rule(
+            handlers, span(range) if range else None, after, rate, getattr(errno, error) if error else 0,
+            seconds(delay), seconds(jitter), torn, lost, hang)
         self.control = os.path.abspath(control) if control else ""
-        self.parser = ublk.target_parser(Fault, "fault")
         self.random, self.written = random.Random(seed), 0
         self.seen: Any = None           # what the control file was when it was last read
 
     def call(self, name: str, *args: Any) -> Any:
         self.look()
         rule = self.rule
-        if not rule.matches(name, args, self.written) or self.random.random() >= rule.rate:
-            return self.pass_on(name, *args)
-        if rule.delay or rule.jitter or rule.hang:
-            return self.stall(rule, name, args)
-        return self.strike(rule, name, args)
+        if rule.matches(name, args, self.written) and self.random.random() < rule.rate:
+            return self.strike(rule, name, args)
+        return self.pass_on(name, *args)
 
     def pass_on(self, name: str, *args: Any) -> Any:
         """Have the wrapped target serve it."""
-        if name in ("write", "write_fua"):
+        if name in WITH_DATA:
             self.written += len(args[1])
-        return getattr(self.target, name)(*args)
+        return super().call(name, *args)
 
-    async def stall(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
-        """Wait, then do what else there is to do."""
-        await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
+    async def strike(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
+        """Serve a request late, in part, not at all or with an error."""
+        if rule.delay or rule.jitter or rule.hang:
+            await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
         while rule.hang and self.rule is rule:
             await ublk.uring_sleep(0.05)
             self.look()
-        return await settled(self.strike(rule, name, args))
-
-    def strike(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
-        """Do a request wrong."""
-        if rule.torn and name in ("write", "write_fua"):
-            return self.tear(rule, name, *args)
+        torn = rule.torn and name in WITH_DATA
+        if torn:
+            await self.tear(name, *args)
         if rule.error:
             raise OSError(rule.error, os.strerror(rule.error))
-        return None if rule.lost else self.pass_on(name, *args)
+        return None if torn or rule.lost else await settled(self.pass_on(name, *args))
 
-    async def tear(self, rule: Rule, name: str, offset: int, buffer: memoryview) -> None:
-        """Write only some of the blocks, from the beginning; --error tells, otherwise nobody does."""
+    async def tear(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Write only some of the blocks, from the beginning."""
         kept = self.random.randrange(len(buffer) // self.block_size) * self.block_size
         if kept:
             await moved(partial(self.pass_on, name), offset, buffer[:kept])
-        if rule.error:
-            raise OSError(rule.error, os.strerror(rule.error))
 
     def look(self) -> None:
         """Take the options from the control file when that has changed."""
@@ -989,40 +989,38 @@ class Fault(Wrapper, ublk.Target):
         self.seen, self.written = seen, 0
         try:
             with open(self.control, encoding="utf-8") as file:
-                values = vars(self.parser.parse_args(shlex.split(file.read(4096))))
-            self.rule = Rule(**{name: values[name] for name in self.options})
+                words = shlex.split(file.read(4096))
+            options = vars(ublk.target_parser(Fault, "fault").parse_args(words))
+            self.rule = Fault(**{**options, "target": self.target}).rule
         except FileNotFoundError:
             self.rule = self.given
         except (OSError, ValueError, SystemExit) as error:
             say(f"{self.control} is ignored: {error}")
 
 
-class Rule:
+class Rule(NamedTuple):
     """What a Fault does to which requests: its options, understood."""
 
-    def __init__(self, on: str, range: str, after: int, rate: float, error: str, delay: str,
-                 jitter: str, torn: bool, lost: bool, hang: bool) -> None:
-        self.on = frozenset(on.split(",")) if on else frozenset(HANDLERS)
-        if not self.on <= frozenset(HANDLERS):
-            raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
-        self.anywhere = not range
-        self.start, self.end = span(range or "0")
-        if error and error not in errno.errorcode.values():
-            raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
-        if not 0 <= rate <= 1:
-            raise wrong(f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in a hundred")
-        self.error = getattr(errno, error) if error else 0
-        self.after, self.rate, self.torn, self.lost, self.hang = after, rate, torn, lost, hang
-        self.delay, self.jitter = seconds(delay), seconds(jitter)
+    handlers: frozenset[str]
+    range: tuple[int, int] | None           # start and end; None: anywhere
+    after: int
+    rate: float
+    error: int
+    delay: float
+    jitter: float
+    torn: bool
+    lost: bool
+    hang: bool
 
     def matches(self, name: str, args: tuple[Any, ...], written: int) -> bool:
         """Tell whether a request may be struck."""
-        if written < self.after or name.replace("_fua", "") not in self.on:
+        if written < self.after or name.replace("_fua", "") not in self.handlers:
             return False
-        if self.anywhere or not args:           # a flush is of no range
-            return self.anywhere
+        if self.range is None or not args:      # a flush is of no range
+            return self.range is None
         offset, length = extent(args)
-        return offset < self.end and offset + max(length, ublk.SECTOR) > self.start
+        start, end = self.range
+        return offset < end and offset + max(length, ublk.SECTOR) > start
 
 
 def span(text: str) -> tuple[int, int]:
@@ -1630,8 +1628,6 @@ LOG_MAGIC = b"ublklog2"
 # Magic, kind, offset, length, CRC-32 of the data; then a CRC-32 of these; then the data
 ENTRY = struct.Struct("<4sIQQI")
 ENTRY_MAGIC = b"entr"
-KINDS = ("write", "write_fua", "flush", "discard", "write_zeroes")
-WITH_DATA = KINDS[:2]
 
 
 class Record(Wrapper, ublk.Target):
@@ -1665,7 +1661,7 @@ class Record(Wrapper, ublk.Target):
         os.ftruncate(self.fd, self.end)         # an entry the server was killed in
 
     def call(self, name: str, *args: Any) -> Any:
-        return self.logged(name, *args) if name in KINDS else super().call(name, *args)
+        return self.logged(name, *args) if name in CHANGES else super().call(name, *args)
 
     async def logged(self, name: str, *args: Any) -> None:
         """Have the target do it, then append an entry."""
@@ -1680,7 +1676,7 @@ class Record(Wrapper, ublk.Target):
 
     def append(self, kind: str, offset: int = 0, length: int = 0, data: Any = b"") -> None:
         """Write an entry to the log."""
-        head = sealed(ENTRY.pack(ENTRY_MAGIC, KINDS.index(kind), offset, length, zlib.crc32(data)))
+        head = sealed(ENTRY.pack(ENTRY_MAGIC, CHANGES.index(kind), offset, length, zlib.crc32(data)))
         with self.lock:
             size = len(head) + len(data)
             if os.writev(self.fd, [head, data]) != size:
@@ -1723,12 +1719,12 @@ def entries(log: Any) -> Iterator[Entry]:
         if len(head) < ENTRY.size + 4:
             return
         _, kind, offset, length, crc = ENTRY.unpack(head[:-4])
-        if not intact(head, ENTRY_MAGIC) or kind >= len(KINDS):
+        if not intact(head, ENTRY_MAGIC) or kind >= len(CHANGES):
             raise wrong(log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}")
-        end += len(head) + (length if KINDS[kind] in WITH_DATA else 0)
+        end += len(head) + (length if CHANGES[kind] in WITH_DATA else 0)
         if end > limit:
             return
-        yield Entry(number, KINDS[kind], offset, length, crc, end)
+        yield Entry(number, CHANGES[kind], offset, length, crc, end)
 
 
 def apply(log: Any, entry: Entry, disk: Any) -> None:
