@@ -1058,11 +1058,12 @@ NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY = 7, 8
 NBD_REP_ACK, NBD_REP_ERROR, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 1 << 31, 1 << 31 | 5, 1 << 31 | 6
 NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
 NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL = 1 << 1, 1 << 4
-# What a server may offer, as a bit of its flags, and the handler that uses it
-NBD_OFFERS = {1 << 2: "flush", 1 << 3: "write_fua", 1 << 5: "discard", 1 << 6: "write_zeroes"}
 NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = range(5)
 NBD_CMD_WRITE_ZEROES = 6
 NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE = 1, 2
+# What a server may offer: the handler, the bit of its flags that says so, command and flag to ask for it
+NBD_OFFERS = {"flush": (1 << 2, NBD_CMD_FLUSH, 0), "write_fua": (1 << 3, NBD_CMD_WRITE, NBD_CMD_FLAG_FUA),
+              "discard": (1 << 5, NBD_CMD_TRIM, 0), "write_zeroes": (1 << 6, NBD_CMD_WRITE_ZEROES, 0)}
 NBD_REQUEST = struct.Struct(">IHHQQI")      # magic, flags, command, cookie, offset, length
 NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
 NBD_REPLY_FLAG_DONE = 1
@@ -1182,11 +1183,12 @@ class NbdConnection:
 class NbdRequest:
     """A request that waits for its reply."""
 
-    def __init__(self, cookie: int, command: int, offset: int, length: int, flags: int, buffer: Any) -> None:
-        self.cookie, self.offset, self.done = cookie, offset, ublk.Event()
-        self.head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, length)
-        self.data = buffer if command == NBD_CMD_WRITE else b""
-        self.room = buffer if command == NBD_CMD_READ else memoryview(b"")
+    def __init__(self, cookie: int, command: int, flags: int, offset: int, what: Any) -> None:
+        self.cookie, self.done = cookie, ublk.Event()
+        self.offset, self.length = extent((offset, what))
+        self.head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
+        self.data = what if command == NBD_CMD_WRITE else b""
+        self.room = what if command == NBD_CMD_READ else memoryview(b"")
         self.error = self.filled = 0            # what the reply said so far
 
 
@@ -1212,9 +1214,9 @@ class Nbd(ublk.Target):
             raise wrong(uri, f"its size {server.size} or largest request {server.maximum} is no block")
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
         self.rotational = bool(server.flags & NBD_FLAG_ROTATIONAL)
-        for bit, name in NBD_OFFERS.items():
+        for name, (bit, command, flags) in NBD_OFFERS.items():
             if server.flags & bit:
-                setattr(self, name, getattr(self, f"_{name}"))
+                setattr(self, name, partial(self.ask, command, flags))
         self.pending: dict[int, NbdRequest] = {}        # by cookie
         self.outbox: list[NbdRequest] = []
         self.buffer = memoryview(bytearray(1 << 18))
@@ -1230,22 +1232,10 @@ class Nbd(ublk.Target):
             raise wrong(self.uri, "there is one connection", "use one queue")
 
     async def read(self, offset: int, buffer: memoryview) -> int:
-        return await self.ask(NBD_CMD_READ, offset, 0, buffer[:self.maximum])
+        return await self.ask(NBD_CMD_READ, 0, offset, buffer)
 
     async def write(self, offset: int, buffer: memoryview) -> int:
-        return await self.ask(NBD_CMD_WRITE, offset, 0, buffer[:self.maximum])
-
-    async def _write_fua(self, offset: int, buffer: memoryview) -> int:
-        return await self.ask(NBD_CMD_WRITE, offset, NBD_CMD_FLAG_FUA, buffer[:self.maximum])
-
-    async def _flush(self) -> None:
-        await self.ask(NBD_CMD_FLUSH, 0)
-
-    async def _discard(self, offset: int, length: int) -> None:
-        await self.ask(NBD_CMD_TRIM, offset, length=length)
-
-    async def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await self.ask(NBD_CMD_WRITE_ZEROES, offset, 0 if unmap else NBD_CMD_FLAG_NO_HOLE, length=length)
+        return await self.ask(NBD_CMD_WRITE, 0, offset, buffer)
 
     def close(self) -> None:
         """Say goodbye, if that is possible at once."""
@@ -1261,13 +1251,16 @@ class Nbd(ublk.Target):
     # Three tasks run beside them: _send empties the outbox, _receive takes the replies and makes a
     # new connection when it has to, _watch ends a connection on which nothing comes.
 
-    async def ask(self, command: int, offset: int, flags: int = 0, buffer: Any = b"", length: int = 0) -> int:
-        """Have the server do something; return the length of the data. Raises OSError."""
+    async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0, unmap: bool = True) -> int:
+        """Have the server do something with a buffer or a length; return how much. Raises OSError."""
+        if not unmap:
+            flags |= NBD_CMD_FLAG_NO_HOLE
+        if not isinstance(what, int):
+            what = what[:self.maximum]
         if not self.pending:
             self.heard = time.monotonic()
         self.cookie += 1
-        request = NbdRequest(self.cookie, command, offset, len(buffer) or length, flags, buffer)
-        self.pending[self.cookie] = request
+        request = self.pending[self.cookie] = NbdRequest(self.cookie, command, flags, offset, what)
         self.outbox.append(request)
         if not self.running:
             self.running = True
@@ -1278,7 +1271,7 @@ class Nbd(ublk.Target):
         error = await request.done
         if error:
             raise OSError(error, os.strerror(error))
-        return len(buffer)
+        return request.length
 
     async def _send(self) -> None:
         """Send everything in the outbox; what fails is sent again by the next connection."""
