@@ -70,6 +70,17 @@ def say(text: str) -> None:
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+def owned(owner: object, fd: int) -> int:
+    """Have a descriptor closed when its owner is gone."""
+    weakref.finalize(owner, os.close, fd)
+    return fd
+
+
+def memory(owner: object) -> int:
+    """Make a file of memory that lives as long as its owner does."""
+    return owned(owner, os.memfd_create("ublk"))
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2), which the os module lacks; raises OSError."""
     if LIBC.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
@@ -114,7 +125,6 @@ class WithMetadata:
     def keep_metadata(self, fd: int, size: int, checksum: str) -> None:
         """Keep size bytes of metadata beside each block in the file fd."""
         self.metadata_fd, self.metadata_size, self.checksum = fd, size, checksum
-        weakref.finalize(self, os.close, fd)
 
     def metadata_at(self, offset: int) -> int:
         """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
@@ -148,12 +158,11 @@ class Ram(WithMetadata, ublk.Target):
         if size <= 0 or size % self.block_size:
             raise wrong(f"ram of {size} bytes", "not a multiple of 512", "choose another size")
         self.size = size
-        self.fd = os.memfd_create("ram")
-        weakref.finalize(self, os.close, self.fd)
+        self.fd = memory(self)
         os.ftruncate(self.fd, size)             # pages exist once written
         self.view = memoryview(mmap.mmap(self.fd, size))
         if metadata_size:
-            self.keep_metadata(os.memfd_create("metadata"), metadata_size, checksum)
+            self.keep_metadata(memory(self), metadata_size, checksum)
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.view[offset:offset + len(buffer)]
@@ -193,7 +202,8 @@ class Loop(WithMetadata, ublk.Target):
             if not self.read_only and self._can_discard():
                 self.discard = self._discard        # an attribute: not every backing has it
             if metadata:
-                self.keep_metadata(open_metadata(metadata, path, self.read_only), metadata_size, checksum)
+                fd = owned(self, open_metadata(metadata, path, self.read_only))
+                self.keep_metadata(fd, metadata_size, checksum)
         except BaseException:
             self.close()
             raise
@@ -758,9 +768,10 @@ class Cow(ublk.Target):
         found = os.pread(self.fd, len(header), 0)
         if found == bytes(len(found)):                      # new, or killed while it was made
             found = header
-        if not intact(found, COW_MAGIC):
+        fields = unsealed(found, COW_HEADER, COW_MAGIC)
+        if not fields:
             raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
-        _, size, grain, last_boot = COW_HEADER.unpack(found[:-4])
+        size, grain, last_boot = fields
         if (size, grain) != (self.size, self.grain):
             raise wrong(self.path, f"made for a base of {size} bytes in blocks of {grain}, "
                         f"this one has {self.size} in {self.grain}", "name its own base")
@@ -866,9 +877,11 @@ def sealed(data: bytes) -> bytes:
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
-def intact(data: bytes, magic: bytes) -> bool:
-    """Tell whether data is what sealed() made, and of the kind that begins with magic."""
-    return data.startswith(magic) and data == sealed(data[:-4])
+def unsealed(data: bytes, form: struct.Struct, magic: bytes) -> Any:
+    """Return what was sealed(), without the magic it began with; nothing where it is damaged or another."""
+    if len(data) == form.size + 4 and data.startswith(magic) and data == sealed(data[:-4]):
+        return form.unpack(data[:-4])[1:]
+    return ()
 
 
 async def fill(fd: int, buffer: memoryview, offset: int) -> None:
@@ -1434,10 +1447,8 @@ class Zone:
 
     def settle(self) -> None:
         """Take the condition that the write pointer implies when nobody has the zone open."""
-        if self.wp == self.start:
-            self.cond = BLK_ZONE_COND_EMPTY
-        else:
-            self.cond = BLK_ZONE_COND_FULL if self.wp == self.end else BLK_ZONE_COND_CLOSED
+        ends = {self.start: BLK_ZONE_COND_EMPTY, self.end: BLK_ZONE_COND_FULL}
+        self.cond = ends.get(self.wp, BLK_ZONE_COND_CLOSED)
 
 
 class Zoned(ublk.Target):
@@ -1462,15 +1473,15 @@ class Zoned(ublk.Target):
                  max_open: int = 0, max_active: int = 0) -> None:
         self.max_open_zones, self.max_active_zones = max_open, max_active
         self.lock = threading.Lock()
-        self.memory = -1 if file else os.memfd_create("zoned")
-        self.path = file or f"/proc/self/fd/{self.memory}"
+        self.path = file or f"/proc/self/fd/{memory(self)}"
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path)
         header = os.pread(self.disk.fd, ZONED_HEADER.size + 4, 0)
-        if not intact(header, ZONED_MAGIC):
+        fields = unsealed(header, ZONED_HEADER, ZONED_MAGIC)
+        if not fields:
             raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
-        _, self.size, self.zone_size, self.conventional = ZONED_HEADER.unpack(header[:-4])
+        self.size, self.zone_size, self.conventional = fields
         self.data_at = zone_data_at(self.size // self.zone_size)
         if self.disk.size != self.data_at + self.size:
             raise wrong(self.path, f"damaged: not {self.data_at + self.size} bytes long", "restore it")
@@ -1490,21 +1501,18 @@ class Zoned(ublk.Target):
 
     def _load_zones(self) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""
-        zones = []
         table = os.pread(self.disk.fd, 8 * self.size // self.zone_size, ZONE_TABLE_AT)
-        for number, written in enumerate(memoryview(table).cast("Q")):
-            if written > self.zone_size or written % self.block_size:
-                raise wrong(self.path, f"damaged: the write pointer of zone {number}", "restore it")
-            zones.append(Zone(number, self.zone_size, written))
+        zones = [Zone(number, self.zone_size, written)
+                 for number, written in enumerate(memoryview(table).cast("Q"))]
+        for zone in zones:
+            if zone.wp > zone.end or zone.wp % self.block_size:
+                raise wrong(self.path, f"damaged: the write pointer of zone {zone.number}", "restore it")
         for zone in zones[:self.conventional]:
             zone.cond = BLK_ZONE_COND_NOT_WP
         return zones
 
     def close(self) -> None:
         self.disk.close()
-        if self.memory >= 0:
-            os.close(self.memory)
-            self.memory = -1
 
     # ---- zones -----------------------------------------------------------------------------------
 
@@ -1640,47 +1648,37 @@ class Record(Wrapper, ublk.Target):
         super().__init__(target)
         if hasattr(target, "zone_size"):
             raise wrong("record", "a zoned disk cannot be recorded")
-        self.flush = partial(self.call, "flush")    # of interest even where the target needs none
+        self.offer(["flush"])       # of interest even where the target needs none
         self.lock = threading.Lock()
-        self.fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.log = open(log, "a+b", buffering=0)
         if not os.path.getsize(log):
-            os.write(self.fd, sealed(LOG_HEADER.pack(LOG_MAGIC, self.size)))
-        with open(log, "rb") as file:
-            size = log_size(file)
-            if size != self.size:
-                raise wrong(log, f"the log of a disk of {size} bytes, this one has {self.size}",
-                            "name another file")
-            self.end = max((entry.end for entry in entries(file)), default=LOG_HEADER.size + 4)
-        os.ftruncate(self.fd, self.end)         # an entry the server was killed in
+            self.log.write(sealed(LOG_HEADER.pack(LOG_MAGIC, self.size)))
+        size = log_size(self.log)
+        if size != self.size:
+            raise wrong(log, f"the log of a disk of {size} bytes, this one has {self.size}",
+                        "name another file")
+        self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size + 4)
+        self.log.truncate(self.end)             # without an entry the server was killed in
 
     def call(self, name: str, *args: Any) -> Any:
         return self.logged(name, *args) if name in CHANGES else super().call(name, *args)
 
     async def logged(self, name: str, *args: Any) -> None:
         """Have the target do it, then append an entry."""
-        handler = getattr(self.target, name, None)
-        if name in WITH_DATA:
-            offset, data = args
-            await moved(handler, offset, data)
-            self.append(name, offset, len(data), data)
-        else:
-            await settled(handler and handler(*args))
-            self.append(name, *args[:2])
-
-    def append(self, kind: str, offset: int = 0, length: int = 0, data: Any = b"") -> None:
-        """Write an entry to the log."""
-        head = sealed(ENTRY.pack(ENTRY_MAGIC, CHANGES.index(kind), offset, length, zlib.crc32(data)))
+        if hasattr(self.target, name):
+            await moved(getattr(self.target, name), *args)
+        offset, length = extent(args)
+        data = args[1] if name in WITH_DATA else b""
+        head = ENTRY.pack(ENTRY_MAGIC, CHANGES.index(name), offset, length, zlib.crc32(data))
         with self.lock:
-            size = len(head) + len(data)
-            if os.writev(self.fd, [head, data]) != size:
-                os.ftruncate(self.fd, self.end)
+            end = self.end + ENTRY.size + 4 + len(data)
+            if os.writev(self.log.fileno(), [sealed(head), data]) != end - self.end:
+                self.log.truncate(self.end)
                 raise OSError(errno.ENOSPC, "no room for the log")
-            self.end += size
+            self.end = end
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.log.close()
         if hasattr(self.target, "close"):
             self.target.close()
 
@@ -1697,24 +1695,24 @@ class Entry(NamedTuple):
 
 
 def log_size(log: Any) -> int:
-    """Read the header of a log and return the size of the disk."""
-    head = log.read(LOG_HEADER.size + 4)
-    if len(head) != LOG_HEADER.size + 4 or not intact(head, LOG_MAGIC):
+    """Return the size of the disk that a log is of, from its header."""
+    fields = unsealed(os.pread(log.fileno(), LOG_HEADER.size + 4, 0), LOG_HEADER, LOG_MAGIC)
+    if not fields:
         raise wrong(log.name, "not a log of the target record")
-    return LOG_HEADER.unpack(head[:-4])[1]
+    return fields[0]
 
 
 def entries(log: Any) -> Iterator[Entry]:
     """Yield the whole entries of a log; what a kill cut off at the end is left out."""
-    limit, end = os.fstat(log.fileno()).st_size, LOG_HEADER.size + 4
+    size, limit, end = ENTRY.size + 4, os.fstat(log.fileno()).st_size, LOG_HEADER.size + 4
     for number in itertools.count(1):
-        head = os.pread(log.fileno(), ENTRY.size + 4, end)
-        if len(head) < ENTRY.size + 4:
+        if end + size > limit:
             return
-        _, kind, offset, length, crc = ENTRY.unpack(head[:-4])
-        if not intact(head, ENTRY_MAGIC) or kind >= len(CHANGES):
+        fields = unsealed(os.pread(log.fileno(), size, end), ENTRY, ENTRY_MAGIC)
+        if not fields or fields[0] >= len(CHANGES):
             raise wrong(log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}")
-        end += len(head) + (length if CHANGES[kind] in WITH_DATA else 0)
+        kind, offset, length, crc = fields
+        end += size + (length if CHANGES[kind] in WITH_DATA else 0)
         if end > limit:
             return
         yield Entry(number, CHANGES[kind], offset, length, crc, end)
