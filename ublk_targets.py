@@ -1372,18 +1372,17 @@ class Nbd(ublk.Target):
         """Receive a reply, or one chunk of a structured one."""
         magic, flags, kind, cookie = struct.unpack(">IHHQ", await self._bytes(16))
         request = self.pending.get(cookie)
-        if request is None or magic not in (NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC):
+        if request and magic == NBD_SIMPLE_REPLY_MAGIC:
+            request.error = flags << 16 | kind      # one number in their place
+            if not request.error:
+                await self._fill(request.room)
+                request.filled = len(request.room)
+        elif request and magic == NBD_STRUCTURED_REPLY_MAGIC:
+            await self._chunk(request, kind, int.from_bytes(await self._bytes(4), "big"))
+            if not flags & NBD_REPLY_FLAG_DONE:
+                return
+        else:
             raise OSError(errno.EPROTO, "the server sent no reply to any request but something else")
-        if magic == NBD_STRUCTURED_REPLY_MAGIC:
-            length = int.from_bytes(await self._bytes(4), "big")
-            await self._chunk(request, kind, length)
-            if flags & NBD_REPLY_FLAG_DONE:
-                self._end(request)
-            return
-        request.error = flags << 16 | kind          # a simple reply has one number in their place
-        if not request.error:
-            await self._fill(request.room)
-            request.filled = len(request.room)
         self._end(request)
 
     async def _chunk(self, request: NbdRequest, kind: int, length: int) -> None:
