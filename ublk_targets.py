@@ -465,20 +465,20 @@ class Stripe(Over, ublk.Target):
         self.read_only = any(leg.read_only for leg in legs)
         self.offer(("read", *CHANGES), *legs)
 
+    def before(self, leg: int, offset: int) -> int:
+        """Return how much of what lies before a byte of the disk is on one leg."""
+        row, within = divmod(offset, self.boundary * len(self.legs))
+        return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
+
     def place(self, offset: int) -> tuple[Loop, int, int]:
         """Return the leg that has this byte of the disk, where, and how much there is in one piece."""
-        chunk, within = divmod(offset, self.boundary)
-        row, leg = divmod(chunk, len(self.legs))
-        return self.legs[leg], row * self.boundary + within, self.boundary - within
+        leg = offset // self.boundary % len(self.legs)
+        return self.legs[leg], self.before(leg, offset), self.boundary - offset % self.boundary
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
         """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
-        def before(leg: int, offset: int) -> int:
-            row, within = divmod(offset, self.boundary * len(self.legs))
-            return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
-
         for number, leg in enumerate(self.legs):
-            start, end = before(number, offset), before(number, offset + length)
+            start, end = self.before(number, offset), self.before(number, offset + length)
             if start < end:
                 yield leg, start, end - start
 
@@ -716,8 +716,32 @@ def replace_file(path: str, content: bytes) -> None:
     os.close(directory)
 
 
-COW_HEADER = struct.Struct("<8sQQ36s")          # magic, size, block size, boot id; then a CRC-32
-COW_MAGIC = b"ublkcow1"
+class Sealed:
+    """A structure in a file: a magic, values, and a CRC-32 of all this."""
+
+    def __init__(self, magic: bytes, values: str, what: str) -> None:
+        self.magic, self.what = magic, what
+        self.struct = struct.Struct(f"<{len(magic)}s{values}")
+        self.size = self.struct.size + 4
+
+    def pack(self, *values: Any) -> bytes:
+        data = self.struct.pack(self.magic, *values)
+        return data + zlib.crc32(data).to_bytes(4, "little")
+
+    def unpack(self, data: bytes) -> tuple[Any, ...]:
+        """Return the values; none where data is damaged, or something else."""
+        values = self.struct.unpack(data[:-4])[1:] if len(data) == self.size else ()
+        return values if values and data == self.pack(*values) else ()
+
+    def read(self, fd: int, path: str) -> tuple[Any, ...]:
+        """Return the values at the beginning of a file; raise UblkError where there are none."""
+        values = self.unpack(os.pread(fd, self.size, 0))
+        if not values:
+            raise wrong(path, f"not {self.what}, or a damaged one", "name another file")
+        return values
+
+
+COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")     # size, block size, boot id
 COW_UNIT = 64 << 10                             # header and marks fill whole pages of any machine
 BASE, OURS, KEPT = b"\0", b"\1", b"\2"          # marks of blocks: see Cow
 
@@ -764,14 +788,10 @@ class Cow(ublk.Target):
             raise ublk.UblkError(errno.EBUSY, self.path, "another server uses this overlay") from None
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
-        header = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.grain, boot))
-        found = os.pread(self.fd, len(header), 0)
-        if found == bytes(len(found)):                      # new, or killed while it was made
-            found = header
-        fields = unsealed(found, COW_HEADER, COW_MAGIC)
-        if not fields:
-            raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
-        size, grain, last_boot = fields
+        header = COW_HEADER.pack(self.size, self.grain, boot)
+        size, grain, last_boot = self.size, self.grain, boot
+        if any(os.pread(self.fd, len(header), 0)):          # else it is new, or was killed as it was made
+            size, grain, last_boot = COW_HEADER.read(self.fd, self.path)
         if (size, grain) != (self.size, self.grain):
             raise wrong(self.path, f"made for a base of {size} bytes in blocks of {grain}, "
                         f"this one has {self.size} in {self.grain}", "name its own base")
@@ -870,18 +890,6 @@ class Cow(ublk.Target):
             os.fdatasync(self.fd)
             self.top.close()
             os.close(self.base)
-
-
-def sealed(data: bytes) -> bytes:
-    """Put a CRC-32 behind data."""
-    return data + zlib.crc32(data).to_bytes(4, "little")
-
-
-def unsealed(data: bytes, form: struct.Struct, magic: bytes) -> Any:
-    """Return what was sealed(), without the magic it began with; nothing where it is damaged or another."""
-    if len(data) == form.size + 4 and data.startswith(magic) and data == sealed(data[:-4]):
-        return form.unpack(data[:-4])[1:]
-    return ()
 
 
 async def fill(fd: int, buffer: memoryview, offset: int) -> None:
@@ -1425,8 +1433,7 @@ BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND
 BLK_ZONE_COND_CLOSED, BLK_ZONE_COND_FULL = 4, 14
 IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
 IS_ACTIVE = (*IS_OPEN, BLK_ZONE_COND_CLOSED)
-ZONED_HEADER = struct.Struct("=8sQQQ")          # magic, size, zone size, conventional; then a CRC-32
-ZONED_MAGIC = b"ublkzon2"
+ZONED_HEADER = Sealed(b"ublkzon2", "QQQ", "a zoned disk")   # size, zone size, conventional
 ZONE_TABLE_AT = 4096                            # of each zone: how much is written, in 8 bytes
 
 
@@ -1476,11 +1483,7 @@ class Zoned(ublk.Target):
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path)
-        header = os.pread(self.disk.fd, ZONED_HEADER.size + 4, 0)
-        fields = unsealed(header, ZONED_HEADER, ZONED_MAGIC)
-        if not fields:
-            raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
-        self.size, self.zone_size, self.conventional = fields
+        self.size, self.zone_size, self.conventional = ZONED_HEADER.read(self.disk.fd, self.path)
         self.data_at = zone_data_at(self.size // self.zone_size)
         if self.disk.size != self.data_at + self.size:
             raise wrong(self.path, f"damaged: not {self.data_at + self.size} bytes long", "restore it")
@@ -1495,7 +1498,7 @@ class Zoned(ublk.Target):
         if size % zone_size or not 0 <= conventional * zone_size < size:
             raise wrong(f"--size {size}", f"not {conventional} zones of {zone_size} bytes and more")
         with open(self.path, "wb") as file:
-            file.write(sealed(ZONED_HEADER.pack(ZONED_MAGIC, size, zone_size, conventional)))
+            file.write(ZONED_HEADER.pack(size, zone_size, conventional))
             file.truncate(zone_data_at(size // zone_size) + size)
 
     def _load_zones(self) -> list[Zone]:
@@ -1623,11 +1626,8 @@ class Zoned(ublk.Target):
 # Recording a disk, and crashing it afterwards
 # =================================================================================================
 
-LOG_HEADER = struct.Struct("<8sQ")          # magic, size of the disk; then a CRC-32
-LOG_MAGIC = b"ublklog2"
-# Magic, kind, offset, length, CRC-32 of the data; then a CRC-32 of these; then the data
-ENTRY = struct.Struct("<4sIQQI")
-ENTRY_MAGIC = b"entr"
+LOG_HEADER = Sealed(b"ublklog2", "Q", "a log of the target record")     # size of the disk
+ENTRY = Sealed(b"entr", "IQQI", "an entry")     # kind, offset, length, CRC-32 of the data, which follow
 
 
 class Record(Wrapper, ublk.Target):
@@ -1651,12 +1651,12 @@ class Record(Wrapper, ublk.Target):
         self.lock = threading.Lock()
         self.log = open(log, "a+b", buffering=0)
         if not os.path.getsize(log):
-            self.log.write(sealed(LOG_HEADER.pack(LOG_MAGIC, self.size)))
-        size = log_size(self.log)
+            self.log.write(LOG_HEADER.pack(self.size))
+        size, = LOG_HEADER.read(self.log.fileno(), log)
         if size != self.size:
             raise wrong(log, f"the log of a disk of {size} bytes, this one has {self.size}",
                         "name another file")
-        self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size + 4)
+        self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size)
         self.log.truncate(self.end)             # without an entry the server was killed in
 
     def call(self, name: str, *args: Any) -> Any:
@@ -1668,10 +1668,10 @@ class Record(Wrapper, ublk.Target):
             await moved(getattr(self.target, name), *args)
         offset, length = extent(args)
         data = args[1] if name in WITH_DATA else b""
-        head = ENTRY.pack(ENTRY_MAGIC, CHANGES.index(name), offset, length, zlib.crc32(data))
+        head = ENTRY.pack(CHANGES.index(name), offset, length, zlib.crc32(data))
         with self.lock:
-            end = self.end + ENTRY.size + 4 + len(data)
-            if os.writev(self.log.fileno(), [sealed(head), data]) != end - self.end:
+            end = self.end + len(head) + len(data)
+            if os.writev(self.log.fileno(), [head, data]) != end - self.end:
                 self.log.truncate(self.end)
                 raise OSError(errno.ENOSPC, "no room for the log")
             self.end = end
@@ -1693,25 +1693,17 @@ class Entry(NamedTuple):
     end: int
 
 
-def log_size(log: Any) -> int:
-    """Return the size of the disk that a log is of, from its header."""
-    fields = unsealed(os.pread(log.fileno(), LOG_HEADER.size + 4, 0), LOG_HEADER, LOG_MAGIC)
-    if not fields:
-        raise wrong(log.name, "not a log of the target record")
-    return fields[0]
-
-
 def entries(log: Any) -> Iterator[Entry]:
     """Yield the whole entries of a log; what a kill cut off at the end is left out."""
-    size, limit, end = ENTRY.size + 4, os.fstat(log.fileno()).st_size, LOG_HEADER.size + 4
+    limit, end = os.fstat(log.fileno()).st_size, LOG_HEADER.size
     for number in itertools.count(1):
-        if end + size > limit:
+        if end + ENTRY.size > limit:
             return
-        fields = unsealed(os.pread(log.fileno(), size, end), ENTRY, ENTRY_MAGIC)
+        fields = ENTRY.unpack(os.pread(log.fileno(), ENTRY.size, end))
         if not fields or fields[0] >= len(CHANGES):
             raise wrong(log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}")
         kind, offset, length, crc = fields
-        end += size + (length if CHANGES[kind] in WITH_DATA else 0)
+        end += ENTRY.size + (length if CHANGES[kind] in WITH_DATA else 0)
         if end > limit:
             return
         yield Entry(number, CHANGES[kind], offset, length, crc, end)
@@ -1747,7 +1739,7 @@ def replay(argv: Sequence[str]) -> int:
     if (options.check and not options.disk) or (options.to or 0) < 0:
         parser.error("--check needs a disk image to make, and --to no less than 0")
     with open(options.log, "rb") as log:
-        size = log_size(log)
+        size, = LOG_HEADER.read(log.fileno(), log.name)
         wanted = itertools.islice(entries(log), options.to)
         if not options.disk:
             for entry in wanted:
