@@ -202,8 +202,7 @@ class Loop(WithMetadata, ublk.Target):
             if not self.read_only and self._can_discard():
                 self.discard = self._discard        # an attribute: not every backing has it
             if metadata:
-                fd = owned(self, open_metadata(metadata, path, self.read_only))
-                self.keep_metadata(fd, metadata_size, checksum)
+                self.keep_metadata(open_metadata(self, metadata), metadata_size, checksum)
         except BaseException:
             self.close()
             raise
@@ -303,11 +302,10 @@ def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
         raise
 
 
-def open_metadata(path: str, data: str, read_only: bool) -> int:
-    """Open the file for the metadata of a disk whose data are in another one; make it if need be."""
-    fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
-    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, data):
-        os.close(fd)
+def open_metadata(disk: Loop, path: str) -> int:
+    """Open the file for a disk's metadata, which is not the one of its data; make it if need be."""
+    fd = owned(disk, os.open(path, os.O_RDONLY if disk.read_only else os.O_RDWR | os.O_CREAT, 0o666))
+    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, disk.path):
         raise wrong(path, "not a file for metadata alone", "name another, or a new one")
     return fd
 
@@ -334,15 +332,14 @@ def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
 
 def direct_unit(fd: int, path: str) -> int:
     """Return the smallest unit of direct transfer to a file."""
-    unit, page = ublk.SECTOR, memoryview(mmap.mmap(-1, PAGE_SIZE))
-    while unit <= PAGE_SIZE:
+    page = memoryview(mmap.mmap(-1, PAGE_SIZE))
+    for unit in (1 << shift for shift in range(9, PAGE_SIZE.bit_length())):
         try:
             os.preadv(fd, [page[:unit]], 0)
             return unit
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-        unit *= 2
     raise wrong(path, "its file system takes no direct I/O of a page", "leave --direct out")
 
 
@@ -512,7 +509,7 @@ class Leg:
         self.rebuilding = False                 # what is written goes there, too: it will be good
 
 
-class Mirror(ublk.Target):
+class Mirror(Over, ublk.Target):
     """Keep the same on several files or block devices (RAID 1).
 
     A leg that fails, or is not there, is dropped: this is said on standard error and noted in the
@@ -526,7 +523,6 @@ class Mirror(ublk.Target):
     """
 
     retry = 5.0                                 # seconds between two attempts to rebuild
-    CHANGES = ("write", "write_fua", "flush", "write_zeroes", "discard")
 
     def __init__(self, *paths: str, rebuild: bool = False, state: str = "", direct: bool = False) -> None:
         self.legs = [Leg(path) for path in distinct(paths)]
@@ -536,17 +532,17 @@ class Mirror(ublk.Target):
         self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
         self.copying = (0, 0)                               # the range the rebuild copies now
         self.mender: threading.Thread | None = None
-        disks = self._open(self._noted())
-        self.size, self.block_size = min(disk.size for disk in disks), max(disk.block_size for disk in disks)
-        self.read_only = any(disk.read_only for disk in disks)
-        for name in self.CHANGES:
-            if all(hasattr(leg.disk, name) for leg in self.legs if leg.disk):
-                setattr(self, name, partial(self.change, name))
+        self._open()
+        self.size = min(leg.disk.size for leg in self.good())
+        self.block_size = max(leg.disk.block_size for leg in self.good())
+        self.read_only = any(leg.disk.read_only for leg in self.good())
+        self.offer(CHANGES, *[leg.disk for leg in self.legs if leg.disk])
 
-    def _open(self, old: set[str]) -> list[Loop]:
-        """Open the legs and return the good ones; old data, and what is not there, is dropped."""
+    def _open(self) -> None:
+        """Open the legs; drop those that are not there, or hold old data, as an earlier server noted."""
+        old = self._noted()
         out: dict[Leg, Any] = {leg: "out of date" for leg in self.legs if leg.path in old}
-        problem: OSError | None = None
+        problem: OSError = wrong(self.state, "it says that all legs hold old data", "remove it")
         for leg in self.legs:
             try:
                 leg.disk = Loop(leg.path, direct=self.direct)
@@ -554,10 +550,9 @@ class Mirror(ublk.Target):
                 problem = out[leg] = error
         if len(out) == len(self.legs):
             self.close()
-            raise problem or wrong(self.state, "it says that all legs hold old data", "remove it")
+            raise problem
         for leg, why in out.items():
             self._drop(leg, str(why))
-        return [leg.disk for leg in self.good()]
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -576,7 +571,7 @@ class Mirror(ublk.Target):
                 failed[leg] = error
         self._judge(failed)
 
-    async def change(self, name: str, *args: Any) -> None:
+    async def call(self, name: str, *args: Any) -> None:
         """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
         failed: dict[Leg, OSError] = {}
 
