@@ -944,19 +944,20 @@ class Fault(Wrapper, ublk.Target):
                  delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
                  hang: bool = False, control: str = "", seed: int = 1) -> None:
         super().__init__(target)
-        handlers = frozenset(on.split(",") if on else HANDLERS)
-        if not handlers <= frozenset(HANDLERS):
+        self.on = on.split(",") if on else HANDLERS
+        if not set(self.on) <= set(HANDLERS):
             raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
         if error and error not in errno.errorcode.values():
             raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
         if not 0 <= rate <= 1:
             raise wrong(f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in a hundred")
-        self.given = self.rule = Rule(
-            handlers, span(range) if range else None, after, rate, getattr(errno, error) if error else 0,
-            seconds(delay), seconds(jitter), torn, lost, hang)
+        self.range, self.after, self.rate = span(range) if range else None, after, rate
+        self.error, self.delay, self.jitter = getattr(errno, error, 0), seconds(delay), seconds(jitter)
+        self.torn, self.lost, self.hang = torn, lost, hang
         self.control = os.path.abspath(control) if control else ""
         self.random, self.written = random.Random(seed), 0
         self.seen: Any = None           # what the control file was when it was last read
+        self.rule = self                # whose options hold; another's once the control file is there
 
     def call(self, name: str, *args: Any) -> Any:
         self.look()
@@ -965,13 +966,23 @@ class Fault(Wrapper, ublk.Target):
             return self.strike(rule, name, args)
         return self.pass_on(name, *args)
 
+    def matches(self, name: str, args: tuple[Any, ...], written: int) -> bool:
+        """Tell whether a request may be struck."""
+        if written < self.after or name.replace("_fua", "") not in self.on:
+            return False
+        if self.range is None or not args:      # a flush is of no range
+            return self.range is None
+        offset, length = extent(args)
+        start, end = self.range
+        return offset < end and offset + max(length, ublk.SECTOR) > start
+
     def pass_on(self, name: str, *args: Any) -> Any:
         """Have the wrapped target serve it."""
         if name in WITH_DATA:
             self.written += len(args[1])
         return super().call(name, *args)
 
-    async def strike(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
+    async def strike(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
         """Serve a request late, in part, not at all or with an error."""
         if rule.delay or rule.jitter or rule.hang:
             await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
@@ -1009,34 +1020,9 @@ class Fault(Wrapper, ublk.Target):
             options = vars(ublk.target_parser(Fault, "fault").parse_args(words))
             self.rule = Fault(**{**options, "target": self.target}).rule
         except FileNotFoundError:
-            self.rule = self.given
+            self.rule = self
         except (OSError, ValueError, SystemExit) as error:
             say(f"{self.control} is ignored: {error}")
-
-
-class Rule(NamedTuple):
-    """What a Fault does to which requests: its options, understood."""
-
-    handlers: frozenset[str]
-    range: tuple[int, int] | None           # start and end; None: anywhere
-    after: int
-    rate: float
-    error: int
-    delay: float
-    jitter: float
-    torn: bool
-    lost: bool
-    hang: bool
-
-    def matches(self, name: str, args: tuple[Any, ...], written: int) -> bool:
-        """Tell whether a request may be struck."""
-        if written < self.after or name.replace("_fua", "") not in self.handlers:
-            return False
-        if self.range is None or not args:      # a flush is of no range
-            return self.range is None
-        offset, length = extent(args)
-        start, end = self.range
-        return offset < end and offset + max(length, ublk.SECTOR) > start
 
 
 def span(text: str) -> tuple[int, int]:
