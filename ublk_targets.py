@@ -32,7 +32,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from types import CoroutineType
 from typing import Any, NamedTuple
@@ -412,19 +412,14 @@ PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_onl
 
 
 class Over:
-    """A part of targets over others: they serve the requests that all of these do.
+    """A part of targets over others: they serve the requests that all of these do."""
 
-    Each comes to call(handler's name, its arguments).
-    """
+    call: Callable[..., Any]        # with a handler's name and its arguments: does what it would
 
     def offer(self, names: Sequence[str], *targets: ublk.Target) -> None:
         for name in names:
             if all(hasattr(target, name) for target in targets):
                 setattr(self, name, partial(self.call, name))
-
-    def call(self, name: str, *args: Any) -> Any:
-        """Serve a request: return what a handler returns."""
-        raise NotImplementedError
 
 
 def distinct(paths: Sequence[str]) -> Sequence[str]:
@@ -446,8 +441,7 @@ class Stripe(Over, ublk.Target):
 
     processes = True
 
-    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10),
-                 direct: bool = False) -> None:
+    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10), direct: bool = False) -> None:
         legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
         self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
