@@ -33,6 +33,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from types import CoroutineType
 from typing import Any, NamedTuple
@@ -57,10 +58,8 @@ def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
 
 def say(text: str) -> None:
     """Tell whoever watches the server; that nobody does must not hurt a request."""
-    try:
+    with suppress(OSError):
         print(f"ublk: {text}", file=sys.stderr)
-    except OSError:
-        pass
 
 
 # =================================================================================================
@@ -608,11 +607,9 @@ class Mirror(Over, ublk.Target):
 
     def _noted(self) -> set[str]:
         """Return the legs that an earlier server dropped."""
-        try:
-            with open(self.state, encoding="utf-8") as file:
-                return set(file.read().splitlines())
-        except FileNotFoundError:
-            return set()
+        with suppress(FileNotFoundError), open(self.state, encoding="utf-8") as file:
+            return set(file.read().splitlines())
+        return set()
 
     def _note(self) -> None:
         os.makedirs(os.path.dirname(self.state), exist_ok=True)
@@ -1166,14 +1163,9 @@ class NbdConnection:
         return data
 
     def hang_up(self) -> None:
-        """End it; who sends or receives hears of that. The descriptor stays ours until close()."""
-        try:
+        """End it; who sends or receives hears of that. The descriptor stays ours until it is closed."""
+        with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 class NbdRequest:
@@ -1235,12 +1227,10 @@ class Nbd(ublk.Target):
 
     def close(self) -> None:
         """Say goodbye, if that is possible at once."""
-        try:
-            goodbye = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
-            self.connection.socket.send(goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except OSError:
-            pass
-        self.connection.close()
+        goodbye = NbdRequest(0, NBD_CMD_DISC, 0, 0, 0)
+        with suppress(OSError):
+            self.connection.socket.send(goodbye.head, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        self.connection.socket.close()
 
     # ---- requests ------------------------------------------------------------------------------
 
@@ -1315,10 +1305,10 @@ class Nbd(ublk.Target):
                 if connection.size >= self.size:
                     break
                 error = wrong(self.uri, "the export has become smaller")
-                connection.close()
+                connection.socket.close()
             except OSError as failure:
                 error = failure
-        self.connection.close()
+        self.connection.socket.close()
         self.connection, self.inbox, self.met = connection, self.buffer[:0], time.monotonic()
         self.outbox = list(self.pending.values())
         for request in self.outbox:
