@@ -830,8 +830,14 @@ class Cow(ublk.Target):
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         for ours, at, length in self.runs(offset, len(buffer)):
-            fd, shift = (self.fd, self.data_at) if ours else (self.base, 0)
-            await fill(fd, buffer[at - offset:][:length], at + shift)
+            piece = buffer[at - offset:][:length]
+            if ours:
+                await moved(self.top.read, self.data_at + at, piece)
+            else:
+                await moved(self._read_base, at, piece)
+
+    async def _read_base(self, offset: int, buffer: memoryview) -> int:
+        return await ublk.uring_read(self.base, buffer, offset)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
         blocks = self.blocks(offset, len(buffer))
@@ -876,15 +882,6 @@ class Cow(ublk.Target):
             os.fdatasync(self.fd)
             self.top.close()
             os.close(self.base)
-
-
-async def fill(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill a whole buffer from a file."""
-    while buffer:
-        count = await ublk.uring_read(fd, buffer, offset)
-        if not count:
-            raise OSError(errno.EIO, "unexpected end of file")
-        buffer, offset = buffer[count:], offset + count
 
 
 # =================================================================================================
@@ -1535,7 +1532,6 @@ class Zoned(ublk.Target):
             await self.disk.write_zeroes(self.data_at + zone.start, self.zone_size, True)
         with self.lock:
             self._move_pointer(zone, zone.start)
-            zone.settle()
 
     async def zone_reset_all(self) -> None:
         for zone in self.zones[self.conventional:]:
@@ -1583,7 +1579,7 @@ class Zoned(ublk.Target):
         """Note in the file, then in memory, how far a zone is written."""
         write_all(self.disk.fd, struct.pack("Q", position - zone.start), ZONE_TABLE_AT + 8 * zone.number)
         zone.wp, zone.resumed = position, False
-        if zone.wp == zone.end:
+        if zone.wp in (zone.start, zone.end):
             zone.settle()
 
 
