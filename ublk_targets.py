@@ -69,17 +69,6 @@ def say(text: str) -> None:
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def owned(owner: object, fd: int) -> int:
-    """Have a descriptor closed when its owner is gone."""
-    weakref.finalize(owner, os.close, fd)
-    return fd
-
-
-def memory(owner: object) -> int:
-    """Make a file of memory that lives as long as its owner does."""
-    return owned(owner, os.memfd_create("ublk"))
-
-
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2), which the os module lacks; raises OSError."""
     if LIBC.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
@@ -124,6 +113,7 @@ class WithMetadata:
     def keep_metadata(self, fd: int, size: int, checksum: str) -> None:
         """Keep size bytes of metadata beside each block in the file fd."""
         self.metadata_fd, self.metadata_size, self.checksum = fd, size, checksum
+        weakref.finalize(self, os.close, fd)
 
     def metadata_at(self, offset: int) -> int:
         """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
@@ -157,11 +147,12 @@ class Ram(WithMetadata, ublk.Target):
         if size <= 0 or size % self.block_size:
             raise wrong(f"ram of {size} bytes", "not a multiple of 512", "choose another size")
         self.size = size
-        self.fd = memory(self)
+        self.fd = os.memfd_create("ram")
+        weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, size)             # pages exist once written
         self.view = memoryview(mmap.mmap(self.fd, size))
         if metadata_size:
-            self.keep_metadata(memory(self), metadata_size, checksum)
+            self.keep_metadata(os.memfd_create("metadata"), metadata_size, checksum)
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.view[offset:offset + len(buffer)]
@@ -196,20 +187,12 @@ class Loop(WithMetadata, ublk.Target):
                  checksum: str = "crc") -> None:
         self.path, self.is_block = path, is_block(path)
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
-        try:
-            self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
-            if not self.read_only and self._can_discard():
-                self.discard = self._discard        # an attribute: not every backing has it
-            if metadata:
-                self.keep_metadata(open_metadata(self, metadata), metadata_size, checksum)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.close = weakref.finalize(self, os.close, self.fd)      # at the latest with the object
+        self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
+        if metadata:
+            self.keep_metadata(open_metadata(metadata, path, self.read_only), metadata_size, checksum)
+        if not self.read_only and self._can_discard():
+            self.discard = self._discard        # an attribute: not every backing has it
 
     def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
         """Say in which file, and where in it, these bytes of the disk are."""
@@ -301,10 +284,11 @@ def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
         raise
 
 
-def open_metadata(disk: Loop, path: str) -> int:
-    """Open the file for a disk's metadata, which is not the one of its data; make it if need be."""
-    fd = owned(disk, os.open(path, os.O_RDONLY if disk.read_only else os.O_RDWR | os.O_CREAT, 0o666))
-    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, disk.path):
+def open_metadata(path: str, data: str, read_only: bool) -> int:
+    """Open the file for the metadata of a disk whose data are in another one; make it if need be."""
+    fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, data):
+        os.close(fd)
         raise wrong(path, "not a file for metadata alone", "name another, or a new one")
     return fd
 
@@ -876,7 +860,7 @@ class Cow(ublk.Target):
             os.fsync(self.fd)
 
     def close(self) -> None:
-        if self.top.fd >= 0:
+        if self.top.close.alive:
             os.fdatasync(self.fd)
             self._keep(self.fresh)
             os.fdatasync(self.fd)
@@ -1441,10 +1425,15 @@ class Zoned(ublk.Target):
                  max_open: int = 0, max_active: int = 0) -> None:
         self.max_open_zones, self.max_active_zones = max_open, max_active
         self.lock = threading.Lock()
-        self.path = file or f"/proc/self/fd/{memory(self)}"
+        self.path = file
+        if not file:
+            fd = os.memfd_create("zoned")
+            weakref.finalize(self, os.close, fd)
+            self.path = f"/proc/self/fd/{fd}"
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path)
+        self.close = self.disk.close
         self.size, self.zone_size, self.conventional = ZONED_HEADER.read(self.disk.fd, self.path)
         self.data_at = zone_data_at(self.size // self.zone_size)
         if self.disk.size != self.data_at + self.size:
@@ -1474,9 +1463,6 @@ class Zoned(ublk.Target):
         for zone in zones[:self.conventional]:
             zone.cond = BLK_ZONE_COND_NOT_WP
         return zones
-
-    def close(self) -> None:
-        self.disk.close()
 
     # ---- zones -----------------------------------------------------------------------------------
 
