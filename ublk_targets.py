@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import ublk
 
 PAGE_SIZE = mmap.PAGESIZE
-ZEROES = mmap.mmap(-1, 1 << 20)             # page-aligned, as O_DIRECT wants its buffers
+PIECE = 1 << 20                             # bytes that are copied or written at once
 
 # linux/falloc.h and linux/fs.h
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
@@ -83,6 +83,12 @@ def write_all(fd: int, data: Any, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
+def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into pieces: yield where each begins and its length."""
+    for at in range(offset, offset + length, PIECE):
+        yield at, min(PIECE, offset + length - at)
+
+
 def clear(fd: int, offset: int, length: int) -> None:
     """Make a range of a file zeroes: by a hole where there can be one, else by writing them."""
     try:
@@ -90,8 +96,8 @@ def clear(fd: int, offset: int, length: int) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        for at in range(offset, offset + length, len(ZEROES)):
-            write_all(fd, memoryview(ZEROES)[:offset + length - at], at)
+        for at, count in pieces(offset, length):
+            write_all(fd, ublk.ZEROES[:count], at)
 
 
 # new byte for each byte: 255 minus it
@@ -226,8 +232,8 @@ class Loop(WithMetadata, ublk.Target):
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
-        for at in range(offset, offset + length, len(ZEROES)):
-            await moved(self.write, at, memoryview(ZEROES)[:offset + length - at])
+        for at, count in pieces(offset, length):
+            await moved(self.write, at, ublk.ZEROES[:count])
 
     async def _discard(self, offset: int, length: int) -> None:
         self.forget_metadata(offset, length)
@@ -636,8 +642,8 @@ class Mirror(Over, ublk.Target):
                 or hasattr(self, "discard") > hasattr(disk, "discard"):
             raise wrong(leg.path, "too small, for reading only, with larger blocks or without discard")
         leg.rebuilding = True
-        for offset in range(0, self.size, len(ZEROES)):
-            self._copy(offset, min(offset + len(ZEROES), self.size), disk.fd)
+        for offset, length in pieces(0, self.size):
+            self._copy(offset, offset + length, disk.fd)
             if self.closed.is_set() or not leg.rebuilding:
                 return
         os.fdatasync(disk.fd)
@@ -850,8 +856,8 @@ class Cow(ublk.Target):
 
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
-        for at in range(0, self.size, len(ZEROES)):
-            for ours, start, length in self.runs(at, min(len(ZEROES), self.size - at)):
+        for at, count in pieces(0, self.size):
+            for ours, start, length in self.runs(at, count):
                 if ours:
                     write_all(self.base, os.pread(self.fd, length, self.data_at + start), start)
         os.fsync(self.base)
@@ -978,11 +984,10 @@ class Fault(Wrapper, ublk.Target):
         """Take the options from the control file when that has changed."""
         if not self.control:
             return
-        try:
+        seen: Any = None
+        with suppress(OSError):
             status = os.stat(self.control)
-            seen: Any = status.st_mtime_ns, status.st_size, status.st_ino
-        except OSError:
-            seen = None
+            seen = status.st_mtime_ns, status.st_size, status.st_ino
         if seen == self.seen:
             return
         self.seen, self.written = seen, 0
@@ -1000,11 +1005,10 @@ class Fault(Wrapper, ublk.Target):
 def span(text: str) -> tuple[int, int]:
     """Read a range of bytes such as 1M-2M, or the place of one sector. Raises UblkError."""
     first, _, last = text.partition("-")
-    try:
+    start = end = 0
+    with suppress(ValueError):
         start = ublk.parse_size(first)
         end = ublk.parse_size(last) if last else start + ublk.SECTOR
-    except ValueError:
-        start = end = 0
     if start >= end:
         raise wrong(f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for the sector there")
     return start, end
@@ -1013,10 +1017,9 @@ def span(text: str) -> tuple[int, int]:
 def seconds(text: str) -> float:
     """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
     unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
-    try:
+    number = -1.0
+    with suppress(ValueError):
         number = float(text[:len(text) - len(unit)])
-    except ValueError:
-        number = -1.0
     if not 0 <= number < 1e9:
         raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
     return number * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
