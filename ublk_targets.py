@@ -535,7 +535,7 @@ class Mirror(Over, ublk.Target):
             self.close()
             raise problem
         for leg, why in out.items():
-            self._drop(leg, str(why))
+            self._judge(leg, str(why))
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -552,7 +552,7 @@ class Mirror(Over, ublk.Target):
                 break
             except OSError as error:
                 failed[leg] = error
-        self._judge(failed)
+        self._drop(failed)
 
     async def call(self, name: str, *args: Any) -> None:
         """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
@@ -569,7 +569,7 @@ class Mirror(Over, ublk.Target):
             await ublk.uring_sleep(0.001)
         try:
             await together(*map(attempt, legs))
-            self._judge(failed)
+            self._drop(failed)
         finally:
             del self.writing[me]
 
@@ -581,12 +581,12 @@ class Mirror(Over, ublk.Target):
             self.writing[me] = start, end
             return [leg for leg in self.legs if not leg.why or leg.rebuilding]
 
-    def _judge(self, failed: dict[Leg, OSError]) -> None:
+    def _drop(self, failed: dict[Leg, OSError]) -> None:
         """Drop legs that failed where another did not, before the client is told of success."""
         if failed and failed.keys() >= set(self.good()):
             raise next(iter(failed.values()))
         for leg, error in failed.items():
-            self._drop(leg, str(error))
+            self._judge(leg, str(error))
 
     # ---- legs that fail and come back --------------------------------------------------------------
 
@@ -605,14 +605,16 @@ class Mirror(Over, ublk.Target):
         os.makedirs(os.path.dirname(self.state), exist_ok=True)
         replace_file(self.state, "".join(f"{leg.path}\n" for leg in self.legs if leg.why).encode())
 
-    def _drop(self, leg: Leg, why: str) -> None:
-        """Take a leg out of use; say so once."""
+    def _judge(self, leg: Leg, why: str) -> None:
+        """Take a leg out of use, or, where there is no reason to, a rebuilt one into use; say so once."""
         with self.lock:
+            if not why and not leg.rebuilding:      # a write to it has failed
+                return
             before, leg.why, leg.rebuilding = leg.why, why, False
-            if not before:
+            if not before or not why:
                 self._note()
         if why != before:
-            say(f"mirror: dropped {leg.path}: {why}")
+            say(f"mirror: dropped {leg.path}: {why}" if why else f"mirror: rebuilt {leg.path}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
@@ -628,7 +630,7 @@ class Mirror(Over, ublk.Target):
                     if leg.why:
                         self._bring_back(leg)
                 except OSError as error:
-                    self._drop(leg, str(error))
+                    self._judge(leg, str(error))
             # By the next try nobody uses the leg's descriptor any more, and it can be closed.
             if self.closed.wait(self.retry):
                 return
@@ -647,12 +649,7 @@ class Mirror(Over, ublk.Target):
             if self.closed.is_set() or not leg.rebuilding:
                 return
         os.fdatasync(disk.fd)
-        with self.lock:
-            if not leg.rebuilding:              # a write to it failed
-                return
-            leg.why, leg.rebuilding = "", False
-            self._note()
-        say(f"mirror: rebuilt {leg.path}")
+        self._judge(leg, "")
 
     def _copy(self, start: int, end: int, fd: int) -> None:
         """Copy a range that no request changes meanwhile from a good leg; only what differs."""
