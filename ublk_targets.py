@@ -39,6 +39,7 @@ from types import CoroutineType
 from typing import Any, NamedTuple
 
 import ublk
+from ublk import refuse
 
 PAGE_SIZE = mmap.PAGESIZE
 PIECE = 1 << 20                             # bytes that are copied or written at once
@@ -150,8 +151,7 @@ class Ram(WithMetadata, ublk.Target):
 
     def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30), metadata_size: int = 0,
                  checksum: str = "crc") -> None:
-        if size <= 0 or size % self.block_size:
-            raise wrong(f"ram of {size} bytes", "not a multiple of 512", "choose another size")
+        refuse(size <= 0 or size % self.block_size, f"ram of {size} bytes", "not a multiple of 512")
         self.size = size
         self.fd = os.memfd_create("ram")
         weakref.finalize(self, os.close, self.fd)
@@ -265,10 +265,9 @@ class Loop(WithMetadata, ublk.Target):
 
 def is_block(path: str) -> bool:
     """Tell a block device from a file; raise UblkError for what is neither."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISBLK(mode) and not stat.S_ISREG(mode):
-        raise wrong(path, "neither a file nor a block device", "name one that is")
-    return stat.S_ISBLK(mode)
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    refuse(kind not in (stat.S_IFBLK, stat.S_IFREG), path, "neither a file nor a block device", "name one")
+    return kind == stat.S_IFBLK
 
 
 def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
@@ -311,11 +310,9 @@ def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
         unit = direct_unit(fd, path) if direct else ublk.SECTOR
         liked = max(unit, 4096)
     size = os.lseek(fd, 0, os.SEEK_END)
-    if size == 0:
-        raise wrong(path, "it is empty", f"give it a size: truncate -s 1G {path}")
-    if size % unit:
-        raise wrong(path, f"its size {size} is not a multiple of {unit}",
-                    f"make it one: truncate -s {-(-size // unit) * unit} {path}")
+    refuse(size == 0, path, "it is empty", f"give it a size: truncate -s 1G {path}")
+    refuse(size % unit, path, f"its size {size} is not a multiple of {unit}",
+           f"make it one: truncate -s {-(-size // unit) * unit} {path}")
     return size, unit, min(liked, PAGE_SIZE)
 
 
@@ -413,8 +410,8 @@ class Over:
 
 def distinct(paths: Sequence[str]) -> Sequence[str]:
     """Return the files of a disk; raise UblkError where one is named twice."""
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise wrong(" ".join(paths), "one file or device is named twice", "name different ones")
+    refuse(len({os.path.realpath(path) for path in paths}) < len(paths),
+           " ".join(paths), "one file or device is named twice", "name different ones")
     return paths
 
 
@@ -434,14 +431,11 @@ class Stripe(Over, ublk.Target):
         legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
         self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
-        if chunk <= 0 or chunk % self.block_size:
-            raise wrong(f"chunk of {chunk} bytes",
-                        f"not a multiple of the block size {self.block_size}", "choose another")
-        rows = min(leg.size for leg in legs) // chunk
-        if not rows:
-            raise wrong(min(legs, key=lambda leg: leg.size).path,
-                        f"smaller than a chunk of {chunk} bytes", "take a smaller --chunk")
-        self.size = rows * chunk * len(legs)
+        refuse(chunk <= 0 or chunk % self.block_size, f"chunk of {chunk} bytes",
+               f"not a multiple of the block size {self.block_size}")
+        least = min(legs, key=lambda leg: leg.size)
+        refuse(least.size < chunk, least.path, f"smaller than a chunk of {chunk} bytes", "take a smaller one")
+        self.size = least.size // chunk * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
         self.offer(("read", *CHANGES), *legs)
 
@@ -640,9 +634,9 @@ class Mirror(Over, ublk.Target):
         if leg.disk:
             leg.disk.close()
         leg.disk = disk = Loop(leg.path, direct=self.direct)
-        if disk.size < self.size or disk.read_only or disk.block_size > self.block_size \
-                or hasattr(self, "discard") > hasattr(disk, "discard"):
-            raise wrong(leg.path, "too small, for reading only, with larger blocks or without discard")
+        refuse(disk.size < self.size or disk.read_only or disk.block_size > self.block_size
+               or hasattr(self, "discard") > hasattr(disk, "discard"), leg.path,
+               "too small, for reading only, with larger blocks or without discard", "give it another")
         leg.rebuilding = True
         for offset, length in pieces(0, self.size):
             self._copy(offset, offset + length, disk.fd)
@@ -709,8 +703,7 @@ class Sealed:
     def read(self, fd: int, path: str) -> tuple[Any, ...]:
         """Return the values at the beginning of a file; raise UblkError where there are none."""
         values = self.unpack(os.pread(fd, self.size, 0))
-        if not values:
-            raise wrong(path, f"not {self.what}, or a damaged one", "name another file")
+        refuse(not values, path, f"not {self.what}, or a damaged one", "name another file")
         return values
 
 
@@ -765,11 +758,9 @@ class Cow(ublk.Target):
         size, grain, last_boot = self.size, self.grain, boot
         if any(os.pread(self.fd, len(header), 0)):          # else it is new, or was killed as it was made
             size, grain, last_boot = COW_HEADER.read(self.fd, self.path)
-        if (size, grain) != (self.size, self.grain):
-            raise wrong(self.path, f"made for a base of {size} bytes in blocks of {grain}, "
-                        f"this one has {self.size} in {self.grain}", "name its own base")
-        if self.top.size != self.data_at + size:
-            raise wrong(self.path, "its end is missing", "restore it, or delete it")
+        refuse((size, grain) != (self.size, self.grain), self.path, f"made for a base of {size} bytes in "
+               f"blocks of {grain}, this one has {self.size} in {self.grain}", "name its own base")
+        refuse(self.top.size != self.data_at + size, self.path, "its end is missing", "restore or delete it")
         os.fsync(self.fd)
         for at in range(self.marks_at, self.data_at, COW_UNIT):
             marks = os.pread(self.fd, COW_UNIT, at)
@@ -920,12 +911,11 @@ class Fault(Wrapper, ublk.Target):
                  hang: bool = False, control: str = "", seed: int = 1) -> None:
         super().__init__(target)
         self.on = on.split(",") if on else HANDLERS
-        if not set(self.on) <= set(HANDLERS):
-            raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
-        if error and error not in errno.errorcode.values():
-            raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
-        if not 0 <= rate <= 1:
-            raise wrong(f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in a hundred")
+        refuse(not set(self.on) <= set(HANDLERS), f"--on {on}", "no such operation",
+               f"there are {', '.join(HANDLERS)}")
+        refuse(error not in ("", *errno.errorcode.values()), f"--error {error}", "there is no such errno",
+               "take one such as EIO")
+        refuse(not 0 <= rate <= 1, f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in 100")
         self.range, self.after, self.rate = span(range) if range else None, after, rate
         self.error, self.delay, self.jitter = getattr(errno, error, 0), seconds(delay), seconds(jitter)
         self.torn, self.lost, self.hang = torn, lost, hang
@@ -1006,8 +996,7 @@ def span(text: str) -> tuple[int, int]:
     with suppress(ValueError):
         start = ublk.parse_size(first)
         end = ublk.parse_size(last) if last else start + ublk.SECTOR
-    if start >= end:
-        raise wrong(f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for the sector there")
+    refuse(start >= end, f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for a sector")
     return start, end
 
 
@@ -1017,8 +1006,7 @@ def seconds(text: str) -> float:
     number = -1.0
     with suppress(ValueError):
         number = float(text[:len(text) - len(unit)])
-    if not 0 <= number < 1e9:
-        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
+    refuse(not 0 <= number < 1e9, f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
     return number * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
 
 
@@ -1042,6 +1030,7 @@ NBD_REQUEST = struct.Struct(">IHHQQI")      # magic, flags, command, cookie, off
 NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
 NBD_REPLY_FLAG_DONE = 1
 NBD_REPLY_NONE, NBD_REPLY_DATA, NBD_REPLY_HOLE, NBD_REPLY_ERROR = 0, 1, 2, 1 << 15
+NBD_TLS = "let a local `nbdkit nbd` or stunnel speak it"
 NBD_HANDSHAKE = 5.0                         # seconds a server has for all of it
 
 
@@ -1058,7 +1047,7 @@ def nbd_address(uri: str) -> tuple[Any, str]:
     except ValueError as error:             # of a port that is none
         raise wrong(uri, str(error)) from None
     if parts.scheme.startswith("nbds"):
-        raise wrong(uri, "TLS is not spoken here", "let a local `nbdkit nbd` or stunnel speak it")
+        raise wrong(uri, "TLS is not spoken here", NBD_TLS)
     raise wrong(repr(uri), "not an NBD address",
                 "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
 
@@ -1094,16 +1083,14 @@ class NbdConnection:
 
     def _shake_hands(self, export: bytes) -> None:
         """Agree on structured replies if we can, and on the export; learn what it is like."""
-        if self._take(8) != b"NBDMAGIC":
-            raise wrong(self.uri, "no NBD server answers there")
+        refuse(self._take(8) != b"NBDMAGIC", self.uri, "no NBD server answers there", "name another")
         magic, flags = struct.unpack(">QH", self._take(10))
-        if magic != NBD_OPTION_MAGIC or not flags & 1:
-            raise wrong(self.uri, "the server speaks only the old style of NBD", "use a newer server")
+        refuse(magic != NBD_OPTION_MAGIC or not flags & 1, self.uri,
+               "the server speaks only the old style of NBD", "use a newer server")
         self.socket.sendall(struct.pack(">I", flags & 3))
         for kind, _ in self._option(NBD_OPT_STRUCTURED_REPLY, b""):
-            if kind == NBD_REP_ERR_TLS_REQD:
-                raise wrong(self.uri, "the server demands TLS, which is not spoken here",
-                            "let a local `nbdkit nbd` or stunnel speak it")
+            refuse(kind == NBD_REP_ERR_TLS_REQD, self.uri,
+                   "the server demands TLS, which is not spoken here", NBD_TLS)
         wish = struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
         for kind, data in self._option(NBD_OPT_GO, wish):
             if kind & NBD_REP_ERROR:
@@ -1122,8 +1109,8 @@ class NbdConnection:
         kind = 0
         while not kind & NBD_REP_ERROR:
             magic, of, kind, length = struct.unpack(">QIII", self._take(20))
-            if magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16:
-                raise wrong(self.uri, "the server does not keep to the protocol")
+            refuse(magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16, self.uri,
+                   "the server does not keep to the protocol", "use another")
             payload = self._take(length)
             if kind == NBD_REP_ACK:
                 return
@@ -1174,13 +1161,13 @@ class Nbd(ublk.Target):
     def __init__(self, uri: str, *, timeout: str = "60s") -> None:
         self.uri, self.timeout = uri, seconds(timeout)
         server = self.connection = NbdConnection(uri)
-        if server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE:
-            raise wrong(uri, f"its block size {server.minimum} is not possible here")
+        refuse(server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE, uri,
+               f"its block size {server.minimum} is not possible here")
         self.block_size = max(ublk.SECTOR, server.minimum)
         self.size = server.size // self.block_size * self.block_size
         self.maximum = server.maximum // self.block_size * self.block_size
-        if not self.size or not self.maximum:
-            raise wrong(uri, f"its size {server.size} or largest request {server.maximum} is no block")
+        refuse(not self.size or not self.maximum, uri,
+               f"its size {server.size} or largest request {server.maximum} is no block")
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
         self.rotational = bool(server.flags & NBD_FLAG_ROTATIONAL)
         for name, (bit, command, flags) in NBD_OFFERS.items():
@@ -1197,8 +1184,7 @@ class Nbd(ublk.Target):
 
     def start(self, index: int) -> None:
         """See that there is one queue: its ring carries the connection."""
-        if index:
-            raise wrong(self.uri, "there is one connection", "use one queue")
+        refuse(index, self.uri, "there is one connection", "use one queue")
 
     async def read(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)
@@ -1436,18 +1422,18 @@ class Zoned(ublk.Target):
         self.close = self.disk.close
         self.size, self.zone_size, self.conventional = ZONED_HEADER.read(self.disk.fd, self.path)
         self.data_at = zone_data_at(self.size // self.zone_size)
-        if self.disk.size != self.data_at + self.size:
-            raise wrong(self.path, f"damaged: not {self.data_at + self.size} bytes long", "restore it")
+        refuse(self.disk.size != self.data_at + self.size, self.path,
+               f"damaged: not {self.data_at + self.size} bytes long", "restore it")
         self.zones = self._load_zones()
 
     # ---- the file ----------------------------------------------------------------------------------
 
     def _make(self, size: int, zone_size: int, conventional: int) -> None:
         """Make the file of a new disk."""
-        if zone_size < self.block_size or zone_size & zone_size - 1:
-            raise wrong(f"--zone-size {zone_size}", "not a power of two from 4096 up")
-        if size % zone_size or not 0 <= conventional * zone_size < size:
-            raise wrong(f"--size {size}", f"not {conventional} zones of {zone_size} bytes and more")
+        refuse(zone_size < self.block_size or zone_size & zone_size - 1, f"--zone-size {zone_size}",
+               "not a power of two from 4096 up")
+        refuse(size % zone_size or not 0 <= conventional * zone_size < size, f"--size {size}",
+               f"not {conventional} zones of {zone_size} bytes and more")
         with open(self.path, "wb") as file:
             file.write(ZONED_HEADER.pack(size, zone_size, conventional))
             file.truncate(zone_data_at(size // zone_size) + size)
@@ -1458,8 +1444,8 @@ class Zoned(ublk.Target):
         zones = [Zone(number, self.zone_size, written)
                  for number, written in enumerate(memoryview(table).cast("Q"))]
         for zone in zones:
-            if zone.wp > zone.end or zone.wp % self.block_size:
-                raise wrong(self.path, f"damaged: the write pointer of zone {zone.number}", "restore it")
+            refuse(zone.wp > zone.end or zone.wp % self.block_size, self.path,
+                   f"damaged: the write pointer of zone {zone.number}", "restore it")
         for zone in zones[:self.conventional]:
             zone.cond = BLK_ZONE_COND_NOT_WP
         return zones
@@ -1592,17 +1578,15 @@ class Record(Wrapper, ublk.Target):
 
     def __init__(self, log: str, target: ublk.Target) -> None:
         super().__init__(target)
-        if hasattr(target, "zone_size"):
-            raise wrong("record", "a zoned disk cannot be recorded")
+        refuse(hasattr(target, "zone_size"), "record", "a zoned disk cannot be recorded")
         self.offer(["flush"])       # of interest even where the target needs none
         self.lock = threading.Lock()
         self.log = open(log, "a+b", buffering=0)
         if not os.path.getsize(log):
             self.log.write(LOG_HEADER.pack(self.size))
         size, = LOG_HEADER.read(self.log.fileno(), log)
-        if size != self.size:
-            raise wrong(log, f"the log of a disk of {size} bytes, this one has {self.size}",
-                        "name another file")
+        refuse(size != self.size, log, f"the log of a disk of {size} bytes, this one has {self.size}",
+               "name another file")
         self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size)
         self.log.truncate(self.end)             # without an entry the server was killed in
 
