@@ -193,12 +193,16 @@ class Loop(WithMetadata, ublk.Target):
                  checksum: str = "crc") -> None:
         self.path, self.is_block = path, is_block(path)
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
-        self.close = weakref.finalize(self, os.close, self.fd)      # at the latest with the object
+        self.opened = weakref.finalize(self, os.close, self.fd)     # ends at the latest with the object
         self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
         if metadata:
             self.keep_metadata(open_metadata(metadata, path, self.read_only), metadata_size, checksum)
         if not self.read_only and self._can_discard():
             self.discard = self._discard        # an attribute: not every backing has it
+
+    def close(self) -> None:
+        self.opened()
+        self.fd = -1                            # the number may become another file's
 
     def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
         """Say in which file, and where in it, these bytes of the disk are."""
@@ -400,9 +404,10 @@ PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_onl
 class Over:
     """A part of targets over others: they serve the requests that all of these do."""
 
-    call: Callable[..., Any]        # with a handler's name and its arguments: does what it would
+    call: Callable[..., Any]        # gets a handler's name and its arguments, returns what it would
 
     def offer(self, names: Sequence[str], *targets: ublk.Target) -> None:
+        """Have call() serve the requests of these names that all of the targets serve."""
         for name in names:
             if all(hasattr(target, name) for target in targets):
                 setattr(self, name, partial(self.call, name))
@@ -619,10 +624,9 @@ class Mirror(Over, ublk.Target):
     def _mend(self) -> None:
         ublk.io_flusher()
         while True:
-            for leg in self.legs:
+            for leg in [leg for leg in self.legs if leg.why]:
                 try:
-                    if leg.why:
-                        self._bring_back(leg)
+                    self._bring_back(leg)
                 except OSError as error:
                     self._judge(leg, str(error))
             # By the next try nobody uses the leg's descriptor any more, and it can be closed.
@@ -653,11 +657,10 @@ class Mirror(Over, ublk.Target):
             while any(start < b and a < end for a, b in list(self.writing.values())):
                 time.sleep(0.001)
             with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
-                count = os.preadv(self.good()[0].disk.fd, [new], start)
-                count += os.preadv(fd, [old], start)
+                counts = [os.preadv(self.good()[0].disk.fd, [new], start), os.preadv(fd, [old], start)]
                 if new[:] != old[:]:
-                    count += os.pwritev(fd, [new], start) - len(new)
-                if count != 2 * len(new):
+                    counts.append(os.pwritev(fd, [new], start))
+                if set(counts) != {len(new)}:
                     raise OSError(errno.EIO, "unexpected end of file")
         finally:
             self.copying = (0, 0)
@@ -854,7 +857,7 @@ class Cow(ublk.Target):
             os.fsync(self.fd)
 
     def close(self) -> None:
-        if self.top.close.alive:
+        if self.top.fd >= 0:
             os.fdatasync(self.fd)
             self._keep(self.fresh)
             os.fdatasync(self.fd)
