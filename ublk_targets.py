@@ -14,6 +14,7 @@ options, described by the lines ``name: text`` of its docstring.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -29,20 +30,26 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from types import CoroutineType
 from typing import Any, NamedTuple
 
 import ublk
+from ublk import refuse
 
 PAGE_SIZE = mmap.PAGESIZE
-ZEROES = mmap.mmap(-1, 1 << 20)             # page-aligned, as O_DIRECT wants its buffers
+PIECE = 1 << 20                             # bytes that are copied or written at once
 
 # linux/falloc.h and linux/fs.h
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 BLKDISCARD, BLKSSZGET, BLKPBSZGET = 0x1277, 0x1268, 0x127B
+
+HOLE = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)      # what fallocate(2) fails with, which is no fault
 
 
 def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
@@ -52,15 +59,46 @@ def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
 
 def say(text: str) -> None:
     """Tell whoever watches the server; that nobody does must not hurt a request."""
-    try:
+    with suppress(OSError):
         print(f"ublk: {text}", file=sys.stderr)
-    except OSError:
-        pass
 
 
 # =================================================================================================
 # Disks of memory and of files
 # =================================================================================================
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which the os module lacks; raises OSError."""
+    if LIBC.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def write_all(fd: int, data: Any, offset: int) -> None:
+    """Write all of data at offset; raises OSError."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into pieces: yield where each begins and its length."""
+    for at in range(offset, offset + length, PIECE):
+        yield at, min(PIECE, offset + length - at)
+
+
+def clear(fd: int, offset: int, length: int) -> None:
+    """Make a range of a file zeroes: by a hole where there can be one, else by writing them."""
+    try:
+        fallocate(fd, HOLE, offset, length)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        for at, count in pieces(offset, length):
+            write_all(fd, ublk.ZEROES[:count], at)
 
 
 # new byte for each byte: 255 minus it
@@ -82,38 +120,23 @@ class WithMetadata:
     def keep_metadata(self, fd: int, size: int, checksum: str) -> None:
         """Keep size bytes of metadata beside each block in the file fd."""
         self.metadata_fd, self.metadata_size, self.checksum = fd, size, checksum
+        weakref.finalize(self, os.close, fd)
 
     def metadata_at(self, offset: int) -> int:
         """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
         return offset // self.block_size * self.metadata_size
 
     def read_metadata(self, offset: int, buffer: memoryview) -> None:
-        at, done = self.metadata_at(offset), 0
-        while done < len(buffer) and (count := os.preadv(self.metadata_fd, [buffer[done:]], at + done)):
-            done += count
-        buffer[:] = bytes(buffer).translate(COMPLEMENT)
+        data = os.pread(self.metadata_fd, len(buffer), self.metadata_at(offset))
+        buffer[:] = data.ljust(len(buffer), b"\0").translate(COMPLEMENT)
 
     def write_metadata(self, offset: int, buffer: memoryview) -> None:
         write_all(self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset))
 
     def forget_metadata(self, offset: int, length: int) -> None:
         """Make these blocks like new ones; nothing to do where there is no metadata."""
-        if self.metadata_fd < 0:
-            return
-        at, end = self.metadata_at(offset), self.metadata_at(offset + length)
-        try:
-            fallocate(self.metadata_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, end - at)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            while at < end:
-                at += os.pwrite(self.metadata_fd, memoryview(ZEROES)[:end - at], at)
-
-    def close_metadata(self) -> None:
-        """Close the file."""
         if self.metadata_fd >= 0:
-            os.close(self.metadata_fd)
-            self.metadata_fd = -1
+            clear(self.metadata_fd, self.metadata_at(offset), self.metadata_at(length))
 
 
 class Ram(WithMetadata, ublk.Target):
@@ -124,22 +147,18 @@ class Ram(WithMetadata, ublk.Target):
     checksum: which one: crc, ip, crc64 or none
     """
 
-    processes = True
+    processes = True            # forked later they see the same disk: memory of a file is shared
 
     def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30), metadata_size: int = 0,
                  checksum: str = "crc") -> None:
-        if size <= 0 or size % self.block_size:
-            raise wrong(f"ram of {size} bytes", "not a multiple of 512", "choose another size")
+        refuse(size <= 0 or size % self.block_size, f"ram of {size} bytes", "not a multiple of 512")
         self.size = size
-        # Shared, so that processes forked later see the same disk; pages exist once written.
-        noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
-        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | noreserve)
-        self.view = memoryview(self.memory)
+        self.fd = os.memfd_create("ram")
+        weakref.finalize(self, os.close, self.fd)
+        os.ftruncate(self.fd, size)             # pages exist once written
+        self.view = memoryview(mmap.mmap(self.fd, size))
         if metadata_size:
             self.keep_metadata(os.memfd_create("metadata"), metadata_size, checksum)
-
-    def close(self) -> None:
-        self.close_metadata()
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.view[offset:offset + len(buffer)]
@@ -148,15 +167,8 @@ class Ram(WithMetadata, ublk.Target):
         self.view[offset:offset + len(buffer)] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        """Give whole pages back, which makes them read as zeroes, and clear the edges by hand."""
         self.forget_metadata(offset, length)
-        end = offset + length
-        first, last = min(-(-offset // PAGE_SIZE) * PAGE_SIZE, end), end // PAGE_SIZE * PAGE_SIZE
-        self.view[offset:first] = bytes(first - offset)
-        if first < last:
-            self.memory.madvise(mmap.MADV_REMOVE, first, last - first)
-        last = max(first, last)
-        self.view[last:end] = bytes(end - last)
+        clear(self.fd, offset, length)          # which gives pages back
 
     def discard(self, offset: int, length: int) -> None:
         self.write_zeroes(offset, length, True)
@@ -179,25 +191,18 @@ class Loop(WithMetadata, ublk.Target):
 
     def __init__(self, path: str, *, direct: bool = False, metadata: str = "", metadata_size: int = 8,
                  checksum: str = "crc") -> None:
-        self.path = path
+        self.path, self.is_block = path, is_block(path)
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
-        try:
-            self.is_block = stat.S_ISBLK(os.fstat(self.fd).st_mode)
-            self.block_size, self.physical_block_size = block_sizes(self.fd, path, direct)
-            self.size = size_of(self.fd, path, self.block_size)
-            if not self.read_only and self._can_discard():
-                self.discard = self._discard        # an attribute: not every backing has it
-            if metadata:
-                self.keep_metadata(open_metadata(metadata, path, self.read_only), metadata_size, checksum)
-        except BaseException:
-            self.close()
-            raise
+        self.opened = weakref.finalize(self, os.close, self.fd)     # ends at the latest with the object
+        self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
+        if metadata:
+            self.keep_metadata(open_metadata(metadata, path, self.read_only), metadata_size, checksum)
+        if not self.read_only and self._can_discard():
+            self.discard = self._discard        # an attribute: not every backing has it
 
     def close(self) -> None:
-        self.close_metadata()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.opened()
+        self.fd = -1                            # the number may become another file's
 
     def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
         """Say in which file, and where in it, these bytes of the disk are."""
@@ -229,27 +234,28 @@ class Loop(WithMetadata, ublk.Target):
                 await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
                 return
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                if error.errno not in UNSUPPORTED:
                     raise
-        for at in range(offset, offset + length, len(ZEROES)):
-            piece = memoryview(ZEROES)[:min(len(ZEROES), offset + length - at)]
-            await ublk.whole(self.write, self.write(at, piece), at, piece)
+        for at, count in pieces(offset, length):
+            await moved(self.write, at, ublk.ZEROES[:count])
 
     async def _discard(self, offset: int, length: int) -> None:
         self.forget_metadata(offset, length)
         if self.is_block:
-            fcntl.ioctl(self.fd, BLKDISCARD, two_words(offset, length))
+            self._discard_blocks(offset, length)
         else:
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            await ublk.uring_fallocate(self.fd, mode, offset, length)
+            await ublk.uring_fallocate(self.fd, HOLE, offset, length)
+
+    def _discard_blocks(self, offset: int, length: int) -> None:
+        fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("=QQ", offset, length))
 
     def _can_discard(self) -> bool:
         """Try it where there is nothing to lose: beyond the end, or (a device) at an odd place."""
         try:
             if self.is_block:
-                fcntl.ioctl(self.fd, BLKDISCARD, two_words(1, ublk.SECTOR))
+                self._discard_blocks(1, ublk.SECTOR)
             else:
-                fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, self.size, PAGE_SIZE)
+                fallocate(self.fd, HOLE, self.size, PAGE_SIZE)
         except OSError as error:
             return error.errno == errno.EINVAL and self.is_block
         return True
@@ -261,91 +267,70 @@ class Loop(WithMetadata, ublk.Target):
         self.size = size
 
 
+def is_block(path: str) -> bool:
+    """Tell a block device from a file; raise UblkError for what is neither."""
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    refuse(kind not in (stat.S_IFBLK, stat.S_IFREG), path, "neither a file nor a block device", "name one")
+    return kind == stat.S_IFBLK
+
+
 def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
     """Open a file or block device; return its descriptor and whether it is only for reading.
 
     A device is taken exclusively, so that nobody mounts it meanwhile.
     """
-    flags |= os.O_CLOEXEC | (os.O_EXCL if os.path.exists(path) and is_block(path) else 0)
+    exclusive = os.O_EXCL if is_block(path) else 0
     try:
         try:
-            return os.open(path, flags | os.O_RDWR), False
+            return os.open(path, flags | exclusive | os.O_RDWR), False
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            return os.open(path, flags & ~os.O_EXCL | os.O_RDONLY), True
+            return os.open(path, flags | os.O_RDONLY), True
     except OSError as error:
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            raise wrong(path, "its file system has no direct I/O",
-                        "leave --direct out") from None
+            raise wrong(path, "its file system has no direct I/O", "leave --direct out") from None
         raise
 
 
 def open_metadata(path: str, data: str, read_only: bool) -> int:
     """Open the file for the metadata of a disk whose data are in another one; make it if need be."""
-    fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT) | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
     if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, data):
         os.close(fd)
         raise wrong(path, "not a file for metadata alone", "name another, or a new one")
     return fd
 
 
-def is_block(path: str) -> bool:
-    """Tell a block device from a file; raise UblkError for what is neither."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISBLK(mode) and not stat.S_ISREG(mode):
-        raise wrong(path, "neither a file nor a block device", "name one that is")
-    return stat.S_ISBLK(mode)
+def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
+    """Return the size of a file or device, the smallest unit of transfer to it, and the one it likes.
 
-
-def block_sizes(fd: int, path: str, direct: bool) -> tuple[int, int]:
-    """Return the smallest unit of transfer to this file or device, and the one it likes."""
-    if stat.S_ISBLK(os.fstat(fd).st_mode):
-        sizes = [bytearray(4), bytearray(4)]
-        fcntl.ioctl(fd, BLKSSZGET, sizes[0])
-        fcntl.ioctl(fd, BLKPBSZGET, sizes[1])
-        logical, physical = (int.from_bytes(size, "little") for size in sizes)
-        return logical, min(physical, PAGE_SIZE)
-    size = ublk.SECTOR
-    with mmap.mmap(-1, PAGE_SIZE) as page, memoryview(page) as view:
-        while direct and size <= PAGE_SIZE:
-            with view[:size] as part:
-                try:
-                    os.preadv(fd, [part], 0)
-                    break
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-            size *= 2
-    if size > PAGE_SIZE:
-        raise wrong(path, "its file system takes no direct I/O of a page", "leave --direct out")
-    return size, max(size, 4096)
-
-
-def size_of(fd: int, path: str, block_size: int) -> int:
-    """Return the size of a file or device; raise UblkError for one that cannot be a disk's."""
+    Raises UblkError where it cannot be a disk.
+    """
+    if is_block(path):
+        words = [fcntl.ioctl(fd, request, bytes(4)) for request in (BLKSSZGET, BLKPBSZGET)]
+        unit, liked = (int.from_bytes(word, sys.byteorder) for word in words)
+    else:
+        unit = direct_unit(fd, path) if direct else ublk.SECTOR
+        liked = max(unit, 4096)
     size = os.lseek(fd, 0, os.SEEK_END)
-    if size == 0:
-        raise wrong(path, "it is empty", f"give it a size: truncate -s 1G {path}")
-    if size % block_size:
-        more = -(-size // block_size) * block_size
-        raise wrong(path, f"its size {size} is not a multiple of {block_size}",
-                    f"make it one: truncate -s {more} {path}")
-    return size
+    refuse(size == 0, path, "it is empty", f"give it a size: truncate -s 1G {path}")
+    refuse(size % unit, path, f"its size {size} is not a multiple of {unit}",
+           f"make it one: truncate -s {-(-size // unit) * unit} {path}")
+    return size, unit, min(liked, PAGE_SIZE)
 
 
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), which the os module lacks; raises OSError."""
-    import ctypes
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def two_words(first: int, second: int) -> bytes:
-    """Pack the argument of an ioctl on a range of a block device."""
-    return first.to_bytes(8, "little") + second.to_bytes(8, "little")
+def direct_unit(fd: int, path: str) -> int:
+    """Return the smallest unit of direct transfer to a file."""
+    page = memoryview(mmap.mmap(-1, PAGE_SIZE))
+    for unit in (1 << shift for shift in range(9, PAGE_SIZE.bit_length())):
+        try:
+            os.preadv(fd, [page[:unit]], 0)
+            return unit
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    raise wrong(path, "its file system takes no direct I/O of a page", "leave --direct out")
 
 
 # =================================================================================================
@@ -370,28 +355,33 @@ class beside:
 
 async def together(*coroutines: Any) -> None:
     """Run coroutines side by side on this queue until all have ended; raise what one of them raised."""
-    left, failures, done = len(coroutines), [], ublk.Event()
-
-    async def run(coroutine: Any) -> None:
-        nonlocal left
+    async def run(coroutine: Any, end: ublk.Event) -> None:
+        failure = None
         try:
             await coroutine
         except Exception as error:
-            failures.append(error)
-        left -= 1
-        if not left:
-            done.set()
+            failure = error
+        end.set(failure)
 
-    for coroutine in coroutines:
-        await beside(run(coroutine))
-    await done
-    if failures:
-        raise failures[0]
+    ends = [ublk.Event() for _ in coroutines]
+    for coroutine, end in zip(coroutines, ends):
+        await beside(run(coroutine, end))
+    for failure in [await end for end in ends]:
+        if failure:
+            raise failure
+
+
+async def settled(outcome: Any) -> Any:
+    """Return what a handler of whatever kind returns in the end."""
+    return await outcome if type(outcome) is CoroutineType else outcome
 
 
 async def moved(handler: Any, *args: Any) -> None:
     """Have a target's handler, of whatever kind, serve a request to its end."""
-    await ublk.whole(handler, handler(*args), *(args or (0, b""))[:2])
+    if len(args) == 2 and not isinstance(args[1], int):
+        await ublk.whole(handler, handler(*args), *args)
+    else:
+        await settled(handler(*args))
 
 
 def extent(args: Sequence[Any]) -> tuple[int, int]:
@@ -400,14 +390,37 @@ def extent(args: Sequence[Any]) -> tuple[int, int]:
     return offset, what if isinstance(what, int) else len(what)
 
 
+# What a target may define: handlers of requests, and all else
+CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
+WITH_DATA = CHANGES[:2]
+HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset",
+            "zone_reset_all")
+PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
+              "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
+              "metadata_size", "checksum", "read_metadata", "write_metadata", "processes",
+              "report_zones", "resized", "start", "close")
+
+
+class Over:
+    """A part of targets over others: they serve the requests that all of these do."""
+
+    call: Callable[..., Any]        # gets a handler's name and its arguments, returns what it would
+
+    def offer(self, names: Sequence[str], *targets: ublk.Target) -> None:
+        """Have call() serve the requests of these names that all of the targets serve."""
+        for name in names:
+            if all(hasattr(target, name) for target in targets):
+                setattr(self, name, partial(self.call, name))
+
+
 def distinct(paths: Sequence[str]) -> Sequence[str]:
     """Return the files of a disk; raise UblkError where one is named twice."""
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise wrong(" ".join(paths), "one file or device is named twice", "name different ones")
+    refuse(len({os.path.realpath(path) for path in paths}) < len(paths),
+           " ".join(paths), "one file or device is named twice", "name different ones")
     return paths
 
 
-class Stripe(ublk.Target):
+class Stripe(Over, ublk.Target):
     """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
 
     The kernel lets no read or write cross from one chunk into the next, so each goes to one file.
@@ -419,37 +432,32 @@ class Stripe(ublk.Target):
 
     processes = True
 
-    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10),
-                 direct: bool = False) -> None:
+    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10), direct: bool = False) -> None:
         legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
         self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
-        if chunk <= 0 or chunk % self.block_size:
-            raise wrong(f"chunk of {chunk} bytes",
-                        f"not a multiple of the block size {self.block_size}", "choose another")
-        rows = min(leg.size for leg in legs) // chunk
-        if not rows:
-            raise wrong(min(legs, key=lambda leg: leg.size).path,
-                        f"smaller than a chunk of {chunk} bytes", "take a smaller --chunk")
-        self.size = rows * chunk * len(legs)
+        refuse(chunk <= 0 or chunk % self.block_size, f"chunk of {chunk} bytes",
+               f"not a multiple of the block size {self.block_size}")
+        least = min(legs, key=lambda leg: leg.size)
+        refuse(least.size < chunk, least.path, f"smaller than a chunk of {chunk} bytes", "take a smaller one")
+        self.size = least.size // chunk * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
-        if all(hasattr(leg, "discard") for leg in legs):
-            self.discard = self._discard
+        self.offer(("read", *CHANGES), *legs)
+
+    def before(self, leg: int, offset: int) -> int:
+        """Return how much of what lies before a byte of the disk is on one leg."""
+        row, within = divmod(offset, self.boundary * len(self.legs))
+        return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
 
     def place(self, offset: int) -> tuple[Loop, int, int]:
         """Return the leg that has this byte of the disk, where, and how much there is in one piece."""
-        chunk, within = divmod(offset, self.boundary)
-        row, leg = divmod(chunk, len(self.legs))
-        return self.legs[leg], row * self.boundary + within, self.boundary - within
+        leg = offset // self.boundary % len(self.legs)
+        return self.legs[leg], self.before(leg, offset), self.boundary - offset % self.boundary
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
         """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
-        def before(leg: int, offset: int) -> int:
-            row, within = divmod(offset, self.boundary * len(self.legs))
-            return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
-
         for number, leg in enumerate(self.legs):
-            start, end = before(number, offset), before(number, offset + length)
+            start, end = self.before(number, offset), self.before(number, offset + length)
             if start < end:
                 yield leg, start, end - start
 
@@ -457,27 +465,16 @@ class Stripe(ublk.Target):
         leg, at, _ = self.place(offset)
         return leg.fd, at
 
-    def read(self, offset: int, buffer: memoryview) -> Any:
+    def call(self, name: str, *args: Any) -> Any:
+        """Have the leg of a transfer serve it, all legs a flush, and other requests those they touch."""
+        if name == "flush":
+            return together(*[leg.flush() for leg in self.legs])
+        offset, what, *how = args
+        if isinstance(what, int):
+            spans = self.spans(offset, what)
+            return together(*[getattr(leg, name)(at, length, *how) for leg, at, length in spans])
         leg, at, room = self.place(offset)
-        return leg.read(at, buffer[:room])
-
-    def write(self, offset: int, buffer: memoryview) -> Any:
-        leg, at, room = self.place(offset)
-        return leg.write(at, buffer[:room])
-
-    def write_fua(self, offset: int, buffer: memoryview) -> Any:
-        leg, at, room = self.place(offset)
-        return leg.write_fua(at, buffer[:room])
-
-    async def flush(self) -> None:
-        await together(*[leg.flush() for leg in self.legs])
-
-    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await together(*[leg.write_zeroes(at, count, unmap)
-                         for leg, at, count in self.spans(offset, length)])
-
-    async def _discard(self, offset: int, length: int) -> None:
-        await together(*[leg.discard(at, count) for leg, at, count in self.spans(offset, length)])
+        return getattr(leg, name)(at, what[:room])
 
     def close(self) -> None:
         for leg in self.legs:
@@ -494,7 +491,7 @@ class Leg:
         self.rebuilding = False                 # what is written goes there, too: it will be good
 
 
-class Mirror(ublk.Target):
+class Mirror(Over, ublk.Target):
     """Keep the same on several files or block devices (RAID 1).
 
     A leg that fails, or is not there, is dropped: this is said on standard error and noted in the
@@ -508,7 +505,6 @@ class Mirror(ublk.Target):
     """
 
     retry = 5.0                                 # seconds between two attempts to rebuild
-    CHANGES = ("write", "write_fua", "flush", "write_zeroes", "discard")
 
     def __init__(self, *paths: str, rebuild: bool = False, state: str = "", direct: bool = False) -> None:
         self.legs = [Leg(path) for path in distinct(paths)]
@@ -518,17 +514,17 @@ class Mirror(ublk.Target):
         self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
         self.copying = (0, 0)                               # the range the rebuild copies now
         self.mender: threading.Thread | None = None
-        disks = self._open(self._noted())
-        self.size, self.block_size = min(disk.size for disk in disks), max(disk.block_size for disk in disks)
-        self.read_only = any(disk.read_only for disk in disks)
-        for name in self.CHANGES:
-            if all(hasattr(leg.disk, name) for leg in self.legs if leg.disk):
-                setattr(self, name, partial(self.change, name))
+        self._open()
+        self.size = min(leg.disk.size for leg in self.good())
+        self.block_size = max(leg.disk.block_size for leg in self.good())
+        self.read_only = any(leg.disk.read_only for leg in self.good())
+        self.offer(CHANGES, *[leg.disk for leg in self.legs if leg.disk])
 
-    def _open(self, old: set[str]) -> list[Loop]:
-        """Open the legs and return the good ones; old data, and what is not there, is dropped."""
+    def _open(self) -> None:
+        """Open the legs; drop those that are not there, or hold old data, as an earlier server noted."""
+        old = self._noted()
         out: dict[Leg, Any] = {leg: "out of date" for leg in self.legs if leg.path in old}
-        problem: OSError | None = None
+        problem: OSError = wrong(self.state, "it says that all legs hold old data", "remove it")
         for leg in self.legs:
             try:
                 leg.disk = Loop(leg.path, direct=self.direct)
@@ -536,10 +532,9 @@ class Mirror(ublk.Target):
                 problem = out[leg] = error
         if len(out) == len(self.legs):
             self.close()
-            raise problem or wrong(self.state, "it says that all legs hold old data", "remove it")
+            raise problem
         for leg, why in out.items():
-            self._drop(leg, str(why))
-        return [leg.disk for leg in self.good()]
+            self._judge(leg, str(why))
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -556,9 +551,9 @@ class Mirror(ublk.Target):
                 break
             except OSError as error:
                 failed[leg] = error
-        self._judge(failed)
+        self._drop(failed)
 
-    async def change(self, name: str, *args: Any) -> None:
+    async def call(self, name: str, *args: Any) -> None:
         """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
         failed: dict[Leg, OSError] = {}
 
@@ -573,7 +568,7 @@ class Mirror(ublk.Target):
             await ublk.uring_sleep(0.001)
         try:
             await together(*map(attempt, legs))
-            self._judge(failed)
+            self._drop(failed)
         finally:
             del self.writing[me]
 
@@ -585,12 +580,12 @@ class Mirror(ublk.Target):
             self.writing[me] = start, end
             return [leg for leg in self.legs if not leg.why or leg.rebuilding]
 
-    def _judge(self, failed: dict[Leg, OSError]) -> None:
+    def _drop(self, failed: dict[Leg, OSError]) -> None:
         """Drop legs that failed where another did not, before the client is told of success."""
         if failed and failed.keys() >= set(self.good()):
             raise next(iter(failed.values()))
         for leg, error in failed.items():
-            self._drop(leg, str(error))
+            self._judge(leg, str(error))
 
     # ---- legs that fail and come back --------------------------------------------------------------
 
@@ -601,24 +596,24 @@ class Mirror(ublk.Target):
 
     def _noted(self) -> set[str]:
         """Return the legs that an earlier server dropped."""
-        try:
-            with open(self.state, encoding="utf-8") as file:
-                return set(file.read().splitlines())
-        except FileNotFoundError:
-            return set()
+        with suppress(FileNotFoundError), open(self.state, encoding="utf-8") as file:
+            return set(file.read().splitlines())
+        return set()
 
     def _note(self) -> None:
         os.makedirs(os.path.dirname(self.state), exist_ok=True)
         replace_file(self.state, "".join(f"{leg.path}\n" for leg in self.legs if leg.why).encode())
 
-    def _drop(self, leg: Leg, why: str) -> None:
-        """Take a leg out of use; say so once."""
+    def _judge(self, leg: Leg, why: str) -> None:
+        """Take a leg out of use, or, where there is no reason to, a rebuilt one into use; say so once."""
         with self.lock:
+            if not why and not leg.rebuilding:      # a write to it has failed
+                return
             before, leg.why, leg.rebuilding = leg.why, why, False
-            if not before:
+            if not before or not why:
                 self._note()
         if why != before:
-            say(f"mirror: dropped {leg.path}: {why}")
+            say(f"mirror: dropped {leg.path}: {why}" if why else f"mirror: rebuilt {leg.path}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
@@ -629,12 +624,11 @@ class Mirror(ublk.Target):
     def _mend(self) -> None:
         ublk.io_flusher()
         while True:
-            for leg in self.legs:
+            for leg in [leg for leg in self.legs if leg.why]:
                 try:
-                    if leg.why:
-                        self._bring_back(leg)
+                    self._bring_back(leg)
                 except OSError as error:
-                    self._drop(leg, str(error))
+                    self._judge(leg, str(error))
             # By the next try nobody uses the leg's descriptor any more, and it can be closed.
             if self.closed.wait(self.retry):
                 return
@@ -644,21 +638,16 @@ class Mirror(ublk.Target):
         if leg.disk:
             leg.disk.close()
         leg.disk = disk = Loop(leg.path, direct=self.direct)
-        if disk.size < self.size or disk.read_only or disk.block_size > self.block_size \
-                or hasattr(self, "discard") > hasattr(disk, "discard"):
-            raise wrong(leg.path, "too small, for reading only, with larger blocks or without discard")
+        refuse(disk.size < self.size or disk.read_only or disk.block_size > self.block_size
+               or hasattr(self, "discard") > hasattr(disk, "discard"), leg.path,
+               "too small, for reading only, with larger blocks or without discard", "give it another")
         leg.rebuilding = True
-        for offset in range(0, self.size, len(ZEROES)):
-            self._copy(offset, min(offset + len(ZEROES), self.size), disk.fd)
+        for offset, length in pieces(0, self.size):
+            self._copy(offset, offset + length, disk.fd)
             if self.closed.is_set() or not leg.rebuilding:
                 return
         os.fdatasync(disk.fd)
-        with self.lock:
-            if not leg.rebuilding:              # a write to it failed
-                return
-            leg.why, leg.rebuilding = "", False
-            self._note()
-        say(f"mirror: rebuilt {leg.path}")
+        self._judge(leg, "")
 
     def _copy(self, start: int, end: int, fd: int) -> None:
         """Copy a range that no request changes meanwhile from a good leg; only what differs."""
@@ -668,11 +657,10 @@ class Mirror(ublk.Target):
             while any(start < b and a < end for a, b in list(self.writing.values())):
                 time.sleep(0.001)
             with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
-                count = os.preadv(self.good()[0].disk.fd, [new], start)
-                count += os.preadv(fd, [old], start)
+                counts = [os.preadv(self.good()[0].disk.fd, [new], start), os.preadv(fd, [old], start)]
                 if new[:] != old[:]:
-                    count += os.pwritev(fd, [new], start) - len(new)
-                if count != 2 * len(new):
+                    counts.append(os.pwritev(fd, [new], start))
+                if set(counts) != {len(new)}:
                     raise OSError(errno.EIO, "unexpected end of file")
         finally:
             self.copying = (0, 0)
@@ -698,8 +686,31 @@ def replace_file(path: str, content: bytes) -> None:
     os.close(directory)
 
 
-COW_HEADER = struct.Struct("<8sQQ36s")          # magic, size, block size, boot id; then a CRC-32
-COW_MAGIC = b"ublkcow1"
+class Sealed:
+    """A structure in a file: a magic, values, and a CRC-32 of all this."""
+
+    def __init__(self, magic: bytes, values: str, what: str) -> None:
+        self.magic, self.what = magic, what
+        self.struct = struct.Struct(f"<{len(magic)}s{values}")
+        self.size = self.struct.size + 4
+
+    def pack(self, *values: Any) -> bytes:
+        data = self.struct.pack(self.magic, *values)
+        return data + zlib.crc32(data).to_bytes(4, "little")
+
+    def unpack(self, data: bytes) -> tuple[Any, ...]:
+        """Return the values; none where data is damaged, or something else."""
+        values = self.struct.unpack(data[:-4])[1:] if len(data) == self.size else ()
+        return values if values and data == self.pack(*values) else ()
+
+    def read(self, fd: int, path: str) -> tuple[Any, ...]:
+        """Return the values at the beginning of a file; raise UblkError where there are none."""
+        values = self.unpack(os.pread(fd, self.size, 0))
+        refuse(not values, path, f"not {self.what}, or a damaged one", "name another file")
+        return values
+
+
+COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")     # size, block size, boot id
 COW_UNIT = 64 << 10                             # header and marks fill whole pages of any machine
 BASE, OURS, KEPT = b"\0", b"\1", b"\2"          # marks of blocks: see Cow
 
@@ -721,9 +732,9 @@ class Cow(ublk.Target):
     def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
         distinct([base, overlay])
         is_block(base)
-        self.base = os.open(base, (os.O_RDWR if commit else os.O_RDONLY) | os.O_CLOEXEC)
-        self.grain, self.physical_block_size = block_sizes(self.base, base, False)
-        self.size, self.block_size = size_of(self.base, base, self.grain), self.grain
+        self.base = os.open(base, os.O_RDWR if commit else os.O_RDONLY)
+        self.size, self.block_size, self.physical_block_size = sizes_of(self.base, base)
+        self.grain = self.block_size
         count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
         self.marks_at, self.data_at = COW_UNIT, COW_UNIT + count
         if not os.path.exists(overlay) or not os.path.getsize(overlay):
@@ -746,18 +757,13 @@ class Cow(ublk.Target):
             raise ublk.UblkError(errno.EBUSY, self.path, "another server uses this overlay") from None
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
-        header = sealed(COW_HEADER.pack(COW_MAGIC, self.size, self.grain, boot))
-        found = os.pread(self.fd, len(header), 0)
-        if found == bytes(len(found)):                      # new, or killed while it was made
-            found = header
-        if not intact(found, COW_MAGIC):
-            raise wrong(self.path, "not an overlay, or a damaged one", "name another file")
-        _, size, grain, last_boot = COW_HEADER.unpack(found[:-4])
-        if (size, grain) != (self.size, self.grain):
-            raise wrong(self.path, f"made for a base of {size} bytes in blocks of {grain}, "
-                        f"this one has {self.size} in {self.grain}", "name its own base")
-        if self.top.size != self.data_at + size:
-            raise wrong(self.path, "its end is missing", "restore it, or delete it")
+        header = COW_HEADER.pack(self.size, self.grain, boot)
+        size, grain, last_boot = self.size, self.grain, boot
+        if any(os.pread(self.fd, len(header), 0)):          # else it is new, or was killed as it was made
+            size, grain, last_boot = COW_HEADER.read(self.fd, self.path)
+        refuse((size, grain) != (self.size, self.grain), self.path, f"made for a base of {size} bytes in "
+               f"blocks of {grain}, this one has {self.size} in {self.grain}", "name its own base")
+        refuse(self.top.size != self.data_at + size, self.path, "its end is missing", "restore or delete it")
         os.fsync(self.fd)
         for at in range(self.marks_at, self.data_at, COW_UNIT):
             marks = os.pread(self.fd, COW_UNIT, at)
@@ -805,8 +811,14 @@ class Cow(ublk.Target):
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         for ours, at, length in self.runs(offset, len(buffer)):
-            fd, shift = (self.fd, self.data_at) if ours else (self.base, 0)
-            await fill(fd, buffer[at - offset:][:length], at + shift)
+            piece = buffer[at - offset:][:length]
+            if ours:
+                await moved(self.top.read, self.data_at + at, piece)
+            else:
+                await moved(self._read_base, at, piece)
+
+    async def _read_base(self, offset: int, buffer: memoryview) -> int:
+        return await ublk.uring_read(self.base, buffer, offset)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
         blocks = self.blocks(offset, len(buffer))
@@ -835,14 +847,13 @@ class Cow(ublk.Target):
 
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
-        for at in range(0, self.size, len(ZEROES)):
-            for ours, start, length in self.runs(at, min(len(ZEROES), self.size - at)):
+        for at, count in pieces(0, self.size):
+            for ours, start, length in self.runs(at, count):
                 if ours:
                     write_all(self.base, os.pread(self.fd, length, self.data_at + start), start)
         os.fsync(self.base)
-        hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
         for start, end in (self.marks_at, self.data_at), (self.data_at, self.top.size):
-            fallocate(self.fd, hole, start, end - start)
+            clear(self.fd, start, end - start)
             os.fsync(self.fd)
 
     def close(self) -> None:
@@ -854,68 +865,22 @@ class Cow(ublk.Target):
             os.close(self.base)
 
 
-def sealed(data: bytes) -> bytes:
-    """Put a CRC-32 behind data."""
-    return data + zlib.crc32(data).to_bytes(4, "little")
-
-
-def intact(data: bytes, magic: bytes) -> bool:
-    """Tell whether data is what sealed() made, and of the kind that begins with magic."""
-    return data.startswith(magic) and data == sealed(data[:-4])
-
-
-async def fill(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill a whole buffer from a file."""
-    while buffer:
-        count = await ublk.uring_read(fd, buffer, offset)
-        if not count:
-            raise OSError(errno.EIO, "unexpected end of file")
-        buffer, offset = buffer[count:], offset + count
-
-
-def write_all(fd: int, data: Any, offset: int) -> None:
-    """Write all of data at offset; raises OSError."""
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
-
-
 # =================================================================================================
 # Targets over another target
 # =================================================================================================
 
-# What a target may define: handlers of requests, and all else
-HANDLERS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "zone_append",
-            "zone_open", "zone_close", "zone_finish", "zone_reset", "zone_reset_all")
-PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
-              "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
-              "metadata_size", "checksum", "read_metadata", "write_metadata", "processes",
-              "report_zones", "resized", "start", "close")
-
-
-class Wrapper:
-    """A target over another one: it offers what the other offers, no more and no less.
-
-    Each request comes to call(handler's name, its arguments), for a subclass to come between.
-    """
+class Wrapper(Over):
+    """A part of targets over one other: they offer what it offers, no more and no less."""
 
     def __init__(self, target: ublk.Target) -> None:
         self.target = target
         for name in PROPERTIES:
             if hasattr(target, name) and name not in vars(type(self)):
                 setattr(self, name, getattr(target, name))
-        for name in HANDLERS:
-            if hasattr(target, name):
-                setattr(self, name, partial(self.call, name))
+        self.offer(HANDLERS, target)
 
     def call(self, name: str, *args: Any) -> Any:
-        """Serve a request: return what the wrapped target's handler returns."""
         return getattr(self.target, name)(*args)
-
-
-async def settled(outcome: Any) -> Any:
-    """Return what a handler of whatever kind returns in the end."""
-    return await outcome if type(outcome) is CoroutineType else outcome
 
 
 class Fault(Wrapper, ublk.Target):
@@ -948,126 +913,103 @@ class Fault(Wrapper, ublk.Target):
                  delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
                  hang: bool = False, control: str = "", seed: int = 1) -> None:
         super().__init__(target)
-        self.options: dict[str, Any] = {
-            "on": on, "range": range, "after": after, "rate": rate, "error": error, "delay": delay,
-            "jitter": jitter, "torn": torn, "lost": lost, "hang": hang}
-        self.given = self.rule = Rule(**self.options)
+        self.on = on.split(",") if on else HANDLERS
+        refuse(not set(self.on) <= set(HANDLERS), f"--on {on}", "no such operation",
+               f"there are {', '.join(HANDLERS)}")
+        refuse(error not in ("", *errno.errorcode.values()), f"--error {error}", "there is no such errno",
+               "take one such as EIO")
+        refuse(not 0 <= rate <= 1, f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in 100")
+        self.range, self.after, self.rate = span(range) if range else None, after, rate
+        self.error, self.delay, self.jitter = getattr(errno, error, 0), seconds(delay), seconds(jitter)
+        self.torn, self.lost, self.hang = torn, lost, hang
         self.control = os.path.abspath(control) if control else ""
-        self.parser = ublk.target_parser(Fault, "fault")
         self.random, self.written = random.Random(seed), 0
         self.seen: Any = None           # what the control file was when it was last read
+        self.rule = self                # whose options hold; another's once the control file is there
 
     def call(self, name: str, *args: Any) -> Any:
         self.look()
         rule = self.rule
-        if not rule.matches(name, args, self.written) or self.random.random() >= rule.rate:
-            return self.pass_on(name, *args)
-        if rule.delay or rule.jitter or rule.hang:
-            return self.stall(rule, name, args)
-        return self.strike(rule, name, args)
-
-    def pass_on(self, name: str, *args: Any) -> Any:
-        """Have the wrapped target serve it."""
-        if name in ("write", "write_fua"):
-            self.written += len(args[1])
-        return getattr(self.target, name)(*args)
-
-    async def stall(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
-        """Wait, then do what else there is to do."""
-        await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
-        while rule.hang and self.rule is rule:
-            await ublk.uring_sleep(0.05)
-            self.look()
-        return await settled(self.strike(rule, name, args))
-
-    def strike(self, rule: Rule, name: str, args: tuple[Any, ...]) -> Any:
-        """Do a request wrong."""
-        if rule.torn and name in ("write", "write_fua"):
-            return self.tear(rule, name, *args)
-        if rule.error:
-            raise OSError(rule.error, os.strerror(rule.error))
-        return None if rule.lost else self.pass_on(name, *args)
-
-    async def tear(self, rule: Rule, name: str, offset: int, buffer: memoryview) -> None:
-        """Write only some of the blocks, from the beginning; --error tells, otherwise nobody does."""
-        kept = self.random.randrange(len(buffer) // self.block_size) * self.block_size
-        if kept:
-            await moved(partial(self.pass_on, name), offset, buffer[:kept])
-        if rule.error:
-            raise OSError(rule.error, os.strerror(rule.error))
-
-    def look(self) -> None:
-        """Take the options from the control file when that has changed."""
-        if not self.control:
-            return
-        try:
-            status = os.stat(self.control)
-            seen: Any = status.st_mtime_ns, status.st_size, status.st_ino
-        except OSError:
-            seen = None
-        if seen == self.seen:
-            return
-        self.seen, self.written = seen, 0
-        try:
-            with open(self.control, encoding="utf-8") as file:
-                values = vars(self.parser.parse_args(shlex.split(file.read(4096))))
-            self.rule = Rule(**{name: values[name] for name in self.options})
-        except FileNotFoundError:
-            self.rule = self.given
-        except (OSError, ValueError, SystemExit) as error:
-            say(f"{self.control} is ignored: {error}")
-
-
-class Rule:
-    """What a Fault does to which requests: its options, understood."""
-
-    def __init__(self, on: str, range: str, after: int, rate: float, error: str, delay: str,
-                 jitter: str, torn: bool, lost: bool, hang: bool) -> None:
-        self.on = frozenset(on.split(",")) if on else frozenset(HANDLERS)
-        if not self.on <= frozenset(HANDLERS):
-            raise wrong(f"--on {on}", "no such operation", f"there are {', '.join(HANDLERS)}")
-        self.anywhere = not range
-        self.start, self.end = span(range or "0")
-        if error and error not in errno.errorcode.values():
-            raise wrong(f"--error {error}", "there is no such errno", "take one such as EIO")
-        if not 0 <= rate <= 1:
-            raise wrong(f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in a hundred")
-        self.error = getattr(errno, error) if error else 0
-        self.after, self.rate, self.torn, self.lost, self.hang = after, rate, torn, lost, hang
-        self.delay, self.jitter = seconds(delay), seconds(jitter)
+        if rule.matches(name, args, self.written) and self.random.random() < rule.rate:
+            return self.strike(rule, name, args)
+        return self.pass_on(name, *args)
 
     def matches(self, name: str, args: tuple[Any, ...], written: int) -> bool:
         """Tell whether a request may be struck."""
         if written < self.after or name.replace("_fua", "") not in self.on:
             return False
-        if self.anywhere or not args:           # a flush is of no range
-            return self.anywhere
+        if self.range is None or not args:      # a flush is of no range
+            return self.range is None
         offset, length = extent(args)
-        return offset < self.end and offset + max(length, ublk.SECTOR) > self.start
+        start, end = self.range
+        return offset < end and offset + max(length, ublk.SECTOR) > start
+
+    def pass_on(self, name: str, *args: Any) -> Any:
+        """Have the wrapped target serve it."""
+        if name in WITH_DATA:
+            self.written += len(args[1])
+        return super().call(name, *args)
+
+    async def strike(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
+        """Serve a request late, in part, not at all or with an error."""
+        if rule.delay or rule.jitter or rule.hang:
+            await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
+        while rule.hang and self.rule is rule:
+            await ublk.uring_sleep(0.05)
+            self.look()
+        torn = rule.torn and name in WITH_DATA
+        if torn:
+            await self.tear(name, *args)
+        if rule.error:
+            raise OSError(rule.error, os.strerror(rule.error))
+        return None if torn or rule.lost else await settled(self.pass_on(name, *args))
+
+    async def tear(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Write only some of the blocks, from the beginning."""
+        kept = self.random.randrange(len(buffer) // self.block_size) * self.block_size
+        if kept:
+            await moved(partial(self.pass_on, name), offset, buffer[:kept])
+
+    def look(self) -> None:
+        """Take the options from the control file when that has changed."""
+        if not self.control:
+            return
+        seen: Any = None
+        with suppress(OSError):
+            status = os.stat(self.control)
+            seen = status.st_mtime_ns, status.st_size, status.st_ino
+        if seen == self.seen:
+            return
+        self.seen, self.written = seen, 0
+        try:
+            with open(self.control, encoding="utf-8") as file:
+                words = shlex.split(file.read(4096))
+            options = vars(ublk.target_parser(Fault, "fault").parse_args(words))
+            self.rule = Fault(**{**options, "target": self.target}).rule
+        except FileNotFoundError:
+            self.rule = self
+        except (OSError, ValueError, SystemExit) as error:
+            say(f"{self.control} is ignored: {error}")
 
 
 def span(text: str) -> tuple[int, int]:
     """Read a range of bytes such as 1M-2M, or the place of one sector. Raises UblkError."""
     first, _, last = text.partition("-")
-    try:
+    start = end = 0
+    with suppress(ValueError):
         start = ublk.parse_size(first)
         end = ublk.parse_size(last) if last else start + ublk.SECTOR
-    except ValueError:
-        start = end = 0
-    if start >= end:
-        raise wrong(f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for the sector there")
+    refuse(start >= end, f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for a sector")
     return start, end
 
 
 def seconds(text: str) -> float:
     """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
     unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
-    try:
+    number = -1.0
+    with suppress(ValueError):
         number = float(text[:len(text) - len(unit)])
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1e9:
-        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
+    refuse(not 0 <= number < 1e9, f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
     return number * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
 
 
@@ -1081,15 +1023,17 @@ NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY = 7, 8
 NBD_REP_ACK, NBD_REP_ERROR, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 1 << 31, 1 << 31 | 5, 1 << 31 | 6
 NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
 NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL = 1 << 1, 1 << 4
-# What a server may offer, as a bit of its flags, and the handler that uses it
-NBD_OFFERS = {1 << 2: "flush", 1 << 3: "write_fua", 1 << 5: "discard", 1 << 6: "write_zeroes"}
 NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = range(5)
 NBD_CMD_WRITE_ZEROES = 6
 NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE = 1, 2
+# What a server may offer: the handler, the bit of its flags that says so, command and flag to ask for it
+NBD_OFFERS = {"flush": (1 << 2, NBD_CMD_FLUSH, 0), "write_fua": (1 << 3, NBD_CMD_WRITE, NBD_CMD_FLAG_FUA),
+              "discard": (1 << 5, NBD_CMD_TRIM, 0), "write_zeroes": (1 << 6, NBD_CMD_WRITE_ZEROES, 0)}
 NBD_REQUEST = struct.Struct(">IHHQQI")      # magic, flags, command, cookie, offset, length
 NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
 NBD_REPLY_FLAG_DONE = 1
 NBD_REPLY_NONE, NBD_REPLY_DATA, NBD_REPLY_HOLE, NBD_REPLY_ERROR = 0, 1, 2, 1 << 15
+NBD_TLS = "let a local `nbdkit nbd` or stunnel speak it"
 NBD_HANDSHAKE = 5.0                         # seconds a server has for all of it
 
 
@@ -1106,7 +1050,7 @@ def nbd_address(uri: str) -> tuple[Any, str]:
     except ValueError as error:             # of a port that is none
         raise wrong(uri, str(error)) from None
     if parts.scheme.startswith("nbds"):
-        raise wrong(uri, "TLS is not spoken here", "let a local `nbdkit nbd` or stunnel speak it")
+        raise wrong(uri, "TLS is not spoken here", NBD_TLS)
     raise wrong(repr(uri), "not an NBD address",
                 "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
 
@@ -1142,16 +1086,14 @@ class NbdConnection:
 
     def _shake_hands(self, export: bytes) -> None:
         """Agree on structured replies if we can, and on the export; learn what it is like."""
-        if self._take(8) != b"NBDMAGIC":
-            raise wrong(self.uri, "no NBD server answers there")
+        refuse(self._take(8) != b"NBDMAGIC", self.uri, "no NBD server answers there", "name another")
         magic, flags = struct.unpack(">QH", self._take(10))
-        if magic != NBD_OPTION_MAGIC or not flags & 1:
-            raise wrong(self.uri, "the server speaks only the old style of NBD", "use a newer server")
+        refuse(magic != NBD_OPTION_MAGIC or not flags & 1, self.uri,
+               "the server speaks only the old style of NBD", "use a newer server")
         self.socket.sendall(struct.pack(">I", flags & 3))
         for kind, _ in self._option(NBD_OPT_STRUCTURED_REPLY, b""):
-            if kind == NBD_REP_ERR_TLS_REQD:
-                raise wrong(self.uri, "the server demands TLS, which is not spoken here",
-                            "let a local `nbdkit nbd` or stunnel speak it")
+            refuse(kind == NBD_REP_ERR_TLS_REQD, self.uri,
+                   "the server demands TLS, which is not spoken here", NBD_TLS)
         wish = struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
         for kind, data in self._option(NBD_OPT_GO, wish):
             if kind & NBD_REP_ERROR:
@@ -1170,8 +1112,8 @@ class NbdConnection:
         kind = 0
         while not kind & NBD_REP_ERROR:
             magic, of, kind, length = struct.unpack(">QIII", self._take(20))
-            if magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16:
-                raise wrong(self.uri, "the server does not keep to the protocol")
+            refuse(magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16, self.uri,
+                   "the server does not keep to the protocol", "use another")
             payload = self._take(length)
             if kind == NBD_REP_ACK:
                 return
@@ -1192,24 +1134,20 @@ class NbdConnection:
         return data
 
     def hang_up(self) -> None:
-        """End it; who sends or receives hears of that. The descriptor stays ours until close()."""
-        try:
+        """End it; who sends or receives hears of that. The descriptor stays ours until it is closed."""
+        with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 class NbdRequest:
     """A request that waits for its reply."""
 
-    def __init__(self, cookie: int, command: int, offset: int, length: int, flags: int, buffer: Any) -> None:
-        self.cookie, self.offset, self.done = cookie, offset, ublk.Event()
-        self.head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, length)
-        self.data = buffer if command == NBD_CMD_WRITE else b""
-        self.room = buffer if command == NBD_CMD_READ else memoryview(b"")
+    def __init__(self, cookie: int, command: int, flags: int, offset: int, what: Any) -> None:
+        self.cookie, self.done = cookie, ublk.Event()
+        self.offset, self.length = extent((offset, what))
+        self.head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
+        self.data = what if command == NBD_CMD_WRITE else b""
+        self.room = what if command == NBD_CMD_READ else memoryview(b"")
         self.error = self.filled = 0            # what the reply said so far
 
 
@@ -1226,18 +1164,18 @@ class Nbd(ublk.Target):
     def __init__(self, uri: str, *, timeout: str = "60s") -> None:
         self.uri, self.timeout = uri, seconds(timeout)
         server = self.connection = NbdConnection(uri)
-        if server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE:
-            raise wrong(uri, f"its block size {server.minimum} is not possible here")
+        refuse(server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE, uri,
+               f"its block size {server.minimum} is not possible here")
         self.block_size = max(ublk.SECTOR, server.minimum)
         self.size = server.size // self.block_size * self.block_size
         self.maximum = server.maximum // self.block_size * self.block_size
-        if not self.size or not self.maximum:
-            raise wrong(uri, f"its size {server.size} or largest request {server.maximum} is no block")
+        refuse(not self.size or not self.maximum, uri,
+               f"its size {server.size} or largest request {server.maximum} is no block")
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
         self.rotational = bool(server.flags & NBD_FLAG_ROTATIONAL)
-        for bit, name in NBD_OFFERS.items():
+        for name, (bit, command, flags) in NBD_OFFERS.items():
             if server.flags & bit:
-                setattr(self, name, getattr(self, f"_{name}"))
+                setattr(self, name, partial(self.ask, command, flags))
         self.pending: dict[int, NbdRequest] = {}        # by cookie
         self.outbox: list[NbdRequest] = []
         self.buffer = memoryview(bytearray(1 << 18))
@@ -1249,48 +1187,36 @@ class Nbd(ublk.Target):
 
     def start(self, index: int) -> None:
         """See that there is one queue: its ring carries the connection."""
-        if index:
-            raise wrong(self.uri, "there is one connection", "use one queue")
+        refuse(index, self.uri, "there is one connection", "use one queue")
 
     async def read(self, offset: int, buffer: memoryview) -> int:
-        return await self.ask(NBD_CMD_READ, offset, 0, buffer[:self.maximum])
+        return await self.ask(NBD_CMD_READ, 0, offset, buffer)
 
     async def write(self, offset: int, buffer: memoryview) -> int:
-        return await self.ask(NBD_CMD_WRITE, offset, 0, buffer[:self.maximum])
-
-    async def _write_fua(self, offset: int, buffer: memoryview) -> int:
-        return await self.ask(NBD_CMD_WRITE, offset, NBD_CMD_FLAG_FUA, buffer[:self.maximum])
-
-    async def _flush(self) -> None:
-        await self.ask(NBD_CMD_FLUSH, 0)
-
-    async def _discard(self, offset: int, length: int) -> None:
-        await self.ask(NBD_CMD_TRIM, offset, length=length)
-
-    async def _write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        await self.ask(NBD_CMD_WRITE_ZEROES, offset, 0 if unmap else NBD_CMD_FLAG_NO_HOLE, length=length)
+        return await self.ask(NBD_CMD_WRITE, 0, offset, buffer)
 
     def close(self) -> None:
         """Say goodbye, if that is possible at once."""
-        try:
-            goodbye = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
-            self.connection.socket.send(goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except OSError:
-            pass
-        self.connection.close()
+        goodbye = NbdRequest(0, NBD_CMD_DISC, 0, 0, 0)
+        with suppress(OSError):
+            self.connection.socket.send(goodbye.head, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        self.connection.socket.close()
 
     # ---- requests ------------------------------------------------------------------------------
 
     # Three tasks run beside them: _send empties the outbox, _receive takes the replies and makes a
     # new connection when it has to, _watch ends a connection on which nothing comes.
 
-    async def ask(self, command: int, offset: int, flags: int = 0, buffer: Any = b"", length: int = 0) -> int:
-        """Have the server do something; return the length of the data. Raises OSError."""
+    async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0, unmap: bool = True) -> int:
+        """Have the server do something with a buffer or a length; return how much. Raises OSError."""
+        if not unmap:
+            flags |= NBD_CMD_FLAG_NO_HOLE
+        if not isinstance(what, int):
+            what = what[:self.maximum]
         if not self.pending:
             self.heard = time.monotonic()
         self.cookie += 1
-        request = NbdRequest(self.cookie, command, offset, len(buffer) or length, flags, buffer)
-        self.pending[self.cookie] = request
+        request = self.pending[self.cookie] = NbdRequest(self.cookie, command, flags, offset, what)
         self.outbox.append(request)
         if not self.running:
             self.running = True
@@ -1301,7 +1227,7 @@ class Nbd(ublk.Target):
         error = await request.done
         if error:
             raise OSError(error, os.strerror(error))
-        return len(buffer)
+        return request.length
 
     async def _send(self) -> None:
         """Send everything in the outbox; what fails is sent again by the next connection."""
@@ -1349,10 +1275,10 @@ class Nbd(ublk.Target):
                 if connection.size >= self.size:
                     break
                 error = wrong(self.uri, "the export has become smaller")
-                connection.close()
+                connection.socket.close()
             except OSError as failure:
                 error = failure
-        self.connection.close()
+        self.connection.socket.close()
         self.connection, self.inbox, self.met = connection, self.buffer[:0], time.monotonic()
         self.outbox = list(self.pending.values())
         for request in self.outbox:
@@ -1389,18 +1315,17 @@ class Nbd(ublk.Target):
         """Receive a reply, or one chunk of a structured one."""
         magic, flags, kind, cookie = struct.unpack(">IHHQ", await self._bytes(16))
         request = self.pending.get(cookie)
-        if request is None or magic not in (NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC):
+        if request and magic == NBD_SIMPLE_REPLY_MAGIC:
+            request.error = flags << 16 | kind      # one number in their place
+            if not request.error:
+                await self._fill(request.room)
+                request.filled = len(request.room)
+        elif request and magic == NBD_STRUCTURED_REPLY_MAGIC:
+            await self._chunk(request, kind, int.from_bytes(await self._bytes(4), "big"))
+            if not flags & NBD_REPLY_FLAG_DONE:
+                return
+        else:
             raise OSError(errno.EPROTO, "the server sent no reply to any request but something else")
-        if magic == NBD_STRUCTURED_REPLY_MAGIC:
-            length = int.from_bytes(await self._bytes(4), "big")
-            await self._chunk(request, kind, length)
-            if flags & NBD_REPLY_FLAG_DONE:
-                self._end(request)
-            return
-        request.error = flags << 16 | kind          # a simple reply has one number in their place
-        if not request.error:
-            await self._fill(request.room)
-            request.filled = len(request.room)
         self._end(request)
 
     async def _chunk(self, request: NbdRequest, kind: int, length: int) -> None:
@@ -1443,8 +1368,7 @@ BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND
 BLK_ZONE_COND_CLOSED, BLK_ZONE_COND_FULL = 4, 14
 IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
 IS_ACTIVE = (*IS_OPEN, BLK_ZONE_COND_CLOSED)
-ZONED_HEADER = struct.Struct("=8sQQQ")          # magic, size, zone size, conventional; then a CRC-32
-ZONED_MAGIC = b"ublkzon2"
+ZONED_HEADER = Sealed(b"ublkzon2", "QQQ", "a zoned disk")   # size, zone size, conventional
 ZONE_TABLE_AT = 4096                            # of each zone: how much is written, in 8 bytes
 
 
@@ -1464,10 +1388,8 @@ class Zone:
 
     def settle(self) -> None:
         """Take the condition that the write pointer implies when nobody has the zone open."""
-        if self.wp == self.start:
-            self.cond = BLK_ZONE_COND_EMPTY
-        else:
-            self.cond = BLK_ZONE_COND_FULL if self.wp == self.end else BLK_ZONE_COND_CLOSED
+        ends = {self.start: BLK_ZONE_COND_EMPTY, self.end: BLK_ZONE_COND_FULL}
+        self.cond = ends.get(self.wp, BLK_ZONE_COND_CLOSED)
 
 
 class Zoned(ublk.Target):
@@ -1492,49 +1414,44 @@ class Zoned(ublk.Target):
                  max_open: int = 0, max_active: int = 0) -> None:
         self.max_open_zones, self.max_active_zones = max_open, max_active
         self.lock = threading.Lock()
-        self.memory = -1 if file else os.memfd_create("zoned")
-        self.path = file or f"/proc/self/fd/{self.memory}"
+        self.path = file
+        if not file:
+            fd = os.memfd_create("zoned")
+            weakref.finalize(self, os.close, fd)
+            self.path = f"/proc/self/fd/{fd}"
         if not os.path.exists(self.path) or not os.path.getsize(self.path):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path)
-        header = os.pread(self.disk.fd, ZONED_HEADER.size + 4, 0)
-        if not intact(header, ZONED_MAGIC):
-            raise wrong(self.path, "not a zoned disk, or a damaged one", "name another file")
-        _, self.size, self.zone_size, self.conventional = ZONED_HEADER.unpack(header[:-4])
+        self.close = self.disk.close
+        self.size, self.zone_size, self.conventional = ZONED_HEADER.read(self.disk.fd, self.path)
         self.data_at = zone_data_at(self.size // self.zone_size)
-        if self.disk.size != self.data_at + self.size:
-            raise wrong(self.path, f"damaged: not {self.data_at + self.size} bytes long", "restore it")
+        refuse(self.disk.size != self.data_at + self.size, self.path,
+               f"damaged: not {self.data_at + self.size} bytes long", "restore it")
         self.zones = self._load_zones()
 
     # ---- the file ----------------------------------------------------------------------------------
 
     def _make(self, size: int, zone_size: int, conventional: int) -> None:
         """Make the file of a new disk."""
-        if zone_size < self.block_size or zone_size & zone_size - 1:
-            raise wrong(f"--zone-size {zone_size}", "not a power of two from 4096 up")
-        if size % zone_size or not 0 <= conventional * zone_size < size:
-            raise wrong(f"--size {size}", f"not {conventional} zones of {zone_size} bytes and more")
+        refuse(zone_size < self.block_size or zone_size & zone_size - 1, f"--zone-size {zone_size}",
+               "not a power of two from 4096 up")
+        refuse(size % zone_size or not 0 <= conventional * zone_size < size, f"--size {size}",
+               f"not {conventional} zones of {zone_size} bytes and more")
         with open(self.path, "wb") as file:
-            file.write(sealed(ZONED_HEADER.pack(ZONED_MAGIC, size, zone_size, conventional)))
+            file.write(ZONED_HEADER.pack(size, zone_size, conventional))
             file.truncate(zone_data_at(size // zone_size) + size)
 
     def _load_zones(self) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""
-        zones = []
         table = os.pread(self.disk.fd, 8 * self.size // self.zone_size, ZONE_TABLE_AT)
-        for number, written in enumerate(memoryview(table).cast("Q")):
-            if written > self.zone_size or written % self.block_size:
-                raise wrong(self.path, f"damaged: the write pointer of zone {number}", "restore it")
-            zones.append(Zone(number, self.zone_size, written))
+        zones = [Zone(number, self.zone_size, written)
+                 for number, written in enumerate(memoryview(table).cast("Q"))]
+        for zone in zones:
+            refuse(zone.wp > zone.end or zone.wp % self.block_size, self.path,
+                   f"damaged: the write pointer of zone {zone.number}", "restore it")
         for zone in zones[:self.conventional]:
             zone.cond = BLK_ZONE_COND_NOT_WP
         return zones
-
-    def close(self) -> None:
-        self.disk.close()
-        if self.memory >= 0:
-            os.close(self.memory)
-            self.memory = -1
 
     # ---- zones -----------------------------------------------------------------------------------
 
@@ -1590,7 +1507,6 @@ class Zoned(ublk.Target):
             await self.disk.write_zeroes(self.data_at + zone.start, self.zone_size, True)
         with self.lock:
             self._move_pointer(zone, zone.start)
-            zone.settle()
 
     async def zone_reset_all(self) -> None:
         for zone in self.zones[self.conventional:]:
@@ -1638,7 +1554,7 @@ class Zoned(ublk.Target):
         """Note in the file, then in memory, how far a zone is written."""
         write_all(self.disk.fd, struct.pack("Q", position - zone.start), ZONE_TABLE_AT + 8 * zone.number)
         zone.wp, zone.resumed = position, False
-        if zone.wp == zone.end:
+        if zone.wp in (zone.start, zone.end):
             zone.settle()
 
 
@@ -1646,13 +1562,8 @@ class Zoned(ublk.Target):
 # Recording a disk, and crashing it afterwards
 # =================================================================================================
 
-LOG_HEADER = struct.Struct("<8sQ")          # magic, size of the disk; then a CRC-32
-LOG_MAGIC = b"ublklog2"
-# Magic, kind, offset, length, CRC-32 of the data; then a CRC-32 of these; then the data
-ENTRY = struct.Struct("<4sIQQI")
-ENTRY_MAGIC = b"entr"
-KINDS = ("write", "write_fua", "flush", "discard", "write_zeroes")
-WITH_DATA = KINDS[:2]
+LOG_HEADER = Sealed(b"ublklog2", "Q", "a log of the target record")     # size of the disk
+ENTRY = Sealed(b"entr", "IQQI", "an entry")     # kind, offset, length, CRC-32 of the data, which follow
 
 
 class Record(Wrapper, ublk.Target):
@@ -1670,49 +1581,37 @@ class Record(Wrapper, ublk.Target):
 
     def __init__(self, log: str, target: ublk.Target) -> None:
         super().__init__(target)
-        if hasattr(target, "zone_size"):
-            raise wrong("record", "a zoned disk cannot be recorded")
-        self.flush = partial(self.call, "flush")    # of interest even where the target needs none
+        refuse(hasattr(target, "zone_size"), "record", "a zoned disk cannot be recorded")
+        self.offer(["flush"])       # of interest even where the target needs none
         self.lock = threading.Lock()
-        self.fd = os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.log = open(log, "a+b", buffering=0)
         if not os.path.getsize(log):
-            os.write(self.fd, sealed(LOG_HEADER.pack(LOG_MAGIC, self.size)))
-        with open(log, "rb") as file:
-            size = log_size(file)
-            if size != self.size:
-                raise wrong(log, f"the log of a disk of {size} bytes, this one has {self.size}",
-                            "name another file")
-            self.end = max((entry.end for entry in entries(file)), default=LOG_HEADER.size + 4)
-        os.ftruncate(self.fd, self.end)         # an entry the server was killed in
+            self.log.write(LOG_HEADER.pack(self.size))
+        size, = LOG_HEADER.read(self.log.fileno(), log)
+        refuse(size != self.size, log, f"the log of a disk of {size} bytes, this one has {self.size}",
+               "name another file")
+        self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size)
+        self.log.truncate(self.end)             # without an entry the server was killed in
 
     def call(self, name: str, *args: Any) -> Any:
-        return self.logged(name, *args) if name in KINDS else super().call(name, *args)
+        return self.logged(name, *args) if name in CHANGES else super().call(name, *args)
 
     async def logged(self, name: str, *args: Any) -> None:
         """Have the target do it, then append an entry."""
-        handler = getattr(self.target, name, None)
-        if name in WITH_DATA:
-            offset, data = args
-            await moved(handler, offset, data)
-            self.append(name, offset, len(data), data)
-        else:
-            await settled(handler and handler(*args))
-            self.append(name, *args[:2])
-
-    def append(self, kind: str, offset: int = 0, length: int = 0, data: Any = b"") -> None:
-        """Write an entry to the log."""
-        head = sealed(ENTRY.pack(ENTRY_MAGIC, KINDS.index(kind), offset, length, zlib.crc32(data)))
+        if hasattr(self.target, name):
+            await moved(getattr(self.target, name), *args)
+        offset, length = extent(args)
+        data = args[1] if name in WITH_DATA else b""
+        head = ENTRY.pack(CHANGES.index(name), offset, length, zlib.crc32(data))
         with self.lock:
-            size = len(head) + len(data)
-            if os.writev(self.fd, [head, data]) != size:
-                os.ftruncate(self.fd, self.end)
+            end = self.end + len(head) + len(data)
+            if os.writev(self.log.fileno(), [head, data]) != end - self.end:
+                self.log.truncate(self.end)
                 raise OSError(errno.ENOSPC, "no room for the log")
-            self.end += size
+            self.end = end
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.log.close()
         if hasattr(self.target, "close"):
             self.target.close()
 
@@ -1728,28 +1627,20 @@ class Entry(NamedTuple):
     end: int
 
 
-def log_size(log: Any) -> int:
-    """Read the header of a log and return the size of the disk."""
-    head = log.read(LOG_HEADER.size + 4)
-    if len(head) != LOG_HEADER.size + 4 or not intact(head, LOG_MAGIC):
-        raise wrong(log.name, "not a log of the target record")
-    return LOG_HEADER.unpack(head[:-4])[1]
-
-
 def entries(log: Any) -> Iterator[Entry]:
     """Yield the whole entries of a log; what a kill cut off at the end is left out."""
-    limit, end = os.fstat(log.fileno()).st_size, LOG_HEADER.size + 4
+    limit, end = os.fstat(log.fileno()).st_size, LOG_HEADER.size
     for number in itertools.count(1):
-        head = os.pread(log.fileno(), ENTRY.size + 4, end)
-        if len(head) < ENTRY.size + 4:
+        if end + ENTRY.size > limit:
             return
-        _, kind, offset, length, crc = ENTRY.unpack(head[:-4])
-        if not intact(head, ENTRY_MAGIC) or kind >= len(KINDS):
+        fields = ENTRY.unpack(os.pread(log.fileno(), ENTRY.size, end))
+        if not fields or fields[0] >= len(CHANGES):
             raise wrong(log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}")
-        end += len(head) + (length if KINDS[kind] in WITH_DATA else 0)
+        kind, offset, length, crc = fields
+        end += ENTRY.size + (length if CHANGES[kind] in WITH_DATA else 0)
         if end > limit:
             return
-        yield Entry(number, KINDS[kind], offset, length, crc, end)
+        yield Entry(number, CHANGES[kind], offset, length, crc, end)
 
 
 def apply(log: Any, entry: Entry, disk: Any) -> None:
@@ -1760,7 +1651,7 @@ def apply(log: Any, entry: Entry, disk: Any) -> None:
             raise wrong(log.name, f"entry {entry.number} is damaged", f"replay it --to {entry.number - 1}")
         write_all(disk.fileno(), data, entry.offset)
     elif entry.kind != "flush":
-        fallocate(disk.fileno(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, entry.offset, entry.length)
+        clear(disk.fileno(), entry.offset, entry.length)
 
 
 def replay(argv: Sequence[str]) -> int:
@@ -1782,7 +1673,7 @@ def replay(argv: Sequence[str]) -> int:
     if (options.check and not options.disk) or (options.to or 0) < 0:
         parser.error("--check needs a disk image to make, and --to no less than 0")
     with open(options.log, "rb") as log:
-        size = log_size(log)
+        size, = LOG_HEADER.read(log.fileno(), log.name)
         wanted = itertools.islice(entries(log), options.to)
         if not options.disk:
             for entry in wanted:
