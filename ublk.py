@@ -109,6 +109,14 @@ class UblkError(OSError):
         return " ".join(f"{text}: {self.remedy}".splitlines() if self.remedy else text.splitlines())
 
 
+def say(text: str) -> None:
+    """Tell whoever watches standard error; that nobody does must hurt neither request nor disk."""
+    try:
+        print(f"ublk: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
 # =================================================================================================
 # Kernel ABI: include/uapi/linux/ublk_cmd.h of Linux 7.3
 # =================================================================================================
@@ -230,6 +238,14 @@ def kernel_release() -> str:
     return ".".join(os.uname().release.split(".")[:2])
 
 
+def newer_kernel(what: str, since: str) -> UblkError:
+    """Return the error for what this kernel lacks, where since is the first that has it."""
+    release = kernel_release()
+    old = [int(number) for number in release.split(".")] < [int(number) for number in since.split(".")]
+    return UblkError(errno.EOPNOTSUPP, what, f"needs Linux {since}, this is {release}" if old else
+                     f"this Linux {release} is built without it", "do without it, or use another kernel")
+
+
 def explanations(table: str) -> dict[tuple[Command | None, int], tuple[str, str]]:
     """Read lines of ``commands errno reason -> remedy`` into {(command, errno): (reason, remedy)}."""
     commands = {"any": None, **{command.name: command for command in COMMANDS}}
@@ -266,7 +282,8 @@ EXPLANATIONS = explanations("""
     UPDATE_SIZE,TRY_STOP_DEV,QUIESCE_DEV ENODEV there is no such device, or it is not running \
         -> see `ublk.py list`
     TRY_STOP_DEV EBUSY somebody has it open -> close it first
-    QUIESCE_DEV EBUSY every tag of a queue was busy for the whole time -> try again with a longer --timeout
+    QUIESCE_DEV EBUSY every tag of a queue was busy for the whole time \
+        -> its I/O waits until you try again with a longer --timeout, or end its server
     QUIESCE_DEV EOPNOTSUPP it was not made with the flag QUIESCE \
         -> create it with -r and without -b on Linux 6.16 or later
     REG_BUF EEXIST a page of this memory is registered already -> unregister it first
@@ -280,8 +297,7 @@ def explain(command: Command, number: int, what: str) -> UblkError:
     """Turn the errno of a control command into an error that says why and what to do."""
     key = (command, number) if (command, number) in EXPLANATIONS else (None, number)
     if number == errno.EOPNOTSUPP and key not in EXPLANATIONS:
-        return UblkError(number, what, f"{command.name} needs Linux {command.since}, "
-                         f"this is {kernel_release()}", "use a newer kernel")
+        return newer_kernel(what, command.since)
     return UblkError(number, what, *EXPLANATIONS.get(key, ("", "")))
 
 
@@ -631,6 +647,7 @@ class Ring:
 # =================================================================================================
 
 MAX_DEVICES = 1 << 20
+_left_behind: list[Any] = []    # buffers of commands that would not end: the kernel may still write there
 COMMAND_TIMEOUT = 60.0      # seconds; the kernel answers in milliseconds unless a server hangs
 
 
@@ -642,7 +659,8 @@ class Control:
 
     Every method raises UblkError with the kernel's errno, and ETIMEDOUT when a command does not
     end in time: it is then cancelled and, where the kernel cannot cancel it, left behind with its
-    buffers kept alive. One Control may be used by several threads.
+    buffers kept alive. What a signal handler raises meanwhile is passed on once the command has been
+    cancelled, too, or undone. One Control may be used by several threads.
     """
 
     def __init__(self) -> None:
@@ -665,7 +683,15 @@ class Control:
         try:
             self.features = self.get_features()
         except UblkError:
-            self.legacy = True
+            self.legacy = not self._knows_encoded()
+
+    def _knows_encoded(self) -> bool:
+        """Tell whether the driver, which lacks GET_FEATURES, has encoded opcodes all the same (6.4)."""
+        try:
+            self._run(UBLK_CMD_GET_DEV_INFO, 0, ublksrv_ctrl_dev_info())
+        except UblkError as error:
+            return error.errno != errno.EOPNOTSUPP
+        return True
 
     def __enter__(self) -> Control:
         return self
@@ -679,6 +705,7 @@ class Control:
             self.ring.close()
             os.close(self.fd)
             self.fd = -1
+            _left_behind.extend(self._buffers.values())
 
     # ---- how a command is sent -----------------------------------------------------------------
 
@@ -695,14 +722,18 @@ class Control:
             dev_id=dev_id & 0xFFFFFFFF, queue_id=0xFFFF, len=len(content), dev_path_len=len(path),
             addr=ctypes.addressof(buffer) if content else 0, data=(data,))
         with self._lock:
-            result = self._send(command, header, buffer, timeout, abort)
+            result, interruption = self._send(command, header, buffer, timeout, abort)
         if result < 0:
-            raise explain(command, -result, what)
+            raise interruption or explain(command, -result, what)
         if payload is not None:
             ctypes.memmove(ctypes.addressof(payload), buffer.raw[len(path):], ctypes.sizeof(payload))
         if isinstance(payload, ublksrv_ctrl_dev_info):
             unprivileged = payload.flags & UBLK_F_UNPRIVILEGED_DEV
             (self._unprivileged.add if unprivileged else self._unprivileged.discard)(payload.dev_id)
+        if interruption:
+            if command == UBLK_CMD_ADD_DEV:     # nobody has heard of the device
+                self.del_dev(payload.dev_id)
+            raise interruption
         return result
 
     def _path(self, command: Command, dev_id: int) -> bytes:
@@ -716,17 +747,22 @@ class Control:
         return b""
 
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float,
-              abort: Callable[[], bool] | None) -> int:
+              abort: Callable[[], bool] | None) -> tuple[int, BaseException | None]:
+        """Return the result of a command, and what a signal handler raised while it was waited for."""
         if abort and abort():
-            return -errno.ECANCELED
+            return -errno.ECANCELED, None
         token = self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
                              off=int(command) if self.legacy else command.encoded)
-        late = not self._await(token, timeout, abort)
+        interruption = None
+        try:
+            late = not self._await(token, timeout, abort)
+        except BaseException as error:
+            late, interruption = True, error
         if late:
             self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
             self._await(token, 2.0)
         result = self._results.pop(token, -errno.EINTR)
-        return -errno.ETIMEDOUT if late and result == -errno.EINTR else result
+        return -errno.ETIMEDOUT if late and result == -errno.EINTR else result, interruption
 
     def _submit(self, opcode: int, fd: int = -1, cmd: bytes = b"", buffer: Any = None, off: int = 0,
                 addr: int = 0) -> int:
@@ -843,7 +879,7 @@ class Control:
     def quiesce_dev(self, dev_id: int, timeout: float = 0.0) -> None:
         """QUIESCE_DEV (6.16): detach the server, keep the disk; timeout 0 waits without end."""
         wait = timeout + 10 if timeout else float("inf")
-        self._run(UBLK_CMD_QUIESCE_DEV, dev_id, data=int(timeout * 1000), timeout=wait)
+        self._run(UBLK_CMD_QUIESCE_DEV, dev_id, data=int(timeout * 1000 + 0.999), timeout=wait)
 
     def reg_buf(self, dev_id: int, address: int, length: int, read_only: bool = False) -> int:
         """REG_BUF (7.1): share memory of this process with clients; returns its index."""
@@ -1263,12 +1299,12 @@ class Task:
 def failed(error: BaseException) -> int:
     """Return the negative errno a client gets for an exception in a handler.
 
-    An OSError brings its own; anything else is a bug of the target: EIO, and a traceback once.
+    An OSError brings its own; anything else is a bug of the target: EIO, and a traceback. It is
+    printed by the interpreter itself, which minds no broken standard error and need import nothing.
     """
     if isinstance(error, OSError) and error.errno and 0 < error.errno < 4096:
         return -error.errno
-    import traceback
-    traceback.print_exception(type(error), error, error.__traceback__)
+    sys.__excepthook__(type(error), error, error.__traceback__)
     return -errno.EIO
 
 
@@ -1896,7 +1932,8 @@ class Target:
         write_fua(offset, buffer)       a write that is durable when it returns; wants flush too
         discard(offset, length)         the content is no longer needed
         write_zeroes(offset, length, unmap)   unmap: the blocks may be given back
-        resized(size)                   the disk got a new size (`ublk.py resize`)
+        resized(size)                   the disk gets a new size: resize() calls it before the disk
+                                        grows, `ublk.py resize` a moment after
         start(index)                    called in each thread or process that serves a queue,
                                         before its first request
         close()                         the disk is gone
@@ -2027,6 +2064,13 @@ def refuse(wrong: object, what: str, reason: str, remedy: str = "choose another"
         raise UblkError(errno.EINVAL, what, reason, remedy)
 
 
+def pick(table: dict[Any, Any], what: str, name: object) -> Any:
+    """Return the row called name; UblkError (EINVAL) that tells all names where there is none."""
+    refuse(name not in table, f"{what} {name!r}", "there is none so called",
+           f"choose one of {', '.join(filter(None, table))}")
+    return table[name]
+
+
 def check_limits(device: Device) -> None:
     """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
     for name, value, least, most in (
@@ -2073,9 +2117,7 @@ def params_of(target: Any, max_io: int) -> Any:
 
 def integrity_of(target: Any) -> Any:
     """Return the parameters of a disk's metadata: the kernel's tuple first, then what clients like."""
-    refuse(target.checksum not in CHECKSUMS, f"checksum {target.checksum!r}", "there is none so called",
-           f"choose one of {', '.join(CHECKSUMS)}")
-    number, least = CHECKSUMS[target.checksum]
+    number, least = pick(CHECKSUMS, "checksum", target.checksum)
     refuse(not least <= target.metadata_size <= 255, f"metadata of {target.metadata_size} bytes",
            f"not a number from {least} to 255, as {target.checksum} wants it")
     refuse(hasattr(target, "zone_size"), "metadata on a zoned disk", "not supported", "do without")
@@ -2143,8 +2185,7 @@ class Process(Worker):
     def _child(self, writer: int) -> NoReturn:
         status = 1
         try:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for the parent to act on
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            on_signals(signal.SIG_IGN)          # they are for the parent to act on
             os.close(self.device.wake_write)    # so that wake_fd tells when the parent is gone
             self.device.control.close()
             super().serve(lambda: (os.write(writer, b"+"), self.device.on_forked(self.device.id)))
@@ -2227,7 +2268,7 @@ class Device:
         except UblkError as error:
             if kind is None:
                 raise
-            print(f"ublk: {error}", file=sys.stderr)    # what went wrong first matters more
+            say(str(error))             # what went wrong first matters more
 
     @property
     def control(self) -> Control:
@@ -2240,6 +2281,11 @@ class Device:
     def path(self) -> str:
         """The block device, /dev/ublkbN."""
         return f"/dev/ublkb{self.id}"
+
+    @property
+    def serving(self) -> bool:
+        """Whether the disk is there, or was before it was stopped."""
+        return self._serving
 
     @property
     def partx_scans(self) -> bool:
@@ -2279,7 +2325,7 @@ class Device:
             try:
                 undo()
             except UblkError as left:
-                print(f"ublk: device {self.id} is left behind: {left}", file=sys.stderr)
+                say(f"device {self.id} is left behind: {left}")
             if cause is not None and isinstance(error, UblkError):
                 raise cause from None
             raise
@@ -2299,16 +2345,15 @@ class Device:
         lost = params.types & ~self.control.get_params(self.id).types
         for kind, (name, since) in PARAM_TYPES.items():
             if lost & kind:
-                raise UblkError(errno.EOPNOTSUPP, f"parameters {name}",
-                                f"needs Linux {since}, this is {kernel_release()}")
+                raise newer_kernel(f"parameters {name}", since)
 
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
         known = self.control.features or 0
         refuse(self.unprivileged and privileged(), "an unprivileged device",
                "this process has CAP_SYS_ADMIN", "run as an ordinary user, or without -p")
-        path = DATA_PATHS[self.path_name or self._best_path(known)]
-        flags = path.features | RECOVERY_MODES[self.recovery]
+        path = pick(DATA_PATHS, "data path", self.path_name or self._best_path(known))
+        flags = path.features | pick(RECOVERY_MODES, "recovery", self.recovery)
         # The kernel would tell of memory that the next server does not have.
         refuse(self.share_memory and self.recovery, "a disk that outlives its server",
                "not possible with shared memory", "choose one of them")
@@ -2473,8 +2518,7 @@ class Device:
                 raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
             if waited > 1.0 and not lives and not told:
                 told = True
-                print(f"ublk: waiting for the kernel to notice that the server of device {self.id} "
-                      "is gone", file=sys.stderr)
+                say(f"waiting for the kernel to notice that the server of device {self.id} is gone")
             time.sleep(0.02)
 
     # ---- the end ---------------------------------------------------------------------------------
@@ -2501,14 +2545,23 @@ class Device:
         self.shared.pop(index).release()
 
     def resize(self, size: int) -> None:
-        """Change the size of the disk while it is in use, in bytes (6.16)."""
-        require(UBLK_F_UPDATE_SIZE & ~(self.control.features or 0))
+        """Change the size of the disk while it is in use, in bytes (6.16).
+
+        Raises UblkError: EOPNOTSUPP before that, EINVAL for a size the disk cannot have.
+        """
+        check_new_size(self.control, self.id, size)
         grows, resized = size > self.target.size, getattr(self.target, "resized", bool)
         if grows:
             resized(size)               # before the first request for what is new
         self.control.update_size(self.id, size)
         if not grows:
             resized(size)
+
+    def follow_size(self) -> None:
+        """Have the target follow where somebody else changed the size of the disk."""
+        size = self.control.get_params(self.id).basic.dev_sectors * SECTOR
+        if size != self.target.size and hasattr(self.target, "resized"):
+            self.target.resized(size)
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
@@ -2531,8 +2584,7 @@ class Device:
             self.control.stop_dev(self.id, timeout)
         except UblkError as error:
             if error.errno == errno.ETIMEDOUT:
-                print(f"ublk: device {self.id}: a handler does not return, its requests fail now",
-                      file=sys.stderr)
+                say(f"device {self.id}: a handler does not return, its requests fail now")
             elif error.errno not in (errno.ENODEV, errno.ENOENT):       # it is gone, or its node is
                 raise
 
@@ -2637,9 +2689,17 @@ def require(missing: int) -> None:
     """Raise UblkError for the newest feature in the mask missing, naming the kernel that has it."""
     for feature in reversed(FEATURES):
         if missing & feature:
-            raise UblkError(errno.EOPNOTSUPP, f"{feature.name} ({feature.meaning})",
-                            f"needs Linux {feature.since}, this is {kernel_release()}",
-                            "do without it, or use a newer kernel")
+            raise newer_kernel(f"{feature.name} ({feature.meaning})", feature.since)
+
+
+def check_new_size(control: Control, dev_id: int, size: int) -> None:
+    """Refuse a size that the disk cannot change to; the kernel would take any. Raises UblkError."""
+    require(UBLK_F_UPDATE_SIZE & ~(control.features or 0))
+    params = control.get_params(dev_id)
+    block = 1 << params.basic.logical_bs_shift
+    refuse(params.types & UBLK_PARAM_TYPE_ZONED, f"device {dev_id}", "a zoned disk keeps its size", "")
+    refuse(not 0 < size < 1 << 63 or size % block, f"size {size}",
+           f"not a positive multiple of the block size {block}")
 
 
 def await_node(path: str, mode: int) -> None:
@@ -2735,8 +2795,8 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
 def run_dir() -> str:
     """Return the directory of the state files."""
     user, runtime = os.geteuid(), os.environ.get("XDG_RUNTIME_DIR")
-    own = f"/tmp/ublk-{user}" if runtime is None else os.path.join(runtime, "ublk")
-    return os.environ.get("UBLK_RUN_DIR", own if user else "/run/ublk")
+    own = os.path.join(runtime, "ublk") if runtime else f"/tmp/ublk-{user}"
+    return os.path.abspath(os.environ.get("UBLK_RUN_DIR") or (own if user else "/run/ublk"))
 
 
 def state_path(dev_id: int) -> str:
@@ -2784,7 +2844,7 @@ def load_state(dev_id: int) -> dict[str, Any]:
         return state
     except (OSError, ValueError, TypeError, RecursionError) as error:
         if not isinstance(error, FileNotFoundError):
-            print(f"ublk: ignoring {path}: {error}", file=sys.stderr)
+            say(f"ignoring {path}: {error}")
         return {}
 
 
@@ -2811,16 +2871,30 @@ def stale_states(ids: Sequence[int]) -> list[int]:
     return sorted(found - set(ids))
 
 
+def geometry(control: Control, dev_id: int) -> tuple[int, int]:
+    """Return the size of a disk and of its blocks, in bytes.
+
+    GET_PARAMS waits while a disk is being stopped that a handler holds up, so it comes second.
+    """
+    disk = f"/sys/block/ublkb{dev_id}"
+    try:
+        with open(f"{disk}/size") as sectors, open(f"{disk}/queue/logical_block_size") as block:
+            return int(sectors.read()) * SECTOR, int(block.read())
+    except OSError:
+        basic = control.get_params(dev_id, timeout=5.0).basic
+        return basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
+
+
 def describe(control: Control, dev_id: int) -> dict[str, Any]:
     """Return what `list --json` prints of a device; the kernel's word goes before the state file's."""
     info = control.get_dev_info(dev_id)
-    basic = control.get_params(dev_id, timeout=5.0).basic
+    size, block = geometry(control, dev_id)
     state = load_state(dev_id)
     return {
         "id": dev_id, "path": f"/dev/ublkb{dev_id}", "char_path": f"/dev/ublkc{dev_id}",
         "state": STATES[info.state] if info.state < len(STATES) else str(info.state),
         "target": state.get("target"), "args": state.get("args"),
-        "size": basic.dev_sectors * SECTOR, "block_size": 1 << basic.logical_bs_shift,
+        "size": size, "block_size": block,
         "queues": info.nr_hw_queues, "depth": info.queue_depth,
         "max_io_bytes": info.max_io_buf_bytes, "flags": flag_names(info.flags),
         "pid": info.ublksrv_pid if alive(info.ublksrv_pid) else -1,
@@ -3094,21 +3168,25 @@ class Started:
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM: take the disk away."""
+    """SIGINT, SIGTERM or SIGHUP: take the disk away."""
 
 
-def on_signals(action: Callable[[int, Any], object]) -> None:
-    """Have SIGINT and SIGTERM call action."""
-    signal.signal(signal.SIGINT, action)
-    signal.signal(signal.SIGTERM, action)
+def stop_now(number: int, frame: Any) -> NoReturn:
+    """Raise Stopped, as the handler of a signal."""
+    raise Stopped(f"ended by {signal.Signals(number).name}")
+
+
+def on_signals(action: Any) -> None:
+    """Have the signals that end a server call action; but what nohup(1) ignores stays ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 def serve(device: Device, start: Callable[[], object], started: Started | None) -> None:
     """Serve a device until a signal takes it away or somebody else stops or detaches it."""
-    def stop_now(number: int, frame: Any) -> None:
-        raise Stopped
-
     on_signals(stop_now)
+    signal.signal(signal.SIGWINCH, lambda number, frame: device.follow_size())      # see resize()
     if started:
         device.on_added, device.on_forked = started.added, started.settle
     try:
@@ -3120,10 +3198,14 @@ def serve(device: Device, start: Callable[[], object], started: Started | None) 
         pause = min(float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or 1.0, 1.0)
         while not device.wait(pause):
             notify("WATCHDOG=1")
-    except Stopped:
+    except Stopped as told:
         on_signals(lambda number, frame: None)      # it is on its way
         notify("STOPPING=1")
+        served = device.serving
         device.stop()
+        if not served:
+            raise UblkError(errno.EINTR, f"device {device.id}", f"{told} before the disk was there",
+                            "see `ublk.py list`") from None
         return
     failure = device.failure
     if failure is not None and not device.info.flags & UBLK_F_USER_RECOVERY:
@@ -3161,36 +3243,51 @@ def in_background(run: Callable[[], object]) -> int:
         to_the_end(run)
     os.close(writer)
     dev_id, said = -1, False
-    with open(reader, encoding="utf-8", errors="replace") as answers:
-        for line in answers:
-            if line.startswith("\0live "):
-                print(line[6:].rstrip(), flush=True)
-                return 0
-            if line.startswith("\0added "):
-                dev_id = int(line[7:])
-            else:
-                print(line, end="", file=sys.stderr)
-                said = said or line.startswith("ublk: ")
-    status = os.waitpid(child, 0)[1]
+    on_signals(stop_now)
+    try:
+        with open(reader, encoding="utf-8", errors="replace") as answers:
+            for line in answers:
+                if line.startswith("\0live "):
+                    print(line[6:].rstrip(), flush=True)
+                    return 0
+                if line.startswith("\0added "):
+                    dev_id = int(line[7:])
+                else:
+                    print(line, end="", file=sys.stderr)
+                    said = said or line.startswith("ublk: ")
+    except Stopped:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if dev_id in device_ids():
-        with Control() as control:
-            delete(control, dev_id)
-    if said and not os.WIFSIGNALED(status):
-        return 1
-    how = f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"wait status {status}"
-    raise UblkError(errno.ECHILD, "the server died before the disk was there", how, "see the kernel's log")
+        clean_up(dev_id)
+    if code == 2 or (said and code > 0):
+        return code
+    raise UblkError(errno.ECHILD, "the server died before the disk was there",
+                    f"killed by signal {-code}" if code < 0 else f"exit status {code}",
+                    "see the kernel's log")
+
+
+def clean_up(dev_id: int) -> None:
+    """Delete a device whose server is gone."""
+    with Control() as control:
+        control.get_dev_info(dev_id)        # which tells whether commands for it must carry its path
+        delete(control, dev_id)
 
 
 def to_the_end(run: Callable[[], object]) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end."""
-    status = 1
+    status = 0
     try:
         run()
-        status = 0
+    except SystemExit as end:       # of the parser of a target's words, which has told why
+        status = 2 if end.code else 0
     except BaseException as error:
-        if not isinstance(error, Stopped):
+        if not isinstance(error, (Stopped, Usage)):
             failed(error)
-        print(error_line(error), file=sys.stderr)
+        say(error_line(error))
+        status = 2 if isinstance(error, Usage) else 1
     finally:
         sys.stdout.flush()
         os._exit(status)
@@ -3208,7 +3305,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
         nonlocal stopping
         stopping = True
         if not alive(child):
-            raise Stopped
+            stop_now(number, frame)
         os.kill(child, number)
 
     on_signals(pass_on)
@@ -3222,7 +3319,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
             if status == 0:
                 return
             if stopping:
-                raise Stopped
+                raise Stopped("ended by a signal")
             deaths = 1 if time.monotonic() - begun > LONG_LIFE else deaths + 1
             if dev_id < 0:
                 dev_id = device_of(child)
@@ -3230,8 +3327,7 @@ def supervise(run: Callable[[Started], None], started: Started) -> None:
             server = partial(recover_from_state, dev_id)    # nobody waits for it to start
             pause_after_death(dev_id, status, deaths)
     except Stopped:             # while there is no server to take the disk away
-        with Control() as control:
-            delete(control, dev_id if dev_id >= 0 else device_of(child))
+        clean_up(dev_id if dev_id >= 0 else device_of(child))
 
 
 def await_child(pid: int) -> int:
@@ -3253,8 +3349,7 @@ def pause_after_death(dev_id: int, status: int, deaths: int) -> None:
     if deaths > RESTARTS:
         raise UblkError(errno.ECHILD, f"the server of device {dev_id} died", "too often",
                         f"mend its target, then `ublk.py recover {dev_id}`")
-    print(f"ublk: the server of device {dev_id} died (wait status {status}), starting another",
-          file=sys.stderr)
+    say(f"the server of device {dev_id} died (wait status {status}), starting another")
     notify(f"STATUS=recovering /dev/ublkb{dev_id}")
     time.sleep(min(0.1 * 2 ** (deaths - 1), 10.0))
 
@@ -3282,13 +3377,20 @@ def recover_from_state(dev_id: int, started: Started | None = None, words: Seque
         raise UblkError(errno.ENOENT, f"cannot recover device {dev_id}",
                         f"there is no state file {state_path(dev_id)}",
                         f"name its target: `ublk.py recover {dev_id} --target TARGET ...`")
-    os.chdir(state.get("cwd", "."))
+    try:
+        os.chdir(state.get("cwd", "."))     # where the target's words may name files
+    except (OSError, ValueError) as error:
+        say(f"device {dev_id} was created elsewhere: {error}")
     device = Device(make_target(words), id=dev_id,
                     words=(words[0], list(words[1:]), state.get("options", {})))
     serve(device, device.resume, started)
 
 
 # ---- the other commands -----------------------------------------------------------------------
+
+
+# What a device of other users or other containers answers, or one that was just deleted.
+NOT_OURS = (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENODEV)
 
 
 def list_devices(options: Any) -> None:
@@ -3299,12 +3401,13 @@ def list_devices(options: Any) -> None:
         for dev_id in device_ids() if options.id is None else [options.id]:
             try:
                 rows.append(describe(control, dev_id))
-            except UblkError:           # of other users, other containers, or just deleted
+            except UblkError as error:
                 if options.id is not None:
                     raise
+                if error.errno not in NOT_OURS:
+                    say(str(error))
     for dev_id in stale_states(device_ids()):
-        print(f"ublk: {state_path(dev_id)} is left of a device that is gone: `ublk.py del {dev_id}` "
-              "removes it", file=sys.stderr)
+        say(f"{state_path(dev_id)} is left of a device that is gone: `ublk.py del {dev_id}` removes it")
     if options.json:
         print(json.dumps(rows, indent=2))
         return
@@ -3339,19 +3442,22 @@ def stop_device(options: Any) -> None:
             stop(options.id)
 
 
-def delete_devices(options: Any) -> None:
+def delete_devices(options: Any) -> int:
     """Stop and delete devices; a state file that has no device any more is removed."""
     if options.all == bool(options.id):
         raise Usage("del needs one or more ids, or --all")
     with Control() as control:
-        ids = device_ids()
+        ids, failures = device_ids(), 0
         for dev_id in [*ids, *stale_states(ids)] if options.all else options.id:
             try:
                 control.get_dev_info(dev_id)
                 delete(control, dev_id)
             except UblkError as error:
-                if error.errno != errno.ENODEV or not forget_state(dev_id):
-                    raise
+                gone = error.errno == errno.ENODEV and forget_state(dev_id)
+                if not gone and not (options.all and error.errno in NOT_OURS):
+                    say(str(error))
+                    failures += 1
+    return 1 if failures else 0
 
 
 def recover(options: Any) -> int:
@@ -3361,6 +3467,7 @@ def recover(options: Any) -> int:
 
 def quiesce(options: Any) -> None:
     """Detach the server of a device; the disk keeps its clients waiting for `recover`."""
+    refuse(not 0 <= options.timeout < 1e6, f"timeout {options.timeout}", "not a number of seconds")
     with Control() as control:
         require(UBLK_F_QUIESCE & ~(control.features or 0))
         control.get_dev_info(options.id)
@@ -3374,15 +3481,13 @@ def quiesce(options: Any) -> None:
 
 
 def resize(options: Any) -> None:
-    """Change the size of a live disk."""
+    """Change the size of a live disk, and tell its server."""
     with Control() as control:
-        require(UBLK_F_UPDATE_SIZE & ~(control.features or 0))
-        control.get_dev_info(options.id)
-        block = 1 << control.get_params(options.id).basic.logical_bs_shift
-        if options.size <= 0 or options.size % block:
-            raise UblkError(errno.EINVAL, f"size {options.size}",
-                            f"not a positive multiple of the block size {block}")
+        server = control.get_dev_info(options.id).ublksrv_pid
+        check_new_size(control, options.id, options.size)
         control.update_size(options.id, options.size)
+        if alive(server):
+            os.kill(server, signal.SIGWINCH)        # which harms nobody who does not expect it
 
 
 def show_features(options: Any) -> None:
@@ -3397,7 +3502,7 @@ def show_features(options: Any) -> None:
         print(json.dumps(rows, indent=2))
         return
     if mask is None:
-        print("this kernel cannot tell (GET_FEATURES needs Linux 6.5)", file=sys.stderr)
+        say("this kernel cannot tell (GET_FEATURES needs Linux 6.5)")
     answers = {True: "yes", False: "no", None: "?"}
     for row in rows:
         print(f"{row['bit']:>3}  {row['name']:<23} {answers[row['supported']]:<4} "
@@ -3447,8 +3552,11 @@ def udev_rules() -> Iterator[str]:
     """Yield the text of all udev rules on this machine."""
     for directory in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d"):
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
-                yield file.read()
+            try:
+                with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
+                    yield file.read()
+            except OSError:         # a directory, or not for us to read
+                continue
 
 
 def print_udev_rules(options: Any) -> None:
@@ -3542,7 +3650,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if words else 2
         return run_verb(words) if words[0] in VERBS else create(words)
     except Usage as error:
-        print(f"ublk: {error}", file=sys.stderr)
+        say(error_line(error))
         return 2
     except BrokenPipeError:         # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -3550,7 +3658,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, Stopped, KeyboardInterrupt) as error:
         if "--debug" in words:
             raise
-        print(error_line(error), file=sys.stderr)
+        say(error_line(error))
         return 1
 
 
@@ -3559,7 +3667,7 @@ def error_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, UblkError):
         error = UblkError(error.errno or errno.EIO, str(error.filename or "a system call failed"))
     text = str(error) or f"ended by {type(error).__name__}"
-    return f"ublk: {' '.join(text.splitlines())}"
+    return " ".join(text.splitlines())
 
 
 if __name__ == "__main__":
