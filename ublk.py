@@ -1582,7 +1582,10 @@ class Queue:
         table[UBLK_IO_OP_REPORT_ZONES], table[UBLK_IO_OP_ZONE_APPEND] = self._report, self._append
         for operation, (name, arguments) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
-                table[operation] = partial(self._simple, getattr(self.target, name), arguments)
+                function = getattr(self.target, name)
+                if name == "write_zeroes" and not takes_unmap(function):
+                    arguments = SIMPLE_OPERATIONS[UBLK_IO_OP_DISCARD][1]
+                table[operation] = partial(self._simple, function, arguments)
         if self.target.metadata_size:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
@@ -1737,6 +1740,8 @@ class Queue:
             view.release()
 
 
+CO_VARARGS = 4          # see inspect
+
 # What is not made ready: requests without data, durable ones, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
 # What map() is not asked for: requests without data, durable ones, those with pages of no slot.
@@ -1754,6 +1759,12 @@ SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...
     UBLK_IO_OP_ZONE_RESET: ("zone_reset", lambda flags, offset, length: (offset,)),
     UBLK_IO_OP_ZONE_RESET_ALL: ("zone_reset_all", lambda flags, offset, length: ()),
 }
+
+
+def takes_unmap(function: Any) -> bool:
+    """Tell whether a target's write_zeroes wants to know if the blocks may be given back."""
+    code = getattr(function, "__code__", None)
+    return code is None or code.co_argcount != 3 or bool(code.co_flags & CO_VARARGS)
 
 
 class BatchQueue(Queue):
@@ -1931,7 +1942,7 @@ class Target:
         flush()                         make all completed writes durable
         write_fua(offset, buffer)       a write that is durable when it returns; wants flush too
         discard(offset, length)         the content is no longer needed
-        write_zeroes(offset, length, unmap)   unmap: the blocks may be given back
+        write_zeroes(offset, length, unmap)   unmap: the blocks may be given back; may be left out
         resized(size)                   the disk gets a new size: resize() calls it before the disk
                                         grows, `ublk.py resize` a moment after
         start(index)                    called in each thread or process that serves a queue,
@@ -2936,6 +2947,9 @@ def format_size(size: int) -> str:
 def companion() -> Any:
     """Return the module ublk_targets when it lies beside this file, else None."""
     import importlib
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if folder not in sys.path:          # as in `python -I`
+        sys.path.append(folder)
     try:
         return importlib.import_module("ublk_targets")
     except ModuleNotFoundError as error:
@@ -2954,7 +2968,8 @@ def known_targets() -> dict[str, type[Target]]:
 def find_target(word: str) -> type[Target]:
     """Return the class that a name or FILE.py:CLASS stands for. Raises UblkError."""
     if ".py" in word:
-        return load_target(*word.partition(":")[::2])
+        path, _, name = word.rpartition(":")
+        return load_target(path, name) if path and "/" not in name else load_target(word, "")
     targets = {"null": Null} if word == "null" else known_targets()     # the companion takes time
     if word not in targets:
         raise UblkError(errno.EINVAL, f"unknown target or command {word!r}", "there is none so called",
@@ -2966,6 +2981,7 @@ def load_target(path: str, name: str) -> type[Target]:
     """Run a file of the user's and return the Target class called name, or its only one."""
     module = type(sys)(os.path.splitext(os.path.basename(path))[0])
     module.__file__ = os.path.abspath(path)
+    out, sys.stdout = sys.stdout, sys.stderr        # what the file prints is no answer of ours
     try:
         with open(path, "rb") as file:
             source = file.read()
@@ -2976,12 +2992,24 @@ def load_target(path: str, name: str) -> type[Target]:
     except (Exception, SystemExit) as error:
         raise UblkError(errno.EINVAL, f"cannot load {path}", f"{type(error).__name__}: {error}",
                         "mend the file") from error
+    finally:
+        sys.stdout = out
     classes = {key: item for key, item in vars(module).items() if isinstance(item, type)
                and issubclass(item, Target) and item.__module__ == module.__name__}
     if name in classes or (not name and len(classes) == 1):
         return classes.get(name) or classes.popitem()[1]
-    raise UblkError(errno.EINVAL, f"cannot load {path}", f"it has no Target class {name or ''}".strip(),
+    raise UblkError(errno.EINVAL, f"cannot load {path}", f"it has no Target class {name}" if name else
+                    f"it has {len(classes)} Target classes",
                     f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target")
+
+
+def number_of_bytes(text: str) -> int:
+    """Do what parse_size does, for argparse, which tells only its own errors as they are."""
+    from argparse import ArgumentTypeError
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def make_parser(program: str, **options: Any) -> Any:
@@ -2992,11 +3020,10 @@ def make_parser(program: str, **options: Any) -> Any:
 
 
 REQUIRED = object()                     # the default of a parameter that has none
-CO_VARARGS = 4                          # see inspect
 # annotation -> what it means to argparse
 KINDS: dict[str, dict[str, Any]] = {
     "bool": {"action": "store_true", "default": False}, "Target": {"nargs": "..."},
-    "int": {"type": parse_size}, "Size": {"type": parse_size}, "float": {"type": float}}
+    "int": {"type": number_of_bytes}, "Size": {"type": number_of_bytes}, "float": {"type": float}}
 
 
 def parameters(cls: type[Target]) -> list[tuple[str, str, str, Any]]:
@@ -3015,17 +3042,20 @@ def parameters(cls: type[Target]) -> list[tuple[str, str, str, Any]]:
               **dict.fromkeys(names[words:end], "option")}
     defaults = {**dict(zip(reversed(names[:words]), reversed(init.__defaults__ or ()))),
                 **(init.__kwdefaults__ or {})}
-    kinds = {name: str(getattr(kind, "__name__", kind)) for name, kind in init.__annotations__.items()}
+    kinds = {"size": "Size", **{name: type(default).__name__ for name, default in defaults.items()},
+             **{name: str(getattr(kind, "__name__", kind)) for name, kind in init.__annotations__.items()}}
     return [(name, place, kinds.get(name, "").rpartition(".")[2], defaults.get(name, REQUIRED))
             for name, place in places.items()]
 
 
-def target_parser(cls: type[Target], word: str) -> Any:
+def target_parser(cls: type[Target], word: str, words: Sequence[str] = ()) -> Any:
     """Make a command line parser from the signature of a target's constructor.
 
-    Positional parameters become words and keyword-only ones options, a Target is made of all words
-    that remain. Lines ``name: text`` of the class's docstring are the help.
+    Positional parameters become words, unless these name them as options, and keyword-only ones
+    options; a Target is made of all words that remain. What has no annotation is of the type of its
+    default; a size is a Size. Lines ``name: text`` of the class's docstring are the help.
     """
+    named = {given.partition("=")[0] for given in words}
     text = cls.__doc__ or ""
     helps = dict(line.strip().partition(": ")[::2] for line in text.splitlines())
     parser = make_parser(f"ublk.py {word}", description=text.split("\n\n")[0],
@@ -3033,25 +3063,40 @@ def target_parser(cls: type[Target], word: str) -> Any:
     for name, place, kind, default in parameters(cls):
         given = default is not REQUIRED
         extra = {"help": helps.get(name), "default": default if given else None, **KINDS.get(kind, {})}
-        if place == "option":
-            name, extra["required"] = "--" + name.replace("_", "-"), not given
+        option = "--" + name.replace("_", "-")
+        if place == "option" or option in named:
+            name, extra["required"] = option, not given
         elif given or place == "words":
             extra["nargs"] = "?" if given else "+"
         parser.add_argument(name, **extra)
     return parser
 
 
-def make_target(words: Sequence[str]) -> Target:
-    """Make the target that words name, with its arguments. Raises UblkError."""
+def target_maker(words: Sequence[str]) -> Callable[[], Target]:
+    """Read the words that name a target and its arguments; return what makes it. Raises UblkError."""
     if not words:
         raise Usage("a target is missing")
     word, *rest = words
     cls = find_target(word)
-    values = vars(target_parser(cls, word).parse_args(rest))
+    values = vars(target_parser(cls, word, rest).parse_args(rest))
+    for name, _, kind, _ in parameters(cls):
+        if kind == "Target":
+            values[name] = target_maker(values[name])
+    return partial(build_target, cls, word, values)
+
+
+def make_target(words: Sequence[str]) -> Target:
+    """Make the target that words name, with its arguments. Raises UblkError."""
+    return target_maker(words)()
+
+
+def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
+    """Make a target of its arguments by name. Raises UblkError."""
+    values = dict(given)
     args: list[Any] = []
     for name, place, kind, _ in parameters(cls):
         if kind == "Target":
-            values[name] = make_target(values[name])
+            values[name] = values[name]()
         if place != "option":
             args += values.pop(name) if place == "words" else [values.pop(name)]
     try:
@@ -3076,8 +3121,8 @@ def device_parser() -> Any:
     add("-n", "--id", type=int, default=-1, help="the N of /dev/ublkbN; default: the first free")
     add("-q", "--queues", type=int, default=1, help="hardware queues (1)")
     add("-d", "--depth", type=int, default=128, help="requests in flight per queue (128)")
-    add("--max-io", type=parse_size, default=512 << 10, help="largest request (512K)")
-    add("--block-size", type=parse_size, help="logical block size (the target's)")
+    add("--max-io", type=number_of_bytes, default=512 << 10, help="largest request (512K)")
+    add("--block-size", type=number_of_bytes, help="logical block size (the target's)")
     add("--read-only", action="store_true", help="refuse writes")
     add("--background", action="store_true", help="return when the block device is usable")
     add("-r", "--recovery", choices=("requeue", "reissue", "fail"),
@@ -3103,9 +3148,10 @@ def create(words: Sequence[str]) -> int:
     options, args = device_parser().parse_known_args(words[1:])
     if options.restart and not options.recovery:
         options.recovery = "reissue"
+    make = target_maker([words[0], *args])      # what is wrong with the words is told here, and at once
 
     def first(started: Started) -> None:
-        target = make_target([words[0], *args])
+        target = make()
         if options.block_size is not None:
             target.block_size = options.block_size
         target.read_only = target.read_only or options.read_only
@@ -3114,9 +3160,6 @@ def create(words: Sequence[str]) -> int:
                         unprivileged=options.unprivileged, batch=options.batch,
                         partition_scan=not options.no_partition_scan,
                         words=(words[0], args, vars(options)))
-        if device.unprivileged:
-            print("ublk: note: a disk of an ordinary user has no partitions and no recovery, and a "
-                  "request that takes 30 seconds ends its server", file=sys.stderr)
         serve(device, device.start, started)
 
     return launch(first, options)
@@ -3141,11 +3184,24 @@ class Started:
 
     def __init__(self, options: Any) -> None:
         self.json, self.background = options.json, options.background
+        self.out, sys.stdout = sys.stdout, sys.stderr       # where a target may print what it likes
 
-    def added(self, dev_id: int) -> None:
-        """The device has its number."""
+    def tell(self, news: str) -> None:
+        """Write to the pipe; a parent that has gone has no use for it."""
+        try:
+            os.write(2, f"\0{news}\n".encode())
+        except BrokenPipeError:
+            pass
+
+    def added(self, device: Device, dev_id: int) -> None:
+        """The device has its number, and the kernel has decided what it is to be."""
         if self.background:
-            os.write(2, f"\0added {dev_id}\n".encode())
+            self.tell(f"added {dev_id}")
+        if device.unprivileged:
+            say("note: a disk of an ordinary user has no partitions and no recovery, and a request that "
+                "takes 30 seconds ends its server")
+        if device.info.nr_hw_queues < device.queues:
+            say(f"note: {device.info.nr_hw_queues} queues, one for each processor, not {device.queues}")
 
     def live(self, device: Device) -> None:
         """The disk is there: tell its path, or with --json all about it."""
@@ -3154,10 +3210,10 @@ class Started:
             import json
             text = json.dumps(describe(device.control, device.id))
         if self.background:
-            os.write(2, f"\0live {text}\n".encode())
+            self.tell(f"live {text}")
             self.settle(device.id)
         else:
-            print(text, flush=True)
+            print(text, file=self.out, flush=True)
 
     def settle(self, dev_id: int) -> None:
         """From now on nobody waits."""
@@ -3188,7 +3244,7 @@ def serve(device: Device, start: Callable[[], object], started: Started | None) 
     on_signals(stop_now)
     signal.signal(signal.SIGWINCH, lambda number, frame: device.follow_size())      # see resize()
     if started:
-        device.on_added, device.on_forked = started.added, started.settle
+        device.on_added, device.on_forked = partial(started.added, device), started.settle
     try:
         start()
         if started:
@@ -3497,6 +3553,8 @@ def show_features(options: Any) -> None:
     rows: list[dict[str, Any]] = [
         {"bit": feature.bit, "name": feature.name, "since": feature.since, "meaning": feature.meaning,
          "supported": bool(mask & feature) if mask is not None else None} for feature in FEATURES]
+    rows += [{"bit": int(name[4:]), "name": name, "since": "", "meaning": "newer than this program",
+              "supported": True} for name in flag_names((mask or 0) & ~sum(FEATURES))]
     if options.json:
         import json
         print(json.dumps(rows, indent=2))
@@ -3507,8 +3565,6 @@ def show_features(options: Any) -> None:
     for row in rows:
         print(f"{row['bit']:>3}  {row['name']:<23} {answers[row['supported']]:<4} "
               f"{row['since']:<5} {row['meaning']}")
-    for name in flag_names((mask or 0) & ~sum(FEATURES)):
-        print(f"{name[4:]:>3}  {name:<23} yes        (newer than this program)")
 
 
 def check(options: Any) -> int:
@@ -3607,7 +3663,7 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any
                      "help": "where the state file is lost"}}),
     "quiesce": (quiesce, "detach a disk's server for another to `recover` it, without an error",
                 {**ID, "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"}}),
-    "resize": (resize, "change the size of a live disk", {**ID, "size": {"type": parse_size}}),
+    "resize": (resize, "change the size of a live disk", {**ID, "size": {"type": number_of_bytes}}),
     "features": (show_features, "show what this kernel offers", {"--json": FLAG}),
     "check": (check, "say what is missing on this machine", {}),
     "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", {}),
@@ -3643,6 +3699,8 @@ def print_help() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 1 (it failed) or 2 (wrong usage)."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["add"]:        # what other ublk tools say
+        words = words[1:]
     sys.modules.setdefault("ublk", sys.modules[__name__])   # what a target's file imports is us
     try:
         if not words or words[0] in ("-h", "--help"):
