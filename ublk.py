@@ -647,6 +647,7 @@ class Ring:
 # =================================================================================================
 
 MAX_DEVICES = 1 << 20
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _left_behind: list[Any] = []    # buffers of commands that would not end: the kernel may still write there
 COMMAND_TIMEOUT = 60.0      # seconds; the kernel answers in milliseconds unless a server hangs
 
@@ -659,8 +660,8 @@ class Control:
 
     Every method raises UblkError with the kernel's errno, and ETIMEDOUT when a command does not
     end in time: it is then cancelled and, where the kernel cannot cancel it, left behind with its
-    buffers kept alive. What a signal handler raises meanwhile is passed on once the command has been
-    cancelled, too, or undone. One Control may be used by several threads.
+    buffers kept alive. A signal whose handler raises cancels it, too. One Control may be used by
+    several threads.
     """
 
     def __init__(self) -> None:
@@ -722,18 +723,14 @@ class Control:
             dev_id=dev_id & 0xFFFFFFFF, queue_id=0xFFFF, len=len(content), dev_path_len=len(path),
             addr=ctypes.addressof(buffer) if content else 0, data=(data,))
         with self._lock:
-            result, interruption = self._send(command, header, buffer, timeout, abort)
+            result = self._send(command, header, buffer, timeout, abort)
         if result < 0:
-            raise interruption or explain(command, -result, what)
+            raise explain(command, -result, what)
         if payload is not None:
             ctypes.memmove(ctypes.addressof(payload), buffer.raw[len(path):], ctypes.sizeof(payload))
         if isinstance(payload, ublksrv_ctrl_dev_info):
             unprivileged = payload.flags & UBLK_F_UNPRIVILEGED_DEV
             (self._unprivileged.add if unprivileged else self._unprivileged.discard)(payload.dev_id)
-        if interruption:
-            if command == UBLK_CMD_ADD_DEV:     # nobody has heard of the device
-                self.del_dev(payload.dev_id)
-            raise interruption
         return result
 
     def _path(self, command: Command, dev_id: int) -> bytes:
@@ -747,22 +744,25 @@ class Control:
         return b""
 
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float,
-              abort: Callable[[], bool] | None) -> tuple[int, BaseException | None]:
-        """Return the result of a command, and what a signal handler raised while it was waited for."""
+              abort: Callable[[], bool] | None) -> int:
         if abort and abort():
-            return -errno.ECANCELED, None
+            return -errno.ECANCELED
         token = self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
                              off=int(command) if self.legacy else command.encoded)
-        interruption = None
         try:
             late = not self._await(token, timeout, abort)
-        except BaseException as error:
-            late, interruption = True, error
+        except BaseException:
+            self._cancel(token)
+            raise
         if late:
-            self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
-            self._await(token, 2.0)
+            self._cancel(token)
         result = self._results.pop(token, -errno.EINTR)
-        return -errno.ETIMEDOUT if late and result == -errno.EINTR else result, interruption
+        return -errno.ETIMEDOUT if late and result == -errno.EINTR else result
+
+    def _cancel(self, token: int) -> None:
+        """Cancel a command, and give it a moment to end."""
+        self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
+        self._await(token, 2.0)
 
     def _submit(self, opcode: int, fd: int = -1, cmd: bytes = b"", buffer: Any = None, off: int = 0,
                 addr: int = 0) -> int:
@@ -806,7 +806,8 @@ class Control:
             dev_id=dev_id & 0xFFFFFFFF, ublksrv_flags=ublksrv_flags)
         whose = "a device" if dev_id < 0 else f"device {dev_id}"
         try:
-            self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=f"cannot create {whose}")
+            self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=f"cannot create {whose}",
+                      abort=lambda: not signal.sigpending().isdisjoint(STOP_SIGNALS))
         except UblkError as error:
             if error.errno == errno.EPERM:      # which kernels that know the flag do not answer to it
                 require(flags & UBLK_F_UNPRIVILEGED_DEV)
@@ -2147,7 +2148,7 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         # Signals are for the main thread: one that a worker takes may not wake it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         failure = None
         try:
             self.serve(lambda: self.device.report(ready=1))
@@ -2345,8 +2346,12 @@ class Device:
         """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
         flags = self._flags()
         check_flags(flags, self.control.features)
-        self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags)
-        self.id, self._added = self.info.dev_id, True
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:        # or a signal's handler would leave a device behind that nobody has heard of
+            self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags)
+            self.id, self._added = self.info.dev_id, True
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         self.on_added(self.id)
         save_state(self)            # first of all, for who cleans up should this server die at once
         require(flags & ~self.info.flags)
@@ -3234,7 +3239,7 @@ def stop_now(number: int, frame: Any) -> NoReturn:
 
 def on_signals(action: Any) -> None:
     """Have the signals that end a server call action; but what nohup(1) ignores stays ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, action)
 

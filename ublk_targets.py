@@ -155,16 +155,30 @@ class Ram(WithMetadata, ublk.Target):
         self.size = size
         self.fd = os.memfd_create("ram")
         weakref.finalize(self, os.close, self.fd)
-        os.ftruncate(self.fd, size)             # pages exist once written
-        self.view = memoryview(mmap.mmap(self.fd, size))
+        self.reach(size)
         if metadata_size:
             self.keep_metadata(os.memfd_create("metadata"), metadata_size, checksum)
 
+    def reach(self, size: int) -> None:
+        """Have that much memory; its pages exist once they are written."""
+        os.ftruncate(self.fd, max(size, os.fstat(self.fd).st_size))
+        self.view = memoryview(mmap.mmap(self.fd, 0))
+
+    def resized(self, size: int) -> None:
+        self.reach(size)
+        self.size = size
+
     def read(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self.view[offset:offset + len(buffer)]
+        end = offset + len(buffer)
+        if end > len(self.view):        # the disk has grown: no request is for what lies behind its end
+            self.reach(end)
+        buffer[:] = self.view[offset:end]
 
     def write(self, offset: int, buffer: memoryview) -> None:
-        self.view[offset:offset + len(buffer)] = buffer
+        end = offset + len(buffer)
+        if end > len(self.view):
+            self.reach(end)
+        self.view[offset:end] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         self.forget_metadata(offset, length)
