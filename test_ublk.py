@@ -1020,6 +1020,50 @@ def test_targets_of_the_users_own_file(tmp_path):
         assert isinstance(target, ublk.Target) and target.size == 2 << 20
 
 
+@pytest.mark.parametrize("signature", ["size", "size=4096", "size: int", "size: ublk.Size"])
+@pytest.mark.parametrize("words", ["1M", "--size 1M", "--size=1M"])
+def test_a_size_is_a_word_or_an_option(tmp_path, capfd, signature, words):
+    path = target_file(tmp_path, f"""
+        print("loaded")
+        class Mine(ublk.Target):
+            def __init__(self, {signature}, depth_of_thought=1.5):
+                self.size, self.depth = size, depth_of_thought
+    """)
+    assert ublk.make_target([str(path), *words.split()]).size == 1 << 20
+    target = ublk.make_target([str(path), *words.split(), "--depth-of-thought", "2"])
+    assert (target.size, target.depth) == (1 << 20, 2.0)
+    assert capfd.readouterr().out == ""         # standard output is for the path of the disk
+
+
+def test_a_path_may_have_colons(tmp_path):
+    (tmp_path / "a:b.py").mkdir()
+    path = target_file(tmp_path / "a:b.py", "class Mine(ublk.Target): size = 4096")
+    for word in (path, f"{path}:Mine"):
+        assert ublk.make_target([str(word)]).size == 4096
+
+
+def test_the_companion_is_found_by_an_isolated_python():
+    done = sh(sys.executable, "-I", UBLK, "loop", "/no/such/file", check=False)
+    assert_error_line(done.stderr, errno.ENOENT, says="/no/such/file")
+
+
+def test_a_bug_of_a_target_needs_nobody_who_reads_of_it():
+    code = """if True:
+        import errno, os, sys, ublk
+        modules = set(sys.modules)
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        try:
+            1 / 0
+        except ZeroDivisionError as error:
+            assert ublk.failed(error) == -errno.EIO
+        ublk.say("nobody hears this")
+        os._exit(0 if sys.version_info >= (3, 13) or modules == set(sys.modules) else 3)
+    """
+    assert sh(sys.executable, "-c", code, cwd=HERE, check=False).returncode == 0
+
+
 def test_a_target_file_may_import_its_neighbours(tmp_path):
     (tmp_path / "neighbour_of_mine.py").write_text("SIZE = 8192\n")
     path = target_file(tmp_path, """
@@ -1107,6 +1151,10 @@ def test_check_says_what_to_do_about_a_missing_io_uring(run, monkeypatch):
     ("null --recovery maybe", 2, "--recovery", None),
     ("null --sise 1G", 2, "--sise", None),
     ("null surplus", 2, "surplus", None),
+    ("null surplus --background", 2, "surplus", None),
+    ("null --size 1X --restart", 2, "1X is not a whole number of bytes", None),
+    ("fault --delay 10ms --background", 2, "a target is missing", None),
+    ("add nul", 1, "targets are ", errno.EINVAL),
     ("del", 2, "del needs one or more ids, or --all", None),
     ("del 1 --all", 2, "del needs one or more ids, or --all", None),
     ("del x", 2, "x", None),
@@ -1126,6 +1174,7 @@ def test_no_words_at_all_is_wrong_usage_and_help_is_not(run):
     assert done.status == 0 and "null" in done.out and "--background" in done.out
     for verb in ublk.VERBS:
         assert verb in done.out and run(verb, "--help").status == 0
+    assert "--size" in run("null", "--help", "--background").out
 
 
 @pytest.mark.parametrize("body, says", [
@@ -1404,6 +1453,13 @@ def test_del_takes_many_or_all(run):
 
 
 @kernel
+def test_del_goes_on_behind_what_it_cannot_delete(run):
+    with Forked("null"):
+        assert_fails(run("del", 5, 0), 1, "device 5: there is no such device", errno.ENODEV)
+        assert devices_left() == []
+
+
+@kernel
 @pytest.mark.parametrize("words", ["list 5", "stop 5", "stop 5 --if-unused", "del 5", "resize 5 1G"])
 def test_a_device_that_does_not_exist(run, words):
     done = run(*words.split())
@@ -1425,6 +1481,28 @@ def test_resize(run):
                 assert os.lseek(fd, 0, os.SEEK_END) == size
         for size in (0, 512, 4097):
             assert_fails(run("resize", disk.id, size), 1, f"size {size}", errno.EINVAL)
+    with ublk.Device(Ram()) as device:
+        for size in (0, -512, 1000, 1 << 63):
+            assert f"size {size}" in message(device.resize, size)
+
+
+@kernel
+@pytest.mark.parametrize("words", ["ram --size 1M", "loop disk.img"])
+@pytest.mark.parametrize("queues", [1, 2])
+def test_what_a_disk_grows_by_can_be_used(run, tmp_path, monkeypatch, words, queues):
+    monkeypatch.chdir(tmp_path)
+    Path("disk.img").write_bytes(bytes(1 << 20))
+    with Forked(*words.split(), "-q", queues) as disk:
+        if not at_least("6.16"):
+            assert_fails(run("resize", disk.id, "2M"), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
+            return
+        assert run("resize", disk.id, "2M").status == 0
+        until(lambda: "ram" in words or os.path.getsize("disk.img") == 2 << 20, "the server to follow")
+        data = os.urandom(4096)
+        with opened(disk.path) as fd:
+            assert read_at(fd, (2 << 20) - 8192, 4096) == bytes(4096)
+            write_at(fd, (2 << 20) - 4096, data)
+            assert read_at(fd, (2 << 20) - 4096, 4096) == data
 
 
 @kernel
@@ -2311,6 +2389,24 @@ def test_a_handler_that_never_returns_does_not_keep_the_device(make, capfd):
 
 
 @kernel
+def test_a_disk_whose_handler_does_not_return_is_listed(run):
+    disk = ublk.Device(Stuck())
+    disk.start()
+    client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
+                               "iflag=direct"], stderr=subprocess.DEVNULL)
+    assert disk.target.reached.wait(60)
+    stopping = threading.Thread(target=disk.stop)
+    stopping.start()
+    time.sleep(1)                       # STOP_DEV waits for the request now, and GET_PARAMS for STOP_DEV
+    row, = json.loads(run("list", "--json").out)
+    assert (row["id"], row["size"], row["block_size"]) == (disk.id, disk.target.size, 512)
+    disk.target.release.set()
+    stopping.join()
+    client.wait()
+    assert devices_left() == []
+
+
+@kernel
 def test_ctrl_c_with_a_handler_that_never_returns(tmp_path):
     path = target_file(tmp_path, """
         ublk.STOP_TIMEOUT = 0.5
@@ -3165,6 +3261,92 @@ def test_restart_ends_by_a_signal_while_it_waits(backing):
     until(lambda: disk.said().count("starting another") >= 4, "the long pauses")
     assert disk.kill(signal.SIGTERM) == 0
     assert devices_left() == []
+
+
+@kernel
+@pytest.mark.parametrize("verb", ["recover", "--restart"])
+def test_a_signal_ends_a_server_that_recovers(backing, verb):
+    def change():
+        def wait(self, what):
+            print("RECOVERING", file=sys.stderr)
+            time.sleep(60)
+        replace(ublk.Device, _await_end_of_server=wait)
+    if verb == "recover":
+        disk = Forked("recover", orphan("loop", backing, "-r", "requeue").id, change=change)
+    else:
+        disk = Forked("loop", backing, "--restart", change=change).live()
+        os.kill(server_of(disk), signal.SIGKILL)
+    until(lambda: "RECOVERING" in disk.said())
+    status = disk.kill(signal.SIGTERM)
+    assert_error_line(disk.said().splitlines(True)[-1], errno.EINTR, says="ended by SIGTERM before")
+    if verb == "recover":               # the disk is not this server's to delete
+        assert status == 1 and state_of(0) == "QUIESCED"
+        assert ublk.main(["del", "0"]) == 0
+    assert devices_left() == []
+
+
+@kernel
+def test_a_signal_while_a_device_is_added_leaves_none(tmp_path):
+    for round in range(20):
+        def change(round=round):
+            def submit(self, opcode, *args, submit=ublk.Control._submit, **options):
+                if options.get("off") in (ublk.UBLK_CMD_ADD_DEV, ublk.UBLK_CMD_ADD_DEV.encoded):
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 * (round + 1))
+                return submit(self, opcode, *args, **options)
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            replace(ublk.Control, _submit=submit)
+        Forked("null", change=change).wait()
+        assert devices_left() == []
+
+
+@kernel
+@pytest.mark.parametrize("number, options", [(signal.SIGINT, []), (signal.SIGTERM, ["-r", "reissue"])])
+def test_who_waits_for_a_server_takes_it_along(tmp_path, number, options):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                open(os.environ["UBLK_RUN_DIR"] + "/started", "w").close()
+                time.sleep(1)
+    """)
+    waiting = Forked(path, "--background", *options)
+    until(Path(os.environ["UBLK_RUN_DIR"], "started").exists)
+    assert waiting.kill(number) == 1
+    assert_error_line(waiting.said().splitlines(True)[-1].replace("\n", " (4 EINTR)\n"), says="ended by")
+    assert devices_left() == []
+
+
+@kernel
+def test_a_signal_to_all_processes_of_a_disk_loses_nothing(backing):
+    disk = Forked("loop", backing, "-q", 2).live()
+    data = os.urandom(4 << 20)
+    with open(disk.path, "r+b", buffering=0) as file:
+        file.write(data)                # to the page cache, which is written out when the disk is stopped
+    os.killpg(disk.pid, signal.SIGTERM)
+    assert disk.wait() == 0 and disk.said() == ""
+    with open(backing, "rb") as file:
+        assert file.read(len(data)) == data
+
+
+@kernel
+def test_what_a_target_prints_is_not_on_standard_output(tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            def __init__(self, size):
+                print("made")
+                self.size = size
+            def start(self, index):
+                print("started")
+            def read(self, offset, buffer):
+                print("read")
+            def write_zeroes(self, offset, length):
+                print("zeroed", offset, length)
+    """)
+    with Forked(path, "--size", "1M") as disk:
+        sh("blkdiscard", "-fz", "-o", 4096, "-l", 8192, disk.path)
+        assert disk.said(disk.output) == f"{disk.path}\n"
+    for word in ("made", "started", "read", "zeroed 4096 8192"):
+        assert f"{word}\n" in disk.said()
 
 
 @kernel

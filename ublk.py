@@ -3176,7 +3176,11 @@ def launch(run: Callable[[Started], None], options: Any) -> int:
     job = partial(supervise, run, started) if options.restart else partial(run, started)
     if options.background:
         return in_background(job)
-    job()
+    sys.stdout = sys.stderr             # where a target may print what it likes
+    try:
+        job()
+    finally:
+        sys.stdout = started.out
     return 0
 
 
@@ -3188,8 +3192,7 @@ class Started:
     """
 
     def __init__(self, options: Any) -> None:
-        self.json, self.background = options.json, options.background
-        self.out, sys.stdout = sys.stdout, sys.stderr       # where a target may print what it likes
+        self.json, self.background, self.out = options.json, options.background, sys.stdout
 
     def tell(self, news: str) -> None:
         """Write to the pipe; a parent that has gone has no use for it."""
@@ -3339,7 +3342,7 @@ def clean_up(dev_id: int) -> None:
 
 def to_the_end(run: Callable[[], object]) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end."""
-    status = 0
+    status, sys.stdout = 0, sys.stderr
     try:
         run()
     except SystemExit as end:       # of the parser of a target's words, which has told why
@@ -3547,8 +3550,11 @@ def resize(options: Any) -> None:
         server = control.get_dev_info(options.id).ublksrv_pid
         check_new_size(control, options.id, options.size)
         control.update_size(options.id, options.size)
-        if alive(server):
-            os.kill(server, signal.SIGWINCH)        # which harms nobody who does not expect it
+        try:
+            if server > 0:
+                os.kill(server, signal.SIGWINCH)    # which harms nobody who does not expect it
+        except OSError:         # of another container, perhaps: it learns of its size when recovered
+            pass
 
 
 def show_features(options: Any) -> None:
