@@ -687,11 +687,14 @@ class Control:
             self.legacy = not self._knows_encoded()
 
     def _knows_encoded(self) -> bool:
-        """Tell whether the driver, which lacks GET_FEATURES, has encoded opcodes all the same (6.4)."""
+        """Tell whether the driver, which lacks GET_FEATURES, has encoded opcodes all the same (6.4).
+
+        It then finds fault with an ADD_DEV that says nothing; an older one looks for its device.
+        """
         try:
-            self._run(UBLK_CMD_GET_DEV_INFO, 0, ublksrv_ctrl_dev_info())
+            self._run(UBLK_CMD_ADD_DEV, -1)
         except UblkError as error:
-            return error.errno != errno.EOPNOTSUPP
+            return error.errno == errno.EINVAL
         return True
 
     def __enter__(self) -> Control:
@@ -2888,17 +2891,17 @@ def stale_states(ids: Sequence[int]) -> list[int]:
 
 
 def geometry(control: Control, dev_id: int) -> tuple[int, int]:
-    """Return the size of a disk and of its blocks, in bytes.
+    """Return the size of a disk and of its blocks in bytes; 0, 0 while the driver does not tell.
 
-    GET_PARAMS waits while a disk is being stopped that a handler holds up, so it comes second.
+    It does not while it removes or detaches a disk, which a handler may hold up.
     """
-    disk = f"/sys/block/ublkb{dev_id}"
     try:
-        with open(f"{disk}/size") as sectors, open(f"{disk}/queue/logical_block_size") as block:
-            return int(sectors.read()) * SECTOR, int(block.read())
-    except OSError:
-        basic = control.get_params(dev_id, timeout=5.0).basic
-        return basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
+        basic = control.get_params(dev_id, timeout=2.0).basic
+    except UblkError as error:
+        if error.errno != errno.ETIMEDOUT:
+            raise
+        return 0, 0
+    return basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
 
 
 def describe(control: Control, dev_id: int) -> dict[str, Any]:
@@ -3307,23 +3310,19 @@ def in_background(run: Callable[[], object]) -> int:
         to_the_end(run)
     os.close(writer)
     dev_id, said = -1, False
-    on_signals(stop_now)
-    try:
-        with open(reader, encoding="utf-8", errors="replace") as answers:
-            for line in answers:
-                if line.startswith("\0live "):
-                    print(line[6:].rstrip(), flush=True)
-                    return 0
-                if line.startswith("\0added "):
-                    dev_id = int(line[7:])
-                else:
-                    print(line, end="", file=sys.stderr)
-                    said = said or line.startswith("ublk: ")
-    except Stopped:
-        os.kill(child, signal.SIGTERM)
-        os.waitpid(child, 0)
-        raise
+    on_signals(lambda number, frame: os.kill(child, number))
+    with open(reader, encoding="utf-8", errors="replace") as answers:
+        for line in answers:
+            if line.startswith("\0live "):
+                print(line[6:].rstrip(), flush=True)
+                return 0
+            if line.startswith("\0added "):
+                dev_id = int(line[7:])
+            else:
+                print(line, end="", file=sys.stderr)
+                said = said or line.startswith("ublk: ")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    on_signals(stop_now)
     if dev_id in device_ids():
         clean_up(dev_id)
     if code == 2 or (said and code > 0):
@@ -3353,8 +3352,10 @@ def to_the_end(run: Callable[[], object]) -> NoReturn:
         say(error_line(error))
         status = 2 if isinstance(error, Usage) else 1
     finally:
-        sys.stdout.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+        finally:                    # its reader may be gone
+            os._exit(status)
 
 
 RESTARTS, LONG_LIFE = 10, 30.0      # so many deaths in a row, none after a life of so many seconds
