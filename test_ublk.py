@@ -4843,6 +4843,12 @@ def free_port():
 
 
 ACCEPTING = 0x10000         # __SO_ACCEPTCON of linux/net.h, in the flags of /proc/net/unix
+LISTENING = "0A"            # TCP_LISTEN of net/tcp_states.h, in the states of /proc/net/tcp
+
+
+def sockets_of(family):
+    """Return the rows of /proc/net/unix or /proc/net/tcp, without the heading, in words."""
+    return [row.split() for row in Path("/proc/net", family).read_text().splitlines()[1:]]
 
 
 @contextmanager
@@ -4855,18 +4861,18 @@ def nbd_server(*words):
                                text=True)
 
     def listens():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.stderr.read()
         if not where.isdigit():                 # the path is there before one can connect to it
-            sockets = map(str.split, Path("/proc/net/unix").read_text().splitlines())
-            return any(words[-1] == where and int(words[3], 16) & ACCEPTING for words in list(sockets)[1:])
-        with socket.socket() as probe:          # who listens there has the port: it cannot be bound
-            return error_of(probe.bind, ("127.0.0.1", int(where))) == errno.EADDRINUSE
+            return any(words[-1] == where and int(words[3], 16) & ACCEPTING for words in sockets_of("unix"))
+        return any(words[1] == f"0100007F:{int(where):04X}" and words[3] == LISTENING
+                   for words in sockets_of("tcp"))
     try:
         until(listens, "the NBD server")
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
         if not where.isdigit() and os.path.exists(where):
             os.unlink(where)
 
@@ -5956,7 +5962,7 @@ def two_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "a.img", "b.img":
         Path(name).write_bytes(bytes(1 << 20))
-    Path("both").write_text("a.img\nb.img\n")
+    Path("both").write_text(f"{tmp_path}/a.img\n{tmp_path}/b.img\n")
 
 
 @pytest.mark.parametrize("words, status, says, number", [
@@ -6243,9 +6249,72 @@ def test_what_one_leg_cannot_read_another_does(targets, workshop):
 
 
 @kernel
+def test_a_rebuild_reads_from_a_leg_that_can(targets, workshop, quick_rebuild, capfd):
+    shutil.copy("a.img", "c.img")
+    patched("a.img", 1 << 20, b"x" * 4096)
+    patched("b.img", 1 << 20, b"x" * 4096)
+    Path("state").write_text(os.path.abspath("c.img\n"))
+    with failing_leg(targets, workshop) as leg:
+        Path("fail").write_text("--error EIO --on read")
+        mirror = targets.Mirror(leg, "a.img", "c.img", state="state", rebuild=True, direct=True)
+        with ublk.Device(mirror):
+            until(lambda: dropped(mirror) == [leg], "the rebuild")
+    assert digest("c.img") == digest("a.img")
+    told = capfd.readouterr().err
+    assert f"ublk: mirror: dropped {leg}: " in told and "dropped a.img" not in told
+
+
+def test_a_leg_is_known_by_any_name(targets, two_files):
+    os.symlink("b.img", "link")
+    Path("state").write_text(os.path.abspath("b.img\n"))
+    for name in "b.img", "./b.img", os.path.abspath("b.img"), "link":
+        mirror = targets.Mirror("a.img", name, state="state")
+        assert dropped(mirror) == [name]
+        mirror.close()
+    assert targets.Mirror("a.img", "b.img").state == targets.Mirror("./link", "a.img").state
+
+
+def test_of_two_legs_that_fail_at_once_one_stays(targets, two_files):
+    mirror, refused = targets.Mirror("a.img", "b.img", state="state"), []
+
+    def drop(leg):
+        try:
+            mirror._drop({leg: OSError(errno.EIO, leg.path)})
+        except OSError as error:
+            refused.append(str(error))
+    threads = [threading.Thread(target=drop, args=(leg,)) for leg in mirror.legs]
+    with mirror.lock:                   # both find two good legs, unless they look with the lock held
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    good, = mirror.good()
+    assert refused == [f"[Errno {errno.EIO}] {good.path}"]
+    mirror.close()
+
+
+@kernel
+def test_no_write_ends_well_before_a_dropped_leg_is_noted(targets, workshop):
+    with failing_leg(targets, workshop) as leg:
+        os.mkdir("notes")
+        mirror = targets.Mirror(leg, "a.img", state="notes/state", direct=True)
+        with ublk.Device(mirror) as disk, opened(disk.path) as fd:
+            os.rename("notes", "away")
+            Path("notes").write_text("a file where the directory was")
+            Path("fail").write_text("--error EIO --on write")
+            for _ in range(3):
+                assert error_of(write_at, fd, 0, b"x" * 4096) == errno.EIO
+            os.unlink("notes")
+            os.rename("away", "notes")
+            write_at(fd, 0, b"x" * 4096)
+            assert Path("notes/state").read_text() == leg + "\n" and dropped(mirror) == [leg]
+
+
+@kernel
 def test_the_last_leg_is_not_dropped(targets, workshop):
     with failing_leg(targets, workshop) as leg:
-        Path("state").write_text("a.img\n")
+        Path("state").write_text(os.path.abspath("a.img\n"))
         mirror = targets.Mirror(leg, "a.img", state="state", direct=True)
         with ublk.Device(mirror) as disk, opened(disk.path) as fd:
             Path("fail").write_text("--error EIO")

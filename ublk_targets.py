@@ -499,7 +499,9 @@ class Leg:
     """One of the files or devices of a Mirror."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path, real = path, os.path.realpath(path)
+        # A file is the same by any name; a device may be another by its short name after the next boot.
+        self.name = os.path.abspath(path) if real.startswith("/dev/") else real
         self.disk: Any = None                   # the Loop that it is, where it could be opened
         self.why = ""                           # why it is not used; a good leg has no reason
         self.rebuilding = False                 # what is written goes there, too: it will be good
@@ -511,6 +513,7 @@ class Mirror(Over, ublk.Target):
     A leg that fails, or is not there, is dropped: this is said on standard error and noted in the
     state file, so that a later start does not take its old data for good. The disk lives as long as
     one good leg does. A new leg is one that is not there when the server starts, and comes later.
+    Give a device by a name that lasts (/dev/disk/by-id): by that the state file knows it.
 
     paths: the files or block devices, its legs
     rebuild: try dropped legs again and copy to them what they missed, while the disk is in use
@@ -524,7 +527,8 @@ class Mirror(Over, ublk.Target):
         self.legs = [Leg(path) for path in distinct(paths)]
         self.rebuild, self.direct = rebuild, direct
         self.state = os.path.abspath(state or self._default_state())
-        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.lock, self.closed = threading.RLock(), threading.Event()
+        self.noted = self._noted()                          # the dropped legs that the state file names
         self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
         self.copying = (0, 0)                               # the range the rebuild copies now
         self.mender: threading.Thread | None = None
@@ -536,8 +540,7 @@ class Mirror(Over, ublk.Target):
 
     def _open(self) -> None:
         """Open the legs; drop those that are not there, or hold old data, as an earlier server noted."""
-        old = self._noted()
-        out: dict[Leg, Any] = {leg: "out of date" for leg in self.legs if leg.path in old}
+        out: dict[Leg, Any] = {leg: "out of date" for leg in self.legs if leg.name in self.noted}
         problem: OSError = wrong(self.state, "it says that all legs hold old data", "remove it")
         for leg in self.legs:
             try:
@@ -596,16 +599,20 @@ class Mirror(Over, ublk.Target):
 
     def _drop(self, failed: dict[Leg, OSError]) -> None:
         """Drop legs that failed where another did not, before the client is told of success."""
-        if failed and failed.keys() >= set(self.good()):
-            raise next(iter(failed.values()))
-        for leg, error in failed.items():
-            self._judge(leg, str(error))
+        if not failed and self._dropped() <= self.noted:
+            return
+        with self.lock:                         # who comes second must not drop the last good leg
+            if failed.keys() >= set(self.good()):
+                raise next(iter(failed.values()))
+            for leg, error in failed.items():
+                self._judge(leg, str(error))
+            self._note()                        # where it could not be noted before, no request ends well
 
     # ---- legs that fail and come back --------------------------------------------------------------
 
     def _default_state(self) -> str:
         base = "/var/lib" if os.geteuid() == 0 else os.path.expanduser("~/.local/state")
-        names = "\n".join(os.path.abspath(leg.path) for leg in self.legs).encode()
+        names = "\n".join(sorted(leg.name for leg in self.legs)).encode()
         return os.path.join(base, "ublk", f"mirror-{zlib.crc32(names):08x}")
 
     def _noted(self) -> set[str]:
@@ -614,9 +621,15 @@ class Mirror(Over, ublk.Target):
             return set(file.read().splitlines())
         return set()
 
+    def _dropped(self) -> set[str]:
+        return {leg.name for leg in self.legs if leg.why}
+
     def _note(self) -> None:
-        os.makedirs(os.path.dirname(self.state), exist_ok=True)
-        replace_file(self.state, "".join(f"{leg.path}\n" for leg in self.legs if leg.why).encode())
+        out = self._dropped()
+        if out != self.noted:
+            os.makedirs(os.path.dirname(self.state), exist_ok=True)
+            replace_file(self.state, "".join(f"{name}\n" for name in sorted(out)).encode())
+            self.noted = out
 
     def _judge(self, leg: Leg, why: str) -> None:
         """Take a leg out of use, or, where there is no reason to, a rebuilt one into use; say so once."""
@@ -624,10 +637,11 @@ class Mirror(Over, ublk.Target):
             if not why and not leg.rebuilding:      # a write to it has failed
                 return
             before, leg.why, leg.rebuilding = leg.why, why, False
-            if not before or not why:
-                self._note()
-        if why != before:
-            say(f"mirror: dropped {leg.path}: {why}" if why else f"mirror: rebuilt {leg.path}")
+            if why and why != before:
+                say(f"mirror: dropped {leg.path}: {why}")
+            self._note()
+        if not why:
+            say(f"mirror: rebuilt {leg.path}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
@@ -642,7 +656,8 @@ class Mirror(Over, ublk.Target):
                 try:
                     self._bring_back(leg)
                 except OSError as error:
-                    self._judge(leg, str(error))
+                    with suppress(OSError):     # what cannot be noted now is tried again by each request
+                        self._judge(leg, str(error))
             # By the next try nobody uses the leg's descriptor any more, and it can be closed.
             if self.closed.wait(self.retry):
                 return
@@ -671,13 +686,26 @@ class Mirror(Over, ublk.Target):
             while any(start < b and a < end for a, b in list(self.writing.values())):
                 time.sleep(0.001)
             with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
-                counts = [os.preadv(self.good()[0].disk.fd, [new], start), os.preadv(fd, [old], start)]
+                self._read_good(new, start)
+                counts = [os.preadv(fd, [old], start)]
                 if new[:] != old[:]:
                     counts.append(os.pwritev(fd, [new], start))
                 if set(counts) != {len(new)}:
                     raise OSError(errno.EIO, "unexpected end of file")
         finally:
             self.copying = (0, 0)
+
+    def _read_good(self, buffer: mmap.mmap, start: int) -> None:
+        """Read from the first good leg that can, as read() does for a client."""
+        failed: dict[Leg, OSError] = {}
+        for leg in self.good():
+            try:
+                if os.preadv(leg.disk.fd, [buffer], start) == len(buffer):
+                    break
+                raise OSError(errno.EIO, "unexpected end of file")
+            except OSError as error:
+                failed[leg] = OSError(error.errno, f"{leg.path}: {error.strerror}")
+        self._drop(failed)
 
     def close(self) -> None:
         self.closed.set()
