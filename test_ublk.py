@@ -4902,6 +4902,7 @@ def test_nbd_addresses(targets, uri, address, export):
     ("", "not an NBD address"), ("host", "not an NBD address"), ("nbd://", "not an NBD address"),
     ("http://host/", "not an NBD address"), ("nbd+unix:///x", "not an NBD address"),
     ("nbd://host:99999/", "ort"), ("nbd://host:x/", "ort"), ("nbd://[::1/", "IPv6"),
+    ("nbd://.x/", "label"),
     ("nbds://host/", "TLS"), ("nbds+unix:///?socket=/x", "TLS"),
     ("nbd+unix:///?socket=/no/such", "2 ENOENT"), (nbd_uri("x" * 200), "too long")])
 def test_nbd_addresses_that_are_none(run, uri, says):
@@ -5419,6 +5420,14 @@ def test_zones_of_a_file_are_as_they_were_left(targets, tmp_path):
     disk.close()
 
 
+def test_a_file_of_zones_has_one_server(targets, tmp_path):
+    path = str(tmp_path / "zones")
+    disk = zoned(targets, file=path)
+    assert "another server uses it" in message(lambda: targets.Zoned(file=path))
+    disk.close()
+    targets.Zoned(file=path).close()
+
+
 def damage(path, offset, data):
     with open(path, "r+b") as file:
         file.seek(offset)
@@ -5628,12 +5637,27 @@ def test_a_log_is_continued_and_what_a_kill_cut_off_is_left_out(run, targets, lo
     assert (tmp_path / "more").read_bytes() == b"y" * 512 + log.states[-2][512:]
 
 
+def test_a_log_knows_how_large_its_disk_has_been(run, targets, tmp_path):
+    log, image = tmp_path / "log", tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    disk, page = targets.Record(str(log), targets.Loop(str(image))), memoryview(os.urandom(4096))
+    for size in (2 << 20, 1 << 20):
+        disk.resized(size)
+        assert disk.size == disk.target.size == size
+    disk.target.write = lambda offset, buffer: patched(image, offset, buffer)
+    now(disk.write((2 << 20) - 4096, page))
+    disk.close()
+    targets.Record(str(log), targets.Loop(str(image))).close()      # as a server that recovers it does
+    assert run("replay", log, tmp_path / "copy").status == 0
+    assert (tmp_path / "copy").read_bytes() == bytes((2 << 20) - 4096) + page == image.read_bytes()
+
+
 def test_a_damaged_log_is_an_error_and_good_up_to_there(run, targets, log, tmp_path):
     with open(log.path, "rb") as file:
         third = list(targets.entries(file))[2]
     for number, at in (("data", third.end - 1), ("head", third.end + 5)):       # of the 3rd, of the 4th
         path = shutil.copy(log.path, tmp_path / number)
-        damage(path, at, b"\xee")
+        damage(path, at, bytes([Path(path).read_bytes()[at] ^ 0xff]))
         done = run("replay", path, tmp_path / f"{number}.disk")
         last = 2 if number == "data" else 3
         assert_fails(done, 1, f"--to {last}", errno.EINVAL)
@@ -6406,9 +6430,32 @@ def test_a_damaged_overlay_is_refused(targets, tmp_path, damage, says):
 def test_an_overlay_has_one_server(targets, tmp_path):
     base, overlay = overlay_of(targets, tmp_path)
     cow = targets.Cow(base, overlay)
-    assert "another server uses this overlay" in message(targets.Cow, base, overlay)
+    assert "another server uses it" in message(targets.Cow, base, overlay)
     cow.close()
     targets.Cow(base, overlay).close()
+
+
+def test_of_two_flushes_at_once_each_waits_for_the_marks(targets, tmp_path):
+    class Pause:
+        def __await__(self):
+            yield
+
+    async def flush():
+        await Pause()
+    cow = targets.Cow(*overlay_of(targets, tmp_path))
+    written = cow.blocks(0, 512)
+    cow._mark(written)
+    cow.top.flush = flush
+    first, second = cow.flush(), cow.flush()
+    first.send(None)                    # makes data durable
+    second.send(None)
+    second.send(None)                   # is about to make the marks durable, while the first is behind
+    assert cow._marks(written) == targets.KEPT
+    now(second)
+    first.send(None)
+    now(first)
+    assert not cow.fresh
+    cow.close()
 
 
 def kill_overlays(directory, rounds, progress=bool):
@@ -6504,6 +6551,20 @@ def test_an_overlay_is_committed_or_deleted(workshop):
     os.unlink("other.cow")
     with Forked("cow", "base.img", "other.cow") as disk:
         assert digest(disk.path) == digest("base.img")
+
+
+@kernel
+def test_a_recovered_server_does_not_commit_again(workshop):
+    shutil.copy("base.img", "mine.img")
+    words = "fault --delay 1us cow mine.img mine.cow --commit -r reissue".split()
+    with Forked(*words) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+            disk.kill()
+            disk = recovered(disk)
+            assert read_at(fd, 0, 4096) == b"x" * 4096
+        assert disk.kill(signal.SIGTERM) == 0
+    assert digest("mine.img") == digest("base.img")
 
 
 @kernel

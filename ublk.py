@@ -1982,6 +1982,7 @@ class Target:
     metadata_size: int = 0              # bytes beside each block
     checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
     processes: bool = False             # queues may be served by forked processes: state is shared
+    once: Sequence[str] = ()            # options that are not for a server that recovers the disk
 
     def read(self, offset: int, buffer: memoryview) -> Any:
         """Fill buffer with the bytes at offset."""
@@ -2827,6 +2828,7 @@ def save_state(device: Device) -> None:
     """Write the state file of a device atomically, in a directory where nobody else can write."""
     import json
     target, args, options = device.words
+    args = [word for word in args if word not in device.target.once]
     state = {"id": device.id, "target": target, "args": args, "options": options,
              "cwd": os.getcwd(), "pid": os.getpid()}
     directory, path = run_dir(), state_path(device.id)

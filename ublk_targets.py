@@ -57,12 +57,6 @@ def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
     return ublk.UblkError(errno.EINVAL, what, reason, remedy)
 
 
-def say(text: str) -> None:
-    """Tell whoever watches the server; that nobody does must not hurt a request."""
-    with suppress(OSError):
-        print(f"ublk: {text}", file=sys.stderr)
-
-
 # =================================================================================================
 # Disks of memory and of files
 # =================================================================================================
@@ -412,7 +406,7 @@ HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_fi
 PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
               "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
               "metadata_size", "checksum", "read_metadata", "write_metadata", "processes",
-              "report_zones", "resized", "start", "close")
+              "report_zones", "resized", "start", "close", "once")
 
 
 class Over:
@@ -638,10 +632,10 @@ class Mirror(Over, ublk.Target):
                 return
             before, leg.why, leg.rebuilding = leg.why, why, False
             if why and why != before:
-                say(f"mirror: dropped {leg.path}: {why}")
+                ublk.say(f"mirror: dropped {leg.path}: {why}")
             self._note()
         if not why:
-            say(f"mirror: rebuilt {leg.path}")
+            ublk.say(f"mirror: rebuilt {leg.path}")
 
     def start(self, index: int) -> None:
         """Start the thread that rebuilds, once."""
@@ -752,6 +746,16 @@ class Sealed:
         return values
 
 
+def have_alone(disk: Loop, path: str) -> None:
+    """Have a file to write to that no other server uses while it is open; raise UblkError where not."""
+    if disk.read_only:
+        raise ublk.UblkError(errno.EACCES, path, "it cannot be written to")
+    try:
+        fcntl.flock(disk.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ublk.UblkError(errno.EBUSY, path, "another server uses it") from None
+
+
 COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")     # size, block size, boot id
 COW_UNIT = 64 << 10                             # header and marks fill whole pages of any machine
 BASE, OURS, KEPT = b"\0", b"\1", b"\2"          # marks of blocks: see Cow
@@ -771,6 +775,8 @@ class Cow(ublk.Target):
     commit: first write the changes of earlier times into the base, and start with none
     """
 
+    once = ("--commit",)        # a server that recovers the disk leaves its changes where they are
+
     def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
         distinct([base, overlay])
         is_block(base)
@@ -784,19 +790,14 @@ class Cow(ublk.Target):
                 file.truncate(self.data_at + self.size)
         self.top, self.path = Loop(overlay), overlay
         self.fd, self.lock = self.top.fd, threading.Lock()
-        self.fresh: list[slice] = []            # blocks that are to be KEPT
+        self.fresh: set[tuple[int, int]] = set()            # blocks, from and to, that are to be KEPT
         self._open()
         if commit:
             self._commit()
 
     def _open(self) -> None:
         """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
-        if self.top.read_only:
-            raise ublk.UblkError(errno.EACCES, self.path, "the overlay cannot be written to")
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ublk.UblkError(errno.EBUSY, self.path, "another server uses this overlay") from None
+        have_alone(self.top, self.path)
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
         header = COW_HEADER.pack(self.size, self.grain, boot)
@@ -841,13 +842,13 @@ class Cow(ublk.Target):
             marks = self._marks(blocks)
             if BASE in marks:
                 write_all(self.fd, marks.replace(BASE, OURS), self.marks_at + blocks.start)
-                self.fresh.append(blocks)
+                self.fresh.add((blocks.start, blocks.stop))
 
-    def _keep(self, fresh: list[slice]) -> None:
+    def _keep(self, fresh: set[tuple[int, int]]) -> None:
         """Note that blocks of the overlay are durable."""
         with self.lock:
-            for blocks in fresh:
-                write_all(self.fd, KEPT * (blocks.stop - blocks.start), self.marks_at + blocks.start)
+            for start, stop in fresh:
+                write_all(self.fd, KEPT * (stop - start), self.marks_at + start)
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -877,15 +878,12 @@ class Cow(ublk.Target):
 
     async def flush(self) -> None:
         with self.lock:
-            fresh, self.fresh = self.fresh, []
-        try:
-            await self.top.flush()
-            self._keep(fresh)
-            await self.top.flush()
-        except OSError:
-            with self.lock:
-                self.fresh += fresh
-            raise
+            fresh = self.fresh.copy()
+        await self.top.flush()
+        self._keep(fresh)
+        await self.top.flush()
+        with self.lock:                         # no sooner: a flush beside this one must do them, too
+            self.fresh -= fresh
 
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
@@ -1031,7 +1029,7 @@ class Fault(Wrapper, ublk.Target):
         except FileNotFoundError:
             self.rule = self
         except (OSError, ValueError, SystemExit) as error:
-            say(f"{self.control} is ignored: {error}")
+            ublk.say(f"{self.control} is ignored: {error}")
 
 
 def span(text: str) -> tuple[int, int]:
@@ -1117,6 +1115,9 @@ class NbdConnection:
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._shake_hands(export.encode())
             self.socket.settimeout(None)
+        except ValueError as error:             # a name that no host, path or export can have
+            self.socket.close()
+            raise wrong(repr(uri), str(error)) from None
         except OSError as error:
             self.socket.close()
             if isinstance(error, ublk.UblkError):
@@ -1307,7 +1308,7 @@ class Nbd(ublk.Target):
             if self.sending or not self.pending:
                 continue
             if not self.told:
-                say(f"{self.uri}: connection lost: {error}")
+                ublk.say(f"{self.uri}: connection lost: {error}")
             self.told = True                # until a reply comes
             if time.monotonic() - self.heard > self.timeout:
                 self._give_up(error)
@@ -1329,7 +1330,7 @@ class Nbd(ublk.Target):
 
     def _give_up(self, error: OSError) -> None:
         """Let the requests fail that wait for a server that does not reply."""
-        say(f"{self.uri}: giving requests up: {error}")
+        ublk.say(f"{self.uri}: giving requests up: {error}")
         lost, self.pending, self.outbox = self.pending, {}, []
         for request in lost.values():
             request.done.set(errno.ETIMEDOUT)
@@ -1465,6 +1466,7 @@ class Zoned(ublk.Target):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path)
         self.close = self.disk.close
+        have_alone(self.disk, self.path)
         self.size, self.zone_size, self.conventional = ZONED_HEADER.read(self.disk.fd, self.path)
         self.data_at = zone_data_at(self.size // self.zone_size)
         refuse(self.disk.size != self.data_at + self.size, self.path,
@@ -1626,7 +1628,7 @@ class Record(Wrapper, ublk.Target):
         refuse(hasattr(target, "zone_size"), "record", "a zoned disk cannot be recorded")
         self.offer(["flush"])       # of interest even where the target needs none
         self.lock = threading.Lock()
-        self.log = open(log, "a+b", buffering=0)
+        self.log = open(log, "r+b" if os.path.exists(log) else "x+b", buffering=0)
         if not os.path.getsize(log):
             self.log.write(LOG_HEADER.pack(self.size))
         size, = LOG_HEADER.read(self.log.fileno(), log)
@@ -1634,6 +1636,15 @@ class Record(Wrapper, ublk.Target):
                "name another file")
         self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size)
         self.log.truncate(self.end)             # without an entry the server was killed in
+        self.log.seek(self.end)
+
+    def resized(self, size: int) -> None:
+        """Note how large the disk has ever been: that is how large replay makes it."""
+        if hasattr(self.target, "resized"):
+            self.target.resized(size)
+        largest = max(size, *LOG_HEADER.read(self.log.fileno(), self.log.name))
+        write_all(self.log.fileno(), LOG_HEADER.pack(largest), 0)
+        self.size = size
 
     def call(self, name: str, *args: Any) -> Any:
         return self.logged(name, *args) if name in CHANGES else super().call(name, *args)
@@ -1648,7 +1659,7 @@ class Record(Wrapper, ublk.Target):
         with self.lock:
             end = self.end + len(head) + len(data)
             if os.writev(self.log.fileno(), [head, data]) != end - self.end:
-                self.log.truncate(self.end)
+                self.log.truncate(self.log.seek(self.end))
                 raise OSError(errno.ENOSPC, "no room for the log")
             self.end = end
 
