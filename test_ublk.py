@@ -6560,8 +6560,9 @@ def test_a_recovered_server_does_not_commit_again(workshop):
     with Forked(*words) as disk:
         with opened(disk.path) as fd:
             write_at(fd, 0, b"x" * 4096)
-            disk.kill()
-            disk = recovered(disk)
+        disk.kill()
+        disk = recovered(disk)
+        with opened(disk.path) as fd:
             assert read_at(fd, 0, 4096) == b"x" * 4096
         assert disk.kill(signal.SIGTERM) == 0
     assert digest("mine.img") == digest("base.img")
