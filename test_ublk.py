@@ -1503,6 +1503,11 @@ def test_what_a_disk_grows_by_can_be_used(run, tmp_path, monkeypatch, words, que
 
 
 @kernel
+def test_old_kernels_get_the_opcodes_they_know(control):
+    assert control.legacy is not at_least("6.4")
+
+
+@kernel
 def test_features_names_every_bit_of_this_kernel(run, control):
     rows = json.loads(run("features", "--json").out)
     assert [row["bit"] for row in rows] == list(range(len(ublk.FEATURES)))
