@@ -9,8 +9,8 @@ run: ## the main job, step by step: on this machine's driver (as root), else in 
 	@if [ -e /dev/ublk-control ] && [ "$$(id -u)" = 0 ]; then sh lab/demo.sh; \
 	else $(LAB) run $(or $(KERNEL),7.3) -- sh lab/demo.sh; fi
 
-test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one, K=word as in pytest -k, HOST=1 no virtual machine]
-	@$(LAB) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(K),-k "$(K)") $(if $(HOST),--host)
+test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one, K=word as in pytest -k, ALL=1 each path with everything, HOST=1 no virtual machine]
+	@$(LAB) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(K),-k "$(K)") $(if $(ALL),--all) $(if $(HOST),--host)
 
 soak: ## kill servers under load, again and again, in a virtual machine [ROUNDS=100, KERNEL=7.3, MODE="reissue ext4"]
 	@$(LAB) run $(or $(KERNEL),7.3) --timeout=86400 -- python3 lab/soak.py --rounds $(or $(ROUNDS),100) $(MODE)

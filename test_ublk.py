@@ -8,7 +8,8 @@ Tests marked ``kernel`` never skip because the driver is missing: that is a fail
 must leave the machine as it was, and `nothing_left` looks: no device, process or mount of a test
 outlives it. A test that hangs ends the whole run after HANG seconds with every thread's stack.
 
-UBLK_TEST_KERNEL names the kernel of a run in the lab; UBLK_HEADERS is a directory with a newer
+UBLK_TEST_KERNEL names the kernel of a run in the lab; with UBLK_TEST_ALL each data path meets every
+target and number of queues, which otherwise take turns; UBLK_HEADERS is a directory with a newer
 linux/ublk_cmd.h than the system's. No test looks at the clock: on an emulated machine everything
 is slow.
 """
@@ -23,6 +24,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import itertools
 import json
 import mmap
 import os
@@ -2256,10 +2258,10 @@ def live_and_die(make, **options):
 
 
 @kernel
-@pytest.mark.parametrize("make, options", [(Ram, {"depth": 16}), (AsyncRam, {"queues": 2}),
-                                           (ublk.Null, {"queues": 2})])
-def test_many_lives_leave_nothing_behind(make, options):
-    lives, rounds, grown = 20, 5, []
+@pytest.mark.parametrize("make, lives, options", [(Ram, 40, {"depth": 16}), (AsyncRam, 10, {"queues": 2}),
+                                                  (ublk.Null, 10, {"queues": 2})])
+def test_many_lives_leave_nothing_behind(make, lives, options):
+    rounds, grown = 5, []
     for number in range(rounds + 1):
         before = belongings()
         for _ in range(lives if number else 10):        # the first use of a thing may keep something
@@ -3963,6 +3965,33 @@ def test_a_container_controls_its_own_disks_only(containers, control):
 # =================================================================================================
 
 
+IO_FLUSHER = 0x180000           # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of linux/sched.h
+
+
+def is_flusher(task):
+    """Tell from /proc whether a task has said PR_SET_IO_FLUSHER."""
+    fields = Path(f"/proc/{task}/stat").read_text().rpartition(") ")[2].split()
+    return int(fields[6]) & IO_FLUSHER == IO_FLUSHER
+
+
+@kernel
+def test_who_serves_requests_is_an_io_flusher():
+    serving = []
+
+    class Tells(Ram):
+        def start(self, index):
+            serving.append(threading.get_native_id())
+
+    for queues in 1, 2:
+        with ublk.Device(Tells(), queues=queues):
+            assert len(serving) == queues and all(is_flusher(f"self/task/{task}") for task in serving)
+        serving.clear()
+    with Forked("ram", "--size", "16M", "-q", 2) as disk:
+        workers = started_by(disk.pid)
+        assert len(workers) == 2 and all(map(is_flusher, workers))
+    assert not is_flusher("self")
+
+
 @kernel
 def test_a_lost_process_takes_the_disk_with_it():
     with Forked("ram", "--size", "16M", "-q", 2) as disk:
@@ -4470,9 +4499,15 @@ PATHS = [pair for pair in ALL_PATHS if not missing(*pair) and pair != ("get-data
 
 
 def each_path(*paths, **others):
-    """Run a test with every data path; others: names of arguments and their values, given in turn."""
+    """Run a test with every data path; others: names of arguments and their values, given in turn.
+
+    With UBLK_TEST_ALL each path gets each of the values, and all of their combinations.
+    """
     rows = [(path, batch, *(values[at % len(values)] for values in others.values()))
             for at, (path, batch) in enumerate(paths or PATHS)]
+    if os.environ.get("UBLK_TEST_ALL"):
+        rows = [(*pair, *values) for pair in paths or PATHS
+                for values in itertools.product(*map(sorted, map(set, others.values())))]
     names = ["-".join(map(str, [row[0] + "-batch" * row[1], *row[2:]])) for row in rows]
     return pytest.mark.parametrize(["data_path", "batch", *others], rows, ids=names)
 

@@ -324,7 +324,7 @@ def pytest_command(python: str, marks: str, word: str) -> list[str]:
     return command + (["-m", marks] if marks else []) + (["-k", word] if word else [])
 
 
-def suites(kernels: Sequence[str], word: str, host: bool, timeout: float) -> list[Suite]:
+def suites(kernels: Sequence[str], word: str, host: bool, pairs: bool, timeout: float) -> list[Suite]:
     """What needs no driver natively and the rest in each kernel, or all of it natively."""
     limited = ["timeout", "--kill-after=10", str(timeout)]
     native = {**os.environ, "UBLK_HEADERS": str(HEADERS), "PYTHONUNBUFFERED": "1"}
@@ -332,13 +332,14 @@ def suites(kernels: Sequence[str], word: str, host: bool, timeout: float) -> lis
         everything = pytest_command(sys.executable, "", word)
         return [Suite("host", limited + everything, {**native, "UBLK_TEST_KERNEL": "host"})]
     result = [Suite("host", limited + pytest_command(str(VENV / "bin/python"), "not kernel", word), native)]
+    more = ["--cpus=4", "--env=UBLK_TEST_ALL=1"] if pairs else []
     for kernel in kernels:
-        boot = [sys.executable, str(HERE / "lab.py"), "run", kernel, f"--timeout={timeout}", "--"]
+        boot = [sys.executable, str(HERE / "lab.py"), "run", kernel, f"--timeout={timeout}", *more, "--"]
         result.append(Suite(kernel, boot + pytest_command("python3", "kernel", word)))
     return result
 
 
-def test(kernels: Sequence[str], word: str, host: bool, jobs: int, timeout: float) -> int:
+def test(kernels: Sequence[str], word: str, host: bool, pairs: bool, jobs: int, timeout: float) -> int:
     """Run the suite everywhere, print how each run ended, and return 0 when all is well."""
     if not (PROJECT / "test_ublk.py").exists():
         fail("there is no test_ublk.py")
@@ -348,7 +349,7 @@ def test(kernels: Sequence[str], word: str, host: bool, jobs: int, timeout: floa
         fetch(kernels)
     running: list[subprocess.Popen[str]] = []
     printing = threading.Lock()
-    first, *others = suites(kernels, word, host, timeout)
+    first, *others = suites(kernels, word, host, pairs, timeout)
     with ThreadPoolExecutor(jobs) as pool:
         try:
             first.run(printing, running)
@@ -397,6 +398,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     verb = verbs.add_parser("test", help="run the test suite natively and in every kernel")
     verb.add_argument("--kernel", action="append", choices=KERNELS)
     verb.add_argument("-k", dest="word", default="", help="only tests that match, as in pytest")
+    verb.add_argument("--all", action="store_true", help="each data path with every target, on 4 processors")
     verb.add_argument("--host", action="store_true", help="everything natively, on this machine's driver")
     verb.add_argument("--jobs", type=int, default=JOBS, help="virtual machines at once")
     verb.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for each kernel")
@@ -417,7 +419,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return lint()
     if options.verb == "test":
         kernels = options.kernel or DEFAULT_KERNELS
-        return test(kernels, options.word, options.host, options.jobs, options.timeout)
+        return test(kernels, options.word, options.host, options.all, options.jobs, options.timeout)
     interactive = options.verb == "shell"
     command = ["bash"] if interactive else options.command
     return run(Machine(options.kernel, command, options.cpus, options.memory, options.timeout, options.env,
