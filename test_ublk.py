@@ -3435,7 +3435,7 @@ def assert_nothing_stuck():
     until(lambda: not stuck(), "D state to end")
 
 
-HALF_FETCHED, FETCHED = half_fetched(), after(ublk.Queue, "fetch")
+MAPPED, HALF_FETCHED, FETCHED = after(ublk.Queue, "__init__"), half_fetched(), after(ublk.Queue, "fetch")
 DURING_START, DURING_END = during("start_dev"), during("end_user_recovery")
 
 
@@ -3444,15 +3444,15 @@ def half_a_server(change):
     if change in (HALF_FETCHED, FETCHED, DURING_START, DURING_END) and not at_least("6.7"):
         pytest.skip("before 6.7 the driver looks for dead servers from START_DEV on: one that dies between "
                     "FETCH and START_DEV never ends, nor does its device")
-    return change in (HALF_FETCHED, DURING_START, DURING_END)
+    return change in (MAPPED, HALF_FETCHED, DURING_START, DURING_END)
 
 
 @kernel
 @pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
 @pytest.mark.parametrize("change", [
-    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), HALF_FETCHED,
+    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), MAPPED, HALF_FETCHED,
     FETCHED, DURING_START, first_request, after(ublk.Control, "start_dev")],
-    ids=["ADD", "SET_PARAMS", "half-fetched", "fetched", "START", "scan", "started"])
+    ids=["ADD", "SET_PARAMS", "mapped", "half-fetched", "fetched", "START", "scan", "started"])
 def test_killed_while_it_starts(change, recovery, backing, run):
     half_a_server(change)
     disk = Forked("loop", backing, *recovery, change=change)
@@ -3467,9 +3467,9 @@ def test_killed_while_it_starts(change, recovery, backing, run):
 
 @kernel
 @pytest.mark.parametrize("change", [
-    after(ublk.Control, "start_user_recovery"), HALF_FETCHED, FETCHED, DURING_END,
+    after(ublk.Control, "start_user_recovery"), MAPPED, HALF_FETCHED, FETCHED, DURING_END,
     after(ublk.Control, "end_user_recovery")],
-    ids=["START_USER_RECOVERY", "half-fetched", "fetched", "END_USER_RECOVERY", "recovered"])
+    ids=["START_USER_RECOVERY", "mapped", "half-fetched", "fetched", "END_USER_RECOVERY", "recovered"])
 def test_killed_while_it_recovers(change, backing, run):
     half = half_a_server(change)
     disk = Forked("loop", backing, "-r", "reissue").live()
@@ -4806,25 +4806,32 @@ def test_memory_shared_with_a_client_is_not_copied(memory):
 
 
 @kernel
-@each_path(name=["null", "loop", "ram", "metadata"])
+@each_path(name=["null", "loop", "ram", "plain"])
 def test_shared_memory_with_every_data_path(targets, new_image, memory, data_path, batch, name):
     if lacks_shared_memory():
         return
-    if name == "metadata":
-        target = targets.Ram(size=1 << 20, metadata_size=8)
-        data_path = "user-copy"
-    else:
-        target = ublk.Null(size=ublk.Size(1 << 20)) if name == "null" else made(targets, name, new_image)
-    with ublk.Device(target, share_memory=True, data_path=data_path, batch=batch, queues=2) as disk, \
-            opened(disk.path) as fd:
+    target = ublk.Null(size=ublk.Size(1 << 20)) if name == "null" else made(targets, name, new_image)
+    moves_shared_memory(memory, target, data_path=data_path, batch=batch, queues=2)
+
+
+def moves_shared_memory(memory, target, **options):
+    """Write from and read into memory that a disk's server has, too."""
+    with ublk.Device(target, share_memory=True, **options) as disk, opened(disk.path) as fd:
         disk.share(memory.ours)
         for _ in range(3):
             memory.client[:] = data = os.urandom(65536)
             assert os.pwritev(fd, [memory.client[4096:12288]], 32768) == 8192
             assert os.preadv(fd, [memory.client[:8192]], 32768) == 8192
-            assert memory.client[:8192] == (bytes(8192) if name == "null" else data[4096:12288])
+            expected = bytes(8192) if isinstance(target, ublk.Null) else data[4096:12288]
+            assert memory.client[:8192] == expected
             assert read_at(fd, 32768, 8192) == memory.client[:8192]
             assert memory.client[8192:] == data[8192:]
+
+
+@kernel
+def test_shared_memory_of_a_disk_with_metadata(targets, memory):
+    if not lacks_shared_memory():
+        moves_shared_memory(memory, targets.Ram(size=1 << 20, metadata_size=8))
 
 
 @kernel

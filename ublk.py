@@ -998,6 +998,15 @@ class NeedGetData(MappedCopy):
         for tag in range(queue.depth):
             queue.command(queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
 
+    def ask(self, tag: int) -> None:
+        """Ask for the data of a WRITE."""
+        queue, slot = self.queue, self.queue.depth + tag
+        # The driver puts the address asked for into the descriptor, also where that says which of the
+        # memory shared with clients has the data: it is to say so again.
+        queue.addresses[slot] = queue.shared_addresses[tag] \
+            if queue.flags[tag] & UBLK_IO_F_SHMEM_ZC else self.address(tag)
+        queue.ring.push(slot)
+
 
 class UserCopy(MappedCopy):
     """The server copies: pread and pwrite on /dev/ublkcN reach the pages of a request.
@@ -1529,7 +1538,7 @@ class Queue:
         elif result == UBLK_IO_RES_OK:
             return True
         elif result == UBLK_IO_RES_NEED_GET_DATA:
-            self.ring.push(self.depth + user_data)
+            self.path.ask(user_data)
         elif result == UBLK_IO_RES_ABORT:
             self.ended.add(user_data)
         else:
@@ -2408,8 +2417,7 @@ class Device:
         size, apart = (-(-depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE      # in whole pages
                        for depth in (self.info.queue_depth, UBLK_MAX_QUEUE_DEPTH))
         for index in range(count):
-            self.descriptors.append(mmap.mmap(
-                self.char_fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=index * apart))
+            self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
             self._workers.append(kind(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
@@ -2744,10 +2752,23 @@ def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT) -> int:
             if error.errno != errno.EBUSY:
                 raise
         if time.monotonic() > deadline:
-            raise UblkError(errno.EBUSY, f"cannot serve device {dev_id}",
-                            "it has a server, or lost one halfway, which no Linux before 6.16 forgets",
-                            f"end that server, or delete the device: `ublk.py del {dev_id}`")
+            raise served_already(dev_id) from None
         time.sleep(0.02)
+
+
+def map_descriptors(char_fd: int, dev_id: int, size: int, offset: int) -> mmap.mmap:
+    """Map a queue's request descriptors, sizes in bytes; the first to do so is a device's server."""
+    try:
+        return mmap.mmap(char_fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
+    except OSError as error:
+        raise served_already(dev_id) if error.errno == errno.EINVAL else error from None
+
+
+def served_already(dev_id: int) -> UblkError:
+    """Make the error for a device that the driver does not let us serve."""
+    return UblkError(errno.EBUSY, f"cannot serve device {dev_id}",
+                     "it has a server, or lost one halfway, which no Linux before 6.16 forgets",
+                     f"end that server, or delete the device: `ublk.py del {dev_id}`")
 
 
 def io_flusher() -> None:
