@@ -3923,6 +3923,24 @@ def containers(rules):
         shutil.rmtree(directory)
 
 
+def test_a_file_that_waits_for_its_node_is_not_taken_for_it(tmp_path, monkeypatch):
+    path, tried = tmp_path / "ublkb0", []
+    path.touch()                        # as in a container; then the node is mounted upon it
+
+    def mount(_=0):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+
+    def access(name, mode):
+        tried.append(os.path.isfile(name))
+        mount()
+        return True
+    monkeypatch.setattr(ublk.os, "access", access)
+    monkeypatch.setattr(ublk.time, "sleep", mount)
+    ublk.await_node(str(path), os.R_OK)
+    assert tried == [False]             # what may be used was the node
+
+
 @kernel
 def test_a_container_controls_its_own_disks_only(containers, control):
     if not at_least("6.3"):

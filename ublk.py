@@ -2733,13 +2733,22 @@ def check_new_size(control: Control, dev_id: int, size: int) -> None:
 def await_node(path: str, mode: int) -> None:
     """Wait until udev has made a device node and, for ordinary users, handed it over."""
     deadline, pause = time.monotonic() + NODE_TIMEOUT, 0.001
-    # In a container a plain file may stand in its place first, for the node to be mounted upon.
-    while not os.access(path, mode) or os.path.isfile(path):
+    while not is_usable(path, mode):
         if time.monotonic() > deadline:
             number = errno.EACCES if os.path.exists(path) else errno.ENOENT
             raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
+
+
+def is_usable(path: str, mode: int) -> bool:
+    """Tell whether a device node is there and may be used."""
+    # In a container a plain file may stand in its place first, for the node to be mounted upon: look
+    # for that before, or it could be the file that may be used, and the node that is there.
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode) and os.access(path, mode)
+    except OSError:
+        return False
 
 
 def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT) -> int:
