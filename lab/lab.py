@@ -300,7 +300,7 @@ class Suite:
                 for line in process.stdout:
                     found = re.fullmatch(r"=+ (.* in [\d.]+s.*?) =+\s*", line)
                     self.closing_line = found.group(1) if found else self.closing_line
-                    begun = re.match(r"test_ublk\.py::(\S+)", line)
+                    begun = re.match(r"(\S+\.py::\S+)", line)
                     self.last_test = begun.group(1) if begun else self.last_test
                     if line.startswith(("FAILED ", "ERROR ")):
                         self.failures.append(line.rstrip())
@@ -320,7 +320,7 @@ class Suite:
 
 
 def pytest_command(python: str, marks: str, word: str) -> list[str]:
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "-v", "test_ublk.py"]
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "-v", "--durations=25"]
     return command + (["-m", marks] if marks else []) + (["-k", word] if word else [])
 
 
@@ -372,7 +372,7 @@ def test(kernels: Sequence[str], word: str, host: bool, pairs: bool, jobs: int, 
 def lint() -> int:
     """Check every Python file of the project."""
     make_venv("pytest", "ruff", "mypy")
-    files = sorted([*PROJECT.glob("*.py"), *HERE.glob("*.py")])
+    files = sorted([*PROJECT.glob("*.py"), *HERE.glob("*.py"), *PROJECT.glob("tests/*.py")])
     tools = [["ruff", "check", "--no-cache"], ["mypy", "--no-error-summary", f"--cache-dir={CACHE}/mypy"]]
     return max(subprocess.run([VENV / "bin" / tool, *options, *files], cwd=PROJECT, check=False).returncode
                for tool, *options in tools)

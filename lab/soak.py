@@ -31,8 +31,10 @@ from pathlib import Path
 from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import test_ublk as t
+import tests.support as t
 import ublk
+from tests.test_cow import kill_overlays
+from tests.test_recovery import Files, churn, file_system
 
 Result = dict[str, Any]
 
@@ -117,9 +119,9 @@ def ext4(image: Path, rounds: int) -> Result:
         disk.live()
         number += 1
         progress("ext4", number, rounds)
-    with t.file_system(disk, directory / "mnt"):
-        files = t.Files(directory / "mnt", directory / "journal")
-        t.churn(directory / "mnt", files, once, rounds)
+    with file_system(disk, directory / "mnt"):
+        files = Files(directory / "mnt", directory / "journal")
+        churn(directory / "mnt", files, once, rounds)
     synced = len((directory / "journal").read_text().splitlines())
     shutil.rmtree(directory)
     assert disk.path == path and disk.kill(signal.SIGTERM) == 0, disk.said()
@@ -128,7 +130,7 @@ def ext4(image: Path, rounds: int) -> Result:
 
 def cow(image: Path, rounds: int) -> Result:
     """kill -9 at random moments over an overlay, opened again each time."""
-    return t.kill_overlays(image.parent, rounds, lambda number: progress("cow", number, rounds))
+    return kill_overlays(image.parent, rounds, lambda number: progress("cow", number, rounds))
 
 
 MODES = {function.__name__: function for function in (reissue, requeue, fail, quiesce, ext4, cow)}

@@ -1,0 +1,788 @@
+# SPDX-License-Identifier: MIT
+"""What several chapters use: targets, ways to run ublk.py, to load a disk, to look at the machine."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import ublk
+
+HERE = Path(__file__).resolve().parent.parent
+
+UBLK = HERE / "ublk.py"
+
+HANG = 200                          # seconds: longer than any test takes, even under emulation
+
+IN_LAB = os.environ.get("UBLK_TEST_KERNEL", "host") != "host"
+
+kernel = pytest.mark.kernel
+
+class Ram(ublk.Target):
+    """The ten lines of the documentation: a disk in memory."""
+
+    def __init__(self, size=1 << 20):
+        self.size = size
+        self.data = bytearray(size)
+
+    def read(self, offset, buffer):
+        buffer[:] = self.data[offset:offset + len(buffer)]
+
+    def write(self, offset, buffer):
+        self.data[offset:offset + len(buffer)] = buffer
+
+
+class AsyncRam(Ram):
+    """The same with coroutines, each of which lets others run before it does its work."""
+
+    async def read(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        super().read(offset, buffer)
+
+    async def write(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        super().write(offset, buffer)
+
+
+def sh(*words, check=True, **options):
+    """Run a program; return what it did with its output as text."""
+    done = subprocess.run([str(word) for word in words], stdin=subprocess.DEVNULL, text=True, check=False,
+                          capture_output=True, **options)
+    output = done.stdout + done.stderr
+    assert not check or done.returncode == 0, f"{words} ended with {done.returncode}:\n{output}"
+    return done
+
+
+def cli(*words, script=UBLK, check=True, **options):
+    """Run ublk.py as a program."""
+    return sh(sys.executable, script, *words, check=check, **options)
+
+
+ERROR_LINE = re.compile(r"ublk: [^:\n]+.*: .+ \((\d+) ([A-Z0-9]+)\)(: .+)?\n\Z")
+
+
+def assert_error_line(text, number=None, *, says=""):
+    """Errors are one line, ``ublk: what failed: reason (ERRNO NAME): what to do``."""
+    found = ERROR_LINE.match(text)
+    assert found and text.count("\n") == 1, f"not an error line: {text!r}"
+    assert getattr(errno, found[2]) == int(found[1])
+    assert number is None or int(found[1]) == number, text
+    assert says in text
+
+
+def direct_buffer(size):
+    """Return memory that O_DIRECT accepts."""
+    return mmap.mmap(-1, size)
+
+
+@contextmanager
+def opened(path, flags=os.O_RDWR):
+    """Open a disk past the page cache, so that each transfer is a request of its own."""
+    fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read_at(fd, offset, size):
+    """Read with O_DIRECT."""
+    buffer = direct_buffer(size)
+    count = os.preadv(fd, [buffer], offset)
+    return buffer[:count]
+
+
+def write_at(fd, offset, data):
+    """Write with O_DIRECT."""
+    buffer = direct_buffer(len(data))
+    buffer[:] = data
+    return os.pwritev(fd, [buffer], offset)
+
+
+def error_of(function, *args):
+    """Return the errno with which function fails, 0 if it does not."""
+    try:
+        function(*args)
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+def until(condition, what="it", seconds=60):
+    """Wait for something to become true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.01)
+
+
+@contextmanager
+def server(*words, script=UBLK, **options):
+    """Serve a disk with ublk.py as a program, until SIGTERM: yields its process, with its .path."""
+    process = subprocess.Popen([sys.executable, str(script), *map(str, words)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **options)
+    try:
+        process.path = process.stdout.readline().rstrip("\n")
+        assert process.path.startswith("/dev/ublkb"), process.path + process.communicate()[1]
+        process.id = int(process.path[len("/dev/ublkb"):])
+        yield process
+        process.terminate()
+        process.errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def target_file(directory, body):
+    """Write a target file; its classes may use ublk and os."""
+    path = directory / "mine.py"
+    path.write_text("import os, time, ublk\n" + textwrap.dedent(body))
+    return path
+
+
+def needs(*programs):
+    """Skip a test where programs are missing; in the lab they are all there, so that is a failure."""
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing:
+        (pytest.fail if IN_LAB else pytest.skip)(f"not installed here: {', '.join(missing)}")
+
+
+def at_least(release):
+    """Tell whether the running kernel is of this release, such as "6.16", or newer."""
+    return tuple(map(int, ublk.kernel_release().split("."))) >= tuple(map(int, release.split(".")))
+
+
+def as_user(uid, function):
+    """Call function in a forked process of an ordinary user; return the text it returns."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            text = function()
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    return text
+
+
+def message(function, *args):
+    """Return the text of the UblkError with which function fails."""
+    try:
+        function(*args)
+    except ublk.UblkError as error:
+        return str(error)
+    return ""
+
+
+# ---- what must not be left behind ---------------------------------------------------------------
+
+
+def devices_left():
+    """Return the ids of ublk devices."""
+    return ublk.device_ids()
+
+
+def mounts_left():
+    """Return the mount points of ublk disks."""
+    lines = Path("/proc/self/mounts").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.startswith("/dev/ublkb")]
+
+
+def processes():
+    """Return {pid: (parent, command line as a list)} of all processes."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+            parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        found[int(entry)] = parent, [word.decode(errors="replace") for word in words if word]
+    return found
+
+
+def children_of(pid):
+    """Return {pid: command line} of a process's children."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):             # a thread, or a child, that has just ended
+            for child in path.read_text().split():
+                words = Path(f"/proc/{child}/cmdline").read_text(errors="replace")
+                found[int(child)] = words.replace("\0", " ")
+    return found
+
+
+def processes_left():
+    """Return {pid: command line} of our children, and of servers that went into the background."""
+    orphans = {pid: words for pid, words in children_of(1).items() if re.search(r"(^|[ /])ublk\.py ", words)}
+    return {**orphans, **children_of(os.getpid())}
+
+
+def leftovers():
+    """Return a description of everything a test should have taken away; empty if all is well."""
+    found = [f"mount {path}" for path in mounts_left()]
+    found += [f"process {pid}: {words}" for pid, words in processes_left().items()]
+    found += [f"device {dev_id}" for dev_id in devices_left()]
+    return found + [f"node {node}" for node in sorted(Path("/dev").glob("ublk[bc]*"))]
+
+
+def clean_up():
+    """Take away what a test left behind, so that the next one starts well."""
+    for path in mounts_left():
+        sh("umount", "-l", path, check=False)
+    for pid in processes_left():
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except OSError:
+            pass
+    if devices_left():
+        with ublk.Control() as control:
+            for dev_id in devices_left():
+                try:
+                    control.get_dev_info(dev_id)        # which tells whether it is an ordinary user's
+                    control.del_dev(dev_id, timeout=10)
+                except OSError:
+                    pass
+
+
+SOURCE = ast.parse(UBLK.read_text())
+
+
+def example():
+    """Return the Python example of the module's docstring."""
+    text = ublk.__doc__.split("\n\n", 1)[1].partition("\nor, from the shell")[0]
+    return textwrap.dedent(text)
+
+
+def assert_fails(done, status, says, number=None):
+    """Exit status 1 is one error line, 2 is wrong usage; nothing on standard output."""
+    assert (done.status, done.out) == (status, ""), done
+    assert says in done.err and "Traceback" not in done.err, done.err
+    if status == 1:
+        assert_error_line(done.err, number)
+
+
+def digest(path):
+    """Return a checksum of a file or disk."""
+    result = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            result.update(chunk)
+    return result.hexdigest()
+
+
+FIO_JOBS = [("512", "0", "64k"), ("4k", "1m", "1m"), ("64k", "8m", "2m"), ("1m", "16m", "4m")]
+
+
+def fio_verify(path, jobs=tuple(FIO_JOBS)):
+    """Write at random with several block sizes at once, 128 requests deep, and verify checksums."""
+    common = [f"--filename={path}", "--direct=1", "--ioengine=libaio", "--iodepth=128", "--rw=randwrite",
+              "--thread", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=0",
+              "--minimal"]
+    words = []
+    for block, offset, size in jobs:
+        words += [f"--name=bs{block}", f"--bs={block}", f"--offset={offset}", f"--size={size}", *common]
+    done = sh("fio", *words, cwd="/tmp")
+    assert "verify" not in done.stderr, done.stderr
+
+
+def make_loop(targets, path, direct):
+    """Make a loop target; direct I/O where the file system has it."""
+    try:
+        return targets.Loop(str(path), direct=direct)
+    except ublk.UblkError as error:
+        pytest.skip(f"{error}")
+
+
+MKFS = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"],
+        "btrfs": ["mkfs.btrfs", "-q", "-f"]}
+
+FSCK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check"]}
+
+
+@contextmanager
+def mount_of(path, directory, *options):
+    """Mount a disk."""
+    directory.mkdir(exist_ok=True)
+    sh("mount", *options, path, directory)
+    try:
+        yield directory
+    finally:
+        sh("umount", directory)
+
+
+def carries(kind, disk, directory):
+    """See that a disk carries a file system: make, mount, fill, unmount, check, mount, compare."""
+    needs(MKFS[kind][0], FSCK[kind][0])
+    sh(*MKFS[kind], disk.path)
+    files = {f"{number % 3}/{number}": os.urandom(number * number * 1000 % 300_000) for number in range(15)}
+    with mount_of(disk.path, directory):
+        for name, data in files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(data)
+    with mount_of(disk.path, directory):
+        for name, data in files.items():
+            assert (directory / name).read_bytes() == data, name
+        (directory / "0").rename(directory / "9")
+    sh(*FSCK[kind], disk.path)
+
+
+class Recorder(Ram):
+    """A disk that notes what it is asked for."""
+
+    def __init__(self, size=1 << 20):
+        super().__init__(size)
+        self.calls = []
+
+    def write(self, offset, buffer):
+        self.calls.append(("write", offset, len(buffer)))
+        super().write(offset, buffer)
+
+    def write_fua(self, offset, buffer):
+        self.calls.append(("write_fua", offset, len(buffer)))
+        super().write(offset, buffer)
+
+    def flush(self):
+        self.calls.append(("flush",))
+
+    def discard(self, offset, length):
+        self.calls.append(("discard", offset, length))
+
+    def write_zeroes(self, offset, length, unmap):
+        self.calls.append(("write_zeroes", offset, length, unmap))
+
+
+def with_partition(size=8 << 20):
+    """Make a disk in memory with one partition, at sector 2048."""
+    target = Ram(size)
+    entry = bytes([0, 0, 0, 0, 0x83, 0, 0, 0]) + (2048).to_bytes(4, "little") + (4096).to_bytes(4, "little")
+    target.data[446:462], target.data[510:512] = entry, b"\x55\xaa"
+    return target
+
+
+class Forked:
+    """ublk.py's command line in a forked process: it starts ten times faster than a new Python.
+
+    change is called in the process first. pid, path and id are those of the server and its disk.
+    """
+
+    def __init__(self, *words, change=None):
+        self.output, self.errors = tempfile.TemporaryFile("a+b"), tempfile.TemporaryFile("a+b")
+        self.path, self.id, self.status = "", -1, None
+        ublk.companion()            # which the user that change() may make of it might not be able to read
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child([str(word) for word in words], change)
+
+    def _child(self, words, change):
+        status = 70
+        try:
+            os.setsid()
+            os.dup2(self.output.fileno(), 1)
+            os.dup2(self.errors.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
+            if change:
+                change()
+            status = ublk.main(words)
+        except SystemExit as end:
+            status = 0 if end.code is None else int(end.code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def said(self, file=None):
+        """Return what is on standard error, or on standard output."""
+        return os.pread((file or self.errors).fileno(), 1 << 20, 0).decode()
+
+    def ended(self):
+        """Tell whether the process has ended; its status then is that of subprocess."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is not None
+
+    def live(self):
+        """Wait for the disk."""
+        until(lambda: self.ended() or self.said(self.output).endswith("\n"), "the disk")
+        self.path = self.said(self.output).strip()
+        assert self.path.startswith("/dev/ublkb"), self.said()
+        self.id = int(self.path[len("/dev/ublkb"):])
+        return self
+
+    def wait(self):
+        """Wait for the end; return its status."""
+        until(self.ended, "the end of the server")
+        return self.status
+
+    def kill(self, number=signal.SIGKILL):
+        """End the process by a signal; return its status."""
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def __enter__(self):
+        try:
+            return self.live()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_):
+        if not self.ended():
+            self.kill(signal.SIGTERM)
+        for pid in session(self.pid):                       # what a killed parent left behind
+            os.kill(pid, signal.SIGKILL)
+
+
+def started_by(parent):
+    """Return the processes a process has started."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
+        except OSError:
+            continue
+        found += [int(pid)] if fields[1] == str(parent) else []
+    return sorted(found)
+
+
+def session(leader):
+    """Return the processes of a session that are more than zombies."""
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            found += [pid] if os.getsid(pid) == leader and ublk.alive(pid) else []
+        except OSError:
+            pass
+    return found
+
+
+def recovered(disk, **options):
+    """Serve a disk anew, without other words."""
+    return Forked("recover", disk.id, **options).live()
+
+
+def state_of(dev_id):
+    """Return the state of a device as `list` names it."""
+    with ublk.Control() as control:
+        return ublk.STATES[control.get_dev_info(dev_id).state]
+
+
+def await_state(dev_id, *states):
+    """Wait until the kernel says a device is in one of these states."""
+    until(lambda: state_of(dev_id) in states, f"device {dev_id} to be {' or '.join(states)}")
+
+
+def stuck():
+    """Return the processes in uninterruptible sleep."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            text = Path(f"/proc/{entry}/stat").read_text()
+        except OSError:
+            continue
+        if text.rpartition(") ")[2][0] == "D":
+            found.append(text.partition(")")[0])
+    return found
+
+
+def completed(disk):
+    """Return how many requests the disk has completed."""
+    words = Path(f"/sys/block/{os.path.basename(disk.path)}/stat").read_text().split()
+    return int(words[0]) + int(words[4])
+
+
+class Fio:
+    """fio: writes with checksums, reads all back, and begins again, until finish()."""
+
+    def __init__(self, disk, *words):
+        needs("fio")
+        self.disk, self.words, self.process, self.errors = disk, words, None, 0
+
+    def _start(self):
+        self.output = tempfile.NamedTemporaryFile("r")
+        self.process = subprocess.Popen(
+            ["fio", "--name=x", f"--filename={self.disk.path}", "--direct=1", "--rw=randwrite", "--bs=4k",
+             "--iodepth=16", "--ioengine=io_uring", "--size=4M", "--verify=crc32c", "--verify_fatal=1",
+             "--output-format=json", f"--output={self.output.name}", *self.words],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def busy(self):
+        """Wait until requests are flowing."""
+        before = completed(self.disk)
+
+        def flowing():
+            if self.process is None:
+                self._start()
+            elif self.process.poll() is not None:
+                self.finish()
+            return completed(self.disk) > before + 20
+        until(flowing, "fio")
+
+    def finish(self):
+        """Let this pass end; return how many requests failed. All others brought the right data."""
+        assert self.process is not None
+        text = self.process.communicate()[0]
+        job, = json.loads("{" + self.output.read().partition("{")[2])["jobs"]
+        assert "verify" not in text and job["error"] in (0, errno.EIO, errno.EREMOTEIO), text
+        assert self.process.returncode == 0, text
+        self.process = None
+        failed = job.get("total_err", 0)
+        self.errors += failed
+        return failed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def replace(item, **methods):
+    """Put other methods into a class or an object."""
+    for name, method in methods.items():
+        setattr(item, name, method)
+
+
+def die():
+    """End this process like kill -9."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after(cls, name):
+    """Return a change that has the process die as soon as a method has done its work."""
+    method = getattr(cls, name)
+
+    def dying(self, *args, **options):
+        method(self, *args, **options)
+        die()
+    return lambda: setattr(cls, name, dying)
+
+
+def assert_nothing_stuck():
+    """See that nothing stays in uninterruptible sleep."""
+    until(lambda: not stuck(), "D state to end")
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+ALICE, BOB = 61001, 61002           # ordinary users: without any capability
+
+
+def become(uid):
+    """Return a change into an ordinary user."""
+    def change():
+        for name in ("UBLK_RUN_DIR", "XDG_RUNTIME_DIR"):
+            os.environ.pop(name, None)
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+        LIBC.prctl(4, 1, 0, 0, 0)       # PR_SET_DUMPABLE: /proc/self is ours again, as after an exec
+    return change
+
+
+def verb(*words, change=None):
+    """Run a command to its end; return its status and what it said."""
+    done = Forked(*words, change=change)
+    return SimpleNamespace(status=done.wait(), out=done.said(done.output), err=done.said())
+
+
+def payload_of(command):
+    """Return what a control command carries."""
+    if command in (ublk.UBLK_CMD_GET_DEV_INFO, ublk.UBLK_CMD_GET_DEV_INFO2):
+        return ublk.ublksrv_ctrl_dev_info()
+    if command in (ublk.UBLK_CMD_GET_PARAMS, ublk.UBLK_CMD_SET_PARAMS):
+        return ublk.ublk_params(len=ctypes.sizeof(ublk.ublk_params), types=1)
+    if command == ublk.UBLK_CMD_GET_QUEUE_AFFINITY:
+        return (ctypes.c_uint8 * 1024)()
+    return ublk.ublk_shmem_buf_reg(len=4096) if command == ublk.UBLK_CMD_REG_BUF else None
+
+
+def every_command(dev_id, path):
+    """Try each control command on a device, with this path of its node; return {name: errno}."""
+    found = {}
+    with ublk.Control() as control:
+        replace(control, _path=lambda command, dev_id: path.encode() + b"\0" if path else b"")
+        for command in ublk.COMMANDS:
+            if command not in (ublk.UBLK_CMD_ADD_DEV, ublk.UBLK_CMD_GET_FEATURES):
+                found[command.name] = error_of(control._run, command, dev_id, payload_of(command), 1)
+    return found
+
+
+# The driver refuses this to everybody, by an oversight, like the commands it does not know.
+NOT_FOR_UNPRIVILEGED = {"DEL_DEV_ASYNC"}
+
+
+def refused(found, *numbers):
+    """See that each command failed with one of these errnos."""
+    for name, number in found.items():
+        command = next(command for command in ublk.COMMANDS if command.name == name)
+        strange = name in NOT_FOR_UNPRIVILEGED or not at_least(command.since)
+        strangely = (errno.EINVAL, errno.EOPNOTSUPP) if strange else ()
+        assert number in (*numbers, *strangely), name
+    assert len(found) == len(ublk.COMMANDS) - 2
+
+
+def error_of_opening(path):
+    """Return the errno of opening a node for reading and writing, and for reading."""
+    return [error_of(os.open, path, flags) for flags in (os.O_RDWR, os.O_RDONLY)]
+
+
+def orphan(*words):
+    """Make a disk whose server has been killed."""
+    disk = Forked(*words).live()
+    disk.kill()
+    await_state(disk.id, "QUIESCED" if "-r" in words else "DEAD")
+    return disk
+
+
+def missing(data_path, batch=False):
+    """Return the newest feature of a data path that this kernel lacks, or None."""
+    flags = ublk.DATA_PATHS[data_path].features | (ublk.UBLK_F_BATCH_IO if batch else 0)
+    return next((feature for feature in reversed(ublk.FEATURES)
+                 if flags & feature and not at_least(feature.since)), None)
+
+
+def now(coroutine):
+    """Run a coroutine that has nothing to wait for."""
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(None)
+    return end.value.value
+
+
+def damage(path, offset, data):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def content_of(fd):
+    """Return everything on a disk."""
+    size = os.lseek(fd, 0, os.SEEK_END)
+    return b"".join(read_at(fd, at, min(1 << 20, size - at)) for at in range(0, size, 1 << 20))
+
+
+class Writers:
+    """Four threads that change a disk at random, each its own part, and know what must be on it."""
+
+    def __init__(self, content):
+        self.expected = bytearray(content)
+        self.part = len(content) // 4
+        self.under_way = {}                 # thread -> offset and data of the request that may be lost
+        self.done = 0
+
+    def work(self, path):
+        """Write until the disk is gone, or finish() is called."""
+        self.unit = int(Path(f"/sys/block/{os.path.basename(path)}/queue/logical_block_size").read_text())
+        self.stopping = False
+        self.threads = [threading.Thread(target=self._work, args=(number, path)) for number in range(4)]
+        for thread in self.threads:
+            thread.start()
+
+    def busy(self):
+        """Wait until some requests have been served."""
+        before = self.done
+        until(lambda: self.done > before + 20, "requests")
+
+    def finish(self):
+        """Let all requests end; return whether none has failed."""
+        self.stopping = True
+        for thread in self.threads:
+            thread.join()
+        return not self.under_way
+
+    def _work(self, number, path):
+        try:
+            with opened(path) as fd:
+                while not self.stopping:
+                    size = self.unit * random.randint(1, (32 << 10) // self.unit)
+                    room = (self.part - size) // self.unit
+                    self._change(fd, number, number * self.part + self.unit * random.randrange(room), size)
+        except OSError:
+            pass
+
+    def _change(self, fd, number, offset, size):
+        kind = random.choice(["write"] * 4 + ["zero", "discard"])
+        data = random.randbytes(size) if kind == "write" else bytes(size)
+        self.under_way[number] = offset, data
+        if kind == "write":
+            if write_at(fd, offset, data) < size:
+                raise OSError(errno.EIO, "short")
+        else:
+            fcntl.ioctl(fd, {"zero": 0x127F, "discard": 0x1277}[kind], struct.pack("=QQ", offset, size))
+        self.expected[offset:offset + size] = data
+        del self.under_way[number]
+        self.done += 1
+        if random.random() < 0.2:
+            os.fsync(fd)
+
+    def check(self, path):
+        """See that all is there; of what was under way each sector is old or new."""
+        self.finish()
+        with opened(path, os.O_RDONLY) as fd:
+            found = content_of(fd)
+        for offset, data in self.under_way.values():
+            for at in range(0, len(data), 512):
+                if found[offset + at:offset + at + 512] == data[at:at + 512]:
+                    self.expected[offset + at:offset + at + 512] = data[at:at + 512]
+        self.under_way.clear()
+        bad = [at for at in range(0, len(found), 512) if found[at:at + 512] != self.expected[at:at + 512]]
+        assert not bad, f"{len(bad)} sectors are wrong: {bad[:10]}"
+
+
+# ---- stripe -------------------------------------------------------------------------------------
+
+
+def files(directory, count, size):
+    """Make empty files."""
+    paths = [str(directory / f"{number}.img") for number in range(count)]
+    for path in paths:
+        with open(path, "wb") as file:
+            file.truncate(size)
+    return paths
+
+
+# ---- cow ----------------------------------------------------------------------------------------
+
+
+def patched(path, offset, data):
+    """Change bytes of a file."""
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""Companion: overlays."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    Forked,
+    Writers,
+    devices_left,
+    die,
+    digest,
+    error_of,
+    kernel,
+    message,
+    mount_of,
+    now,
+    opened,
+    patched,
+    read_at,
+    recovered,
+    replace,
+    until,
+    write_at,
+)
+
+
+def overlay_of(targets, directory):
+    """Make an overlay that has the sectors 3 to 5 of a base of 1 MiB; return both paths."""
+    base, overlay = directory / "base.img", directory / "x.cow"
+    base.write_bytes(b"b" * (1 << 20))
+    cow = targets.Cow(str(base), str(overlay))
+    os.pwrite(cow.top.fd, b"o" * 1536, cow.data_at + 1536)
+    cow._mark(cow.blocks(1536, 1536))
+    cow.close()
+    return str(base), str(overlay)
+
+
+def test_an_overlay_remembers_its_blocks(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    assert list(cow.runs(0, 8192)) == [(False, 0, 1536), (True, 1536, 1536), (False, 3072, 5120)]
+    assert list(cow.runs(2048, 512)) == [(True, 2048, 512)]
+    assert list(cow.runs(0, 1 << 20))[-1] == (False, 3072, (1 << 20) - 3072)
+    cow._mark(cow.blocks(0, 1 << 20))
+    assert list(cow.runs(512, 1 << 19)) == [(True, 512, 1 << 19)]
+    cow.close()
+
+
+def start_machine_anew(targets, overlay):
+    """Have an overlay believe that the machine was started since it was last open."""
+    header = targets.COW_HEADER
+    *sizes, _ = header.unpack(overlay.read_bytes()[:header.size])
+    patched(overlay, 0, header.pack(*sizes, b"an earlier boot".ljust(36)))
+
+
+def test_after_a_loss_of_power_only_durable_blocks_count(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    cow._mark(cow.blocks(0, 2048))                  # of it 512 bytes are there for good
+    shutil.copy(overlay, tmp_path / "y.cow")
+    cow.close()
+    start_machine_anew(targets, tmp_path / "y.cow")
+    cow = targets.Cow(base, str(tmp_path / "y.cow"))
+    assert list(cow.runs(0, 4096)) == [(False, 0, 1536), (True, 1536, 1536), (False, 3072, 1024)]
+    cow.close()
+
+
+def test_committing_writes_the_overlay_into_the_base(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    for _ in range(2):                              # harmless when it is done again
+        cow = targets.Cow(base, overlay, commit=True)
+        assert list(cow.runs(0, 1 << 20)) == [(False, 0, 1 << 20)]
+        assert os.stat(overlay).st_blocks * 512 < 512 << 10
+        cow.close()
+        assert Path(base).read_bytes() == b"b" * 1536 + b"o" * 1536 + b"b" * ((1 << 20) - 3072)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda path: patched(path, 0, b"x"), "not an overlay, or a damaged one"),
+    (lambda path: patched(path, 20, b"x"), "not an overlay, or a damaged one"),
+    (lambda path: patched(path, 8, bytes(100)), "not an overlay, or a damaged one"),
+    (lambda path: Path(path).write_bytes(b"text\n" * 1024), "not an overlay, or a damaged one"),
+    (lambda path: Path(path).write_bytes(bytes(512)), "its end is missing"),
+    (lambda path: os.truncate(path, 512), "its end is missing"),
+    (lambda path: os.truncate(path, 1 << 20), "its end is missing"),
+    (lambda path: os.truncate(path, 1000), "not a multiple of 512"),
+    (lambda path: os.truncate(Path(path).with_name("base.img"), 1 << 19), "made for a base of 1048576 bytes"),
+], ids=range(9))
+def test_a_damaged_overlay_is_refused(targets, tmp_path, damage, says):
+    base, overlay = overlay_of(targets, tmp_path)
+    damage(overlay)
+    assert says in message(targets.Cow, base, overlay)
+    if "base" not in says:
+        assert Path(base).read_bytes() == b"b" * (1 << 20)
+
+
+def test_an_overlay_has_one_server(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    assert "another server uses it" in message(targets.Cow, base, overlay)
+    cow.close()
+    targets.Cow(base, overlay).close()
+
+
+def test_of_two_flushes_at_once_each_waits_for_the_marks(targets, tmp_path):
+    class Pause:
+        def __await__(self):
+            yield
+
+    async def flush():
+        await Pause()
+    cow = targets.Cow(*overlay_of(targets, tmp_path))
+    written = cow.blocks(0, 512)
+    cow._mark(written)
+    cow.top.flush = flush
+    first, second = cow.flush(), cow.flush()
+    first.send(None)                    # makes data durable
+    second.send(None)
+    second.send(None)                   # is about to make the marks durable, while the first is behind
+    assert cow._marks(written) == targets.KEPT
+    now(second)
+    first.send(None)
+    now(first)
+    assert not cow.fresh
+    cow.close()
+
+
+def kill_overlays(directory, rounds, progress=bool):
+    """Kill servers of an overlay at random moments, also while they start; return what was written."""
+    base, overlay = directory / "base.img", directory / "overlay.cow"
+    base.write_bytes(random.randbytes(4 << 20))
+    content, early = base.read_bytes(), 0
+    writers = Writers(content)
+    for number in range(rounds):
+        with Forked("cow", base, overlay).live() as disk:
+            writers.work(disk.path)
+            before = writers.done
+            until(lambda before=before: writers.done > before, "something to be written")
+            time.sleep(random.random() / 4)
+            disk.kill()
+            writers.finish()
+        delete_all()
+        if random.random() < 0.5:
+            disk = Forked("cow", base, overlay)
+            time.sleep(random.random() / 4)
+            early += not disk.said(disk.output)
+            disk.kill()
+            delete_all()
+        with Forked("cow", base, overlay) as disk:
+            writers.check(disk.path)
+        progress(number)
+    assert base.read_bytes() == content
+    with Forked("cow", base, overlay, "--commit") as disk:
+        assert digest(disk.path) == hashlib.sha256(writers.expected).hexdigest()
+    assert base.read_bytes() == writers.expected
+    return {"writes": writers.done, "killed while starting": early}
+
+
+def delete_all():
+    """Delete every device."""
+    with ublk.Control() as control:
+        for dev_id in devices_left():
+            ublk.delete(control, dev_id)
+
+
+@kernel
+def test_an_overlay_survives_kills_at_random_moments(workshop):
+    (workshop / "kills").mkdir()
+    assert kill_overlays(workshop / "kills", 10)["writes"] > 10
+
+
+def server_dies_in(item, method):
+    """Serve an overlay, write a block and flush; the server dies in a method it calls meanwhile."""
+    change = lambda: replace(item, **{method: lambda *_: die()})        # noqa: E731
+    with Forked("cow", "base.img", "x.cow", "--no-partition-scan", change=change) as disk:
+        with opened(disk.path) as fd:
+            assert error_of(write_at, fd, 8192, b"x" * 4096) or error_of(os.fsync, fd)
+        disk.wait()
+    delete_all()
+
+
+@kernel
+@pytest.mark.parametrize("step", ["Loop.write", "Cow._mark"])
+def test_an_overlay_has_no_block_before_its_data(targets, workshop, step):
+    name, method = step.split(".")
+    server_dies_in(getattr(targets, name), method)
+    with Forked("cow", "base.img", "x.cow") as disk:
+        assert digest(disk.path) == digest("base.img")
+
+
+@kernel
+def test_an_overlay_has_no_block_for_good_before_a_flush(targets, workshop):
+    server_dies_in(targets.Loop, "flush")
+    shutil.copy("x.cow", "y.cow")
+    start_machine_anew(targets, workshop / "y.cow")
+    with Forked("cow", "base.img", "y.cow") as disk:
+        assert digest(disk.path) == digest("base.img")
+    for _ in range(2):                              # nothing is lost without a loss of power, nor later
+        with Forked("cow", "base.img", "x.cow") as disk, opened(disk.path) as fd:
+            assert read_at(fd, 8192, 4096) == b"x" * 4096
+        start_machine_anew(targets, workshop / "x.cow")
+
+
+@kernel
+def test_an_overlay_is_committed_or_deleted(workshop):
+    shutil.copy("base.img", "mine.img")
+    data = os.urandom(64 << 10)
+    for words, expected in (([], data), (["--commit"], data), ([], data)):
+        with Forked("cow", "mine.img", "mine.cow", *words) as disk, opened(disk.path) as fd:
+            if not words and expected != read_at(fd, 1 << 20, len(data)):
+                write_at(fd, 1 << 20, data)
+            assert read_at(fd, 1 << 20, len(data)) == expected
+        assert (digest("mine.img") == digest("base.img")) == (not words and not Path("done").exists())
+        if words:
+            Path("done").touch()
+    with Forked("cow", "base.img", "other.cow") as disk, opened(disk.path) as fd:
+        write_at(fd, 1 << 20, data)
+    os.unlink("other.cow")
+    with Forked("cow", "base.img", "other.cow") as disk:
+        assert digest(disk.path) == digest("base.img")
+
+
+@kernel
+def test_a_recovered_server_does_not_commit_again(workshop):
+    shutil.copy("base.img", "mine.img")
+    words = "fault --delay 1us cow mine.img mine.cow --commit -r reissue".split()
+    with Forked(*words) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+        disk.kill()
+        disk = recovered(disk)
+        with opened(disk.path) as fd:
+            assert read_at(fd, 0, 4096) == b"x" * 4096
+        assert disk.kill(signal.SIGTERM) == 0
+    assert digest("mine.img") == digest("base.img")
+
+
+@kernel
+def test_an_overlay_without_room_fails_writes_only(workshop, tmp_path):
+    with mount_of("tmpfs", tmp_path / "small", "-t", "tmpfs", "-o", "size=1M") as directory:
+        with Forked("cow", "base.img", directory / "x.cow") as disk, opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+            assert error_of(write_at, fd, 2 << 20, os.urandom(1 << 20)) == errno.ENOSPC
+            base = Path("base.img").read_bytes()
+            for offset in (1 << 20, 7 << 20):       # their marks lie in pages the file system has no more
+                assert read_at(fd, offset, 4096) == base[offset:][:4096]
+            assert read_at(fd, 0, 8192) == b"x" * 4096 + base[4096:8192]
+            assert disk.ended() is False

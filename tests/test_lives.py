@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: MIT
+"""Ends of a disk, good and bad: what a life leaves behind, who holds a disk, handlers that never return."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    HERE,
+    UBLK,
+    AsyncRam,
+    Ram,
+    assert_error_line,
+    at_least,
+    children_of,
+    cli,
+    devices_left,
+    kernel,
+    leftovers,
+    message,
+    mount_of,
+    needs,
+    opened,
+    read_at,
+    server,
+    sh,
+    target_file,
+    until,
+    write_at,
+)
+
+
+def tasks():
+    """Return the names of this process's tasks, without io_uring's workers: these come and go."""
+    found = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):
+            found.append(path.read_text())
+    return [name for name in found if not name.startswith("iou-")]
+
+
+def belongings():
+    """Return what this process holds: descriptors, threads, children, mappings, rings and memory."""
+    gc.collect()            # what refers to itself in a circle is not lost, only not yet found
+    status = Path("/proc/self/status").read_text()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
+            "tasks": len(tasks()), "children": len(children_of(os.getpid())),
+            "rings": sum("io_uring" in line or "ublk" in line for line in maps), "mappings": len(maps),
+            "kilobytes": int(re.search(r"VmRSS:\s+(\d+)", status)[1])}
+
+
+def live_and_die(make, **options):
+    """Create a disk, use it, delete it."""
+    with ublk.Device(make(), **options) as disk, opened(disk.path) as fd:
+        write_at(fd, 4096, b"u" * 4096)
+        read_at(fd, 4096, 4096)
+
+
+@kernel
+@pytest.mark.parametrize("make, lives, options", [(Ram, 40, {"depth": 16}), (AsyncRam, 10, {"queues": 2}),
+                                                  (ublk.Null, 10, {"queues": 2})])
+def test_many_lives_leave_nothing_behind(make, lives, options):
+    rounds, grown = 5, []
+    for number in range(rounds + 1):
+        before = belongings()
+        for _ in range(lives if number else 10):        # the first use of a thing may keep something
+            live_and_die(make, **options)
+        after = belongings()
+        if number:
+            mappings = after.pop("mappings") - before.pop("mappings")
+            grown.append((after.pop("kilobytes") - before.pop("kilobytes"), mappings))
+            assert after == before
+    # The allocator takes memory from the kernel in large steps, now and then; a leak would show each time.
+    assert any(kilobytes <= lives and mappings <= 0 for kilobytes, mappings in grown), \
+        f"KiB and mappings more after {lives} lives, and so on: {grown}"
+    assert not any(Path(os.environ["UBLK_RUN_DIR"]).iterdir())
+
+
+@kernel
+def test_a_server_killed_under_load(run):
+    needs("fio")
+    with server("ram", "--size", "16M") as disk:
+        load = subprocess.Popen(["fio", "--name=load", f"--filename={disk.path}", "--direct=1", "--rw=randrw",
+                                 "--bs=4k", "--ioengine=libaio", "--iodepth=64", "--time_based",
+                                 "--runtime=3600", "--thread"],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/tmp", text=True)
+        counters = Path(f"/sys/block/ublkb{disk.id}/stat")
+        until(lambda: int(counters.read_text().split()[4]) > 50, "the load to run")
+        disk.kill()
+        disk.wait()
+        text = load.communicate(timeout=120)[1]
+        assert load.returncode != 0, text
+        done = run("del", disk.id)
+        assert (done.status, done.err) == (0, "")
+        assert leftovers() == []
+
+
+@kernel
+@pytest.mark.parametrize("body, says", [
+    ("def start(self, index): raise ValueError('not today')", "ValueError: not today"),
+    ("def start(self, index): raise OSError(28, 'the tape is full')", "28 ENOSPC"),
+    ("def start(self, index): os._exit(3)", "died"),
+    ("def start(self, index): os.kill(os.getpid(), 9)", "killed by signal 9"),
+    ("def __init__(self): os._exit(0)", "died"),
+    ("def __init__(self): os.kill(os.getpid(), 11)", "killed by signal 11"),
+])
+def test_a_server_that_dies_on_its_way_into_the_background(tmp_path, body, says):
+    path = target_file(tmp_path, f"""
+        class Mine(ublk.Target):
+            size = 1 << 20
+            {body}
+    """)
+    done = cli(path, "--background", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert says in done.stderr and "ublk: " in done.stderr, done.stderr
+    assert devices_left() == []
+
+
+@kernel
+def test_a_server_killed_on_its_way_into_the_background(tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                open(os.environ["UBLK_RUN_DIR"] + "/started", "w").close()
+                time.sleep(3600)
+    """)
+    process = subprocess.Popen([sys.executable, UBLK, path, "--background"], stderr=subprocess.PIPE,
+                               text=True)
+    until((Path(os.environ["UBLK_RUN_DIR"]) / "started").exists, "the server to start")
+    child, = children_of(process.pid)
+    os.kill(child, signal.SIGKILL)
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert_error_line(text, errno.ECHILD, says="killed by signal 9")
+    assert devices_left() == []
+
+
+@kernel
+@pytest.mark.parametrize("body, says", [
+    ("def start(self, index): raise OSError(28, 'the tape is full')", "28 ENOSPC"),
+    ("def start(self, index): raise ValueError('not today')", "ValueError: not today"),
+])
+def test_a_server_that_dies_in_the_foreground(tmp_path, body, says):
+    path = target_file(tmp_path, f"""
+        class Mine(ublk.Target):
+            size = 1 << 20
+            {body}
+    """)
+    done = cli(path, check=False)
+    assert (done.returncode, done.stdout) == (1, "") and says in done.stderr
+    assert devices_left() == []
+
+
+class Stuck(Ram):
+    """Never answer a read at 65536."""
+
+    def __init__(self):
+        super().__init__()
+        self.reached, self.release = threading.Event(), threading.Event()
+
+    def read(self, offset, buffer):
+        if offset == 65536:
+            self.reached.set()
+            self.release.wait()
+        super().read(offset, buffer)
+
+
+class AsyncStuck(Stuck):
+    """The same with a coroutine."""
+
+    async def read(self, offset, buffer):
+        if offset == 65536:
+            self.reached.set()
+            await ublk.Event()
+
+
+@kernel
+@pytest.mark.parametrize("make", [Stuck, AsyncStuck])
+def test_a_handler_that_never_returns_does_not_keep_the_device(make, capfd):
+    if make is Stuck and not at_least("6.7"):
+        pytest.skip("before Linux 6.7 requests end only with the thread that has them")
+    disk = ublk.Device(make())
+    disk.start()
+    client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
+                               "iflag=direct"], stderr=subprocess.DEVNULL)
+    assert disk.target.reached.wait(60)
+    disk.stop(timeout=0.5)
+    assert client.wait(60) == 1
+    assert devices_left() == []
+    disk.target.release.set()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("ublk")])
+    text = capfd.readouterr().err
+    assert "a handler does not return" in text and "Traceback" not in text
+
+
+@kernel
+def test_a_disk_whose_handler_does_not_return_is_listed(run):
+    disk = ublk.Device(Stuck())
+    disk.start()
+    client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
+                               "iflag=direct"], stderr=subprocess.DEVNULL)
+    assert disk.target.reached.wait(60)
+    stopping = threading.Thread(target=disk.stop)
+    stopping.start()
+    time.sleep(1)                       # STOP_DEV waits for the request now, and GET_PARAMS for STOP_DEV
+    done = run("list", "--json")
+    disk.target.release.set()
+    stopping.join()
+    client.wait()
+    row, = json.loads(done.out)
+    assert (row["id"], row["size"], row["block_size"], row["pid"]) == (disk.id, 0, 0, os.getpid())
+    assert devices_left() == []
+
+
+@kernel
+def test_ctrl_c_with_a_handler_that_never_returns(tmp_path):
+    path = target_file(tmp_path, """
+        ublk.STOP_TIMEOUT = 0.5
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                ublk.Device.stop.__defaults__ = (0.5,)
+            def read(self, offset, buffer):
+                while offset == 65536:
+                    time.sleep(1)
+            def write(self, offset, buffer):
+                pass
+    """)
+    with server(path) as disk:
+        client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
+                                   "iflag=direct", "status=none"], stderr=subprocess.DEVNULL)
+        counters = Path(f"/sys/block/ublkb{disk.id}/inflight")
+        until(lambda: counters.read_text().split()[0] != "0", "the read to arrive")
+        disk.send_signal(signal.SIGINT)
+        # before 6.7 the request ends with the server's process, and only then can the device go
+        assert disk.wait(90) == (0 if at_least("6.7") else 1)
+        assert client.wait(60) == 1
+        if not at_least("6.7"):
+            assert ublk.main(["del", str(disk.id)]) == 0
+        assert devices_left() == []
+    assert at_least("6.7") or f"`ublk.py del {disk.id}`" in disk.errors
+
+
+@kernel
+def test_who_holds_the_disk_is_named():
+    device = ublk.Device(Ram())
+    device.start()
+    with open(device.path, "rb") as disk:
+        holder = subprocess.Popen(["sleep", "3600"], stdin=disk)
+    try:
+        text = message(device.stop)
+        assert_error_line(f"ublk: {text}\n", errno.EBUSY, says=f"held open by sleep (pid {holder.pid})")
+    finally:
+        holder.kill()
+        holder.wait()
+    until(lambda: devices_left() == [], "the device to go once nobody holds it")
+
+
+@kernel
+def test_where_the_disk_is_mounted_is_named(tmp_path):
+    needs("mkfs.ext4")
+    device = ublk.Device(Ram(16 << 20))
+    device.start()
+    sh("mkfs.ext4", "-q", "-F", device.path)
+    with mount_of(device.path, tmp_path / "mnt", "-o", "ro"):
+        text = message(device.stop)
+        assert_error_line(f"ublk: {text}\n", errno.EBUSY, says=f"the mount at {tmp_path / 'mnt'}")
+    until(lambda: devices_left() == [], "the device to go once nobody holds it")
+
+
+@kernel
+def test_a_forked_child_does_not_hold_the_device():
+    with ublk.Device(Ram()) as disk:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.read(reader, 1)              # lives, with copies of everything, until the parent is done
+            os._exit(0)
+        with opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+    try:
+        assert devices_left() == []
+        with ublk.Device(Ram()) as disk, opened(disk.path) as fd:
+            assert read_at(fd, 0, 4096) == bytes(4096)
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(child, 0)
+
+
+@kernel
+def test_a_program_started_meanwhile_does_not_hold_the_device():
+    with ublk.Device(Ram()) as disk:
+        program = subprocess.Popen(["sleep", "3600"], close_fds=False)
+        with opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+    try:
+        assert devices_left() == []
+    finally:
+        program.kill()
+        program.wait()
+
+
+@kernel
+def test_the_end_of_a_process_takes_its_disks_along(tmp_path):
+    program = """
+        import ublk, sys
+        class Small(ublk.Target):
+            size = 1 << 20
+            def read(self, offset, buffer): pass
+            def write(self, offset, buffer): pass
+        device = ublk.Device(Small())
+        device.start()
+        print(device.path)
+        if len(sys.argv) > 1:
+            raise RuntimeError("a bug")
+    """
+    for words in ((), ("bug",)):
+        done = sh(sys.executable, "-c", textwrap.dedent(program), *words, check=False, cwd=HERE)
+        assert done.stdout == "/dev/ublkb0\n" and done.returncode == len(words)
+        assert devices_left() == []

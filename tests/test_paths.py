@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: MIT
+"""Data paths: each carries the same data, with and without batches."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import mmap
+import os
+import signal
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+
+import ublk
+from tests.support import (
+    AsyncRam,
+    Fio,
+    Forked,
+    Ram,
+    assert_error_line,
+    at_least,
+    carries,
+    devices_left,
+    error_of,
+    fio_verify,
+    kernel,
+    make_loop,
+    message,
+    missing,
+    needs,
+    opened,
+    read_at,
+    recovered,
+    session,
+    sh,
+    started_by,
+    until,
+    with_partition,
+    write_at,
+)
+
+# Every data path, alone and with batches: what this kernel has, and what it lacks or no kernel has.
+ALL_PATHS = [(path, batch) for batch in (False, True) for path in ublk.DATA_PATHS]
+
+PATHS = [pair for pair in ALL_PATHS if not missing(*pair) and pair != ("get-data", True)]
+
+
+def each_path(*paths, **others):
+    """Run a test with every data path; others: names of arguments and their values, given in turn.
+
+    With UBLK_TEST_ALL each path gets each of the values, and all of their combinations.
+    """
+    rows = [(path, batch, *(values[at % len(values)] for values in others.values()))
+            for at, (path, batch) in enumerate(paths or PATHS)]
+    if os.environ.get("UBLK_TEST_ALL"):
+        rows = [(*pair, *values) for pair in paths or PATHS
+                for values in itertools.product(*map(sorted, map(set, others.values())))]
+    names = ["-".join(map(str, [row[0] + "-batch" * row[1], *row[2:]])) for row in rows]
+    return pytest.mark.parametrize(["data_path", "batch", *others], rows, ids=names)
+
+
+@kernel
+def test_batches_need_a_depth_of_two(control):
+    assert "depth 1: not a number from 2 to 4096" in message(ublk.Device(Ram(), depth=1, batch=True).start)
+    if at_least("7.0"):
+        assert error_of(control.add_dev, -1, 1, 1, 4096, ublk.UBLK_F_BATCH_IO) == errno.EINVAL
+
+
+@kernel
+@each_path(*(pair for pair in ALL_PATHS if pair not in PATHS))
+def test_a_data_path_that_cannot_be_is_refused(data_path, batch):
+    says = message(ublk.Device(Ram(), data_path=data_path, batch=batch).start)
+    if data_path == "get-data" and batch:
+        assert_error_line(f"ublk: {says}\n", errno.EINVAL, says="not allow it together with NEED_GET_DATA")
+    else:
+        since = missing(data_path, batch).since
+        assert_error_line(f"ublk: {says}\n", errno.EOPNOTSUPP, says=f"needs Linux {since}, this is")
+
+
+def path_options(path):
+    """Return the options of the command line for a data path."""
+    return ["--need-get-data" if path == "get-data" else f"--{path}"]
+
+
+def made(targets, name, image, size=24 << 20):
+    """Make a target: one of the companion's, or ten lines of Python."""
+    return {"ram": lambda: targets.Ram(size=size), "loop": lambda: targets.Loop(str(image(str(size)))),
+            "direct": lambda: make_loop(targets, image(str(size)), True),
+            "plain": lambda: Ram(size), "coroutines": lambda: AsyncRam(size)}[name]()
+
+
+@kernel
+@each_path(queues=[1, 4])
+def test_every_data_path_verifies_a_loop(targets, new_image, data_path, batch, queues):
+    needs("fio")
+    target = made(targets, "loop", new_image)
+    with ublk.Device(target, data_path=data_path, batch=batch, queues=queues) as disk:
+        assert disk.info.flags & disk.data_path.features == ublk.DATA_PATHS[data_path].features
+        count = disk.info.nr_hw_queues
+        assert count == min(queues, os.sysconf("SC_NPROCESSORS_CONF"))
+        assert len(started_by(os.getpid())) == (count if count > 1 else 0)     # a process for each queue
+        fio_verify(disk.path)
+        os.sync()
+        sh("cmp", disk.path, target.path)
+
+
+@kernel
+@each_path(name=["plain", "coroutines", "ram"], queues=[4, 1])
+def test_every_data_path_verifies_python(targets, new_image, data_path, batch, name, queues):
+    needs("fio")
+    target = made(targets, name, new_image)
+    with ublk.Device(target, data_path=data_path, batch=batch, queues=queues) as disk:
+        fio_verify(disk.path)
+
+
+@kernel
+@each_path(name=["loop", "coroutines", "ram", "plain"], queues=[1, 4, 1])
+def test_every_data_path_carries_ext4(targets, new_image, tmp_path, data_path, batch, name, queues):
+    target = made(targets, name, new_image)
+    with ublk.Device(target, data_path=data_path, batch=batch, queues=queues) as disk:
+        carries("ext4", disk, tmp_path / "mnt")
+
+
+@kernel
+@each_path(queues=[4, 1])
+def test_every_data_path_reads_zeroes_from_null_and_is_listed(data_path, batch, queues):
+    with ublk.Device(ublk.Null(size=ublk.Size(1 << 30)), data_path=data_path, batch=batch, queues=queues,
+                     depth=2) as disk, opened(disk.path) as fd:
+        for size in (512, 4096, 512 << 10, 2 << 20):
+            write_at(fd, 4096, b"x" * size)
+            assert read_at(fd, 4096, size) == bytes(size)
+        flags = set(ublk.describe(disk.control, disk.id)["flags"])
+        expected = ublk.DATA_PATHS[data_path].features | (ublk.UBLK_F_BATCH_IO if batch else 0)
+        paths = sum({int(feature) for feature in ublk.FEATURES
+                     if any(path.features & feature for path in ublk.DATA_PATHS.values())})
+        assert flags & set(ublk.flag_names(paths | ublk.UBLK_F_BATCH_IO)) == set(ublk.flag_names(expected))
+
+
+class Troubled(Ram):
+    """Blocks of 64 KiB that are well, raise, are served piecemeal, or not at all."""
+
+    def outcome(self, offset, buffer):
+        trouble = offset >> 16 & 3
+        if trouble == 1:
+            raise OSError(errno.ENOSPC, "full")
+        return {0: None, 2: min(len(buffer), 1536), 3: 0}[trouble]
+
+    def read(self, offset, buffer):
+        count = self.outcome(offset, buffer)
+        super().read(offset, buffer[:count])
+        return count
+
+    def write(self, offset, buffer):
+        count = self.outcome(offset, buffer)
+        super().write(offset, buffer[:count])
+        return count
+
+
+class AsyncTroubled(Troubled):
+    """The same with coroutines."""
+
+    async def read(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        return Troubled.read(self, offset, buffer)
+
+    async def write(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        return Troubled.write(self, offset, buffer)
+
+
+@kernel
+@each_path()
+@pytest.mark.parametrize("make", [Troubled, AsyncTroubled])
+def test_a_handlers_trouble_on_every_data_path(data_path, batch, make, capfd):
+    data = os.urandom(65536)
+    with ublk.Device(make(), data_path=data_path, batch=batch, depth=8) as disk, opened(disk.path) as fd:
+        for start in (0, 4 << 16):
+            for number, expected in enumerate((0, errno.ENOSPC, 0, errno.EIO)):
+                offset = start + (number << 16)
+                assert error_of(write_at, fd, offset, data) == expected
+                assert error_of(read_at, fd, offset, len(data)) == expected
+                if not expected:
+                    assert read_at(fd, offset, len(data)) == data
+        assert disk.target.data[2 << 16:3 << 16] == data
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@kernel
+@each_path(direct=[False, True])
+def test_a_backing_file_cut_short_on_every_data_path(targets, new_image, data_path, batch, direct):
+    path, data = new_image("8M"), os.urandom(1 << 20)
+    target = make_loop(targets, path, direct)
+    with ublk.Device(target, data_path=data_path, batch=batch, depth=4) as disk, opened(disk.path) as fd:
+        write_at(fd, 0, data)
+        os.truncate(path, 512 << 10)
+        assert read_at(fd, 0, 512 << 10) == data[:512 << 10]
+        for _ in range(3):                              # no tag is lost by it
+            for offset, size in ((512 << 10, 4096), (510 << 10, 4096), (1 << 20, 65536), (0, 1 << 20)):
+                assert error_of(read_at, fd, offset, size) == errno.EIO
+        write_at(fd, 512 << 10, data[512 << 10:])       # the file grows again
+        assert read_at(fd, 0, 1 << 20) == data
+
+
+@kernel
+@each_path()
+def test_a_backing_that_is_full_or_gone_on_every_data_path(targets, new_image, data_path, batch):
+    class Full(targets.Loop):
+        """Beyond 64 KiB a device that has no room; beyond 128 KiB a descriptor of nothing."""
+
+        def backing(self, offset):
+            return (self.fd, self.full, 999)[min(offset >> 16, 2)]
+
+        def map(self, offset, length, write):
+            if offset >> 16 == 3:
+                raise OSError(errno.ENODATA, "no such place")
+            return self.backing(offset), offset
+
+        async def read(self, offset, buffer):
+            self.map(offset, 0, False)
+            return await ublk.uring_read(self.backing(offset), buffer, offset)
+
+        async def write(self, offset, buffer):
+            self.map(offset, 0, True)
+            return await ublk.uring_write(self.backing(offset), buffer, offset)
+
+    target = Full(str(new_image("1M")))
+    with open("/dev/full", "r+b", 0) as full, \
+            ublk.Device(target, data_path=data_path, batch=batch, depth=4) as disk, opened(disk.path) as fd:
+        target.full = full.fileno()
+        for _ in range(3):
+            write_at(fd, 0, b"w" * 4096)
+            assert read_at(fd, 0, 4096) == b"w" * 4096
+            assert error_of(write_at, fd, 1 << 16, b"w" * 4096) == errno.ENOSPC
+            assert error_of(write_at, fd, 2 << 16, b"w" * 4096) == errno.EIO
+            assert error_of(read_at, fd, 2 << 16, 4096) == errno.EIO
+            assert error_of(write_at, fd, 3 << 16, b"w" * 4096) == errno.ENODATA
+            assert error_of(read_at, fd, 3 << 16, 4096) == errno.ENODATA
+
+
+@kernel
+@each_path(queues=[1, 2])
+def test_killed_and_quiesced_under_load_on_every_data_path(backing, run, data_path, batch, queues):
+    """With batches the kernel does not quiesce without errors: there a server is only killed."""
+    disk = Forked("loop", backing, "-r", "reissue", "-q", queues, *path_options(data_path),
+                  *["--batch"] * batch).live()
+    with Fio(disk, "--size=2M") as fio:
+        fio.busy()
+        os.kill(next(iter(started_by(disk.pid)), disk.pid), signal.SIGKILL)     # one of its processes
+        assert disk.wait() != 0
+        until(lambda: not session(disk.pid), "its processes to end")
+        disk = recovered(disk)
+        fio.busy()
+        if at_least("6.16"):
+            done = run("quiesce", disk.id)
+            if batch:
+                assert_error_line(done.err, errno.EOPNOTSUPP, says="not made with the flag QUIESCE")
+            else:
+                assert (done.status, done.err) == (0, "")
+                assert disk.wait() == 0
+                disk = recovered(disk)
+                fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+def closure(flags):
+    """Return flags with what they need."""
+    for feature in ublk.FEATURES:
+        if flags & feature and feature.needs and not flags & feature.needs:
+            return closure(flags | 1 << (feature.needs.bit_length() - 1))
+    return flags
+
+
+@kernel
+def test_every_combination_the_kernel_refuses_is_refused_first(control):
+    """And no other: each pair of features, with and without what they need, is asked of both.
+
+    Only what recovery needs is checked by no kernel before 6.13.
+    """
+    known = [feature for feature in ublk.FEATURES if feature & (control.features or 0)
+             and feature not in (ublk.UBLK_F_UNPRIVILEGED_DEV, ublk.UBLK_F_IO_DESC_SIZE)]
+    pairs = {one | other for one in known for other in known}
+    wrong = []
+    for flags in sorted(pairs | {closure(flags) for flags in pairs}):
+        says = message(ublk.check_flags, flags, control.features)
+        try:
+            info = control.add_dev(-1, 1, 2, 4096, flags)
+            control.del_dev(info.dev_id)
+            fine = not flags & ~info.flags
+        except ublk.UblkError as error:
+            assert error.errno == errno.EINVAL, error
+            fine = False
+        if bool(says) == fine and (not fine or at_least("6.13") or "USER_RECOVERY" not in says):
+            wrong.append((ublk.flag_names(flags), fine, says))
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.fixture
+def memory():
+    """Memory of 64 KiB that this process, as a server, shares with itself, as a client."""
+    fd = os.memfd_create("shared")
+    os.ftruncate(fd, 65536)
+    ours = mmap.mmap(fd, 65536)
+    yield SimpleNamespace(ours=ours, client=memoryview(mmap.mmap(fd, 65536)), start=ublk.address_of(ours))
+    os.close(fd)
+    ours.close()                                        # nobody else holds it
+
+
+def lacks_shared_memory():
+    """Where there is no SHMEM_ZC, see that the error names the kernel that has it."""
+    if at_least("7.1"):
+        return False
+    assert "needs Linux 7.1, this is" in message(ublk.Device(Ram(), share_memory=True).start)
+    return True
+
+
+@kernel
+def test_memory_shared_with_a_client_is_not_copied(memory):
+    if lacks_shared_memory():
+        return
+    seen = []
+
+    class Looks(Ram):
+        def read(self, offset, buffer):
+            seen.append(ublk.address_of(buffer) - memory.start)
+            super().read(offset, buffer)
+
+        def write(self, offset, buffer):
+            seen.append(ublk.address_of(buffer) - memory.start)
+            super().write(offset, buffer)
+
+    def transfer():
+        """Write from the middle of the memory, read to its beginning; return where the buffers were."""
+        memory.client[:] = data = os.urandom(65536)
+        del seen[:]
+        assert os.pwritev(fd, [memory.client[4096:12288]], 32768) == 8192
+        assert os.preadv(fd, [memory.client[:8192]], 32768) == 8192
+        assert memory.client[:8192] == data[4096:12288] == disk.target.data[32768:40960]
+        return seen
+
+    with ublk.Device(Looks(), share_memory=True) as disk, opened(disk.path) as fd:
+        assert not {4096, 0} & set(transfer())
+        index = disk.share(memory.ours)
+        assert transfer() == [4096, 0]
+        write_at(fd, 0, b"o" * 65536)                   # from other memory
+        assert read_at(fd, 0, 65536) == b"o" * 65536
+        disk.unshare(index)
+        assert not {4096, 0} & set(transfer())
+        index = disk.share(memory.ours, read_only=True)
+        assert transfer()[0] == 4096 and seen[1] != 0
+        disk.unshare(index)
+
+
+@kernel
+@each_path(name=["null", "loop", "ram", "plain"])
+def test_shared_memory_with_every_data_path(targets, new_image, memory, data_path, batch, name):
+    if lacks_shared_memory():
+        return
+    target = ublk.Null(size=ublk.Size(1 << 20)) if name == "null" else made(targets, name, new_image)
+    moves_shared_memory(memory, target, data_path=data_path, batch=batch, queues=2)
+
+
+def moves_shared_memory(memory, target, **options):
+    """Write from and read into memory that a disk's server has, too."""
+    with ublk.Device(target, share_memory=True, **options) as disk, opened(disk.path) as fd:
+        disk.share(memory.ours)
+        for _ in range(3):
+            memory.client[:] = data = os.urandom(65536)
+            assert os.pwritev(fd, [memory.client[4096:12288]], 32768) == 8192
+            assert os.preadv(fd, [memory.client[:8192]], 32768) == 8192
+            expected = bytes(8192) if isinstance(target, ublk.Null) else data[4096:12288]
+            assert memory.client[:8192] == expected
+            assert read_at(fd, 32768, 8192) == memory.client[:8192]
+            assert memory.client[8192:] == data[8192:]
+
+
+@kernel
+def test_shared_memory_of_a_disk_with_metadata(targets, memory):
+    if not lacks_shared_memory():
+        moves_shared_memory(memory, targets.Ram(size=1 << 20, metadata_size=8))
+
+
+@kernel
+def test_shared_memory_does_not_outlive_its_server():
+    device = ublk.Device(Ram(), share_memory=True, recovery="reissue")
+    assert "not possible with shared memory (22 EINVAL)" in message(device.start)
+
+
+@kernel
+def test_no_partition_scan():
+    with ublk.Device(with_partition(), partition_scan=False) as disk, ublk.Device(with_partition()) as other:
+        until(lambda: os.path.exists(f"{other.path}p1"), "the partition of a disk that is scanned")
+        assert not os.path.exists(f"{disk.path}p1")
+        sh(*("blockdev", "--rereadpt") if at_least("7.0") else ("partx", "--add"), disk.path)
+        until(lambda: os.path.exists(f"{disk.path}p1"), "the partition")
+
+
+@kernel
+def test_fifty_disks_at_a_time(run):
+    with ExitStack() as stack:
+        disks = [stack.enter_context(ublk.Device(Ram(), depth=4)) for _ in range(50)]
+        for number, disk in enumerate(disks):
+            with opened(disk.path) as fd:
+                write_at(fd, 4096, bytes([number]) * 4096)
+        for number, disk in enumerate(disks):
+            with opened(disk.path) as fd:
+                assert read_at(fd, 4096, 4096) == bytes([number]) * 4096
+        rows = json.loads(run("list", "--json").out)
+        assert [row["state"] for row in rows] == ["LIVE"] * 50
+        assert sorted(row["id"] for row in rows) == sorted(disk.id for disk in disks)
+
+
+@kernel
+def test_disks_of_many_servers_at_a_time(run):
+    disks = [Forked("ram", "--size", "1M", "-d", 4) for _ in range(12)]
+    try:
+        for disk in disks:
+            with opened(disk.live().path) as fd:
+                write_at(fd, 4096, b"s" * 4096)
+        assert len(devices_left()) == len(disks)
+        assert run("del", "--all").status == 0
+        assert [disk.wait() for disk in disks] == [0] * len(disks)
+    finally:
+        for disk in disks:
+            disk.__exit__()

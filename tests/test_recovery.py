@@ -1,0 +1,658 @@
+# SPDX-License-Identifier: MIT
+"""Servers that die or are exchanged, and what the next one finds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    BOB,
+    Fio,
+    Forked,
+    Ram,
+    after,
+    assert_error_line,
+    assert_fails,
+    assert_nothing_stuck,
+    at_least,
+    await_state,
+    devices_left,
+    die,
+    error_of,
+    kernel,
+    needs,
+    opened,
+    orphan,
+    read_at,
+    recovered,
+    replace,
+    session,
+    sh,
+    started_by,
+    state_of,
+    target_file,
+    until,
+    write_at,
+)
+
+ROUNDS = 5                          # so often a server is killed in one test
+
+
+# Has fio count failed requests and go on.
+FAILING = f"{errno.EIO}:{errno.EREMOTEIO}"
+
+CONTINUE = ["--continue_on_error=io", f"--ignore_error={FAILING},{FAILING}"]
+
+
+def needs_fail_io(*words):
+    """Where the mode `fail` is missing, see that the error names the kernel that has it."""
+    if at_least("6.13"):
+        return False
+    disk = Forked(*words)
+    assert disk.wait() == 1
+    assert_error_line(disk.said(), errno.EOPNOTSUPP, says="needs Linux 6.13, this is")
+    return True
+
+
+@kernel
+def test_reissue_loses_nothing(backing):
+    disk = Forked("loop", backing, "-r", "reissue").live()
+    with Fio(disk) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_requeue_fails_only_what_was_in_flight(backing):
+    disk = Forked("loop", backing, "-r", "requeue").live()
+    with Fio(disk, *CONTINUE) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+        assert fio.errors <= 16 * ROUNDS            # its depth
+        fio.busy()
+        assert fio.finish() == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_fail_answers_at_once_and_is_whole_after_recovery(backing):
+    if needs_fail_io("loop", backing, "-r", "fail"):
+        return
+    disk = Forked("loop", backing, "-r", "fail").live()
+    with Fio(disk, *CONTINUE) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            disk.kill()
+            await_state(disk.id, "FAIL_IO")
+            with opened(disk.path) as fd:
+                assert error_of(write_at, fd, 0, bytes(4096)) in (errno.EIO, errno.EREMOTEIO)
+            fio.finish()
+            disk = recovered(disk)
+        assert fio.errors > 0
+        fio.busy()
+        assert fio.finish() == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+class Files:
+    """A process that writes files and syncs each, and tells which are on the disk for good."""
+
+    CODE = """
+import hashlib, os, sys
+directory, journal = sys.argv[1:]
+journal = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+number = 0
+while not os.path.exists(directory + "/stop"):
+    data = os.urandom(4096 + number * 1237 % 60000)
+    name = f"{directory}/{number}"
+    if number >= 150:
+        os.unlink(f"{directory}/{number - 150}")
+    with open(name, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.write(journal, f"{name} {hashlib.md5(data).hexdigest()}\\n".encode())
+    number += 1
+"""
+
+    def __init__(self, directory, journal):
+        self.directory, self.journal = directory, journal
+        self.process = subprocess.Popen([sys.executable, "-c", self.CODE, directory, journal],
+                                        stderr=subprocess.PIPE, text=True)
+
+    def synced(self):
+        """Return (name, digest) of the files written for good; only the last 150 are still there."""
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        return [line.split() for line in lines]
+
+    def busy(self):
+        """Wait until another two files are written."""
+        before = len(self.synced())
+        until(lambda: self.process.poll() is not None or len(self.synced()) > before + 1, "two files")
+        assert self.process.poll() is None, self.process.communicate()[1]
+
+    def finish(self):
+        """End the process, without a single error."""
+        Path(self.directory, "stop").write_text("")
+        assert self.process.communicate(timeout=60)[1] == "" and self.process.returncode == 0
+
+    def check(self):
+        """Read all files back."""
+        for name, digest in self.synced()[-150:]:
+            assert hashlib.md5(Path(name).read_bytes()).hexdigest() == digest, name
+
+
+@contextmanager
+def file_system(disk, directory):
+    """Make an ext4 on a disk, mount it, and see afterwards that it can be unmounted and is sound."""
+    needs("mkfs.ext4", "e2fsck", "mount")
+    sh("mkfs.ext4", "-Fq", "-E", "nodiscard,lazy_itable_init=0", disk.path, "32M")
+    directory.mkdir()
+    sh("mount", disk.path, directory)
+    try:
+        yield
+    except BaseException:
+        sh("umount", "-l", directory, check=False)
+        raise
+    sh("umount", directory)
+    sh("e2fsck", "-fn", disk.path)
+
+
+def churn(directory, files, once, rounds=ROUNDS):
+    """Do something to a disk again and again while files are written to it."""
+    for _ in range(rounds):
+        files.busy()
+        once()
+    files.busy()
+    files.finish()
+    mount, = (line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {directory} " in line)
+    assert mount.split()[3].startswith("rw")
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    files.check()
+
+
+@kernel
+def test_a_mounted_file_system_survives(backing, tmp_path):
+    disk = Forked("loop", backing, "-r", "reissue").live()
+
+    def once():
+        nonlocal disk
+        disk.kill()
+        disk = recovered(disk)
+    with file_system(disk, tmp_path / "mnt"):
+        files = Files(tmp_path / "mnt", tmp_path / "journal")
+        churn(tmp_path / "mnt", files, once)
+    assert len(files.synced()) > 2 * ROUNDS
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+TARGET = """
+    VERSION = b"old"
+
+    class Mine(ublk.Target):
+        def __init__(self, path):
+            self.fd = os.open(path, os.O_RDWR)
+            self.size = os.fstat(self.fd).st_size
+        def read(self, offset, buffer):
+            if offset >= self.size - 4096:
+                buffer[:3] = VERSION                # the end of the disk tells what serves it
+            else:
+                assert os.preadv(self.fd, [buffer], offset) == len(buffer)
+        def write(self, offset, buffer):
+            assert os.pwrite(self.fd, buffer, offset) == len(buffer)
+        def flush(self):
+            os.fdatasync(self.fd)
+        def close(self):
+            os.close(self.fd)
+"""
+
+
+@kernel
+def test_an_edited_target_serves_with_the_file_system_mounted(backing, tmp_path, run):
+    path = target_file(tmp_path, TARGET)
+    disk = Forked(f"{path}:Mine", backing, "-r", "reissue").live()
+    versions = iter([b"new", b"3rd"])
+
+    def once():
+        nonlocal disk
+        version = next(versions)
+        target_file(tmp_path, TARGET.replace("old", version.decode()))
+        if at_least("6.16"):
+            assert run("quiesce", disk.id).status == 0 and disk.wait() == 0
+        else:
+            disk.kill()
+        disk = recovered(disk)
+        with opened(disk.path, os.O_RDONLY) as fd:
+            assert read_at(fd, (64 << 20) - 4096, 4096)[:3] == version
+    with file_system(disk, tmp_path / "mnt"):
+        churn(tmp_path / "mnt", Files(tmp_path / "mnt", tmp_path / "journal"), once, rounds=2)
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@pytest.mark.parametrize("words", [["--copy"], []], ids=["copy", "fastest"])
+def test_quiesce_and_recover_without_an_error(backing, run, words):
+    disk = Forked("loop", backing, "-r", "reissue", *words).live()
+    if not at_least("6.16"):
+        assert_fails(run("quiesce", disk.id), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
+        assert disk.kill(signal.SIGTERM) == 0
+        return
+    with ublk.Control() as control:
+        assert bool(control.get_dev_info(disk.id).flags & ublk.UBLK_F_AUTO_BUF_REG) == (not words)
+    with Fio(disk) as fio:
+        for _ in range(ROUNDS):
+            fio.busy()
+            done = run("quiesce", disk.id)
+            assert (done.status, done.err) == (0, "")
+            assert disk.wait() == 0 and disk.said() == ""
+            assert state_of(disk.id) == "QUIESCED"
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_restart_keeps_the_server_alive(backing, run):
+    with Forked("loop", backing, "--restart") as disk, Fio(disk) as fio:
+        pids = set()
+        for _ in range(ROUNDS):
+            fio.busy()
+            row, = json.loads(run("list", "--json").out)
+            assert row["pid"] not in pids and row["pid"] in started_by(disk.pid)
+            pids.add(row["pid"])
+            os.kill(row["pid"], signal.SIGKILL)
+        fio.busy()
+        fio.finish()
+        assert fio.errors == 0
+        assert disk.said().count("died (wait status 9), starting another") == ROUNDS
+        assert disk.kill(signal.SIGTERM) == 0
+        assert devices_left() == []
+
+
+@kernel
+def test_restart_gives_up_in_the_end(backing, run):
+    def change():
+        ublk.RESTARTS = 2
+        replace(ublk.Device, resume=lambda self: die())
+    disk = Forked("loop", backing, "--restart", change=change).live()
+    os.kill(server_of(disk), signal.SIGKILL)
+    assert disk.wait() == 1
+    assert_error_line(disk.said().splitlines(True)[-1], errno.ECHILD, says="died: too often")
+    with Forked("recover", disk.id):
+        pass
+
+
+@kernel
+def test_restart_ends_by_a_signal_while_it_waits(backing):
+    def change():
+        replace(ublk.Device, resume=lambda self: die())
+    disk = Forked("loop", backing, "--restart", change=change).live()
+    os.kill(server_of(disk), signal.SIGKILL)
+    until(lambda: disk.said().count("starting another") >= 4, "the long pauses")
+    assert disk.kill(signal.SIGTERM) == 0
+    assert devices_left() == []
+
+
+@kernel
+@pytest.mark.parametrize("verb", ["recover", "--restart"])
+def test_a_signal_ends_a_server_that_recovers(backing, verb):
+    def change():
+        def wait(self, what):
+            print("RECOVERING", file=sys.stderr)
+            time.sleep(60)
+        replace(ublk.Device, _await_end_of_server=wait)
+    if verb == "recover":
+        disk = Forked("recover", orphan("loop", backing, "-r", "requeue").id, change=change)
+    else:
+        disk = Forked("loop", backing, "--restart", change=change).live()
+        os.kill(server_of(disk), signal.SIGKILL)
+    until(lambda: "RECOVERING" in disk.said())
+    status = disk.kill(signal.SIGTERM)
+    assert_error_line(disk.said().splitlines(True)[-1], errno.EINTR, says="ended by SIGTERM before")
+    if verb == "recover":               # the disk is not this server's to delete
+        assert status == 1 and state_of(0) == "QUIESCED"
+        assert ublk.main(["del", "0"]) == 0
+    assert devices_left() == []
+
+
+@kernel
+def test_a_signal_while_a_device_is_added_leaves_none(tmp_path):
+    for round in range(20):
+        def change(round=round):
+            def submit(self, opcode, *args, submit=ublk.Control._submit, **options):
+                if options.get("off") in (ublk.UBLK_CMD_ADD_DEV, ublk.UBLK_CMD_ADD_DEV.encoded):
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 * (round + 1))
+                return submit(self, opcode, *args, **options)
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            replace(ublk.Control, _submit=submit)
+        Forked("null", change=change).wait()
+        assert devices_left() == []
+
+
+@kernel
+@pytest.mark.parametrize("number, options", [(signal.SIGINT, []), (signal.SIGTERM, ["-r", "reissue"])])
+def test_who_waits_for_a_server_takes_it_along(tmp_path, number, options):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                open(os.environ["UBLK_RUN_DIR"] + "/started", "w").close()
+                time.sleep(1)
+    """)
+    waiting = Forked(path, "--background", *options)
+    until(Path(os.environ["UBLK_RUN_DIR"], "started").exists)
+    assert waiting.kill(number) == 1
+    assert_error_line(waiting.said(), errno.EINTR, says=f"ended by {number.name} before the disk was there")
+    assert devices_left() == []
+
+
+@kernel
+def test_a_signal_to_all_processes_of_a_disk_loses_nothing(backing):
+    disk = Forked("loop", backing, "-q", 2).live()
+    data = os.urandom(4 << 20)
+    with open(disk.path, "r+b", buffering=0) as file:
+        file.write(data)                # to the page cache, which is written out when the disk is stopped
+    os.killpg(disk.pid, signal.SIGTERM)
+    assert disk.wait() == 0 and disk.said() == ""
+    with open(backing, "rb") as file:
+        assert file.read(len(data)) == data
+
+
+@kernel
+def test_what_a_target_prints_is_not_on_standard_output(tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            def __init__(self, size):
+                print("made")
+                self.size = size
+            def start(self, index):
+                print("started")
+            def read(self, offset, buffer):
+                print("read")
+            def write_zeroes(self, offset, length):
+                print("zeroed", offset, length)
+    """)
+    with Forked(path, "--size", "1M") as disk:
+        sh("blkdiscard", "-fz", "-o", 4096, "-l", 8192, disk.path)
+        assert disk.said(disk.output) == f"{disk.path}\n"
+    for word in ("made", "started", "read", "zeroed 4096 8192"):
+        assert f"{word}\n" in disk.said()
+
+
+@kernel
+def test_restart_does_not_try_again_what_never_worked(backing):
+    disk = Forked("loop", backing, "--restart", change=after(ublk.Control, "set_params"))
+    assert disk.wait() == 1
+    assert_error_line(disk.said(), errno.ECHILD, says="died before the disk was there")
+    assert devices_left() == []
+
+
+def server_of(disk):
+    """Return the process that serves a disk."""
+    with ublk.Control() as control:
+        return control.get_dev_info(disk.id).ublksrv_pid
+
+
+IO_FLUSHER = 0x180000           # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of linux/sched.h
+
+
+def is_flusher(task):
+    """Tell from /proc whether a task has said PR_SET_IO_FLUSHER."""
+    fields = Path(f"/proc/{task}/stat").read_text().rpartition(") ")[2].split()
+    return int(fields[6]) & IO_FLUSHER == IO_FLUSHER
+
+
+@kernel
+def test_who_serves_requests_is_an_io_flusher():
+    serving = []
+
+    class Tells(Ram):
+        def start(self, index):
+            serving.append(threading.get_native_id())
+
+    for queues in 1, 2:
+        with ublk.Device(Tells(), queues=queues):
+            assert len(serving) == queues and all(is_flusher(f"self/task/{task}") for task in serving)
+        serving.clear()
+    with Forked("ram", "--size", "16M", "-q", 2) as disk:
+        workers = started_by(disk.pid)
+        assert len(workers) == 2 and all(map(is_flusher, workers))
+    assert not is_flusher("self")
+
+
+@kernel
+def test_a_lost_process_takes_the_disk_with_it():
+    with Forked("ram", "--size", "16M", "-q", 2) as disk:
+        workers = started_by(disk.pid)
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        assert disk.wait() == 1
+        assert_error_line(disk.said(), errno.ECHILD, says="the process of queue 1 died")
+        until(lambda: not session(disk.pid), "the other process to leave")
+        assert devices_left() == [] and not os.path.exists(disk.path)
+
+
+@kernel
+@pytest.mark.parametrize("which", ["worker", "parent"])
+def test_a_lost_process_of_a_recoverable_disk(backing, which):
+    several = at_least("6.16")          # older kernels get one process with two threads
+    disk = Forked("loop", backing, "-q", 2, "-r", "reissue").live()
+    with Fio(disk) as fio:
+        for _ in range(2):
+            fio.busy()
+            workers = started_by(disk.pid)
+            assert len(workers) == (2 if several else 0)
+            lost = workers[0] if which == "worker" and several else disk.pid
+            os.kill(lost, signal.SIGKILL)
+            assert disk.wait() == (-signal.SIGKILL if lost == disk.pid else 1)
+            until(lambda disk=disk: not session(disk.pid), "the other processes to leave")
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@pytest.mark.parametrize("recovery", [[], ["-r", "fail"]], ids=["lost", "fail"])
+def test_a_lost_thread_does_not_leave_a_deaf_disk(tmp_path, recovery):
+    flag, collect = tmp_path / "flag", ublk.Queue.collect
+
+    def change():
+        def fail(queue, timeout=None):
+            tags = collect(queue, timeout)
+            if tags and flag.exists():
+                raise RuntimeError("a fault of the loop itself")
+            return tags
+        replace(ublk.Queue, collect=fail)
+    if recovery and needs_fail_io("ram", "--size", "4M", *recovery):
+        return
+    disk = Forked("ram", "--size", "4M", *recovery, change=change).live()
+    with opened(disk.path) as fd:
+        flag.touch()
+        assert error_of(read_at, fd, 1 << 20, 4096) in (errno.EIO, errno.ENODEV)
+    assert disk.wait() == 1, disk.said()
+    assert disk.said().count("Traceback") == 1 and "a fault of the loop itself" in disk.said()
+    if recovery:
+        await_state(disk.id, "FAIL_IO")
+        disk = recovered(disk)
+        with opened(disk.path) as fd:
+            assert read_at(fd, 0, 4096) == bytes(4096)
+        assert disk.kill(signal.SIGTERM) == 0
+    assert devices_left() == []
+
+
+@kernel
+def test_recover_refuses_a_disk_that_is_served(run):
+    with Forked("null", "-r", "requeue") as disk:
+        assert_fails(run("recover", disk.id), 1, "its server still lives", errno.EBUSY)
+        assert state_of(disk.id) == "LIVE"
+        with opened(disk.path) as fd:
+            assert len(read_at(fd, 0, 4096)) == 4096
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_recover_refuses_a_disk_not_made_for_it(run):
+    disk = orphan("null")
+    assert_fails(run("recover", disk.id), 1, "not made to be recovered", errno.EINVAL)
+    assert run("del", disk.id).status == 0
+
+
+@kernel
+def test_recover_refuses_a_disk_that_is_stopped(run):
+    disk = orphan("null", "-r", "requeue")
+    assert run("stop", disk.id).status == 0
+    assert_fails(run("recover", disk.id), 1, f"it is stopped (22 EINVAL): delete it: `ublk.py del {disk.id}`")
+    assert run("del", disk.id).status == 0
+
+
+@kernel
+def test_recover_refuses_a_disk_that_does_not_exist(run):
+    assert_fails(run("recover", 9), 1, "there is no such device", errno.ENODEV)
+
+
+@kernel
+def test_recover_without_a_state_file(run, run_dir, backing, tmp_path):
+    disk = orphan("loop", backing, "-r", "reissue")
+    assert run("recover", disk.id, "--target", "loop", backing).status == 2
+    (run_dir / f"{disk.id}.json").unlink()
+    assert_fails(run("recover", disk.id), 1, "--target TARGET", errno.ENOENT)
+    small = tmp_path / "small"
+    small.write_bytes(bytes(4096))
+    small.chmod(0o400)
+    assert_fails(run("recover", disk.id, "--target", "null", "--size", "4K"), 1, "as large as", errno.EINVAL)
+    assert_fails(run("recover", disk.id, "--target", "loop", "/no/such"), 1, "/no/such", errno.ENOENT)
+    assert state_of(disk.id) == "QUIESCED"
+    disk = Forked("recover", disk.id, "--target", "loop", backing).live()
+    disk.kill()
+    disk = recovered(disk)                  # which finds a state file again
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_recover_from_python(backing):
+    import ublk_targets
+    disk = orphan("loop", backing, "-r", "reissue")
+    with ublk.Device.recover(disk.id, ublk_targets.Loop(str(backing))) as served:
+        assert served.path == disk.path and state_of(disk.id) == "LIVE"
+        with opened(disk.path) as fd:
+            write_at(fd, 4096, b"python" * 2048)
+            assert read_at(fd, 4096, 4096) == (b"python" * 2048)[:4096]
+    assert devices_left() == []
+    assert backing.read_bytes()[4096:4102] == b"python"
+
+
+@kernel
+def test_orphans_are_listed_and_deleted(run, run_dir):
+    lost, kept = orphan("null"), orphan("null", "-r", "requeue")
+    (run_dir / "77.json").write_text('{"id": 77}')
+    done = run("list", "--json")
+    rows = {row["id"]: (row["state"], row["pid"], row["target"]) for row in json.loads(done.out)}
+    assert rows == {lost.id: ("DEAD", -1, "null"), kept.id: ("QUIESCED", -1, "null")}
+    assert "77.json is left of a device that is gone: `ublk.py del 77` removes it" in done.err
+    assert done.err.count("\n") == 1
+    done = run("del", lost.id, kept.id, 77)
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert devices_left() == [] and list(run_dir.iterdir()) == []
+    assert_nothing_stuck()
+
+
+EVIL = 'open({!r}, "w").close()\nimport ublk\nclass Evil(ublk.Target):\n    size = 1 << 30\n'
+
+
+def damages(run_dir, tmp_path, good):
+    """Yield names of damage, each done to the state file of device 0 before."""
+    path, marker = run_dir / "0.json", tmp_path / "executed"
+    evil = tmp_path / "evil.py"
+    evil.write_text(EVIL.format(str(marker)))
+    hostile = json.dumps({**json.loads(good), "target": f"{evil}:Evil", "args": []})
+
+    def write(text):
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+
+    for name, text in (("empty", ""), ("truncated", good[:-10]), ("not an object", "[1]"),
+                       ("deep", "[" * 100000), ("another's", good.replace('"id": 0', '"id": 1')),
+                       ("huge", hostile[:-1] + " " * (2 << 20) + "}"),
+                       ("a number", json.dumps({**json.loads(hostile), "target": 5})),
+                       ("args", json.dumps({**json.loads(hostile), "args": {"a": 1}})),
+                       ("null", json.dumps({**json.loads(hostile), "cwd": None}))):
+        write(text)
+        yield name
+    write(hostile)
+    os.chown(path, BOB, BOB)
+    yield "of somebody else"
+    path.unlink()
+    (tmp_path / "elsewhere.json").write_text(hostile)
+    path.symlink_to(tmp_path / "elsewhere.json")
+    yield "a link"
+    path.unlink()
+    os.mkfifo(path)
+    yield "a pipe"
+    path.unlink()
+
+
+@kernel
+def test_a_damaged_state_file_is_reported_and_never_executed(run, run_dir, tmp_path, backing):
+    disk = orphan("loop", backing, "-r", "reissue")
+    good = (run_dir / "0.json").read_text()
+    for name in damages(run_dir, tmp_path, good):
+        done = run("recover", disk.id)
+        assert done.status == 1 and f"ublk: ignoring {run_dir}/0.json: " in done.err, (name, done)
+        assert_error_line(done.err.splitlines(True)[-1], errno.ENOENT, says="--target")
+        done = run("list", "--json")
+        assert json.loads(done.out)[0]["target"] is None and "ignoring" in done.err, name
+    assert not (tmp_path / "executed").exists()
+    assert state_of(disk.id) == "QUIESCED"
+    (tmp_path / "elsewhere.json").write_text("untouched")
+    (run_dir / "0.json").symlink_to(tmp_path / "elsewhere.json")
+    disk = Forked("recover", disk.id, "--target", "loop", backing).live()     # replaces the link
+    assert (tmp_path / "elsewhere.json").read_text() == "untouched"
+    assert not (run_dir / "0.json").is_symlink()
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_strange_names_among_the_state_files(run, run_dir, tmp_path):
+    run_dir.mkdir(mode=0o700)
+    names = ["²", "٣", "00", "-1", "0x1", "1e3", "..", " 5", "5\n", "9" * 200, "x", ""]
+    for name in names:
+        (run_dir / f"{name}.json").write_text("{}")
+    with Forked("null") as disk:
+        done = run("list")
+        assert done.status == 0 and "Traceback" not in done.err
+        assert done.err == ""
+        assert run("del", 4294967296 + disk.id).status == 1         # not device 0 by another name
+        assert run("del", -4294967296 + disk.id).status != 0
+        assert state_of(disk.id) == "LIVE"
+        for word in ("../0", "0/../../x", "²", "0 ", ""):
+            assert run("recover", word).status in (1, 2)
+        assert run("del", "--all").status == 0
+        assert disk.wait() == 0
+    assert sorted(path.name for path in run_dir.iterdir()) == sorted(f"{name}.json" for name in names)

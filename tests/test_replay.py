@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT
+"""Companion: recordings and what they tell."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    assert_fails,
+    damage,
+    digest,
+    error_of,
+    fio_verify,
+    kernel,
+    mount_of,
+    needs,
+    now,
+    opened,
+    patched,
+    sh,
+    write_at,
+)
+
+
+class Log:
+    """A recorded disk in memory: the log, and what the disk contained after each of its entries."""
+
+    def __init__(self, targets, path, size=1 << 20):
+        self.path, self.targets = path, targets
+        self.disk = targets.Record(str(path), targets.Ram(size=size))
+        self.states = [bytes(size)]
+
+    def do(self, name, *args):
+        now(getattr(self.disk, name)(*args))
+        self.states.append(bytes(self.disk.target.view))
+
+    def some(self):
+        """Do something of everything."""
+        for at in (0, 8192, 4096):
+            self.do("write", at, memoryview(os.urandom(8192)))
+        for name, *args in (("flush",), ("discard", 4096, 4096), ("write_zeroes", 512, 1024, False)):
+            self.do(name, *args)
+        self.do("write", 0, memoryview(os.urandom(512)))
+        self.disk.close()
+        return self
+
+
+@pytest.fixture
+def log(targets, tmp_path):
+    return Log(targets, tmp_path / "log").some()
+
+
+def test_replay_rebuilds_the_disk_after_every_entry(run, log, tmp_path):
+    for number, state in enumerate(log.states):
+        path = tmp_path / f"disk{number}"
+        assert run("replay", log.path, path, "--to", number).status == 0
+        assert path.read_bytes() == state
+    assert run("replay", log.path, tmp_path / "last").status == 0
+    assert (tmp_path / "last").read_bytes() == log.states[-1]
+
+
+def test_replay_lists_the_entries(run, log):
+    lines = [line.split() for line in run("replay", log.path).out.splitlines()]
+    assert [line[:2] for line in lines] == [[str(number + 1), kind] for number, kind in enumerate(
+        ["write", "write", "write", "flush", "discard", "write_zeroes", "write"])]
+    assert lines[1][2:] == ["8192", "8192"]
+
+
+def test_replay_begins_with_a_base(run, targets, tmp_path):
+    base = os.urandom(1 << 20)
+    (tmp_path / "base").write_bytes(base)
+    disk = targets.Record(str(tmp_path / "log"), targets.Ram(size=1 << 20))
+    now(disk.write(4096, memoryview(b"x" * 4096)))
+    disk.close()
+    assert run("replay", tmp_path / "log", tmp_path / "disk", "--base", tmp_path / "base").status == 0
+    assert (tmp_path / "disk").read_bytes() == base[:4096] + b"x" * 4096 + base[8192:]
+
+
+def test_a_log_is_continued_and_what_a_kill_cut_off_is_left_out(run, targets, log, tmp_path):
+    os.truncate(log.path, os.path.getsize(log.path) - 100)
+    assert run("replay", log.path, tmp_path / "cut").status == 0
+    assert (tmp_path / "cut").read_bytes() == log.states[-2]
+    disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
+    now(disk.write(0, memoryview(b"y" * 512)))
+    disk.close()
+    assert run("replay", log.path, tmp_path / "more").status == 0
+    assert (tmp_path / "more").read_bytes() == b"y" * 512 + log.states[-2][512:]
+
+
+def test_a_log_knows_how_large_its_disk_has_been(run, targets, tmp_path):
+    log, image = tmp_path / "log", tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    disk, page = targets.Record(str(log), targets.Loop(str(image))), memoryview(os.urandom(4096))
+    for size in (2 << 20, 1 << 20):
+        disk.resized(size)
+        assert disk.size == disk.target.size == size
+    disk.target.write = lambda offset, buffer: patched(image, offset, buffer)
+    now(disk.write((2 << 20) - 4096, page))
+    disk.close()
+    targets.Record(str(log), targets.Loop(str(image))).close()      # as a server that recovers it does
+    assert run("replay", log, tmp_path / "copy").status == 0
+    assert (tmp_path / "copy").read_bytes() == bytes((2 << 20) - 4096) + page == image.read_bytes()
+
+
+def test_a_damaged_log_is_an_error_and_good_up_to_there(run, targets, log, tmp_path):
+    with open(log.path, "rb") as file:
+        third = list(targets.entries(file))[2]
+    for number, at in (("data", third.end - 1), ("head", third.end + 5)):       # of the 3rd, of the 4th
+        path = shutil.copy(log.path, tmp_path / number)
+        damage(path, at, bytes([Path(path).read_bytes()[at] ^ 0xff]))
+        done = run("replay", path, tmp_path / f"{number}.disk")
+        last = 2 if number == "data" else 3
+        assert_fails(done, 1, f"--to {last}", errno.EINVAL)
+        assert run("replay", path, tmp_path / f"{number}.good", "--to", last).status == 0
+        assert (tmp_path / f"{number}.good").read_bytes() == log.states[last]
+
+
+@pytest.mark.parametrize("words, status, text", [
+    ("LOG --check true", 2, "--check needs a disk"), ("", 2, "log"), ("/no/such disk", 1, "/no/such"),
+    ("LOG DISK --to -1", 2, "--to"), ("LOG DISK --to x", 2, "--to"), ("LOG DISK --every day", 2, "--every"),
+    ("LOG LOG", 1, "LOG"), ("LOG DISK --base /no/such", 1, "/no/such"), ("EMPTY DISK", 1, "not a log"),
+    ("JUNK DISK", 1, "not a log"), ("/dev/zero DISK", 1, "not a log")])
+def test_replay_of_what_cannot_be(run, log, tmp_path, words, status, text):
+    (tmp_path / "EMPTY").write_bytes(b"")
+    (tmp_path / "JUNK").write_bytes(os.urandom(100))
+    names = {"LOG": log.path, **{name: tmp_path / name for name in ("DISK", "EMPTY", "JUNK")}}
+    text = text.replace("LOG", str(log.path))
+    assert_fails(run("replay", *[names.get(word, word) for word in words.split()]), status, text)
+
+
+def test_a_recording_that_cannot_be(run, log, tmp_path):
+    assert_fails(run("record", log.path, "ram", "--size", "2M"), 1, "the log of a disk of 1048576 bytes")
+    assert_fails(run("record", tmp_path, "ram"), 1, str(tmp_path), errno.EISDIR)
+    assert_fails(run("record", tmp_path / "x", "zoned"), 1, "zoned", errno.EINVAL)
+    assert run("record", tmp_path / "y").status == 2
+    (tmp_path / "JUNK").write_bytes(os.urandom(100))
+    assert_fails(run("record", tmp_path / "JUNK", "ram"), 1, "not a log", errno.EINVAL)
+    assert len((tmp_path / "JUNK").read_bytes()) == 100
+
+
+def test_a_log_that_is_full_fails_the_write_and_stays_whole(run, targets, tmp_path):
+    log = Log(targets, tmp_path / "log")
+    log.do("write", 0, memoryview(b"1" * 4096))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(log.path) + 1000, usual[1]))
+    try:
+        assert error_of(now, log.disk.write(8192, memoryview(b"2" * 4096))) == errno.ENOSPC
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    log.do("write", 4096, memoryview(b"3" * 4096))
+    log.disk.close()
+    assert run("replay", log.path, tmp_path / "disk").status == 0
+    assert (tmp_path / "disk").read_bytes()[:12288] == b"1" * 4096 + b"3" * 4096 + bytes(4096)
+
+
+# ---- crashes ----------------------------------------------------------------------------------------
+
+# A database: block 0 says how many records there are, record n is in block n.
+CHECK = """
+import sys
+with open(sys.argv[1], "rb") as disk:
+    for number in range(1, 1 + int.from_bytes(disk.read(8), "little")):
+        disk.seek(number * 4096)
+        assert disk.read(4096) == bytes([number]) * 4096
+"""
+
+
+class Database:
+    """Writes its records through a disk's write(offset, data) and flush()."""
+
+    def __init__(self, write, flush):
+        self.write, self.flush = write, flush
+
+    def record(self, number):
+        self.write(number * 4096, bytes([number]) * 4096)
+
+    def header(self, number):
+        self.write(0, number.to_bytes(8, "little") + bytes(4088))
+
+    def good(self, number):
+        self.record(number)
+        self.flush()
+        self.header(number)
+        self.flush()
+
+    def hasty(self, number):                # right in order, but nothing keeps the disk to it
+        self.record(number)
+        self.header(number)
+        self.flush()
+
+    def bad(self, number):
+        self.header(number)
+        self.record(number)
+        self.flush()
+
+
+def crash_test(run, log, *words):
+    """Look for a crash after which a database is wrong."""
+    script = log.with_suffix(".py")
+    script.write_text(CHECK)
+    check = f"{sys.executable} {script} {{}} 2>&-"
+    return run("replay", log, log.with_suffix(".a disk"), "--check", check, *words)
+
+
+@pytest.mark.parametrize("words, good, hasty, bad", [
+    ("--every entry", "good at 12 ", "good at 9 ", "bad at entry 1: write 0 4096: "),
+    ("--every flush", "good at 6 ", "good at 3 ", "good at 3 "),
+    ("--every entry --from 3", "good at 10 ", "good at 7 ", "bad at entry 4: write 0 4096: "),
+    ("--every entry --lose 1", "good at 12 ", "bad at entry ", "bad at entry "),
+    ("--every flush --lose 2", "good at 6 ", "bad at entry ", "bad at entry ")])
+def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path, words, good, hasty, bad):
+    for name, verdict in (("good", good), ("hasty", hasty), ("bad", bad)):
+        path = tmp_path / name
+        log = Log(targets, path)
+        database = Database(lambda at, data, log=log: log.do("write", at, memoryview(data)),
+                            lambda log=log: log.do("flush"))
+        for number in (1, 2, 3):
+            getattr(database, name)(number)
+        log.disk.close()
+        done = crash_test(run, path, *words.split())
+        assert done.out.startswith(verdict) and done.status == verdict.startswith("bad"), (name, done)
+
+
+@kernel
+def test_crashes_of_a_real_disk(run, targets, tmp_path):
+    """The same through the kernel, with direct I/O and fsync."""
+    for name, verdict in {"good": "good at ", "bad": "bad at entry "}.items():
+        with ublk.Device(targets.Record(str(tmp_path / name), targets.Ram(size=1 << 20))) as disk:
+            with opened(disk.path) as fd:
+                database = Database(partial(write_at, fd), partial(os.fsync, fd))
+                for number in (1, 2):
+                    getattr(database, name)(number)
+        done = crash_test(run, tmp_path / name, "--every", "flush" if name == "good" else "entry")
+        assert done.out.startswith(verdict), done
+    with open(tmp_path / "bad", "rb") as log:
+        header = next(entry for entry in targets.entries(log) if entry.kind == "write" and entry.offset == 0)
+    assert done.out.startswith(f"bad at entry {header.number}: write 0 4096")
+
+
+@kernel
+def test_replaying_all_equals_the_disk(run, targets, tmp_path):
+    with ublk.Device(targets.Record(str(tmp_path / "log"), targets.Ram(size=32 << 20)), queues=2) as disk:
+        fio_verify(disk.path)
+        os.sync()
+        found = digest(disk.path)
+    assert run("replay", tmp_path / "log", tmp_path / "again").status == 0
+    assert digest(tmp_path / "again") == found
+
+
+# What is in a file that was replaced is all old or all new, whenever the crash came.
+INTACT = ("e2fsck -fy {} >/dev/null 2>&1; "
+          "debugfs -R 'cat /config' {} 2>/dev/null | grep -qx 'old\\|new\\|newer'")
+
+JBD2_COMMIT = bytes.fromhex("c03b3998 00000002")
+
+
+@kernel
+def test_a_rename_without_fsync_is_caught_and_one_with_it_is_not(run, targets, tmp_path):
+    needs("mkfs.ext4", "e2fsck", "debugfs")
+    log, image, mnt = tmp_path / "log", tmp_path / "disk", tmp_path / "mnt"
+
+    def count():
+        return len(run("replay", log).out.splitlines())
+
+    with ublk.Device(targets.Record(str(log), targets.Ram(size=16 << 20))) as disk:
+        sh("mkfs.ext4", "-qF", disk.path)
+        with mount_of(disk.path, mnt, "-o", "data=writeback,noauto_da_alloc"):
+            write_file(mnt / "config", "old\n", sync=True)
+            os.sync()
+            start = count() + 1
+            write_file(mnt / "config.new", "new\n", sync=True)
+            (mnt / "config.new").rename(mnt / "config")
+            os.sync()
+            careful = count()
+            write_file(mnt / "config.new", "newer\n", sync=False)
+            (mnt / "config.new").rename(mnt / "config")
+            write_file(mnt / "other", "it commits the journal\n", sync=True)
+    done = run("replay", log, tmp_path / "good", "--check", INTACT, "--from", start, "--to", careful)
+    assert done.status == 0 and re.match(r"good at [1-9]\d* crash points", done.out), done
+    done = run("replay", log, image, "--check", INTACT, "--from", careful + 1, "--every", "entry")
+    # It is caught where the journal commits: that a file was renamed is durable, what is in it not yet.
+    number, offset = map(int, re.match(r"bad at entry (\d+): write (\d+) 1024: ", done.out).groups())
+    assert done.status == 1 and number > careful + 1
+    with open(f"{image}.crash", "rb") as crashed:
+        crashed.seek(offset)
+        assert crashed.read(8) == JBD2_COMMIT, done
+
+
+def write_file(path, text, *, sync):
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())

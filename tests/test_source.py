@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""The file itself: one file, the standard library only, every public name documented."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import HERE, SOURCE, UBLK, example, sh
+
+
+def interpreters():
+    """Return every Python from 3.9 on that is installed here, the one that runs this included."""
+    found = {sys.version_info[:2]: sys.executable}
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for path in sorted(root.glob("versions/3.*/bin/python3")):
+        found.setdefault(tuple(map(int, path.parts[-3].split(".")[:2])), str(path))
+    for minor in range(9, 30):
+        path = shutil.which(f"python3.{minor}")
+        if path and subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode == 0:
+            found.setdefault((3, minor), path)
+    return {f"{major}.{minor}": found[major, minor] for major, minor in sorted(found) if minor >= 9}
+
+
+def definitions(node=SOURCE, prefix=""):
+    """Yield (name, node) of every public class, function and method."""
+    for item in node.body:
+        if isinstance(item, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = prefix + item.name
+            if not item.name.startswith("_"):
+                yield name, item
+                if isinstance(item, ast.ClassDef):
+                    yield from definitions(item, name + ".")
+
+
+def is_kernel_structure(name):
+    return isinstance(getattr(ublk, name, None), type) and issubclass(getattr(ublk, name), ctypes.Structure)
+
+
+@pytest.mark.parametrize("version, python", interpreters().items())
+def test_every_python_compiles_and_runs_it(version, python, tmp_path):
+    copy = shutil.copy(UBLK, tmp_path)
+    sh(python, "-W", "error", "-m", "py_compile", copy)
+    assert "usage: ublk.py" in sh(python, "-W", "error", "-I", copy, "--help").stdout
+
+
+def test_it_needs_the_standard_library_only():
+    names = {name.name.partition(".")[0] for node in ast.walk(SOURCE) if isinstance(node, ast.Import)
+             for name in node.names}
+    names |= {node.module.partition(".")[0] for node in ast.walk(SOURCE) if isinstance(node, ast.ImportFrom)}
+    library = Path(os.__file__).parent
+    for name in sorted(names):
+        spec = __import__("importlib.util").util.find_spec(name)
+        inside = spec.origin in ("built-in", "frozen") or library in Path(spec.origin).parents
+        assert inside and "site-packages" not in str(spec.origin), f"{name} is not in the standard library"
+
+
+def test_importing_it_starts_nothing():
+    code = "import threading, os, ublk; print(threading.active_count(), len(os.listdir('/proc/self/fd')))"
+    without = code.replace("ublk", "ctypes")        # whose library may keep a file open
+    assert sh(sys.executable, "-c", code, cwd=HERE).stdout == sh(sys.executable, "-c", without).stdout
+
+
+@pytest.mark.parametrize("name", [name for name, _ in definitions() if not is_kernel_structure(name)])
+def test_every_public_name_has_a_docstring(name):
+    item = ublk
+    for word in name.split("."):
+        item = getattr(item, word)
+    assert inspect.getdoc(item), f"{name} has none of its own and inherits none"
+
+
+def test_example_in_the_docstring_is_python():
+    names = {node.name for node in ast.walk(ast.parse(example())) if isinstance(node, ast.ClassDef)}
+    assert names == {"Ram"}
+
+
+def test_packaging_names_the_modules_and_the_command():
+    text = (HERE / "pyproject.toml").read_text()
+    assert 'ublk = "ublk:main"' in text
+    assert 'py-modules = ["ublk", "ublk_targets"]' in text
+    assert re.search(r"^dependencies = \[\]$", text, re.M)

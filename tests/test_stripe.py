@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""Companion: stripes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import at_least, content_of, error_of, files, kernel, opened, read_at, write_at
+
+
+@pytest.mark.parametrize("count, chunk", [(1, 512), (2, 512), (3, 1536), (4, 4096)])
+def test_a_stripes_ranges_are_the_same_by_chunk_and_by_leg(targets, tmp_path, count, chunk):
+    stripe = targets.Stripe(*files(tmp_path, count, 16 << 10), chunk=chunk)
+    assert stripe.size == (16 << 10) // chunk * chunk * count
+    seen = set()
+    for start in range(0, stripe.size, 512):
+        for end in range(start + 512, stripe.size + 512, 1536):
+            one = [stripe.place(at) for at in range(start, end, 512)]
+            other = [(leg, at + more) for leg, at, length in stripe.spans(start, end - start)
+                     for more in range(0, length, 512)]
+            assert sorted((leg.path, at) for leg, at, _ in one) == sorted((leg.path, at) for leg, at in other)
+            assert all(512 <= room <= chunk for _, _, room in one)
+            seen |= {(leg.path, at) for leg, at, _ in one}
+    assert len(seen) == stripe.size // 512          # no two places of the disk are one of a leg
+    stripe.close()
+
+
+@kernel
+@pytest.mark.parametrize("chunk", [512, 12 << 10, 64 << 10])
+@pytest.mark.parametrize("data_path", ["copy", None])
+def test_chunks_of_a_stripe_lie_where_they_should(targets, tmp_path, chunk, data_path):
+    paths = files(tmp_path, 3, 256 << 10)
+    target = targets.Stripe(*paths, chunk=chunk)
+    with ublk.Device(target, data_path=data_path) as disk, opened(disk.path) as fd:
+        data = os.urandom(target.size)
+        for at in range(0, len(data), 250 << 10):
+            write_at(fd, at, data[at:at + (250 << 10)])
+        os.fsync(fd)
+        assert content_of(fd) == data
+    chunks = [data[at:at + chunk] for at in range(0, len(data), chunk)]
+    for number, path in enumerate(paths):
+        mine = b"".join(chunks[number::3])
+        assert Path(path).read_bytes()[:len(mine)] == mine
+
+
+@kernel
+def test_a_disk_of_files_that_were_made_longer_can_become_larger(targets, tmp_path):
+    if not at_least("6.16"):
+        return
+    for make, count in (targets.Stripe, 2), (targets.Loop, 1):
+        with ublk.Device(make(*files(tmp_path, count, (2 << 20) // count))) as disk, opened(disk.path) as fd:
+            for path in tmp_path.glob("*.img"):
+                os.truncate(path, 4 << 20)
+            disk.resize(4 << 20)
+            data = os.urandom(3 << 20)
+            assert read_at(fd, 2 << 20, 1 << 20) == bytes(1 << 20)
+            write_at(fd, 1 << 20, data)
+            assert read_at(fd, 1 << 20, 3 << 20) == data
+
+
+@kernel
+def test_behind_the_end_of_its_base_an_overlay_has_nothing(targets, tmp_path):
+    if not at_least("6.16"):
+        return
+    base, = files(tmp_path, 1, 1 << 20)
+    overlay = str(tmp_path / "x.cow")
+    with ublk.Device(targets.Cow(base, overlay)) as disk, opened(disk.path) as fd:
+        disk.resize(2 << 20)
+        for function, what in ((read_at, 4096), (write_at, bytes(4096))):
+            assert error_of(function, fd, 1 << 20, what) == errno.EIO
+    targets.Cow(base, overlay).close()              # which checks it

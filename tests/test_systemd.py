@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""A server under systemd."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+import pytest
+
+from tests.support import Forked, kernel, opened, read_at
+
+
+@kernel
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_systemd_hears_of_readiness_status_and_watchdog(tmp_path, abstract):
+    address = f"@ublk-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(address.replace("@", "\0"))
+        channel.settimeout(60)
+
+        def change():
+            os.environ.update(NOTIFY_SOCKET=address, WATCHDOG_USEC="200000")
+        disk = Forked("null", change=change).live()
+        assert channel.recv(4096).decode().splitlines() == ["READY=1", f"STATUS=serving {disk.path}"]
+        assert [channel.recv(4096) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+        assert disk.kill(signal.SIGTERM) == 0
+        said = b"WATCHDOG=1"
+        while said == b"WATCHDOG=1":
+            said = channel.recv(4096)
+        assert said == b"STOPPING=1"
+
+
+@kernel
+def test_a_notify_socket_that_nobody_reads_does_no_harm(tmp_path):
+    def change():
+        os.environ.update(NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="20000")
+    with Forked("null", change=change) as disk:
+        with opened(disk.path) as fd:
+            assert len(read_at(fd, 0, 4096)) == 4096
+        assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""

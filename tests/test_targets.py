@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""Companion: what every target must do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from contextlib import contextmanager, nullcontext
+
+import pytest
+
+from tests.support import (
+    Fio,
+    Forked,
+    assert_error_line,
+    assert_fails,
+    at_least,
+    carries,
+    content_of,
+    digest,
+    error_of,
+    fio_verify,
+    kernel,
+    missing,
+    needs,
+    opened,
+    read_at,
+    recovered,
+    sh,
+    write_at,
+)
+
+# Companion: every target
+# =================================================================================================
+
+SMALL_JOBS = [("512", "0", "48k"), ("4k", "1m", "256k"), ("256k", "2m", "1m")]
+
+# Each kind of disk, as it is written on the command line in the directory `workshop`. Rows that end with
+# their server are in VOLATILE; what else has to run meanwhile is a context manager in PARTNERS.
+COMMAND_LINES = {
+    "ram": "ram --size 8M",
+    "loop": "loop a.img",
+    "stripe": "stripe a.img b.img --chunk 20K",
+    "mirror": "mirror a.img b.img --state state",
+    "cow": "cow base.img overlay.cow",
+    "fault": "fault --jitter 100us --rate 0.1 fault --on flush --delay 1ms loop a.img",
+}
+
+VOLATILE = {"ram"}
+
+PARTNERS = {}
+
+every_target = pytest.mark.parametrize("name", COMMAND_LINES)
+
+
+@contextmanager
+def serving(name, *words):
+    """Serve one of COMMAND_LINES from the command line, with further options."""
+    with PARTNERS.get(name, nullcontext)(), Forked(*COMMAND_LINES[name].split(), *words) as disk:
+        yield disk
+
+
+@kernel
+@every_target
+def test_each_target_carries_a_verified_file_system(name, workshop, tmp_path):
+    needs("fio")
+    with serving(name) as disk:
+        fio_verify(disk.path, SMALL_JOBS)
+        carries("ext4", disk, tmp_path / "mnt")
+        assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
+
+
+@kernel
+@every_target
+def test_each_target_keeps_exactly_what_it_was_given(name, workshop):
+    needs("blkdiscard")
+    with serving(name) as disk, opened(disk.path) as fd:
+        expected = bytearray(content_of(fd))
+        size = len(expected)
+        for offset, length in ((512, 512), (60 << 10, 300 << 10), (size - 4096, 4096), (3 << 20, 2 << 20)):
+            expected[offset:offset + length] = data = os.urandom(length)
+            assert write_at(fd, offset, data) == length
+        os.fsync(fd)
+        for how, offset, length in (("-z", 1024, 512), ("-z", 100 << 10, 66 << 10), ("-f", 3 << 20, 1 << 20)):
+            sh("blkdiscard", how, "-o", offset, "-l", length, disk.path)
+            expected[offset:offset + length] = bytes(length)
+        with opened(disk.path, os.O_RDWR | os.O_DSYNC) as durable:
+            expected[8192:12288] = data = os.urandom(4096)
+            write_at(durable, 8192, data)
+        assert content_of(fd) == expected
+    if name in VOLATILE:
+        return
+    with serving(name, "--read-only") as disk, opened(disk.path, os.O_RDONLY) as fd:
+        assert content_of(fd) == expected
+        with pytest.raises(OSError) as refused, opened(disk.path) as writable:
+            write_at(writable, 0, bytes(4096))
+        assert refused.value.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
+
+
+@kernel
+@pytest.mark.parametrize("name", [name for name in COMMAND_LINES if name not in VOLATILE])
+def test_each_target_survives_kills_of_its_server(name, workshop):
+    with serving(name, "-r", "reissue") as disk, Fio(disk, "--size=1M") as fio:
+        for _ in range(2):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+        assert fio.errors == 0
+        assert disk.kill(signal.SIGTERM) == 0
+    if name == "mirror":
+        assert digest("a.img") == digest("b.img")
+
+
+@kernel
+@every_target
+def test_each_target_has_a_disk_that_can_become_smaller(name, workshop, run):
+    with serving(name) as disk:
+        if not at_least("6.16"):
+            assert_fails(run("resize", disk.id, "4M"), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
+            return
+        assert run("resize", disk.id, "4M").status == 0
+        with opened(disk.path) as fd:
+            data = os.urandom(4096)
+            write_at(fd, (4 << 20) - 4096, data)
+            assert read_at(fd, (4 << 20) - 4096, 4096) == data
+            assert error_of(write_at, fd, 4 << 20, data) == errno.ENOSPC
+
+
+@kernel
+@pytest.mark.parametrize("option", ["--user-copy", "--zero-copy"])
+@pytest.mark.parametrize("name", ["stripe", "cow"])      # with map(), and without
+def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
+    needs("fio")
+    lacking = missing(option[2:])
+    if lacking:
+        disk = Forked(*COMMAND_LINES[name].split(), option)
+        assert disk.wait() == 1
+        assert_error_line(disk.said(), errno.EOPNOTSUPP, says=f"needs Linux {lacking.since}, this is")
+        return
+    with serving(name, option, "--queues", 2) as disk:
+        fio_verify(disk.path, SMALL_JOBS)
+
+
+@pytest.mark.parametrize("words, status, says, number", [
+    ("stripe", 2, "paths", None),
+    ("stripe a.img a.img", 1, "named twice", errno.EINVAL),
+    ("stripe a.img ./a.img", 1, "named twice", errno.EINVAL),
+    ("stripe a.img none.img", 1, "none.img", errno.ENOENT),
+    ("stripe a.img b.img --chunk 0", 1, "chunk of 0 bytes", errno.EINVAL),
+    ("stripe a.img b.img --chunk 1000", 1, "not a multiple of the block size 512", errno.EINVAL),
+    ("stripe a.img b.img --chunk 1G", 1, "smaller than a chunk", errno.EINVAL),
+    ("stripe a.img b.img --chunk some", 2, "--chunk", None),
+    ("mirror", 2, "paths", None),
+    ("mirror none.img", 1, "none.img", errno.ENOENT),
+    ("mirror a.img a.img", 1, "named twice", errno.EINVAL),
+    ("mirror a.img b.img --state both", 1, "all legs hold old data", errno.EINVAL),
+    ("cow", 2, "base", None),
+    ("cow a.img", 2, "overlay", None),
+    ("cow a.img a.img", 1, "named twice", errno.EINVAL),
+    ("cow none.img x.cow", 1, "none.img", errno.ENOENT),
+    ("cow . x.cow", 1, "neither a file nor a block device", errno.EINVAL),
+    ("cow a.img .", 1, "", None),
+    ("cow a.img none/x.cow", 1, "none/x.cow", errno.ENOENT),
+    ("fault", 2, "a target is missing", None),
+    ("fault loop", 2, "path", None),
+    ("fault loop none.img", 1, "none.img", errno.ENOENT),
+    ("fault --on raed ram", 1, "no such operation", errno.EINVAL),
+    ("fault --error EWHAT ram", 1, "there is no such errno", errno.EINVAL),
+    ("fault --error errorcode ram", 1, "there is no such errno", errno.EINVAL),
+    ("fault --range 2M-1M ram", 1, "not a range of bytes", errno.EINVAL),
+    ("fault --range here ram", 1, "not a range of bytes", errno.EINVAL),
+    ("fault --rate 7 ram", 1, "not a share from 0 to 1", errno.EINVAL),
+    ("fault --rate nan ram", 1, "not a share from 0 to 1", errno.EINVAL),
+    ("fault --rate often ram", 2, "--rate", None),
+    ("fault --delay=-1s ram", 1, "time -1s", errno.EINVAL),
+    ("fault --delay nan ram", 1, "time nan", errno.EINVAL),
+    ("fault --jitter soon ram", 1, "time soon", errno.EINVAL),
+    ("fault --after all ram", 2, "--after", None),
+    ("fault --seed x ram", 2, "--seed", None),
+])
+def test_bad_words_for_disks_of_several_files(two_files, no_driver, run, words, status, says, number):
+    assert_fails(run(*words.split()), status, says, number)

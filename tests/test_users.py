@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Disks of ordinary users."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    ALICE,
+    BOB,
+    HERE,
+    Forked,
+    as_user,
+    assert_error_line,
+    assert_fails,
+    at_least,
+    become,
+    devices_left,
+    error_of_opening,
+    every_command,
+    kernel,
+    needs,
+    refused,
+    server,
+    sh,
+    state_of,
+    verb,
+)
+
+
+def program(uid):
+    """Return what runs a program as an ordinary user; see subprocess."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("UBLK_RUN_DIR", "XDG_RUNTIME_DIR")}
+    return {"user": uid, "group": uid, "extra_groups": [], "env": environment, "cwd": "/"}
+
+
+def verb_of(uid, *given):
+    """The same as an ordinary user."""
+    return verb(*given, change=become(uid))
+
+
+def in_name_of(uid, function, *args):
+    """Call a function as an ordinary user; return what it returns, through JSON."""
+    def call():
+        become(uid)()
+        return json.dumps(function(*args))
+    return json.loads(as_user(os.getuid(), call))
+
+
+def no_unprivileged(uid=ALICE):
+    """Before Linux 6.3 see that the error says so."""
+    if at_least("6.3"):
+        return False
+    done = verb_of(uid, "ram", "--size", "4M")
+    assert done.status == 1
+    assert_error_line(done.err.splitlines(True)[-1], errno.EOPNOTSUPP, says="needs Linux 6.3, this is")
+    return True
+
+
+@pytest.fixture
+def readable():
+    """A copy of ublk.py, with its companion, that every user may read."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        for name in ("ublk.py", "ublk_targets.py"):
+            os.chmod(shutil.copy(HERE / name, directory), 0o644)
+        yield Path(directory, "ublk.py")
+
+
+@kernel
+def test_an_ordinary_user_owns_a_disk(rules, readable):
+    needs("mkfs.ext4", "fio")
+    if no_unprivileged():
+        return
+    alice = program(ALICE)
+    python = os.path.realpath(sys.executable)
+    with server("ram", "--size", "256M", "-p", script=readable, executable=python, **alice) as disk:
+        for path in (disk.path, f"/dev/ublkc{disk.id}"):
+            assert (os.stat(path).st_uid, os.stat(path).st_gid) == (ALICE, ALICE)
+        sh("mkfs.ext4", "-Fq", disk.path, **alice)
+        sh("fio", "--name=x", f"--filename={disk.path}", "--direct=1", "--rw=randwrite", "--bs=4k",
+           "--iodepth=16", "--ioengine=io_uring", "--size=2M", "--verify=crc32c", "--verify_fatal=1", **alice)
+        row, = json.loads(verb_of(ALICE, "list", "--json").out)
+        assert (row["state"], row["pid"]) == ("LIVE", disk.pid)
+        assert (row["owner_uid"], row["owner_gid"]) == (ALICE, ALICE)
+        assert row["target"] == "ram" and "UNPRIVILEGED_DEV" in row["flags"]
+        done = verb_of(ALICE, "resize", disk.id, "512M")
+        if at_least("6.16"):
+            assert (done.status, done.err) == (0, "")
+            assert int(Path(f"/sys/block/ublkb{disk.id}/size").read_text()) == 1 << 20
+        else:
+            assert_error_line(done.err, errno.EOPNOTSUPP, says="needs Linux 6.16, this is")
+        done = verb_of(ALICE, "del", disk.id)
+        assert (done.status, done.out, done.err) == (0, "", "")
+        assert disk.wait(60) == 0 and devices_left() == []
+    assert disk.errors.count("\n") == 1 and "30 seconds" in disk.errors and "no recovery" in disk.errors
+
+
+@kernel
+def test_nobody_else_commands_an_ordinary_users_disk(rules, control):
+    if no_unprivileged():
+        return
+    with Forked("ram", "--size", "4M", change=become(ALICE)) as disk:
+        node = f"/dev/ublkc{disk.id}"
+        refused(in_name_of(BOB, every_command, disk.id, node), errno.EACCES)
+        refused(in_name_of(BOB, every_command, disk.id, ""), errno.EACCES, errno.EPERM, errno.EINVAL)
+        refused(in_name_of(BOB, every_command, disk.id, "/dev/null"), errno.EPERM)
+        for line in ("list {0}", "stop {0}", "del {0}", "resize {0} 8M", "quiesce {0}", "recover {0}"):
+            done = verb_of(BOB, *line.format(disk.id).split())
+            assert_fails(done, 1, "", errno.EOPNOTSUPP if "needs Linux" in done.err else errno.EACCES)
+        assert json.loads(verb_of(BOB, "list", "--json").out) == []
+        assert in_name_of(BOB, error_of_opening, node) == [errno.EACCES] * 2
+        assert in_name_of(BOB, error_of_opening, disk.path) == [errno.EACCES] * 2
+        os.chmod(disk.path, 0o666)                  # even then the kernel gives it to its owner only
+        assert in_name_of(BOB, error_of_opening, disk.path) == [errno.EPERM] * 2
+        assert in_name_of(ALICE, error_of_opening, disk.path) == [0, 0]
+
+        row, = json.loads(verb("list", "--json").out)          # and root is still root
+        assert (row["state"], row["pid"], row["owner_uid"]) == ("LIVE", disk.pid, ALICE)
+        if at_least("6.16"):
+            control.get_dev_info(disk.id)
+            control.update_size(disk.id, 8 << 20)
+        assert verb("del", disk.id).status == 0
+        assert disk.wait() == 0
+
+
+@kernel
+def test_an_ordinary_user_does_not_touch_roots_disk(rules):
+    with Forked("null", "--size", "4M") as disk:
+        if at_least("6.3"):
+            refused(in_name_of(ALICE, every_command, disk.id, f"/dev/ublkc{disk.id}"), errno.EPERM)
+        refused(in_name_of(ALICE, every_command, disk.id, ""), errno.EPERM, errno.EINVAL)
+        for line in ("list {0}", "stop {0}", "del {0}", "resize {0} 8M", "quiesce {0}", "recover {0}"):
+            done = verb_of(ALICE, *line.format(disk.id).split())
+            assert_fails(done, 1, "", errno.EOPNOTSUPP if "needs Linux" in done.err else errno.EPERM)
+        for node in (disk.path, f"/dev/ublkc{disk.id}"):
+            assert in_name_of(ALICE, error_of_opening, node) == [errno.EACCES] * 2
+        assert json.loads(verb_of(ALICE, "list", "--json").out) == []
+        assert state_of(disk.id) == "LIVE"
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_what_an_ordinary_user_cannot_have_is_said(rules):
+    for option, name in (("-r requeue", "USER_RECOVERY"), ("-r reissue", "USER_RECOVERY"),
+                         ("-u", "USER_COPY"), ("-z", "ZERO_COPY"), ("--auto-zero-copy", "USER_COPY")):
+        done = verb_of(ALICE, "ram", "--size", "4M", "-p", *option.split())
+        assert done.status == 1
+        line = done.err.splitlines(True)[-1]
+        assert_error_line(line, errno.EINVAL, says="the kernel does not allow it together with")
+        assert name in line and "UNPRIVILEGED_DEV" in line
+
+
+@kernel
+def test_root_cannot_have_an_unprivileged_disk(run):
+    done = run("null", "-p")
+    assert done.status == 1
+    assert_error_line(done.err.splitlines(True)[-1], errno.EINVAL, says="this process has CAP_SYS_ADMIN")
+
+
+def flags_granted(flags):
+    """Return the flags of a device an ordinary user asks for, -1 if it is refused."""
+    with ublk.Control() as control:
+        try:
+            info = control.add_dev(-1, 1, 1, 4096, flags)
+        except OSError as error:
+            assert error.errno == errno.EINVAL, error
+            return -1
+        ublk.await_node(f"/dev/ublkc{info.dev_id}", os.R_OK | os.W_OK)
+        control.del_dev(info.dev_id)
+        return info.flags
+
+
+@kernel
+def test_the_kernel_gives_ordinary_users_what_the_table_says(rules, control):
+    if no_unprivileged():
+        return
+    unprivileged = ublk.UBLK_F_UNPRIVILEGED_DEV
+    assert in_name_of(ALICE, flags_granted, unprivileged) & unprivileged
+    excluded = [feature for feature in ublk.FEATURES
+                if feature & unprivileged.excludes or feature.excludes & unprivileged]
+    assert len(excluded) >= 4
+    for feature in excluded:
+        if at_least(feature.since):
+            granted = in_name_of(ALICE, flags_granted, unprivileged | feature)
+            assert granted == -1 or not granted & feature, feature.name
+
+
+@kernel
+def test_too_many_disks_of_ordinary_users(rules):
+    if no_unprivileged():
+        return
+    limit = Path("/sys/module/ublk_drv/parameters/ublks_max")
+    before = limit.read_text()
+    limit.write_text("1")
+    try:
+        with Forked("ram", "--size", "4M", change=become(ALICE)) as disk:
+            done = verb_of(BOB, "ram", "--size", "4M")
+            assert done.status == 1
+            assert_error_line(done.err.splitlines(True)[-1], errno.EACCES, says="ublks_max")
+            assert disk.kill(signal.SIGTERM) == 0
+    finally:
+        limit.write_text(before)
+
+
+@kernel
+def test_check_tells_an_ordinary_user_what_is_missing(run):
+    done = verb_of(ALICE, "check")
+    assert done.status == 1 and "udev-rules > /etc/udev/rules.d/" in done.out
+    done = verb_of(ALICE, "ram", "--size", "4M")
+    assert_error_line(done.err.splitlines(True)[-1], errno.EACCES, says="see `ublk.py check`")
+
+
+@kernel
+def test_check_is_content_once_the_rules_are_there(rules):
+    done = verb_of(ALICE, "check")
+    assert (done.status, "missing" in done.out) == (0, False), done.out
+
+
+@kernel
+def test_udev_owner_of_any_argument(run):
+    with Forked("null", "--size", "1M") as disk:
+        for name in ("", "ublk", "ublkb", "ublkb0", "ublkc0", "ublkb0p1", "ublkb0;reboot", "ublkb0 0",
+                     "ublkb-1", "ublkb²", "ublkb" + "9" * 5000, "ublkc1048576", "ublkc9", "../ublkb0",
+                     "ublkd0", "sda", "%k", "$(id)", "ublkb0\nOWNER=1", "--help", "\udcff"):
+            done = run("udev-owner", "--", name)
+            assert done.status != 0 and done.out == "" and "Traceback" not in done.err, name
+        assert disk.kill(signal.SIGTERM) == 0

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: MIT
+"""Words of the command line and how they become a target."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import sys
+
+import pytest
+
+import ublk
+from tests.support import HERE, UBLK, assert_error_line, sh, target_file
+
+
+@pytest.mark.parametrize("text, size", [
+    ("0", 0), ("4096", 4096), ("512K", 512 << 10), ("1m", 1 << 20), ("1G", 1 << 30), ("2T", 2 << 40),
+    ("1.5K", 1536), ("0.5G", 512 << 20), (str((1 << 53) + 1), (1 << 53) + 1), ("7000000T", 7000000 << 40)])
+def test_sizes(text, size):
+    assert ublk.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "x", "1P", "1KB", "-1", "-1K", "1.0001", "nan", "inf", "-inf",
+                                  "infK", "1e400", "0x10", "1 2", "1_000"])
+def test_what_is_not_a_size(text):
+    with pytest.raises(ValueError):
+        ublk.parse_size(text)
+
+
+@pytest.mark.parametrize("size", [0, 1, 512, 1000, 1024, 1536, 1 << 20, 3 << 30, 5 << 40, (1 << 40) + 512])
+def test_sizes_are_written_as_they_are_read(size):
+    assert ublk.parse_size(ublk.format_size(size)) == size
+
+
+class Sample(ublk.Target):
+    """Show every kind of parameter.
+
+    path: where it lies
+    delay: seconds
+    """
+
+    def __init__(self, path, count: int = 3, *, delay: float = 0.5, big: ublk.Size = ublk.Size(4096),
+                 loud: bool = False, name_of: str = "x"):
+        self.all = path, count, delay, big, loud, name_of
+
+
+class Wrapper(ublk.Target):
+    """Wrap another target."""
+
+    def __init__(self, inner: ublk.Target, *, rate: int = 1):
+        self.inner, self.rate = inner, rate
+
+
+class Many(ublk.Target):
+    """Take several words."""
+
+    def __init__(self, *paths, mirror: bool = False):
+        self.paths, self.mirror = paths, mirror
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """Let the command line know the targets above."""
+    monkeypatch.setattr(ublk, "known_targets", lambda: {"sample": Sample, "wrapper": Wrapper, "many": Many,
+                                                        "null": ublk.Null})
+
+
+def test_a_signature_becomes_parameters():
+    assert ublk.parameters(Sample) == [
+        ("path", "word", "", ublk.REQUIRED), ("count", "word", "int", 3), ("delay", "option", "float", 0.5),
+        ("big", "option", "Size", 4096), ("loud", "option", "bool", False), ("name_of", "option", "str", "x")]
+    assert [place for _, place, _, _ in ublk.parameters(Many)] == ["words", "option"]
+    assert ublk.parameters(type("Plain", (ublk.Target,), {})) == []
+
+
+def test_parameters_are_those_that_inspect_finds():
+    class Wrapped(Sample):
+        @functools.wraps(Sample.__init__)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+
+    places = {inspect.Parameter.POSITIONAL_OR_KEYWORD: "word", inspect.Parameter.VAR_POSITIONAL: "words",
+              inspect.Parameter.KEYWORD_ONLY: "option"}
+    for cls in (*ublk.known_targets().values(), Sample, Many, Wrapped):
+        expected = [(one.name, places[one.kind], ublk.REQUIRED if one.default is one.empty else one.default)
+                    for one in inspect.signature(cls).parameters.values()]
+        assert [(name, place, default) for name, place, _, default in ublk.parameters(cls)] == expected
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("a", ("a", 3, 0.5, 4096, False, "x")),
+    ("a 2K --delay 2 --big 1M --loud --name-of y", ("a", 2048, 2.0, 1 << 20, True, "y")),
+    ("--loud a", ("a", 3, 0.5, 4096, True, "x"))])
+def test_words_become_arguments(samples, words, expected):
+    assert ublk.make_target(["sample", *words.split()]).all == expected
+
+
+def test_a_target_wraps_the_words_that_remain(samples):
+    target = ublk.make_target("wrapper --rate 5 sample a --delay 9".split())
+    assert target.rate == 5 and target.inner.all[:3] == ("a", 3, 9.0)
+
+
+def test_a_target_takes_many_words(samples):
+    assert ublk.make_target("many a b c --mirror".split()).paths == ("a", "b", "c")
+
+
+def test_help_of_a_target_comes_from_its_docstring(samples, run):
+    done = run("sample", "--help")
+    assert done.status == 0
+    for text in ("Show every kind of parameter.", "where it lies", "--delay", "seconds", "--name-of"):
+        assert text in done.out
+
+
+@pytest.mark.parametrize("words", ["sample", "sample a --delay x", "sample a 1 2", "sample a --big 1P",
+                                   "many", "sample a --unknown 1"])
+def test_wrong_words_for_a_target_are_wrong_usage(samples, run, words):
+    done = run(*words.split())
+    assert done.status == 2 and "usage: ublk.py" in done.err and "Traceback" not in done.err
+    assert run("wrapper").status == 2
+
+
+def test_targets_of_the_users_own_file(tmp_path):
+    path = target_file(tmp_path, """
+        class One(ublk.Target):
+            def __init__(self, *, size: ublk.Size = ublk.Size(1 << 20)):
+                self.size = size
+    """)
+    for word in (str(path), f"{path}:One"):
+        target = ublk.make_target([word, "--size", "2M"])
+        assert isinstance(target, ublk.Target) and target.size == 2 << 20
+
+
+@pytest.mark.parametrize("signature", ["size", "size=4096", "size: int", "size: ublk.Size"])
+@pytest.mark.parametrize("words", ["1M", "--size 1M", "--size=1M"])
+def test_a_size_is_a_word_or_an_option(tmp_path, capfd, signature, words):
+    path = target_file(tmp_path, f"""
+        print("loaded")
+        class Mine(ublk.Target):
+            def __init__(self, {signature}, depth_of_thought=1.5):
+                self.size, self.depth = size, depth_of_thought
+    """)
+    assert ublk.make_target([str(path), *words.split()]).size == 1 << 20
+    target = ublk.make_target([str(path), *words.split(), "--depth-of-thought", "2"])
+    assert (target.size, target.depth) == (1 << 20, 2.0)
+    assert capfd.readouterr().out == ""         # standard output is for the path of the disk
+
+
+def test_a_path_may_have_colons(tmp_path):
+    (tmp_path / "a:b.py").mkdir()
+    path = target_file(tmp_path / "a:b.py", "class Mine(ublk.Target): size = 4096")
+    for word in (path, f"{path}:Mine"):
+        assert ublk.make_target([str(word)]).size == 4096
+
+
+def test_the_companion_is_found_by_an_isolated_python():
+    done = sh(sys.executable, "-I", UBLK, "loop", "/no/such/file", check=False)
+    assert_error_line(done.stderr, errno.ENOENT, says="/no/such/file")
+
+
+def test_a_bug_of_a_target_needs_nobody_who_reads_of_it():
+    code = """if True:
+        import errno, os, sys, ublk
+        modules = set(sys.modules)
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        try:
+            1 / 0
+        except ZeroDivisionError as error:
+            assert ublk.failed(error) == -errno.EIO
+        ublk.say("nobody hears this")
+        os._exit(0 if sys.version_info >= (3, 13) or modules == set(sys.modules) else 3)
+    """
+    assert sh(sys.executable, "-c", code, cwd=HERE, check=False).returncode == 0
+
+
+def test_a_target_file_may_import_its_neighbours(tmp_path):
+    (tmp_path / "neighbour_of_mine.py").write_text("SIZE = 8192\n")
+    path = target_file(tmp_path, """
+        from neighbour_of_mine import SIZE
+        class One(ublk.Target):
+            size = SIZE
+    """)
+    assert ublk.make_target([str(path)]).size == 8192

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: MIT
+"""Companion: zones."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    Fio,
+    Forked,
+    assert_fails,
+    at_least,
+    damage,
+    digest,
+    error_of,
+    kernel,
+    message,
+    mount_of,
+    needs,
+    now,
+    opened,
+    read_at,
+    recovered,
+    sh,
+    write_at,
+)
+
+EMPTY, IMP_OPEN, EXP_OPEN, CLOSED, FULL = 1, 2, 3, 4, 14
+
+
+def zoned(targets, **options):
+    """Make a disk of 16 zones of 1 MiB."""
+    return targets.Zoned(**{"size": 16 << 20, "zone_size": 1 << 20, **options})
+
+
+def conditions(target):
+    return [zone.cond for zone in target.zones]
+
+
+def test_zones_are_written_at_their_pointer_only(targets):
+    disk, page = zoned(targets), memoryview(bytes(4096))
+
+    def write(offset, size=4096):
+        return error_of(now, disk.write(offset, memoryview(b"x" * size)))
+    now(disk.write(1 << 20, page))
+    assert disk.zone_append(1 << 20, page) == (1 << 20) + 4096
+    now(disk.write((1 << 20) + 8192, page))
+    assert error_of(now, disk.write((1 << 20) + 8192, page)) == errno.EIO
+    for wrong_place in (1 << 20, (1 << 20) + 16384, (2 << 20) + 4096):
+        assert write(wrong_place) == errno.EIO
+    disk.zone_finish(1 << 20)
+    assert error_of(disk.zone_append, 1 << 20, page) == errno.EIO
+    assert error_of(disk.zone_open, 1 << 20) == errno.EIO
+    assert conditions(disk) == [EMPTY, FULL] + [EMPTY] * 14
+    assert write(3 << 20, 2 << 20) == errno.EIO
+    disk.close()
+
+
+def test_zones_open_within_their_limits(targets):
+    disk, page = zoned(targets, max_open=2, max_active=3), memoryview(bytes(4096))
+    for zone in (0, 1, 2):                      # the third closes one that nobody opened
+        now(disk.write(zone << 20, page))
+    assert conditions(disk)[:4] == [CLOSED, IMP_OPEN, IMP_OPEN, EMPTY]
+    assert error_of(disk.zone_append, 3 << 20, page) == errno.EOVERFLOW
+    disk.zone_open(1 << 20)
+    disk.zone_open(2 << 20)
+    assert error_of(disk.zone_open, 0) == errno.ETOOMANYREFS
+    assert error_of(disk.zone_append, 0, page) == errno.ETOOMANYREFS
+    disk.zone_finish(0)                         # leaves room for another active one
+    disk.zone_close(1 << 20)
+    assert disk.zone_append(3 << 20, page) == 3 << 20
+    assert conditions(disk)[:4] == [FULL, CLOSED, EXP_OPEN, IMP_OPEN]
+    disk.close()
+
+
+def test_zones_of_a_file_are_as_they_were_left(targets, tmp_path):
+    path, page = str(tmp_path / "zones"), memoryview(os.urandom(4096))
+    disk = zoned(targets, file=path, conventional=2)
+    disk.zone_append(2 << 20, page)
+    disk.zone_open(3 << 20)
+    disk.zone_finish(4 << 20)
+    disk.close()
+    disk = targets.Zoned(file=path)
+    assert (disk.size, disk.zone_size) == (16 << 20, 1 << 20)
+    assert conditions(disk) == [0, 0, CLOSED, EMPTY, FULL] + [EMPTY] * 11
+    assert disk.zones[2].wp == (2 << 20) + 4096
+    assert error_of(now, disk.write(2 << 20, memoryview(bytes(4096)))) == errno.EIO
+    now(disk.write(2 << 20, page))              # what a killed server had done comes again
+    now(disk.write((2 << 20) + 4096, page))
+    assert error_of(now, disk.write((2 << 20) + 4096, page)) == errno.EIO
+    for operation in (disk.zone_open, disk.zone_close, disk.zone_finish):
+        assert error_of(operation, 0) == errno.EIO
+    disk.close()
+
+
+def test_a_file_of_zones_has_one_server(targets, tmp_path):
+    path = str(tmp_path / "zones")
+    disk = zoned(targets, file=path)
+    assert "another server uses it" in message(lambda: targets.Zoned(file=path))
+    disk.close()
+    targets.Zoned(file=path).close()
+
+
+@pytest.mark.parametrize("spoil, text", [
+    (lambda path: damage(path, 0, b"x"), "not a zoned disk, or a damaged one"),
+    (lambda path: damage(path, 9, b"x"), "not a zoned disk, or a damaged one"),
+    (lambda path: damage(path, 4096 + 8, b"\1"), "the write pointer of zone 1"),
+    (lambda path: damage(path, 4096 + 8 * 15, b"\xff" * 8), "the write pointer of zone 15"),
+    (lambda path: os.truncate(path, 10 << 20), "damaged: not"),
+    (lambda path: os.truncate(path, 512), "damaged: not"),
+    (lambda path: os.truncate(path, 10), "not a multiple of 512"),
+    (lambda path: path.write_bytes(os.urandom(1 << 20)), "not a zoned disk, or a damaged one")])
+def test_zones_of_a_damaged_file_are_refused(run, targets, tmp_path, spoil, text):
+    path = tmp_path / "zones"
+    zoned(targets, file=str(path)).close()
+    spoil(path)
+    assert_fails(run("zoned", "--file", path), 1, text, errno.EINVAL)
+
+
+@pytest.mark.parametrize("words, status, text", [
+    ("--zone-size 3M", 1, "3145728"), ("--zone-size 512", 1, "512"), ("--zone-size 0", 1, "--zone-size 0"),
+    ("--size 100M --zone-size 16M", 1, "--size"), ("--size 0", 1, "--size 0"),
+    ("--size 64M --conventional 4", 1, "--size"), ("--conventional -1", 2, "--conventional"),
+    ("--max-open x", 2, "--max-open"), ("surplus", 2, "surplus"),
+    ("--file /no/such/dir/x", 1, "/no/such/dir")])
+def test_zones_that_cannot_be(run, words, status, text):
+    assert_fails(run("zoned", *words.split()), status, text)
+
+
+def lacks_zones(targets):
+    """Where there are no zoned disks, see that the error names the kernel that has them."""
+    if at_least("6.6"):
+        return False
+    assert "needs Linux 6.6, this is" in message(ublk.Device(zoned(targets)).start)
+    return True
+
+
+def report(disk):
+    """Return (first sector, written sectors, condition, type) of each zone, as blkzone tells it."""
+    pattern = r" *start: (\w+), len \w+, cap \w+, wptr (\w+) .* zcond: *\d+\((..)\) \[type: (\d)"
+    found = [re.match(pattern, line) for line in sh("blkzone", "report", disk.path).stdout.splitlines()]
+    return [(int(line[1], 16), int(line[2], 16), line[3], int(line[4])) for line in found]
+
+
+@kernel
+def test_blkzone_sees_and_changes_the_zones(targets):
+    if lacks_zones(targets):
+        return
+    needs("blkzone")
+    with ublk.Device(zoned(targets, conventional=2, max_open=4, max_active=6)) as disk:
+        name = os.path.basename(disk.path)
+        queue = Path(f"/sys/block/{name}/queue")
+        assert (queue / "zoned").read_text() == "host-managed\n"
+        assert [(queue / f"max_{word}_zones").read_text() for word in ("open", "active")] == ["4\n", "6\n"]
+        assert report(disk) == [(zone * 2048, 0, "nw" if zone < 2 else "em", 1 if zone < 2 else 2)
+                                for zone in range(16)]
+        with opened(disk.path) as fd:
+            data = os.urandom(8192)
+            write_at(fd, 4096, data)                            # conventional
+            write_at(fd, 3 << 20, data)
+            assert error_of(write_at, fd, (3 << 20) + 16384, data) == errno.EIO
+            sh("blkzone", "finish", "-o", 4 * 2048, "-c", 1, disk.path)
+            sh("blkzone", "open", "-o", 5 * 2048, "-c", 1, disk.path)
+            found = report(disk)
+            assert found[3][1:3] == (16, "oi") and found[4][2] == "fu" and found[5][2] == "oe"
+            sh("blkzone", "close", "-o", 3 * 2048, "-c", 1, disk.path)
+            assert report(disk)[3][1:3] == (16, "cl")
+            assert read_at(fd, 4096, 8192) == read_at(fd, 3 << 20, 8192) == data
+            sh("blkzone", "reset", "-o", 3 * 2048, "-c", 1, disk.path)
+            assert read_at(fd, 3 << 20, 8192) == bytes(8192)
+            sh("blkzone", "reset", "-o", 2 * 2048, disk.path)
+            assert {line[1:3] for line in report(disk)[2:]} == {(0, "em")}
+            assert read_at(fd, 4096, 8192) == data
+
+
+ZBD = ["--zonemode=zbd", "--direct=1", "--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--bs=16k",
+       "--iodepth=8", "--ioengine=libaio", "--max_open_zones=4", "--thread", "--minimal"]
+
+
+@kernel
+def test_fio_verifies_zones(targets):
+    if lacks_zones(targets):
+        return
+    needs("fio")
+    with ublk.Device(zoned(targets, max_open=4, max_active=4)) as disk:
+        done = sh("fio", "--name=x", f"--filename={disk.path}", "--size=16M", "--io_size=12M", *ZBD,
+                  cwd="/tmp")
+        assert "verify" not in done.stderr, done.stderr
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["btrfs", "f2fs"])
+def test_zones_carry_a_file_system(targets, tmp_path, kind):
+    make, check, options = {
+        "btrfs": (["mkfs.btrfs", "-qf", "-O", "zoned", "-d", "single", "-m", "single"], ["btrfs", "check"],
+                  {"size": 256 << 20, "zone_size": 8 << 20}),
+        "f2fs": (["mkfs.f2fs", "-qfm"], ["fsck.f2fs"],
+                 {"size": 192 << 20, "zone_size": 4 << 20, "conventional": 8})}[kind]
+    needs(make[0], check[0])
+    if lacks_zones(targets):
+        return
+    files = {str(number): os.urandom(number * 50_000) for number in range(12)}
+    with ublk.Device(targets.Zoned(**options)) as disk:
+        sh(*make, disk.path)
+        with mount_of(disk.path, tmp_path / "mnt", "-t", kind) as directory:
+            for name, data in files.items():
+                (directory / name).write_bytes(data)
+            (directory / "0").unlink()
+        with mount_of(disk.path, tmp_path / "mnt", "-t", kind) as directory:
+            assert {path.name: path.read_bytes() for path in directory.iterdir()} == \
+                {name: data for name, data in files.items() if name != "0"}
+        sh(*check, disk.path)
+
+
+@kernel
+def test_zones_survive_servers_that_are_killed(targets, tmp_path, backing):
+    if lacks_zones(targets):
+        return
+    backing.unlink()
+    words = ["zoned", "--file", backing, "--size", "32M", "--zone-size", "4M", "-r", "reissue"]
+    disk = Forked(*words).live()
+    with Fio(disk, "--zonemode=zbd", "--max_open_zones=2", "--bs=16k", "--size=32M", "--io_size=8M") as fio:
+        for _ in range(2):
+            fio.busy()
+            disk.kill()
+            disk = recovered(disk)
+        fio.busy()
+        fio.finish()
+    assert fio.errors == 0
+    before = report(disk), digest(disk.path)
+    assert disk.kill(signal.SIGTERM) == 0
+    with Forked(*words) as disk:                # and the end of the server
+        assert [line[:2] for line in report(disk)] == [line[:2] for line in before[0]]
+        assert digest(disk.path) == before[1]
