@@ -61,7 +61,8 @@ STATUS_KERNEL_TROUBLE = 99
 STATUS_NO_ANSWER = 124
 NO_TESTS_COLLECTED = 5
 ACCEPTING = 0x10000                             # __SO_ACCEPTCON of linux/net.h, in /proc/net/unix
-JOBS = max(1, (os.cpu_count() or 1) // 2)       # virtual machines at a time: each has two processors
+# Virtual machines at a time: each has two processors, and leaves them idle half of the time.
+JOBS = os.cpu_count() or 1
 
 
 @dataclass

@@ -32,14 +32,13 @@ import pytest
 import ublk
 
 HERE = Path(__file__).resolve().parent.parent
-
 UBLK = HERE / "ublk.py"
-
 HANG = 200                          # seconds: longer than any test takes, even under emulation
-
 IN_LAB = os.environ.get("UBLK_TEST_KERNEL", "host") != "host"
 
 kernel = pytest.mark.kernel
+THIS_KERNEL = ublk.kernel_release()
+
 
 class Ram(ublk.Target):
     """The ten lines of the documentation: a disk in memory."""
@@ -173,6 +172,18 @@ def needs(*programs):
 def at_least(release):
     """Tell whether the running kernel is of this release, such as "6.16", or newer."""
     return tuple(map(int, ublk.kernel_release().split("."))) >= tuple(map(int, release.split(".")))
+
+
+def since(release):
+    """Mark what a kernel before this release does not have: the test is skipped there, and says why."""
+    return pytest.mark.skipif(not at_least(release), reason=f"needs Linux {release}, this is {THIS_KERNEL}")
+
+
+def before(release):
+    """Mark what only kernels before this release do: the test is skipped on others, and says why."""
+    reason = f"is for kernels before {release}, this is {THIS_KERNEL}"
+    return pytest.mark.skipif(at_least(release), reason=reason)
+
 
 
 def as_user(uid, function):
@@ -524,6 +535,11 @@ def completed(disk):
     """Return how many requests the disk has completed."""
     words = Path(f"/sys/block/{os.path.basename(disk.path)}/stat").read_text().split()
     return int(words[0]) + int(words[4])
+
+
+# Has fio count failed requests and go on.
+FAILING = f"{errno.EIO}:{errno.EREMOTEIO}"
+CONTINUE = ["--continue_on_error=io", f"--ignore_error={FAILING},{FAILING}"]
 
 
 class Fio:

@@ -20,6 +20,7 @@ import pytest
 import ublk
 from tests.support import (
     BOB,
+    CONTINUE,
     Fio,
     Forked,
     Ram,
@@ -49,12 +50,6 @@ from tests.support import (
 )
 
 ROUNDS = 5                          # so often a server is killed in one test
-
-
-# Has fio count failed requests and go on.
-FAILING = f"{errno.EIO}:{errno.EREMOTEIO}"
-
-CONTINUE = ["--continue_on_error=io", f"--ignore_error={FAILING},{FAILING}"]
 
 
 def needs_fail_io(*words):
