@@ -2,10 +2,9 @@
 """Targets for ublk.py: what can stand behind a disk, each a short class that shows one idea.
 
     ram       memory                                   loop      a file or a block device
-    stripe    several files, chunk by chunk            mirror    several files with the same content
-    cow       an overlay over a base                   record    another target, with a log to replay
-    fault     another target that fails and stalls     nbd       what an NBD server serves
-    zoned     a disk of zones, in memory or a file
+    stripe    several files, chunk by chunk            cow       an overlay over a base
+    zoned     a disk of zones, in memory or a file     nbd       what an NBD server serves
+    fault     another target that fails and stalls     record    another target, with a log to replay
 
 Lying beside ublk.py, this file adds these names to its command line: ``ublk.py loop disk.img``.
 The parameters of a class are its arguments there: positional ones are words, keyword-only ones
@@ -95,46 +94,14 @@ def clear(fd: int, offset: int, length: int) -> None:
             write_all(fd, ublk.ZEROES[:count], at)
 
 
-# new byte for each byte: 255 minus it
-COMPLEMENT = bytes(range(255, -1, -1))
+COMPLEMENT = bytes(range(255, -1, -1))      # new byte for each byte: 255 minus it
 
 
-class WithMetadata:
-    """A part of targets that keep the metadata of their blocks in a file of its own.
-
-    What lies there is the complement: a hole in the file, which reads as zeroes, then means all
-    ones, and to the kernel these mean a block that was never written.
-    """
-
-    block_size: int
-    metadata_size: int
-    checksum: str
-    metadata_fd = -1
-
-    def keep_metadata(self, fd: int, size: int, checksum: str) -> None:
-        """Keep size bytes of metadata beside each block in the file fd."""
-        self.metadata_fd, self.metadata_size, self.checksum = fd, size, checksum
-        weakref.finalize(self, os.close, fd)
-
-    def metadata_at(self, offset: int) -> int:
-        """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
-        return offset // self.block_size * self.metadata_size
-
-    def read_metadata(self, offset: int, buffer: memoryview) -> None:
-        data = os.pread(self.metadata_fd, len(buffer), self.metadata_at(offset))
-        buffer[:] = data.ljust(len(buffer), b"\0").translate(COMPLEMENT)
-
-    def write_metadata(self, offset: int, buffer: memoryview) -> None:
-        write_all(self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset))
-
-    def forget_metadata(self, offset: int, length: int) -> None:
-        """Make these blocks like new ones; nothing to do where there is no metadata."""
-        if self.metadata_fd >= 0:
-            clear(self.metadata_fd, self.metadata_at(offset), self.metadata_at(length))
-
-
-class Ram(WithMetadata, ublk.Target):
+class Ram(ublk.Target):
     """Keep the disk in memory; it is gone when the server ends.
+
+    The metadata of its blocks, if it keeps any, lie complemented in memory of their own: what was never
+    written there reads as zeroes, so it means all ones, and to the kernel these mean a block never written.
 
     size: size of the disk
     metadata_size: bytes kept beside each block, for the checksum that the kernel makes and verifies (7.0)
@@ -142,6 +109,7 @@ class Ram(WithMetadata, ublk.Target):
     """
 
     processes = True            # forked later they see the same disk: memory of a file is shared
+    metadata_fd = -1
 
     def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30), metadata_size: int = 0,
                  checksum: str = "crc") -> None:
@@ -151,7 +119,9 @@ class Ram(WithMetadata, ublk.Target):
         weakref.finalize(self, os.close, self.fd)
         self.reach(size)
         if metadata_size:
-            self.keep_metadata(os.memfd_create("metadata"), metadata_size, checksum)
+            self.metadata_size, self.checksum = metadata_size, checksum
+            self.metadata_fd = os.memfd_create("metadata")
+            weakref.finalize(self, os.close, self.metadata_fd)
 
     def reach(self, size: int) -> None:
         """Have that much memory; its pages exist once they are written."""
@@ -175,36 +145,39 @@ class Ram(WithMetadata, ublk.Target):
         self.view[offset:end] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        self.forget_metadata(offset, length)
         clear(self.fd, offset, length)          # which gives pages back
+        if self.metadata_fd >= 0:
+            clear(self.metadata_fd, self.metadata_at(offset), self.metadata_at(length))
 
     def discard(self, offset: int, length: int) -> None:
         self.write_zeroes(offset, length, True)
 
+    def metadata_at(self, offset: int) -> int:
+        """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
+        return offset // self.block_size * self.metadata_size
 
-class Loop(WithMetadata, ublk.Target):
-    """Serve a file or a block device as a disk.
+    def read_metadata(self, offset: int, buffer: memoryview) -> None:
+        data = os.pread(self.metadata_fd, len(buffer), self.metadata_at(offset))
+        buffer[:] = data.ljust(len(buffer), b"\0").translate(COMPLEMENT)
 
-    A file that may not be written to makes a read-only disk. A crash of the machine may leave blocks
-    whose metadata is older or newer than they are: these fail until they are written again.
+    def write_metadata(self, offset: int, buffer: memoryview) -> None:
+        write_all(self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset))
+
+
+class Loop(ublk.Target):
+    """Serve a file or a block device as a disk. A file that may not be written to makes a read-only one.
 
     path: the file or block device
     direct: transfer around the page cache (O_DIRECT)
-    metadata: a file beside it for the metadata of its blocks, made where there is none (7.0)
-    metadata_size: bytes of these for each block
-    checksum: the one that the kernel makes and verifies in them: crc, ip, crc64 or none
     """
 
     processes = True
 
-    def __init__(self, path: str, *, direct: bool = False, metadata: str = "", metadata_size: int = 8,
-                 checksum: str = "crc") -> None:
+    def __init__(self, path: str, *, direct: bool = False) -> None:
         self.path, self.is_block = path, is_block(path)
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
         self.opened = weakref.finalize(self, os.close, self.fd)     # ends at the latest with the object
         self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
-        if metadata:
-            self.keep_metadata(open_metadata(metadata, path, self.read_only), metadata_size, checksum)
         if not self.read_only and self._can_discard():
             self.discard = self._discard        # an attribute: not every backing has it
 
@@ -223,20 +196,13 @@ class Loop(WithMetadata, ublk.Target):
         return await ublk.uring_write(self.fd, buffer, offset)
 
     async def write_fua(self, offset: int, buffer: memoryview) -> int:
-        await self._flush_metadata()
         return await ublk.uring_write(self.fd, buffer, offset, os.RWF_DSYNC)
 
     async def flush(self) -> None:
-        await self._flush_metadata()
         await ublk.uring_fsync(self.fd, datasync=True)
-
-    async def _flush_metadata(self) -> None:
-        if self.metadata_fd >= 0:
-            await ublk.uring_fsync(self.metadata_fd, datasync=True)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, else convert to zeroes, else write them."""
-        self.forget_metadata(offset, length)
         for mode in (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE)[0 if unmap else 1:]:
             try:
                 await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
@@ -248,7 +214,6 @@ class Loop(WithMetadata, ublk.Target):
             await moved(self.write, at, ublk.ZEROES[:count])
 
     async def _discard(self, offset: int, length: int) -> None:
-        self.forget_metadata(offset, length)
         if self.is_block:
             self._discard_blocks(offset, length)
         else:
@@ -299,15 +264,6 @@ def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
             raise wrong(path, "its file system has no direct I/O", "leave --direct out") from None
         raise
-
-
-def open_metadata(path: str, data: str, read_only: bool) -> int:
-    """Open the file for the metadata of a disk whose data are in another one; make it if need be."""
-    fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o666)
-    if not stat.S_ISREG(os.fstat(fd).st_mode) or os.path.samefile(path, data):
-        os.close(fd)
-        raise wrong(path, "not a file for metadata alone", "name another, or a new one")
-    return fd
 
 
 def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
@@ -487,239 +443,6 @@ class Stripe(Over, ublk.Target):
     def close(self) -> None:
         for leg in self.legs:
             leg.close()
-
-
-class Leg:
-    """One of the files or devices of a Mirror."""
-
-    def __init__(self, path: str) -> None:
-        self.path, real = path, os.path.realpath(path)
-        # A file is the same by any name; a device may be another by its short name after the next boot.
-        self.name = os.path.abspath(path) if real.startswith("/dev/") else real
-        self.disk: Any = None                   # the Loop that it is, where it could be opened
-        self.why = ""                           # why it is not used; a good leg has no reason
-        self.rebuilding = False                 # what is written goes there, too: it will be good
-
-
-class Mirror(Over, ublk.Target):
-    """Keep the same on several files or block devices (RAID 1).
-
-    A leg that fails, or is not there, is dropped: this is said on standard error and noted in the
-    state file, so that a later start does not take its old data for good. The disk lives as long as
-    one good leg does. A new leg is one that is not there when the server starts, and comes later.
-    Give a device by a name that lasts (/dev/disk/by-id): by that the state file knows it.
-
-    paths: the files or block devices, its legs
-    rebuild: try dropped legs again and copy to them what they missed, while the disk is in use
-    state: the file that notes which legs are dropped (one in /var/lib/ublk or ~/.local/state/ublk)
-    direct: transfer around the page cache (O_DIRECT)
-    """
-
-    retry = 5.0                                 # seconds between two attempts to rebuild
-
-    def __init__(self, *paths: str, rebuild: bool = False, state: str = "", direct: bool = False) -> None:
-        self.legs = [Leg(path) for path in distinct(paths)]
-        self.rebuild, self.direct = rebuild, direct
-        self.state = os.path.abspath(state or self._default_state())
-        self.lock, self.closed = threading.RLock(), threading.Event()
-        self.noted = self._noted()                          # the dropped legs that the state file names
-        self.writing: dict[object, tuple[int, int]] = {}    # ranges that requests change now
-        self.copying = (0, 0)                               # the range the rebuild copies now
-        self.mender: threading.Thread | None = None
-        self._open()
-        self.size = min(leg.disk.size for leg in self.good())
-        self.block_size = max(leg.disk.block_size for leg in self.good())
-        self.read_only = any(leg.disk.read_only for leg in self.good())
-        self.offer(CHANGES, *[leg.disk for leg in self.legs if leg.disk])
-
-    def _open(self) -> None:
-        """Open the legs; drop those that are not there, or hold old data, as an earlier server noted."""
-        out: dict[Leg, Any] = {leg: "out of date" for leg in self.legs if leg.name in self.noted}
-        problem: OSError = wrong(self.state, "it says that all legs hold old data", "remove it")
-        for leg in self.legs:
-            try:
-                leg.disk = Loop(leg.path, direct=self.direct)
-            except OSError as error:
-                problem = out[leg] = error
-        if len(out) == len(self.legs):
-            self.close()
-            raise problem
-        for leg, why in out.items():
-            self._judge(leg, str(why))
-
-    # ---- requests --------------------------------------------------------------------------------
-
-    def good(self) -> list[Leg]:
-        """Return the legs whose data is right."""
-        return [leg for leg in self.legs if not leg.why]
-
-    async def read(self, offset: int, buffer: memoryview) -> None:
-        """Read from the first good leg that can."""
-        failed: dict[Leg, OSError] = {}
-        for leg in self.good():
-            try:
-                await moved(leg.disk.read, offset, buffer)
-                break
-            except OSError as error:
-                failed[leg] = error
-        self._drop(failed)
-
-    async def call(self, name: str, *args: Any) -> None:
-        """Do the same on all good legs and those being rebuilt; drop the legs where it fails."""
-        failed: dict[Leg, OSError] = {}
-
-        async def attempt(leg: Leg) -> None:
-            try:
-                await moved(getattr(leg.disk, name), *args)
-            except OSError as error:
-                failed[leg] = error
-
-        me, (offset, length) = object(), extent(args)
-        while not (legs := self._enter(me, offset, offset + length)):
-            await ublk.uring_sleep(0.001)
-        try:
-            await together(*map(attempt, legs))
-            self._drop(failed)
-        finally:
-            del self.writing[me]
-
-    def _enter(self, me: object, start: int, end: int) -> list[Leg]:
-        """Note that a request changes a range; return where it is to, or [] while that is copied."""
-        with self.lock:
-            if start < self.copying[1] and self.copying[0] < end:
-                return []
-            self.writing[me] = start, end
-            return [leg for leg in self.legs if not leg.why or leg.rebuilding]
-
-    def _drop(self, failed: dict[Leg, OSError]) -> None:
-        """Drop legs that failed where another did not, before the client is told of success."""
-        if not failed and self._dropped() <= self.noted:
-            return
-        with self.lock:                         # who comes second must not drop the last good leg
-            if failed.keys() >= set(self.good()):
-                raise next(iter(failed.values()))
-            for leg, error in failed.items():
-                self._judge(leg, str(error))
-            self._note()                        # where it could not be noted before, no request ends well
-
-    # ---- legs that fail and come back --------------------------------------------------------------
-
-    def _default_state(self) -> str:
-        base = "/var/lib" if os.geteuid() == 0 else os.path.expanduser("~/.local/state")
-        names = "\n".join(sorted(leg.name for leg in self.legs)).encode()
-        return os.path.join(base, "ublk", f"mirror-{zlib.crc32(names):08x}")
-
-    def _noted(self) -> set[str]:
-        """Return the legs that an earlier server dropped."""
-        with suppress(FileNotFoundError), open(self.state, encoding="utf-8") as file:
-            return set(file.read().splitlines())
-        return set()
-
-    def _dropped(self) -> set[str]:
-        return {leg.name for leg in self.legs if leg.why}
-
-    def _note(self) -> None:
-        out = self._dropped()
-        if out != self.noted:
-            os.makedirs(os.path.dirname(self.state), exist_ok=True)
-            replace_file(self.state, "".join(f"{name}\n" for name in sorted(out)).encode())
-            self.noted = out
-
-    def _judge(self, leg: Leg, why: str) -> None:
-        """Take a leg out of use, or, where there is no reason to, a rebuilt one into use; say so once."""
-        with self.lock:
-            if not why and not leg.rebuilding:      # a write to it has failed
-                return
-            before, leg.why, leg.rebuilding = leg.why, why, False
-            if why and why != before:
-                ublk.say(f"mirror: dropped {leg.path}: {why}")
-            self._note()
-        if not why:
-            ublk.say(f"mirror: rebuilt {leg.path}")
-
-    def start(self, index: int) -> None:
-        """Start the thread that rebuilds, once."""
-        if index == 0 and self.rebuild:
-            self.mender = threading.Thread(target=self._mend, daemon=True, name="rebuild")
-            self.mender.start()
-
-    def _mend(self) -> None:
-        ublk.io_flusher()
-        while True:
-            for leg in [leg for leg in self.legs if leg.why]:
-                try:
-                    self._bring_back(leg)
-                except OSError as error:
-                    with suppress(OSError):     # what cannot be noted now is tried again by each request
-                        self._judge(leg, str(error))
-            # By the next try nobody uses the leg's descriptor any more, and it can be closed.
-            if self.closed.wait(self.retry):
-                return
-
-    def _bring_back(self, leg: Leg) -> None:
-        """Copy everything to a dropped leg; what is written meanwhile goes there as well."""
-        if leg.disk:
-            leg.disk.close()
-        leg.disk = disk = Loop(leg.path, direct=self.direct)
-        refuse(disk.size < self.size or disk.read_only or disk.block_size > self.block_size
-               or hasattr(self, "discard") > hasattr(disk, "discard"), leg.path,
-               "too small, for reading only, with larger blocks or without discard", "give it another")
-        leg.rebuilding = True
-        for offset, length in pieces(0, self.size):
-            self._copy(offset, offset + length, disk.fd)
-            if self.closed.is_set() or not leg.rebuilding:
-                return
-        os.fdatasync(disk.fd)
-        self._judge(leg, "")
-
-    def _copy(self, start: int, end: int, fd: int) -> None:
-        """Copy a range that no request changes meanwhile from a good leg; only what differs."""
-        with self.lock:
-            self.copying = start, end
-        try:
-            while any(start < b and a < end for a, b in list(self.writing.values())):
-                time.sleep(0.001)
-            with mmap.mmap(-1, end - start) as new, mmap.mmap(-1, end - start) as old:
-                self._read_good(new, start)
-                counts = [os.preadv(fd, [old], start)]
-                if new[:] != old[:]:
-                    counts.append(os.pwritev(fd, [new], start))
-                if set(counts) != {len(new)}:
-                    raise OSError(errno.EIO, "unexpected end of file")
-        finally:
-            self.copying = (0, 0)
-
-    def _read_good(self, buffer: mmap.mmap, start: int) -> None:
-        """Read from the first good leg that can, as read() does for a client."""
-        failed: dict[Leg, OSError] = {}
-        for leg in self.good():
-            try:
-                if os.preadv(leg.disk.fd, [buffer], start) == len(buffer):
-                    break
-                raise OSError(errno.EIO, "unexpected end of file")
-            except OSError as error:
-                failed[leg] = OSError(error.errno, f"{leg.path}: {error.strerror}")
-        self._drop(failed)
-
-    def close(self) -> None:
-        self.closed.set()
-        if self.mender:
-            self.mender.join()
-        for leg in self.legs:
-            if leg.disk:
-                leg.disk.close()
-
-
-def replace_file(path: str, content: bytes) -> None:
-    """Write a small file so that after any crash it has its old content or the new one."""
-    with open(f"{path}.new", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(f"{path}.new", path)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(directory)
-    os.close(directory)
 
 
 class Sealed:

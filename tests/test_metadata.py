@@ -12,11 +12,8 @@ import pytest
 
 import ublk
 from tests.support import (
-    Fio,
-    Forked,
     assert_error_line,
     at_least,
-    await_state,
     carries,
     error_of,
     fio_verify,
@@ -24,9 +21,11 @@ from tests.support import (
     message,
     needs,
     opened,
+    orphan,
     read_at,
     recovered,
     sh,
+    since,
     write_at,
 )
 
@@ -101,15 +100,12 @@ def test_the_kernel_finds_what_went_wrong_in_a_block(targets, checksum, size, bl
 
 
 @kernel
-@pytest.mark.parametrize("name, options", [
-    ("ram", {"queues": 4}), ("loop", {}), ("loop", {"batch": True, "queues": 4}),
-    ("ram", {"data_path": "auto-zero-copy"}), ("loop", {"data_path": "zero-copy", "batch": True})], ids=str)
-def test_disks_with_metadata_verify(targets, new_image, tmp_path, name, options):
+@pytest.mark.parametrize("options", [
+    {"queues": 4}, {"batch": True, "queues": 4}, {"data_path": "auto-zero-copy"},
+    {"data_path": "zero-copy", "batch": True}], ids=str)
+def test_disks_with_metadata_verify(targets, options):
     needs("fio")
-    if name == "ram":
-        target = targets.Ram(size=32 << 20, metadata_size=8)
-    else:
-        target = targets.Loop(str(new_image("32M")), metadata=str(tmp_path / "metadata"))
+    target = targets.Ram(size=32 << 20, metadata_size=8)
     if lacks_integrity(target):
         return
     with ublk.Device(target, **options) as disk:
@@ -118,33 +114,23 @@ def test_disks_with_metadata_verify(targets, new_image, tmp_path, name, options)
 
 
 @kernel
-def test_metadata_lie_in_a_file_beside(targets, new_image, tmp_path, run):
-    image, metadata = new_image("64M"), tmp_path / "metadata"
-    words = ["loop", image, "--metadata", metadata, "-r", "reissue"]
-    if lacks_integrity(targets.Loop(str(image), metadata=str(metadata))):
-        return
-    with Forked(*words) as disk:
+@since("7.0")
+def test_a_disk_with_metadata_carries_a_file_system(targets, tmp_path):
+    with ublk.Device(targets.Ram(size=64 << 20, metadata_size=8)) as disk:
         carries("ext4", disk, tmp_path / "mnt")
-        assert disk.kill(signal.SIGTERM) == 0
-    assert metadata.stat().st_size <= (64 << 20) // 512 * 8
-    disk = Forked(*words).live()                            # another life, and one after a sudden death
-    with Fio(disk) as fio:
-        fio.busy()
-        disk.kill()
-        disk = recovered(disk)
-        fio.busy()
-        assert fio.finish() == 0
-    disk.kill()
-    await_state(disk.id, "QUIESCED")
-    says = message(ublk.Device.recover, disk.id, targets.Loop(str(image)))
+
+
+@kernel
+@since("7.0")
+def test_a_disk_with_metadata_is_recovered_by_a_target_with_as_much_of_it(targets):
+    disk = orphan("ram", "--size", "1M", "--metadata-size", 8, "-r", "requeue")
+    says = message(ublk.Device.recover, disk.id, targets.Ram(size=1 << 20))
     assert "the target has 0 bytes of metadata beside a block, the disk 8" in says
-    with open(image, "r+b") as file:
-        file.seek(4096)
-        file.write(b"another program wrote this")
+    data = os.urandom(4096)
     disk = recovered(disk)
     with opened(disk.path) as fd:
-        assert error_of(read_at, fd, 4096, 4096) == errno.EILSEQ
-        assert len(read_at(fd, 8192, 4096)) == 4096
+        write_at(fd, 4096, data)
+        assert read_at(fd, 4096, 4096) == data
     assert disk.kill(signal.SIGTERM) == 0
 
 
@@ -167,12 +153,8 @@ def test_a_write_that_was_lost_on_its_way_is_found(targets):
     (["ram", "--metadata-size", "8", "--checksum", "crc64"], "not a number from 16 to 255"),
     (["ram", "--metadata-size", "256"], "not a number from 8 to 255"),
     (["ram", "--metadata-size", "8", "--checksum", "md5"], "choose one of none, ip, crc, crc64"),
-    (["loop", "disk.img", "--metadata", "disk.img"], "not a file for metadata alone"),
-    (["loop", "disk.img", "--metadata", "/dev/null"], "not a file for metadata alone"),
-    (["loop", "disk.img", "--metadata", "no/such/place"], "no such file or directory")])
-def test_bad_metadata(run, words, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("disk.img").write_bytes(bytes(4096))
+])
+def test_bad_metadata(run, words, says):
     done = run(*words)
     assert done.status == 1
     assert_error_line(done.err.splitlines(True)[-1], says=says)

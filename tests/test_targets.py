@@ -18,7 +18,6 @@ from tests.support import (
     at_least,
     carries,
     content_of,
-    digest,
     error_of,
     fio_verify,
     kernel,
@@ -42,7 +41,6 @@ COMMAND_LINES = {
     "ram": "ram --size 8M",
     "loop": "loop a.img",
     "stripe": "stripe a.img b.img --chunk 20K",
-    "mirror": "mirror a.img b.img --state state",
     "cow": "cow base.img overlay.cow",
     "fault": "fault --jitter 100us --rate 0.1 fault --on flush --delay 1ms loop a.img",
 }
@@ -110,8 +108,6 @@ def test_each_target_survives_kills_of_its_server(name, workshop):
         fio.finish()
         assert fio.errors == 0
         assert disk.kill(signal.SIGTERM) == 0
-    if name == "mirror":
-        assert digest("a.img") == digest("b.img")
 
 
 @kernel
@@ -153,10 +149,6 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     ("stripe a.img b.img --chunk 1000", 1, "not a multiple of the block size 512", errno.EINVAL),
     ("stripe a.img b.img --chunk 1G", 1, "smaller than a chunk", errno.EINVAL),
     ("stripe a.img b.img --chunk some", 2, "--chunk", None),
-    ("mirror", 2, "paths", None),
-    ("mirror none.img", 1, "none.img", errno.ENOENT),
-    ("mirror a.img a.img", 1, "named twice", errno.EINVAL),
-    ("mirror a.img b.img --state both", 1, "all legs hold old data", errno.EINVAL),
     ("cow", 2, "base", None),
     ("cow a.img", 2, "overlay", None),
     ("cow a.img a.img", 1, "named twice", errno.EINVAL),
