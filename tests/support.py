@@ -395,6 +395,29 @@ class Recorder(Ram):
         self.calls.append(("write_zeroes", offset, length, unmap))
 
 
+class Volatile(Ram):
+    """A disk with a cache: of what is written, `durable` has what a loss of power leaves."""
+
+    def __init__(self, content):
+        super().__init__(len(content))
+        self.data[:] = content
+        self.durable = bytearray(content)
+        self.cached = []
+
+    def write(self, offset, buffer):
+        super().write(offset, buffer)
+        self.cached.append((offset, offset + len(buffer)))
+
+    def write_fua(self, offset, buffer):
+        super().write(offset, buffer)
+        self.durable[offset:offset + len(buffer)] = buffer
+
+    def flush(self):
+        for start, end in self.cached:
+            self.durable[start:end] = self.data[start:end]
+        self.cached.clear()
+
+
 def with_partition(size=8 << 20):
     """Make a disk in memory with one partition, at sector 2048."""
     target = Ram(size)

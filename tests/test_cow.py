@@ -16,7 +16,9 @@ import pytest
 
 import ublk
 from tests.support import (
+    MKFS,
     Forked,
+    Volatile,
     Writers,
     devices_left,
     die,
@@ -31,6 +33,7 @@ from tests.support import (
     read_at,
     recovered,
     replace,
+    sh,
     until,
     write_at,
 )
@@ -211,6 +214,24 @@ def test_an_overlay_has_no_block_for_good_before_a_flush(targets, workshop):
         with Forked("cow", "base.img", "x.cow") as disk, opened(disk.path) as fd:
             assert read_at(fd, 8192, 4096) == b"x" * 4096
         start_machine_anew(targets, workshop / "x.cow")
+
+
+@kernel
+def test_what_an_overlay_has_flushed_survives_a_loss_of_power(targets, tmp_path):
+    base, data = tmp_path / "base.img", os.urandom(4096)
+    base.write_bytes(bytes(1 << 20))
+    below = Volatile(bytes(16 << 20))
+    with ublk.Device(below) as lower:
+        sh(*MKFS["ext4"], lower.path)
+        with mount_of(lower.path, tmp_path / "mnt") as directory, \
+                ublk.Device(targets.Cow(str(base), f"{directory}/x.cow")) as disk, opened(disk.path) as fd:
+            write_at(fd, 8192, data)
+            os.fsync(fd)
+            left = bytes(below.durable)
+    with ublk.Device(Volatile(left)) as lower, mount_of(lower.path, tmp_path / "mnt") as directory:
+        start_machine_anew(targets, directory / "x.cow")
+        with ublk.Device(targets.Cow(str(base), f"{directory}/x.cow")) as disk, opened(disk.path) as fd:
+            assert read_at(fd, 8192, 4096) == data
 
 
 @kernel

@@ -16,6 +16,7 @@ import pytest
 
 import ublk
 from tests.support import (
+    Recorder,
     assert_fails,
     damage,
     digest,
@@ -84,6 +85,25 @@ def test_replay_begins_with_a_base(run, targets, tmp_path):
     disk.close()
     assert run("replay", tmp_path / "log", tmp_path / "disk", "--base", tmp_path / "base").status == 0
     assert (tmp_path / "disk").read_bytes() == base[:4096] + b"x" * 4096 + base[8192:]
+
+
+@pytest.mark.parametrize("name, args", [
+    ("write", (0, memoryview(b"x" * 512))), ("write_fua", (0, memoryview(b"x" * 512))), ("flush", ()),
+    ("discard", (0, 4096)), ("write_zeroes", (0, 4096, True))])
+def test_a_change_is_logged_once_it_is_done(targets, tmp_path, name, args):
+    class Watching(Recorder):
+        """Notes how long the log is whenever it has done something."""
+
+    def watched(self, *args):
+        getattr(Recorder, name)(self, *args)
+        lengths.append(os.path.getsize(log))
+    setattr(Watching, name, watched)
+    log, lengths = tmp_path / "log", []
+    disk = targets.Record(str(log), Watching())
+    before = os.path.getsize(log)
+    now(getattr(disk, name)(*args))
+    assert lengths == [before] and os.path.getsize(log) > before
+    disk.close()
 
 
 def test_a_log_is_continued_and_what_a_kill_cut_off_is_left_out(run, targets, log, tmp_path):
@@ -229,6 +249,30 @@ def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path,
         log.disk.close()
         done = crash_test(run, path, *words.split())
         assert done.out.startswith(verdict) and done.status == verdict.startswith("bad"), (name, done)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path, seed):
+    log = Log(targets, tmp_path / "log")
+    log.disk.write_fua = partial(log.disk.logged, "write_fua")      # as if ram had a cache
+    database = Database(lambda at, data: log.do("write_fua", at, memoryview(data)), None)
+    for number in (1, 2, 3, 4):
+        database.record(number)
+        database.header(number)
+    log.disk.close()
+    assert crash_test(run, log.path, "--lose", seed).out == "good at 8 crash points\n"
+
+
+def test_a_crash_loses_writes_before_one_that_is_durable_by_itself(run, targets, tmp_path):
+    log = Log(targets, tmp_path / "log")
+    log.disk.write_fua = partial(log.disk.logged, "write_fua")
+    database = Database(lambda at, data: log.do("write" if at else "write_fua", at, memoryview(data)), None)
+    for number in (1, 2, 3, 4):
+        database.record(number)
+        database.header(number)
+    log.disk.close()
+    done = crash_test(run, log.path, "--lose", 1)
+    assert re.match(r"bad at entry [2468]: write_fua 0 4096: ", done.out), done
 
 
 @kernel

@@ -16,7 +16,7 @@ from tests.support import (
     Fio,
     Forked,
     assert_fails,
-    at_least,
+    before,
     damage,
     digest,
     error_of,
@@ -29,6 +29,7 @@ from tests.support import (
     read_at,
     recovered,
     sh,
+    since,
     write_at,
 )
 
@@ -134,12 +135,38 @@ def test_zones_that_cannot_be(run, words, status, text):
     assert_fails(run("zoned", *words.split()), status, text)
 
 
-def lacks_zones(targets):
-    """Where there are no zoned disks, see that the error names the kernel that has them."""
-    if at_least("6.6"):
-        return False
+def test_the_pointer_of_a_zone_moves_once_its_data_are_there(targets, tmp_path, monkeypatch):
+    path, page, write_all = str(tmp_path / "zones"), memoryview(b"x" * 4096), targets.write_all
+    disk = zoned(targets, file=path)
+
+    def full(fd, data, offset):
+        if offset >= disk.data_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(fd, data, offset)
+    monkeypatch.setattr(targets, "write_all", full)
+    assert error_of(disk.zone_append, 1 << 20, page) == errno.ENOSPC
+    assert error_of(now, disk.write(2 << 20, page)) == errno.ENOSPC
+    assert [zone.wp for zone in disk.zones[1:3]] == [1 << 20, 2 << 20]
+    disk.close()
+    disk = targets.Zoned(file=path)
+    assert conditions(disk) == [EMPTY] * 16
+    disk.close()
+
+
+@kernel
+@before("6.6")
+def test_zones_name_the_kernel_that_has_them(targets):
     assert "needs Linux 6.6, this is" in message(ublk.Device(zoned(targets)).start)
-    return True
+
+
+@kernel
+@since("6.16")
+def test_a_zoned_disk_keeps_its_size(run, targets):
+    with ublk.Device(zoned(targets)) as disk:
+        for size in (8 << 20, 32 << 20):
+            assert_fails(run("resize", disk.id, size), 1, "a zoned disk keeps its size", errno.EINVAL)
+            assert "a zoned disk keeps its size" in message(disk.resize, size)
+        assert [line[0] for line in report(disk)] == [zone * 2048 for zone in range(16)]
 
 
 def report(disk):
@@ -150,9 +177,8 @@ def report(disk):
 
 
 @kernel
+@since("6.6")
 def test_blkzone_sees_and_changes_the_zones(targets):
-    if lacks_zones(targets):
-        return
     needs("blkzone")
     with ublk.Device(zoned(targets, conventional=2, max_open=4, max_active=6)) as disk:
         name = os.path.basename(disk.path)
@@ -185,9 +211,8 @@ ZBD = ["--zonemode=zbd", "--direct=1", "--rw=randwrite", "--verify=crc32c", "--v
 
 
 @kernel
+@since("6.6")
 def test_fio_verifies_zones(targets):
-    if lacks_zones(targets):
-        return
     needs("fio")
     with ublk.Device(zoned(targets, max_open=4, max_active=4)) as disk:
         done = sh("fio", "--name=x", f"--filename={disk.path}", "--size=16M", "--io_size=12M", *ZBD,
@@ -196,6 +221,7 @@ def test_fio_verifies_zones(targets):
 
 
 @kernel
+@since("6.6")
 @pytest.mark.parametrize("kind", ["btrfs", "f2fs"])
 def test_zones_carry_a_file_system(targets, tmp_path, kind):
     make, check, options = {
@@ -204,8 +230,6 @@ def test_zones_carry_a_file_system(targets, tmp_path, kind):
         "f2fs": (["mkfs.f2fs", "-qfm"], ["fsck.f2fs"],
                  {"size": 192 << 20, "zone_size": 4 << 20, "conventional": 8})}[kind]
     needs(make[0], check[0])
-    if lacks_zones(targets):
-        return
     files = {str(number): os.urandom(number * 50_000) for number in range(12)}
     with ublk.Device(targets.Zoned(**options)) as disk:
         sh(*make, disk.path)
@@ -220,9 +244,8 @@ def test_zones_carry_a_file_system(targets, tmp_path, kind):
 
 
 @kernel
+@since("6.6")
 def test_zones_survive_servers_that_are_killed(targets, tmp_path, backing):
-    if lacks_zones(targets):
-        return
     backing.unlink()
     words = ["zoned", "--file", backing, "--size", "32M", "--zone-size", "4M", "-r", "reissue"]
     disk = Forked(*words).live()

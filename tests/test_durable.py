@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Companion: what is acknowledged as durable survives a loss of power of what the disk lies on."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import pytest
+
+import ublk
+from tests.support import MKFS, Volatile, kernel, mount_of, needs, sh
+from tests.test_nbd import here, nbd_server, nbd_uri  # noqa: F401
+
+# What stands between a file system and the disks below it, LOWER and OTHER.
+STACKS = {
+    "loop": "loop LOWER",
+    "direct": "loop LOWER --direct",
+    "stripe": "stripe LOWER OTHER --chunk 16K",
+    "fault": "fault loop LOWER",
+    "record": "record LOG loop LOWER",
+    "nbd": "nbd URI",
+}
+
+
+@pytest.fixture
+def serving(tmp_path, here):                                                        # noqa: F811
+    """Serve a disk of STACKS over lower ones of such contents: yields it and them."""
+    @contextmanager
+    def serving(kind, *contents):
+        lowers = [Volatile(content) for content in contents]
+        with ExitStack() as stack:
+            lower, other = [stack.enter_context(ublk.Device(below)).path for below in lowers]
+            words = {"LOWER": lower, "OTHER": other, "LOG": tmp_path / "log", "URI": nbd_uri(here)}
+            partner = nbd_server("qemu-nbd", "-f", "raw", "--cache=writeback", "-k", "AT", lower, here)
+            stack.enter_context(partner if kind == "nbd" else nullcontext())
+            target = ublk.make_target([str(words.get(word, word)) for word in STACKS[kind].split()])
+            yield stack.enter_context(ublk.Device(target)), lowers
+    return serving
+
+
+@kernel
+@pytest.mark.parametrize("kind", STACKS)
+def test_what_fsync_acknowledged_survives_a_loss_of_power(serving, tmp_path, kind):
+    needs("mkfs.ext4")
+    files, left = [os.urandom(200_000) for _ in range(3)], []
+    with serving(kind, bytes(16 << 20), bytes(16 << 20)) as (disk, lowers):
+        sh(*MKFS["ext4"], disk.path)
+        with mount_of(disk.path, tmp_path / "mnt") as directory:
+            for number, data in enumerate(files):
+                with open(directory / str(number), "wb", buffering=0) as file:
+                    file.write(data)
+                    os.fsync(file.fileno())
+                    left.append([bytes(lower.durable) for lower in lowers])
+    for number, contents in enumerate(left):
+        with serving(kind, *contents) as (disk, _), mount_of(disk.path, tmp_path / "mnt") as directory:
+            assert (directory / str(number)).read_bytes() == files[number]
