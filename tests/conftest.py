@@ -168,3 +168,10 @@ def two_files(tmp_path, monkeypatch):
     for name in "a.img", "b.img":
         Path(name).write_bytes(bytes(1 << 20))
 
+
+@pytest.fixture
+def here():
+    """A path short enough for a socket."""
+    directory = tempfile.mkdtemp(prefix="nbd")
+    yield Path(directory, "s")
+    shutil.rmtree(directory)

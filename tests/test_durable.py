@@ -10,7 +10,7 @@ import pytest
 
 import ublk
 from tests.support import MKFS, Volatile, kernel, mount_of, needs, sh
-from tests.test_nbd import here, nbd_server, nbd_uri  # noqa: F401
+from tests.test_nbd import nbd_server, nbd_uri
 
 # What stands between a file system and the disks below it, LOWER and OTHER.
 STACKS = {
@@ -24,7 +24,7 @@ STACKS = {
 
 
 @pytest.fixture
-def serving(tmp_path, here):                                                        # noqa: F811
+def serving(tmp_path, here):
     """Serve a disk of STACKS over lower ones of such contents: yields it and them."""
     @contextmanager
     def serving(kind, *contents):

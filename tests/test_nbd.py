@@ -6,12 +6,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
 import subprocess
-import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -89,14 +87,6 @@ def nbd_server(*words):
 def nbdkit(socket, *words):
     """Run nbdkit at a socket."""
     return nbd_server("nbdkit", "-f", "--unix", "AT", *words, socket)
-
-
-@pytest.fixture
-def here(tmp_path):
-    """A path short enough for a socket."""
-    directory = tempfile.mkdtemp(prefix="nbd")
-    yield Path(directory, "s")
-    shutil.rmtree(directory)
 
 
 @pytest.mark.parametrize("uri, address, export", [
