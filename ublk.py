@@ -493,14 +493,14 @@ class Ring:
         self.sqes = memoryview(self._sqe_map)
         self._ring_bytes = memoryview(self._rings)
         words = self._words = self._ring_bytes[:size & ~3].cast("I")
-        self._sq_tail_at, self._cq_head_at, self._cq_tail_at = sq.tail // 4, cq.head // 4, cq.tail // 4
+        self._sq_head_at, self._sq_tail_at = sq.head // 4, sq.tail // 4
+        self._cq_head_at, self._cq_tail_at = cq.head // 4, cq.tail // 4
         self._array = words[sq.array // 4:sq.array // 4 + params.sq_entries]
         cqes = self._ring_bytes[cq.cqes:cq.cqes + 16 * params.cq_entries]
         self._cq64, self._cq32 = cqes.cast("Q"), cqes.cast("i")
         self._views = [self.sqes, self._array, self._cq64, self._cq32, cqes, words, self._ring_bytes]
         self._sq_mask, self._cq_mask = params.sq_entries - 1, params.cq_entries - 1
         self._tail = 0                  # SQEs pushed
-        self._submitted = 0             # SQEs the kernel has taken
         self._timeout = timespec()
         self._wait_arg = io_uring_getevents_arg()
         self._to_submit, self._to_wait_for = ctypes.c_long(), ctypes.c_long()
@@ -568,11 +568,10 @@ class Ring:
             self._timeout.tv_sec, self._timeout.tv_nsec = divmod(int(max(timeout, 0) * 1e9), 10**9)
             self._wait_arg.ts = ctypes.addressof(self._timeout)
         self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
-        self._to_submit.value = self._tail - self._submitted
+        self._to_submit.value = self.pending
         self._to_wait_for.value = min_complete
         taken = self._enter()
         if taken >= 0:
-            self._submitted += taken
             return True
         number = ctypes.get_errno()
         if number in (errno.EINTR, errno.ETIME):
@@ -627,8 +626,12 @@ class Ring:
 
     @property
     def pending(self) -> int:
-        """How many SQEs were pushed that the kernel has not taken yet."""
-        return self._tail - self._submitted
+        """How many SQEs were pushed that the kernel has not taken yet.
+
+        The kernel's own count is asked: one of ours would be wrong once a signal handler raises
+        between its system call and our counting.
+        """
+        return (self._tail - self._words[self._sq_head_at]) & 0xFFFFFFFF
 
     def close(self) -> None:
         """Give back every view, mapping and descriptor; the kernel cancels what is pending."""
@@ -977,6 +980,9 @@ class MappedCopy:
         """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
         return len(buffer)
 
+    def abandon(self) -> None:
+        """Let a handler that never returned do no harm should it go on after close()."""
+
     def close(self) -> None:
         """Give the buffers back; a handler that still holds one keeps them alive."""
         self.view.release()
@@ -1020,7 +1026,10 @@ class UserCopy(MappedCopy):
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
-        self.fd = queue.device_fd
+        # A descriptor of the path's own: its number stays its own as long as somebody might use it.
+        self.file: Any = open(os.dup(queue.device_fd), "r+b", buffering=0)
+        self.fd: int = self.file.fileno()
+        self.abandoned = False
         self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
 
     def address(self, tag: int) -> int:
@@ -1049,6 +1058,18 @@ class UserCopy(MappedCopy):
     def give_metadata(self, tag: int, buffer: memoryview) -> None:
         """Hand the metadata of its blocks to a READ."""
         self._put(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+
+    def abandon(self) -> None:
+        # The device lets go of its file only when all descriptors are closed, and a late handler would
+        # write into whatever file had the number then. /dev/null has it until the path is forgotten.
+        with open(os.devnull, "r+b", buffering=0) as null:
+            os.dup2(null.fileno(), self.fd, inheritable=False)
+        self.abandoned = True
+
+    def close(self) -> None:
+        if not self.abandoned:
+            self.file.close()
+        super().close()
 
     def _take(self, buffer: memoryview, position: int) -> None:
         done = 0
@@ -1374,6 +1395,7 @@ class Queue:
         self.ended: set[int] = set()        # tags the kernel has taken back
         self.leaving = False
         self.in_flight = 0                  # requests that wait for a coroutine
+        self.asked: set[int] = set()        # tags whose data were asked for (get-data) and have not come
         self._tasks: dict[int, tuple[Task, Operation]] = {}
         self._free_slots = list(range(own + 1, self.ring.entries))
         self._used_slots: list[int] = []
@@ -1396,7 +1418,8 @@ class Queue:
         for tag in range(self.depth):
             self.command(tag, tag, UBLK_U_IO_FETCH_REQ, path.address(tag), path.sqe_address(tag))
         self.ring.push_all(range(self.depth))
-        self.ring.enter()
+        while self.ring.pending:
+            self.ring.enter()
         for tag in range(self.depth):
             self.command(tag, tag, UBLK_U_IO_COMMIT_AND_FETCH_REQ, path.address(tag), path.sqe_address(tag))
 
@@ -1414,8 +1437,13 @@ class Queue:
         answer = self._answer()
         while not self.leaving and not (self.ended and self._idle()):
             answer(self.collect(0.01 if self.ended else None))
+        self._hand_in()
+
+    def _hand_in(self) -> None:
+        """Have the kernel take the last commits before the ring is closed."""
         self.commit()
-        self.ring.enter()
+        while self.ring.pending:
+            self.ring.enter()
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
@@ -1501,12 +1529,12 @@ class Queue:
             operation = flags & 0xFF
             try:
                 fd, position = where(self.starts[tag] * SECTOR, length, operation == UBLK_IO_OP_WRITE)
-            except Exception as error:
+                if requests[tag] != served[tag] or fd != path.fds[tag]:
+                    path.transfer(tag, operation, fd, length)
+                path.offsets[tag] = position    # neither view takes what is no such number
+            except BaseException as error:      # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
                 continue
-            if requests[tag] != served[tag] or fd != path.fds[tag]:
-                path.transfer(tag, operation, fd, length)
-            path.offsets[tag] = position
             chains += path.chains[tag]
         self.ring.push_all(chains)
         return len(chains)
@@ -1518,6 +1546,8 @@ class Queue:
         if self._used_slots or self._appended:
             self._recycle()
         data, results = self.ring.reap()
+        if self.asked:
+            self.asked.difference_update(data)
         if not data or (max(data) < self.depth and not any(results)):
             return data
         return [tag for tag, result in zip(data, results) if self._is_request(tag, result)]
@@ -1538,6 +1568,7 @@ class Queue:
         elif result == UBLK_IO_RES_OK:
             return True
         elif result == UBLK_IO_RES_NEED_GET_DATA:
+            self.asked.add(user_data)
             self.path.ask(user_data)
         elif result == UBLK_IO_RES_ABORT:
             self.ended.add(user_data)
@@ -1557,7 +1588,9 @@ class Queue:
         by then must still be served, and no CQE will tell that the last commit was taken.
         """
         path = self.path
-        return not self.in_flight and not (isinstance(path, AutoZeroCopy) and any(
+        if self.in_flight or self.asked:
+            return False
+        return not (isinstance(path, AutoZeroCopy) and any(
             tag not in self.ended and path.moving(tag) for tag in range(self.depth)))
 
     def handle(self, tag: int) -> None:
@@ -1608,8 +1641,11 @@ class Queue:
 
     def _simple(self, function: Callable[..., Any], arguments: Callable[[int, int, int], Any],
                 tag: int, flags: int, offset: int, length: int) -> int | None:
-        """Serve a request without data: its result is only good or bad."""
-        return self._end(tag, function(*arguments(flags, offset, length)), lambda _: length)
+        """Serve a request without data: its result is only good or bad.
+
+        Good is 0, since a length of 2 GiB and more does not fit where the driver looks for the result.
+        """
+        return self._end(tag, function(*arguments(flags, offset, length)), lambda _: 0)
 
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
@@ -1794,6 +1830,7 @@ class BatchQueue(Queue):
 
     def __init__(self, device: Device, index: int) -> None:
         self._pending: list[bytes] = []     # elements for the next commit
+        self._sent: list[bytes] = []        # those of the one that is on its way
         self._cleaning: set[int] = set()    # tags whose broken chain is being cleaned up
         super().__init__(device, index)
         copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
@@ -1828,10 +1865,9 @@ class BatchQueue(Queue):
         for tag in range(self.depth):
             self.complete(tag, 0)
         self._send(UBLK_U_IO_PREP_IO_CMDS)
-        self.ring.enter(1)
-        for _, result, _ in self.ring.reap_all():
-            if result < 0:
-                raise UblkError(-result, f"cannot set up queue {self.index}")
+        while self._sent:
+            self.collect()
+        self._pending.clear()           # it takes all or none, and counts none
         self._fetch_again()
         self.ring.enter()
 
@@ -1876,7 +1912,7 @@ class BatchQueue(Queue):
         self.ring.push(self._prep_slot)
 
     def commit(self) -> None:
-        if self._pending:
+        if self._pending and not self._sent:    # one at a time: they share slot and memory
             self._send(UBLK_U_IO_COMMIT_IO_CMDS)
 
     def collect(self, timeout: float | None = None) -> list[int]:
@@ -1909,11 +1945,16 @@ class BatchQueue(Queue):
             self._fetch_again()
         return tags
 
+    def _hand_in(self) -> None:
+        while self._pending or self._sent:
+            self.collect(1.0)
+
     def _committed(self, result: int) -> None:
         """See to it that every element was taken: those behind a failed one were not."""
         if result < 0:
             raise UblkError(-result, f"queue {self.index} cannot commit")
         self._pending = self._sent[result // self.element_size:] + self._pending
+        self._sent = []
 
     def _answer_by_map(self, tags: list[int]) -> int:
         pushed = super()._answer_by_map(tags)
@@ -2039,7 +2080,7 @@ class Null(Target):
     def _prepare(self, queue: Queue, tag: int) -> None:
         """Make an answer; a read must not see what was written under its tag before."""
         path, operation, length = queue.path, queue.flags[tag] & 0xFF, queue.sectors[tag] * SECTOR
-        queue.prepare(tag, length)
+        queue.prepare(tag, length if operation <= UBLK_IO_OP_WRITE else 0)
         if operation == UBLK_IO_OP_WRITE:
             path.written[tag] = max(length, path.written.get(tag, 0))
         elif operation == UBLK_IO_OP_READ:
@@ -2193,6 +2234,7 @@ class Worker(threading.Thread):
     def kill(self) -> None:
         """Take the requests from a handler that does not return: the kernel fails them."""
         if self.queue is not None:
+            self.queue.path.abandon()
             self.queue.close()
 
 

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""One queue in odd moments: nothing is lost, nothing of it is used after its end."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import struct
+import threading
+
+import pytest
+
+import ublk
+from tests.support import (
+    Fio,
+    Forked,
+    Ram,
+    error_of,
+    fio_verify,
+    kernel,
+    opened,
+    read_at,
+    recovered,
+    since,
+    target_file,
+    until,
+    write_at,
+)
+
+BLKDISCARD = 0x1277                 # linux/fs.h
+
+
+class Raised(Exception):
+    pass
+
+
+def raises(number, frame):
+    raise Raised
+
+
+def test_a_signal_handler_that_raises_leaves_the_rings_counts_right():
+    ring = ublk.Ring(8)
+    old = signal.signal(signal.SIGALRM, raises)
+    try:
+        for slot in range(3):
+            ring.prepare(slot, ublk.IORING_OP_NOP, user_data=slot)
+            ring.push(slot)
+        enter = ring._enter
+
+        def enter_and_be_disturbed():
+            enter()
+            raise Raised                        # where Python runs the handler: behind the system call
+
+        ring._enter = enter_and_be_disturbed
+        with pytest.raises(Raised):
+            ring.enter(3)
+        ring._enter = enter
+        assert ring.pending == 0
+        assert ring.reap() == ([0, 1, 2], [0, 0, 0])
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Raised):
+            ring.enter(1)                       # and it still waits for what is to come
+    finally:
+        signal.signal(signal.SIGALRM, old)
+        ring.close()
+
+
+class Astray(Ram):
+    """A target whose map() goes wrong where it is told to."""
+
+    def __init__(self, file):
+        super().__init__(1 << 20)
+        self.file, self.astray = file, None
+
+    def map(self, offset, length, write):
+        if self.astray is SystemExit:
+            raise SystemExit(3)
+        return self.astray or (self.file.fileno(), offset)
+
+
+@kernel
+@pytest.mark.parametrize("astray", [
+    SystemExit, (-1, 0), (1 << 40, 0), (None, 0), (0, -1), (0, 1.5), (0, 1 << 80), 7, (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("data_path", [
+    pytest.param("zero-copy", marks=since("6.15")), pytest.param("auto-zero-copy", marks=since("6.16"))])
+def test_a_bad_map_fails_its_request_and_no_other(tmp_path, data_path, astray):
+    with open(tmp_path / "data", "w+b") as file:
+        file.truncate(1 << 20)
+        target = Astray(file)
+        with ublk.Device(target, data_path=data_path, depth=4) as disk, opened(disk.path) as fd:
+            write_at(fd, 4096, b"g" * 4096)
+            target.astray = astray
+            assert error_of(read_at, fd, 4096, 4096) == errno.EIO
+            target.astray = None
+            assert read_at(fd, 4096, 4096) == b"g" * 4096
+            assert disk.serving
+
+
+class Discards(ublk.Target):
+    """A disk of zeroes with a method that is told what is discarded."""
+
+    def __init__(self):
+        self.size, self.lengths = 8 << 30, []
+
+    def read(self, offset, buffer):
+        pass
+
+    def discard(self, offset, length):
+        self.lengths.append(length)
+
+
+@kernel
+@pytest.mark.parametrize("make", [Discards, lambda: ublk.Null(size=8 << 30)], ids=["handler", "null"])
+def test_a_request_of_more_than_2_gib_ends_well(monkeypatch, make):
+    params_of = ublk.params_of
+
+    def generous(*words):
+        params = params_of(*words)
+        params.discard.max_discard_sectors = (4 << 30) // 512 - 8
+        return params
+
+    monkeypatch.setattr(ublk, "params_of", generous)
+    target = make()
+    with ublk.Device(target) as disk, opened(disk.path) as fd:
+        fcntl.ioctl(fd, BLKDISCARD, struct.pack("=QQ", 0, 3 << 30))
+        lengths = getattr(target, "lengths", [3 << 30])
+        assert max(lengths) >= 2 << 30, "no request was large enough"
+        assert sum(lengths) == 3 << 30
+        assert read_at(fd, 0, 4096) == bytes(4096)
+        assert disk.serving
+
+
+@kernel
+@since("6.16")
+@pytest.mark.parametrize("option", ["--copy", "--need-get-data", "--user-copy"])
+def test_quiesce_loses_no_write_that_is_on_its_way(tmp_path, monkeypatch, option):
+    path = target_file(tmp_path, """
+        class Slow(ublk.Target):
+            size = 4 << 20
+            def __init__(self):
+                self.fd = os.open(os.environ["SLOW_IMAGE"], os.O_RDWR)
+            def read(self, offset, buffer):
+                os.preadv(self.fd, [buffer], offset)
+            def write(self, offset, buffer):
+                time.sleep(0.005)
+                os.pwrite(self.fd, buffer, offset)
+    """)
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4 << 20))
+    monkeypatch.setenv("SLOW_IMAGE", str(image))
+    disk = Forked(f"{path}:Slow", option, "-r", "requeue").live()
+    with Fio(disk) as fio:
+        for _ in range(6):
+            fio.busy()
+            assert ublk.main(["quiesce", str(disk.id)]) == 0
+            disk.wait()
+            disk = recovered(disk)
+        fio.busy()
+        assert fio.finish() == 0
+    assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+class OneFails(Ram):
+    """The first queue cannot start; the second sets itself up only when it has been told to go."""
+
+    told = threading.Event()
+
+    def start(self, index):
+        if index == 0:
+            raise OSError(errno.ENOMEDIUM, "not this one")
+        self.told.wait()
+
+
+@kernel
+@pytest.mark.parametrize("options", [[], pytest.param(["--batch"], marks=since("7.0"))], ids=str)
+def test_a_queue_told_to_go_before_it_fetched_goes(options, monkeypatch):
+    killed, kill, wake = [], ublk.Worker.kill, ublk.Device._wake_workers
+    monkeypatch.setattr(ublk.Worker, "kill", lambda worker: killed.append(worker) or kill(worker))
+    monkeypatch.setattr(ublk.Device, "_wake_workers", lambda device: (wake(device), OneFails.told.set()))
+    OneFails.told.clear()
+    disk = Forked("ram", "--size", "1M", "--queues=2", "-r", "reissue", *options).live()
+    disk.kill()
+    with pytest.raises(ublk.UblkError) as info:     # an end of which the driver tells no queue
+        ublk.Device.recover(disk.id, OneFails())
+    assert info.value.errno == errno.ENOMEDIUM
+    assert killed == []
+    assert ublk.main(["del", str(disk.id)]) == 0
+
+
+class Late(Ram):
+    """Its reads return when they are let go, and then have data."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go, self.gone = threading.Event(), threading.Event(), threading.Event()
+
+    def read(self, offset, buffer):
+        self.begun.set()
+        self.go.wait()
+        buffer[:] = b"!" * len(buffer)
+        threading.Timer(0.5, self.gone.set).start()
+
+
+@kernel
+@since("6.5")
+def test_a_handler_that_returns_too_late_writes_into_nobodys_file(tmp_path):
+    target = Late()
+    device = ublk.Device(target, data_path="user-copy", partition_scan=False)
+    device.start()
+
+    def client():
+        with opened(device.path) as fd:
+            error_of(read_at, fd, 0, 4096)
+
+    reader = threading.Thread(target=client)
+    reader.start()
+    target.begun.wait()
+    device.stop(timeout=0.5)
+    reader.join()
+    files = [open(tmp_path / str(number), "w+b") for number in range(64)]    # whatever number it is
+    target.go.set()
+    target.gone.wait()
+    until(lambda: not any(thread.name.startswith(f"ublk{device.id}q") for thread in threading.enumerate()),
+          "the late handler's thread")
+    sizes = [os.fstat(file.fileno()).st_size for file in files]
+    for file in files:
+        file.close()
+    assert set(sizes) == {0}
+
+
+@kernel
+@pytest.mark.parametrize("options", [["--copy"], ["--need-get-data"],
+                                     pytest.param(["--copy", "--batch"], marks=since("7.0"))], ids=str)
+def test_commits_that_the_kernel_did_not_take_are_handed_in_again(options, monkeypatch):
+    enter, calls = ublk.Ring.enter, []
+
+    def busy(ring, *words, **more):
+        calls.append(1)
+        return True if len(calls) % 3 == 0 else enter(ring, *words, **more)     # as with EAGAIN
+
+    with Forked("ram", "--size", "24M", *options,
+                change=lambda: monkeypatch.setattr(ublk.Ring, "enter", busy)) as disk:
+        fio_verify(disk.path)
