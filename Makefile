@@ -24,10 +24,13 @@ bench: ## compare with the kernel's drivers, nbdkit and FUSE [QUICK=1 one short 
 profile: ## where the server's time goes, per I/O [TARGET="null --batch" only that]
 	@$(PYTHON) lab/profiling.py $(if $(TARGET),"$(TARGET)")
 
-lint: ## ruff and mypy
+mutants: ## break the program in many small ways, see that the tests notice each [K=word only lines of lab/mutants.txt with it]
+	@$(PYTHON) lab/mutants.py $(if $(K),"$(K)")
+
+lint: ## ruff and mypy, and vermin: nothing newer than Python 3.9
 	@$(LAB) lint
 
 clean: ## remove what Python left in the work tree
 	@rm -rf __pycache__ lab/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help run test soak lab bench profile lint clean
+.PHONY: help run test mutants soak lab bench profile lint clean

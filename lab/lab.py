@@ -5,12 +5,13 @@
     lab.py run KERNEL -- COMMAND...     run COMMAND as root in a virtual machine with that kernel
     lab.py shell KERNEL                 the same with an interactive shell
     lab.py test [-k WORD]               run the test suite natively and in every kernel
-    lab.py lint                         ruff and mypy
+    lab.py lint                         ruff and mypy, and vermin: nothing newer than the oldest Python
 
 The virtual machine sees this machine's files through virtiofs, read-only, with a memory file system above:
 the guest can write anywhere and nothing of it stays. /scratch is a disk of 8 GiB with ext4, UBLK_TEST_KERNEL
-the kernel's name here, UBLK_HEADERS a directory with the newest linux/ublk_cmd.h. What happens inside is in
-init.sh, what the lab consists of in kernels.py.
+the kernel's name here, UBLK_HEADERS a directory with the newest linux/ublk_cmd.h. What the command
+leaves as /run/lab-report comes out with --report=FILE. What happens inside is in init.sh, what the lab
+consists of in kernels.py.
 """
 from __future__ import annotations
 
@@ -33,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
+from xml.etree import ElementTree
 
 from kernels import (
     CACHE,
@@ -60,6 +62,8 @@ WARNING = re.compile(r"WARNING: ")
 STATUS_KERNEL_TROUBLE = 99
 STATUS_NO_ANSWER = 124
 NO_TESTS_COLLECTED = 5
+GUEST_REPORT = "/run/lab-report"
+OLDEST_PYTHON = "3.9"
 ACCEPTING = 0x10000                             # __SO_ACCEPTCON of linux/net.h, in /proc/net/unix
 # Virtual machines at a time: each has two processors, and leaves them idle half of the time.
 JOBS = os.cpu_count() or 1
@@ -76,6 +80,7 @@ class Machine:
     environment: Sequence[str] = ()
     fail_on_oops: bool = True
     interactive: bool = False
+    report: Optional[Path] = None           # where the host finds what the guest leaves as GUEST_REPORT
     home: Path = field(init=False)
     console: Path = field(init=False)
 
@@ -183,6 +188,8 @@ def qemu_command(machine: Machine, directory: Path) -> list[str]:
               "rcupdate.rcu_cpu_stall_timeout=120 "
               f"init={directory}/init ublk_lab={directory}")
     initramfs = machine.home / "initramfs"
+    report = ["-chardev", f"file,id=report,path={machine.report}",
+              "-device", "virtserialport,chardev=report,nr=3"]
     terminal = ["-chardev", "stdio,id=terminal,signal=off", "-device", "virtconsole,chardev=terminal,nr=0"]
     return [
         "qemu-system-x86_64", *accelerator(machine.home), "-smp", str(machine.cpus), "-m", machine.memory,
@@ -199,7 +206,7 @@ def qemu_command(machine: Machine, directory: Path) -> list[str]:
         "-chardev", "file,id=output,path=/dev/fd/1,append=on",
         "-device", "virtserialport,chardev=output,nr=1",
         "-chardev", f"file,id=status,path={directory}/status",
-        "-device", "virtserialport,chardev=status,nr=2",
+        "-device", "virtserialport,chardev=status,nr=2", *(report if machine.report else []),
     ]
 
 
@@ -280,16 +287,25 @@ def verdict(machine: Machine, status_file: Path) -> int:
 
 # ---- the test suite --------------------------------------------------------------------------------------
 
+# Why a test may be skipped; a skip for any other reason fails the run.
+EXPECTED_SKIPS = {
+    r"needs Linux ": "the marker since() of tests/support.py",
+    r"is for kernels before ": "the marker before() there",
+}
+
+
 @dataclass
 class Suite:
     """One run of the test suite somewhere; its lines are printed as they come, with the place in front."""
     where: str
     command: Sequence[str]
+    report: Path
     environment: Optional[dict[str, str]] = None
     status: int = -1
     closing_line: str = ""
     last_test: str = "no test"
-    failures: list[str] = field(default_factory=list)
+    executed: int = 0
+    problems: list[str] = field(default_factory=list)
 
     def run(self, printing: threading.Lock, running: list[subprocess.Popen[str]]) -> Suite:
         with subprocess.Popen(self.command, cwd=PROJECT, env=self.environment, stdin=subprocess.DEVNULL,
@@ -303,40 +319,77 @@ class Suite:
                     self.closing_line = found.group(1) if found else self.closing_line
                     begun = re.match(r"(\S+\.py::\S+)", line)
                     self.last_test = begun.group(1) if begun else self.last_test
-                    if line.startswith(("FAILED ", "ERROR ")):
-                        self.failures.append(line.rstrip())
                     with printing:
-                        print(f"{self.where:>4} | {line.rstrip()}", flush=True)
+                        print(f"{self.where:>6} | {line.rstrip()}", flush=True)
             except BaseException:
                 process.terminate()
                 raise
         self.status = process.returncode
+        self.read_report()
         return self
 
+    def read_report(self) -> None:
+        """Learn how many tests were run, and of which something is to be said."""
+        try:
+            cases = list(ElementTree.parse(self.report).iter("testcase"))
+        except (OSError, ElementTree.ParseError) as error:
+            self.problems.append(f"no report ({error}); the last test begun was {self.last_test}")
+            return
+        for case in cases:
+            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            skip = case.find("skipped")
+            reason = "" if skip is None else skip.get("message", "")
+            self.executed += skip is None
+            if skip is not None and not any(re.match(known, reason) for known in EXPECTED_SKIPS):
+                self.problems.append(f"SKIPPED {name}: {reason}")
+            for kind in ("failure", "error"):
+                for found in case.findall(kind):
+                    text = found.get("message", "").partition("\n")[0]
+                    self.problems.append(f"{'FAILED' if kind == 'failure' else 'ERROR'} {name}: {text}")
+
     def good(self, selected: bool) -> bool:
-        """True when tests passed and none failed; where some were selected, a place may have none of them."""
-        if selected and self.status == NO_TESTS_COLLECTED:
-            return True
-        return self.status == 0 and (selected or " passed" in self.closing_line)
+        """True when tests were run and all is well; of those selected a place may have none."""
+        if self.problems or self.status not in (0, NO_TESTS_COLLECTED):
+            return False
+        return selected or self.executed > 0
 
 
-def pytest_command(python: str, marks: str, word: str) -> list[str]:
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "-v", "--durations=25"]
-    return command + (["-m", marks] if marks else []) + (["-k", word] if word else [])
+def pytest_command(python: str, marks: str, word: str, report: object,
+                   files: Sequence[str] = ()) -> list[str]:
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "-v", "--durations=25",
+               f"--junitxml={report}"]
+    return command + (["-m", marks] if marks else []) + (["-k", word] if word else []) + list(files)
 
 
-def suites(kernels: Sequence[str], word: str, host: bool, pairs: bool, timeout: float) -> list[Suite]:
+def halves() -> list[list[str]]:
+    """Deal the test files into two halves: many short runs fill the processors better."""
+    paths = [PROJECT / "test_ublk.py", *PROJECT.glob("tests/test_*.py")]
+    result: list[list[Path]] = [[], []]
+    for path in sorted(paths, key=lambda path: (-path.stat().st_size, path)):
+        min(result, key=lambda half: sum(other.stat().st_size for other in half)).append(path)
+    return [[str(path.relative_to(PROJECT)) for path in half] for half in result]
+
+
+def suites(kernels: Sequence[str], word: str, host: bool, pairs: bool, timeout: float,
+           reports: Path) -> list[Suite]:
     """What needs no driver natively and the rest in each kernel, or all of it natively."""
     limited = ["timeout", "--kill-after=10", str(timeout)]
     native = {**os.environ, "UBLK_HEADERS": str(HEADERS), "PYTHONUNBUFFERED": "1"}
+    report = reports / "host.xml"
     if host:
-        everything = pytest_command(sys.executable, "", word)
-        return [Suite("host", limited + everything, {**native, "UBLK_TEST_KERNEL": "host"})]
-    result = [Suite("host", limited + pytest_command(str(VENV / "bin/python"), "not kernel", word), native)]
+        everything = pytest_command(sys.executable, "", word, report)
+        return [Suite("host", limited + everything, report, {**native, "UBLK_TEST_KERNEL": "host"})]
+    natively = pytest_command(str(VENV / "bin/python"), "not kernel", word, report)
+    result = [Suite("host", limited + natively, report, native)]
     more = ["--cpus=4", "--env=UBLK_TEST_ALL=1"] if pairs else []
     for kernel in kernels:
-        boot = [sys.executable, str(HERE / "lab.py"), "run", kernel, f"--timeout={timeout}", *more, "--"]
-        result.append(Suite(kernel, boot + pytest_command("python3", "kernel", word)))
+        for number, files in enumerate([[]] if word else halves(), 1):
+            where = kernel if word else f"{kernel}/{number}"
+            report = reports / f"{kernel}-{number}.xml"
+            boot = [sys.executable, str(HERE / "lab.py"), "run", kernel, f"--timeout={timeout}",
+                    f"--report={report}", *more, "--"]
+            result.append(Suite(where, boot + pytest_command("python3", "kernel", word, GUEST_REPORT, files),
+                                report))
     return result
 
 
@@ -348,35 +401,44 @@ def test(kernels: Sequence[str], word: str, host: bool, pairs: bool, jobs: int, 
         fail("HOST=1 needs root and a loaded ublk driver: sudo modprobe ublk_drv")
     if not host:
         fetch(kernels)
+    with tempfile.TemporaryDirectory() as reports:
+        done = run_all(suites(kernels, word, host, pairs, timeout, Path(reports)), jobs)
+    for suite in done:
+        state = "nothing selected" if suite.status == NO_TESTS_COLLECTED and word else "ok"
+        state = state if suite.good(bool(word)) else "FAILED"
+        print(f"=== {suite.where}: {state} (exit status {suite.status}): {suite.closing_line}",
+              *suite.problems, sep="\n    ")
+    executed = any(suite.executed for suite in done)
+    return 0 if executed and all(suite.good(bool(word)) for suite in done) else 1
+
+
+def run_all(all_suites: Sequence[Suite], jobs: int) -> list[Suite]:
+    """Run the native part, whose bytecode the others load, then these, so many at once."""
     running: list[subprocess.Popen[str]] = []
     printing = threading.Lock()
-    first, *others = suites(kernels, word, host, pairs, timeout)
+    first, *others = all_suites
     with ThreadPoolExecutor(jobs) as pool:
         try:
             first.run(printing, running)
-            done = [first, *pool.map(lambda suite: suite.run(printing, running), others)]
+            return [first, *pool.map(lambda suite: suite.run(printing, running), others)]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()
             raise
-    for suite in done:
-        state = "nothing selected" if suite.status == NO_TESTS_COLLECTED and word else "ok"
-        state = state if suite.good(bool(word)) else "FAILED"
-        outcome = suite.closing_line or f"no closing line; the last test begun was {suite.last_test}"
-        print(f"=== {suite.where}: {state} (exit status {suite.status}): {outcome}", *suite.failures,
-              sep="\n    ")
-    passed = any(" passed" in suite.closing_line for suite in done)
-    return 0 if passed and all(suite.good(bool(word)) for suite in done) else 1
 
 
 def lint() -> int:
     """Check every Python file of the project."""
-    make_venv("pytest", "ruff", "mypy")
+    make_venv("pytest", "ruff", "mypy", "vermin")
     files = sorted([*PROJECT.glob("*.py"), *HERE.glob("*.py"), *PROJECT.glob("tests/*.py")])
     tools = [["ruff", "check", "--no-cache"], ["mypy", "--no-error-summary", f"--cache-dir={CACHE}/mypy"]]
-    return max(subprocess.run([VENV / "bin" / tool, *options, *files], cwd=PROJECT, check=False).returncode
-               for tool, *options in tools)
+    commands: list[list[object]] = [[VENV / "bin" / tool, *options, *files] for tool, *options in tools]
+    # Of the library, mypy knows no Python this old any more, and ruff only the syntax.
+    commands.append([VENV / "bin/vermin", "--quiet", "--no-tips", "--violations", f"-t={OLDEST_PYTHON}-",
+                     "ublk.py", "ublk_targets.py"])
+    return max(subprocess.run(list(map(str, command)), cwd=PROJECT, check=False).returncode
+               for command in commands)
 
 
 # ---- command line ----------------------------------------------------------------------------------------
@@ -395,6 +457,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
         verb.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
         verb.add_argument("--fail-on-oops", action=argparse.BooleanOptionalAction, default=True)
         if name == "run":
+            verb.add_argument("--report", type=Path, metavar="FILE",
+                              help=f"where to put what the command leaves as {GUEST_REPORT}")
             verb.add_argument("command", nargs="+")
     verb = verbs.add_parser("test", help="run the test suite natively and in every kernel")
     verb.add_argument("--kernel", action="append", choices=KERNELS)
@@ -403,7 +467,7 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
     verb.add_argument("--host", action="store_true", help="everything natively, on this machine's driver")
     verb.add_argument("--jobs", type=int, default=JOBS, help="virtual machines at once")
     verb.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for each kernel")
-    verbs.add_parser("lint", help="ruff and mypy")
+    verbs.add_parser("lint", help="ruff, mypy and vermin")
     return parser.parse_args(arguments)
 
 
@@ -424,7 +488,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     interactive = options.verb == "shell"
     command = ["bash"] if interactive else options.command
     return run(Machine(options.kernel, command, options.cpus, options.memory, options.timeout, options.env,
-                       options.fail_on_oops, interactive))
+                       options.fail_on_oops, interactive, None if interactive else options.report))
 
 
 if __name__ == "__main__":
