@@ -56,12 +56,19 @@ io_uring.h.
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import collections.abc
+import contextlib
 import ctypes
+import enum
 import errno
 import fcntl
+import importlib
+import inspect
 import mmap
 import os
+import re
 import select
 import signal
 import stat
@@ -69,15 +76,15 @@ import struct
 import sys
 import threading
 import time
+import types
+import typing
 import weakref
 from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from types import CoroutineType
-
-TYPE_CHECKING = False       # importing typing would take a tenth of the time it takes to start
-if TYPE_CHECKING:
-    from typing import Any, NoReturn
+from typing import Any, NoReturn
 
 __version__ = "1.0"
 
@@ -1789,8 +1796,6 @@ class Queue:
             view.release()
 
 
-CO_VARARGS = 4          # see inspect
-
 # What is not made ready: requests without data, durable ones, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
 # What map() is not asked for: requests without data, durable ones, those with pages of no slot.
@@ -1812,8 +1817,11 @@ SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...
 
 def takes_unmap(function: Any) -> bool:
     """Tell whether a target's write_zeroes wants to know if the blocks may be given back."""
-    code = getattr(function, "__code__", None)
-    return code is None or code.co_argcount != 3 or bool(code.co_flags & CO_VARARGS)
+    try:
+        inspect.signature(function).bind(0, 0, True)
+    except TypeError:
+        return False
+    return True
 
 
 class BatchQueue(Queue):
@@ -3003,16 +3011,19 @@ class Usage(Exception):
     """The words on the command line make no sense: exit status 2."""
 
 
+SIZE = re.compile(r"([0-9]+)(?:\.([0-9]+))?(?:([KMGT])(?:i?B)?)?", re.ASCII | re.IGNORECASE)
+
+
 def parse_size(text: str) -> int:
-    """Read a number of bytes such as 4096, 512K or 1G. Raises ValueError."""
-    unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper(), 0)
-    whole, _, fraction = (text[:-1] if unit else text).partition(".")
-    digits = whole + fraction
-    if digits.isascii() and digits.isdigit():
-        size, rest = divmod(int(digits) << unit, 10 ** len(fraction))     # exact, as floats are not
+    """Read a number of bytes such as 4096, 512K, 1.5MiB or 1GB (powers of 1024). Raises ValueError."""
+    found = SIZE.fullmatch(text)
+    if found:
+        whole, fraction, unit = found.group(1), found.group(2) or "", found.group(3) or ""
+        shift = 10 * " KMGT".index(unit.upper() or " ")
+        size, rest = divmod(int(whole + fraction) << shift, 10 ** len(fraction))    # exact, as floats are not
         if not rest:
             return size
-    raise ValueError(f"{text} is not a whole number of bytes")
+    raise ValueError(f"{text!r} is not a whole number of bytes, such as 4096, 512K or 1GiB")
 
 
 def format_size(size: int) -> str:
@@ -3023,12 +3034,22 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-# ---- targets by name, and their arguments by the signature of their class -----------------------
+# ---- words into targets ---------------------------------------------------------------------------
+#
+# A target's constructor is its command line. What it takes is asked of inspect.signature(), what
+# type each parameter has of typing.get_type_hints(), and argparse does the rest:
+#
+#     def __init__(self, path, *, size: Size, retries: int = 3, verbose: bool = True)
+#
+#     ublk.py ./mine.py disk.img --size 1G --retries 5 --no-verbose
+#
+# Parameters that may be given by position are words, those after the star are options. A parameter
+# that is a Target takes all the words that remain. A type that is not understood is refused: a
+# string in place of what was asked for would be found out by the disk's data.
 
 
 def companion() -> Any:
     """Return the module ublk_targets when it lies beside this file, else None."""
-    import importlib
     folder = os.path.dirname(os.path.abspath(__file__))
     if folder not in sys.path:          # as in `python -I`
         sys.path.append(folder)
@@ -3052,7 +3073,7 @@ def find_target(word: str) -> type[Target]:
     if ".py" in word:
         path, _, name = word.rpartition(":")
         return load_target(path, name) if path and "/" not in name else load_target(word, "")
-    targets = {"null": Null} if word == "null" else known_targets()     # the companion takes time
+    targets = known_targets()
     if word not in targets:
         raise UblkError(errno.EINVAL, f"unknown target or command {word!r}", "there is none so called",
                         f"targets are {', '.join(sorted(targets))}, or FILE.py:CLASS")
@@ -3061,97 +3082,177 @@ def find_target(word: str) -> type[Target]:
 
 def load_target(path: str, name: str) -> type[Target]:
     """Run a file of the user's and return the Target class called name, or its only one."""
-    module = type(sys)(os.path.splitext(os.path.basename(path))[0])
-    module.__file__ = os.path.abspath(path)
-    out, sys.stdout = sys.stdout, sys.stderr        # what the file prints is no answer of ours
     try:
-        with open(path, "rb") as file:
-            source = file.read()
-        sys.path.insert(0, os.path.dirname(module.__file__))
-        exec(compile(source, path, "exec"), module.__dict__)
+        source = Path(path).read_bytes()
     except OSError as error:
         raise UblkError(error.errno or errno.EIO, f"cannot load {path}") from error
-    except (Exception, SystemExit) as error:
-        raise UblkError(errno.EINVAL, f"cannot load {path}", f"{type(error).__name__}: {error}",
-                        "mend the file") from error
-    finally:
-        sys.stdout = out
+    module = run_file(path, source)
     classes = {key: item for key, item in vars(module).items() if isinstance(item, type)
                and issubclass(item, Target) and item.__module__ == module.__name__}
-    if name in classes or (not name and len(classes) == 1):
-        return classes.get(name) or classes.popitem()[1]
-    raise UblkError(errno.EINVAL, f"cannot load {path}", f"it has no Target class {name}" if name else
-                    f"it has {len(classes)} Target classes",
-                    f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target")
+    if name in classes:
+        return classes[name]
+    if not name and len(classes) == 1:
+        return classes.popitem()[1]
+    found = f"it has no Target class {name}" if name else f"it has {len(classes)} Target classes"
+    remedy = f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target"
+    raise UblkError(errno.EINVAL, f"cannot load {path}", found, remedy)
+
+
+def run_file(path: str, source: bytes) -> Any:
+    """Run a file of the user's as a module, and return that.
+
+    Its name has a dot, so that it takes the place of no module that can be imported. It is compiled
+    here, because a compiled copy that is kept may be that of the file before it was edited.
+    """
+    name = os.path.basename(path)
+    module = types.ModuleType(name)
+    module.__file__ = os.path.abspath(path)
+    sys.modules[name] = module          # where dataclasses look for the names in annotations
+    sys.path.insert(0, os.path.dirname(module.__file__))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):    # what the file prints is no answer of ours
+            exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UblkError(errno.EINVAL, f"cannot load {path}", f"{type(error).__name__}: {error}",
+                        "mend the file") from error
+    return module
 
 
 def number_of_bytes(text: str) -> int:
     """Do what parse_size does, for argparse, which tells only its own errors as they are."""
-    from argparse import ArgumentTypeError
     try:
         return parse_size(text)
     except ValueError as error:
-        raise ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def make_parser(program: str, **options: Any) -> Any:
-    """Make a command line parser. With a width given it does without shutil, whose import takes long."""
-    import argparse
-    return argparse.ArgumentParser(program, allow_abbrev=False,
-                                   formatter_class=partial(argparse.HelpFormatter, width=80), **options)
+def whole_number(text: str) -> int:
+    """Read an int: decimal, with a sign, as 0x…, or with the letters of a size."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        return number_of_bytes(text)
 
 
-REQUIRED = object()                     # the default of a parameter that has none
-# annotation -> what it means to argparse
-KINDS: dict[str, dict[str, Any]] = {
-    "bool": {"action": "store_true", "default": False}, "Target": {"nargs": "..."},
-    "int": {"type": number_of_bytes}, "Size": {"type": number_of_bytes}, "float": {"type": float}}
+def make_parser(program: str, **options: Any) -> argparse.ArgumentParser:
+    """Make a command line parser that takes no abbreviations."""
+    return argparse.ArgumentParser(program, allow_abbrev=False, **options)
 
 
-def parameters(cls: type[Target]) -> list[tuple[str, str, str, Any]]:
-    """Return name, place (word, words or option), annotation and default of a constructor's parameters.
+# type of a parameter -> what reads its word
+READERS: dict[Any, Callable[[str], Any]] = {
+    int: whole_number, Size: number_of_bytes, float: float, str: str, Path: Path, Any: str, object: str}
+LISTS = {list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable}
 
-    What inspect.signature() tells: its import alone would be an eighth of the time until a disk is there.
+
+def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
+    """Return name -> (parameter, its type) of a target's constructor.
+
+    What has no annotation is of the type of its default; a size is a Size. Raises UblkError (EINVAL)
+    for annotations that name what does not exist.
     """
-    init: Any = getattr(cls.__init__, "__wrapped__", cls.__init__)
-    code = getattr(init, "__code__", None)
-    if code is None:
-        return []
-    names, words = code.co_varnames, code.co_argcount
-    end = words + code.co_kwonlyargcount
-    starred = names[end:end + 1] if code.co_flags & CO_VARARGS else ()
-    places = {**dict.fromkeys(names[1:words], "word"), **dict.fromkeys(starred, "words"),
-              **dict.fromkeys(names[words:end], "option")}
-    defaults = {**dict(zip(reversed(names[:words]), reversed(init.__defaults__ or ()))),
-                **(init.__kwdefaults__ or {})}
-    kinds = {"size": "Size", **{name: type(default).__name__ for name, default in defaults.items()},
-             **{name: str(getattr(kind, "__name__", kind)) for name, kind in init.__annotations__.items()}}
-    return [(name, place, kinds.get(name, "").rpartition(".")[2], defaults.get(name, REQUIRED))
-            for name, place in places.items()]
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except Exception as error:
+        raise UblkError(errno.EINVAL, f"annotations of {cls.__name__}", f"{type(error).__name__}: {error}",
+                        "mend them") from error
+    found = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        kind = hints.get(name) or implied_type(name, parameter.default)
+        if kind is not None and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            found[name] = parameter, without_none(kind)
+    return found
 
 
-def target_parser(cls: type[Target], word: str, words: Sequence[str] = ()) -> Any:
-    """Make a command line parser from the signature of a target's constructor.
+def implied_type(name: str, default: Any) -> Any:
+    """Return the type of a parameter without annotation; None if no words are meant to give it."""
+    if name == "size":
+        return Size
+    if default is None or default is inspect.Parameter.empty:
+        return str
+    kind = type(default)
+    return kind if kind in READERS or kind is bool or isinstance(default, enum.Enum) else None
 
-    Positional parameters become words, unless these name them as options, and keyword-only ones
-    options; a Target is made of all words that remain. What has no annotation is of the type of its
-    default; a size is a Size. Lines ``name: text`` of the class's docstring are the help.
+
+def without_none(kind: Any) -> Any:
+    """Return T for Optional[T] and T | None, and any other type as it is."""
+    others = [one for one in typing.get_args(kind) if one is not type(None)]
+    is_union = typing.get_origin(kind) in UNIONS
+    return others[0] if is_union and len(others) == 1 else kind
+
+
+UNIONS = {typing.Union, getattr(types, "UnionType", typing.Union)}      # T | None has its own, from 3.10
+
+
+def reading(kind: Any, name: str) -> dict[str, Any]:
+    """Return what tells argparse how to read words into a type. Raises UblkError (EINVAL)."""
+    if kind in READERS:
+        return {"type": READERS[kind]}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is typing.Literal:
+        values = typing.get_args(kind)
+        return {"type": choice({str(value): value for value in values})}
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return {"type": choice({member.name.lower(): member for member in kind})}
+    if isinstance(kind, type) and issubclass(kind, Target):
+        return {"nargs": "..."}
+    shape = typing.get_origin(kind) or kind
+    if shape in LISTS:
+        of = [one for one in typing.get_args(kind) if one is not Ellipsis] or [str]
+        if len(of) == 1 and of[0] in READERS:
+            return {"type": READERS[of[0]], "nargs": "+"}
+    raise UblkError(errno.EINVAL, f"parameter {name}", f"words cannot become {kind!r}",
+                    "use bool, int, float, str, Path, Size, Enum, Literal, a list of these, or Target")
+
+
+def choice(values: dict[str, Any]) -> Callable[[str], Any]:
+    """Return a reader of the words that name these values."""
+    def read(text: str) -> Any:
+        if text.lower() in values:
+            return values[text.lower()]
+        raise argparse.ArgumentTypeError(f"{text!r}: choose one of {', '.join(values)}")
+
+    values = {key.lower(): value for key, value in values.items()}
+    return read
+
+
+def target_parser(cls: type[Target], word: str, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Make a command line parser of a target's constructor.
+
+    A parameter that could be a word is an option where these words name it as one. What is not given
+    is None, or an empty list: the constructor knows its defaults. Lines ``name: text`` of the class's
+    docstring are the help.
     """
     named = {given.partition("=")[0] for given in words}
-    text = cls.__doc__ or ""
+    text = inspect.getdoc(cls) or ""
     helps = dict(line.strip().partition(": ")[::2] for line in text.splitlines())
     parser = make_parser(f"ublk.py {word}", description=text.split("\n\n")[0],
                          epilog="Device options: see `ublk.py --help`.")
-    for name, place, kind, default in parameters(cls):
-        given = default is not REQUIRED
-        extra = {"help": helps.get(name), "default": default if given else None, **KINDS.get(kind, {})}
+    for name, (parameter, kind) in parameters(cls).items():
+        extra = {**reading(kind, name), "help": help_of(helps.get(name, ""), parameter.default)}
         option = "--" + name.replace("_", "-")
-        if place == "option" or option in named:
-            name, extra["required"] = option, not given
-        elif given or place == "words":
-            extra["nargs"] = "?" if given else "+"
+        optional = parameter.default is not parameter.empty
+        if parameter.kind is parameter.KEYWORD_ONLY or kind is bool or option in named:
+            parser.add_argument(option, dest=name, required=not optional, **extra)
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            extra["nargs"] = "+"
+        elif optional and "nargs" not in extra:
+            extra["nargs"] = "?"
+        elif optional:
+            extra["nargs"] = "*"
         parser.add_argument(name, **extra)
     return parser
+
+
+def help_of(text: str, default: Any) -> str:
+    """Return the help of a parameter, with its default."""
+    if default is not inspect.Parameter.empty and default is not None:
+        shown = default.name.lower() if isinstance(default, enum.Enum) else default
+        text += f" (default: {format_size(shown) if isinstance(shown, Size) else shown})"
+    return text.strip().replace("%", "%%")
 
 
 def target_maker(words: Sequence[str]) -> Callable[[], Target]:
@@ -3160,10 +3261,11 @@ def target_maker(words: Sequence[str]) -> Callable[[], Target]:
         raise Usage("a target is missing")
     word, *rest = words
     cls = find_target(word)
-    values = vars(target_parser(cls, word, rest).parse_args(rest))
-    for name, _, kind, _ in parameters(cls):
-        if kind == "Target":
-            values[name] = target_maker(values[name])
+    read = vars(target_parser(cls, word, rest).parse_args(rest))
+    values = {name: value for name, value in read.items() if value not in (None, [])}   # what was given
+    for name, (_, kind) in parameters(cls).items():
+        if isinstance(kind, type) and issubclass(kind, Target):
+            values[name] = target_maker(read[name])
     return partial(build_target, cls, word, values)
 
 
@@ -3174,15 +3276,21 @@ def make_target(words: Sequence[str]) -> Target:
 
 def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
     """Make a target of its arguments by name. Raises UblkError."""
-    values = dict(given)
-    args: list[Any] = []
-    for name, place, kind, _ in parameters(cls):
-        if kind == "Target":
-            values[name] = values[name]()
-        if place != "option":
-            args += values.pop(name) if place == "words" else [values.pop(name)]
+    values = inspect.signature(cls).bind_partial()
+    for name, (parameter, kind) in parameters(cls).items():
+        if name not in given:
+            continue
+        value = given[name]
+        if isinstance(kind, type) and issubclass(kind, Target):
+            value = value()
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            value = tuple(value)
+        elif isinstance(value, list):
+            shape = typing.get_origin(kind) or kind
+            value = shape(value) if shape in (tuple, set, frozenset) else value
+        values.arguments[name] = value
     try:
-        return cls(*args, **values)
+        return cls(*values.args, **values.kwargs)
     except UblkError:
         raise
     except OSError as error:

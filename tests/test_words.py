@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import enum
 import errno
-import functools
-import inspect
 import sys
+import typing
+from pathlib import Path
 
 import pytest
 
@@ -16,13 +17,15 @@ from tests.support import HERE, UBLK, assert_error_line, sh, target_file
 
 @pytest.mark.parametrize("text, size", [
     ("0", 0), ("4096", 4096), ("512K", 512 << 10), ("1m", 1 << 20), ("1G", 1 << 30), ("2T", 2 << 40),
-    ("1.5K", 1536), ("0.5G", 512 << 20), (str((1 << 53) + 1), (1 << 53) + 1), ("7000000T", 7000000 << 40)])
+    ("1.5K", 1536),
+    ("4KiB", 4096), ("4kb", 4096), ("1.5GiB", 3 << 29),
+    ("0.5G", 512 << 20), (str((1 << 53) + 1), (1 << 53) + 1), ("7000000T", 7000000 << 40)])
 def test_sizes(text, size):
     assert ublk.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "x", "1P", "1KB", "-1", "-1K", "1.0001", "nan", "inf", "-inf",
-                                  "infK", "1e400", "0x10", "1 2", "1_000"])
+@pytest.mark.parametrize("text", ["", "K", "x", "1P", "1B", "1Ki", "-1", "-1K", "1.0001", "nan", "inf",
+                                  "-inf", "infK", "1e400", "0x10", "1 2", "1_000"])
 def test_what_is_not_a_size(text):
     with pytest.raises(ValueError):
         ublk.parse_size(text)
@@ -64,28 +67,6 @@ def samples(monkeypatch):
     """Let the command line know the targets above."""
     monkeypatch.setattr(ublk, "known_targets", lambda: {"sample": Sample, "wrapper": Wrapper, "many": Many,
                                                         "null": ublk.Null})
-
-
-def test_a_signature_becomes_parameters():
-    assert ublk.parameters(Sample) == [
-        ("path", "word", "", ublk.REQUIRED), ("count", "word", "int", 3), ("delay", "option", "float", 0.5),
-        ("big", "option", "Size", 4096), ("loud", "option", "bool", False), ("name_of", "option", "str", "x")]
-    assert [place for _, place, _, _ in ublk.parameters(Many)] == ["words", "option"]
-    assert ublk.parameters(type("Plain", (ublk.Target,), {})) == []
-
-
-def test_parameters_are_those_that_inspect_finds():
-    class Wrapped(Sample):
-        @functools.wraps(Sample.__init__)
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-
-    places = {inspect.Parameter.POSITIONAL_OR_KEYWORD: "word", inspect.Parameter.VAR_POSITIONAL: "words",
-              inspect.Parameter.KEYWORD_ONLY: "option"}
-    for cls in (*ublk.known_targets().values(), Sample, Many, Wrapped):
-        expected = [(one.name, places[one.kind], ublk.REQUIRED if one.default is one.empty else one.default)
-                    for one in inspect.signature(cls).parameters.values()]
-        assert [(name, place, default) for name, place, _, default in ublk.parameters(cls)] == expected
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -183,3 +164,120 @@ def test_a_target_file_may_import_its_neighbours(tmp_path):
             size = SIZE
     """)
     assert ublk.make_target([str(path)]).size == 8192
+
+
+class Colour(enum.Enum):
+    RED = 1
+    DARK_BLUE = 2
+
+
+NUMBERS = [1]
+
+
+class Kinds(ublk.Target):
+    """Show every type a parameter may have, 100 % of them.
+
+    verify: whether to look twice
+    """
+
+    size = 4096
+
+    def __init__(self, *, count: int = 3, verify: bool = True, quick: bool = False, ratio: float = 0.5,
+                 where: Path = Path("/"), colour: Colour = Colour.RED, mode: typing.Literal["a", "b"] = "a",
+                 limit: typing.Optional[int] = None, numbers: list[int] = NUMBERS,
+                 names: tuple[str, ...] = (), plain=7, nothing=None, log=sys.stderr):
+        self.given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+
+
+@pytest.mark.parametrize("words, name, value", [
+    ("--count -5", "count", -5), ("--count 0x10", "count", 16), ("--count 2K", "count", 2048),
+    ("--no-verify", "verify", False), ("--verify", "verify", True), ("", "verify", True),
+    ("--quick", "quick", True), ("--ratio=-1.5", "ratio", -1.5), ("--where /a/b", "where", Path("/a/b")),
+    ("--colour dark_blue", "colour", Colour.DARK_BLUE), ("--mode b", "mode", "b"),
+    ("--limit 7", "limit", 7), ("", "limit", None), ("--numbers 4 5", "numbers", [4, 5]),
+    ("", "numbers", [1]),
+    ("--names x y", "names", ("x", "y")), ("--plain 9", "plain", 9), ("--nothing x", "nothing", "x")])
+def test_words_become_what_the_annotation_says(monkeypatch, words, name, value):
+    monkeypatch.setattr(ublk, "known_targets", lambda: {"kinds": Kinds})
+    found = ublk.make_target(["kinds", *words.split()]).given[name]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("words", ["--count x", "--colour green", "--mode c", "--log x", "--numbers a",
+                                   "--limit 1.5", "--no-quick x"])
+def test_words_that_are_none_of_it_are_wrong_usage(monkeypatch, run, words):
+    monkeypatch.setattr(ublk, "known_targets", lambda: {"kinds": Kinds})
+    assert run("kinds", *words.split()).status == 2
+
+
+def test_help_tells_defaults_and_may_have_percent_signs(monkeypatch, run):
+    monkeypatch.setattr(ublk, "known_targets", lambda: {"kinds": Kinds})
+    done = run("kinds", "--help")
+    assert done.status == 0, done.err
+    for text in ("100 % of them", "--no-verify", "whether to look twice", "(default: 3)", "(default: red)"):
+        assert text in done.out
+
+
+@pytest.mark.parametrize("annotation", [
+    "dict", "'Nowhere'", "list[bytes]", "typing.Union[int, str]", "complex"])
+def test_a_type_that_is_not_understood_is_refused(tmp_path, annotation):
+    path = target_file(tmp_path, f"""
+        import typing
+        class Mine(ublk.Target):
+            size = 4096
+            def __init__(self, *, one: {annotation} = None): pass
+    """)
+    with pytest.raises(ublk.UblkError) as info:
+        ublk.make_target([str(path)])
+    assert info.value.errno == errno.EINVAL
+
+
+def test_a_dataclass_is_a_target(tmp_path):
+    path = target_file(tmp_path, """
+        import dataclasses
+        @dataclasses.dataclass
+        class Mine(ublk.Target):
+            size: ublk.Size
+            retries: int = 3
+            verify: bool = True
+    """)
+    target = ublk.make_target([str(path), "1M", "--no-verify"])
+    assert (target.size, target.retries, target.verify) == (1 << 20, 3, False)
+    assert ublk.make_target([str(path), "1M", "5"]).retries == 5
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="needs Python 3.10")
+def test_a_union_with_none_is_the_other_type(tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 4096
+            def __init__(self, *, limit: int | None = None): self.limit = limit
+    """)
+    assert ublk.make_target([str(path), "--limit", "2K"]).limit == 2048
+    assert ublk.make_target([str(path)]).limit is None
+
+
+def test_a_file_has_its_own_future(tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 4096
+            note: "not evaluated" = 1
+            kind: int = 2
+    """)
+    assert type(ublk.make_target([str(path)])).__annotations__["kind"] is int
+
+
+def test_an_oserror_inside_a_file_is_not_its_absence(tmp_path):
+    path = target_file(tmp_path, "open('/no/such/thing')\n")
+    with pytest.raises(ublk.UblkError) as info:
+        ublk.make_target([str(path)])
+    assert info.value.errno == errno.EINVAL and "/no/such/thing" in str(info.value)
+    assert "mend the file" in str(info.value)
+
+
+def test_an_edited_file_is_the_edited_file(tmp_path):
+    path = target_file(tmp_path, "class Mine(ublk.Target): size = 4096")
+    assert ublk.make_target([str(path)]).size == 4096
+    path.write_text(path.read_text().replace("4096", "8192"))
+    assert ublk.make_target([str(path)]).size == 8192
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
