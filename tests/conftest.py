@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import signal
 import tempfile
@@ -42,6 +43,12 @@ def run_dir(tmp_path, monkeypatch):
     path = tmp_path / "run"
     monkeypatch.setenv("UBLK_RUN_DIR", str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Have random choices be the same in every run of a test."""
+    random.seed(request.node.name)
 
 
 @pytest.fixture(autouse=True)

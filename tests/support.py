@@ -745,6 +745,7 @@ class Writers:
         self.part = len(content) // 4
         self.under_way = {}                 # thread -> offset and data of the request that may be lost
         self.done = 0
+        self.chances = [random.Random(random.random()) for _ in range(4)]
 
     def work(self, path):
         """Write until the disk is gone, or finish() is called."""
@@ -767,18 +768,22 @@ class Writers:
         return not self.under_way
 
     def _work(self, number, path):
+        chance = self.chances[number]
         try:
             with opened(path) as fd:
                 while not self.stopping:
-                    size = self.unit * random.randint(1, (32 << 10) // self.unit)
-                    room = (self.part - size) // self.unit
-                    self._change(fd, number, number * self.part + self.unit * random.randrange(room), size)
+                    size = self.unit * chance.randint(1, (32 << 10) // self.unit)
+                    at = self.unit * chance.randrange((self.part - size) // self.unit)
+                    self._change(fd, number, number * self.part + at, size)
+                    if chance.random() < 0.2:
+                        os.fsync(fd)
         except OSError:
             pass
 
     def _change(self, fd, number, offset, size):
-        kind = random.choice(["write"] * 4 + ["zero", "discard"])
-        data = random.randbytes(size) if kind == "write" else bytes(size)
+        chance = self.chances[number]
+        kind = chance.choice(["write"] * 4 + ["zero", "discard"])
+        data = chance.randbytes(size) if kind == "write" else bytes(size)
         self.under_way[number] = offset, data
         if kind == "write":
             if write_at(fd, offset, data) < size:
@@ -788,8 +793,6 @@ class Writers:
         self.expected[offset:offset + size] = data
         del self.under_way[number]
         self.done += 1
-        if random.random() < 0.2:
-            os.fsync(fd)
 
     def check(self, path):
         """See that all is there; of what was under way each sector is old or new."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ublk
-from tests.support import at_least, content_of, error_of, files, kernel, opened, read_at, write_at
+from tests.support import content_of, error_of, files, kernel, opened, read_at, since, write_at
 
 
 @pytest.mark.parametrize("count, chunk", [(1, 512), (2, 512), (3, 1536), (4, 4096)])
@@ -49,9 +49,8 @@ def test_chunks_of_a_stripe_lie_where_they_should(targets, tmp_path, chunk, data
 
 
 @kernel
+@since("6.16")
 def test_a_disk_of_files_that_were_made_longer_can_become_larger(targets, tmp_path):
-    if not at_least("6.16"):
-        return
     for make, count in (targets.Stripe, 2), (targets.Loop, 1):
         with ublk.Device(make(*files(tmp_path, count, (2 << 20) // count))) as disk, opened(disk.path) as fd:
             for path in tmp_path.glob("*.img"):
@@ -64,9 +63,8 @@ def test_a_disk_of_files_that_were_made_longer_can_become_larger(targets, tmp_pa
 
 
 @kernel
+@since("6.16")
 def test_behind_the_end_of_its_base_an_overlay_has_nothing(targets, tmp_path):
-    if not at_least("6.16"):
-        return
     base, = files(tmp_path, 1, 1 << 20)
     overlay = str(tmp_path / "x.cow")
     with ublk.Device(targets.Cow(base, overlay)) as disk, opened(disk.path) as fd:

@@ -6,27 +6,24 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from contextlib import contextmanager, nullcontext
 
 import pytest
 
 from tests.support import (
     Fio,
     Forked,
-    assert_error_line,
     assert_fails,
-    at_least,
     carries,
     content_of,
     error_of,
     fio_verify,
     kernel,
-    missing,
     needs,
     opened,
     read_at,
     recovered,
     sh,
+    since,
     write_at,
 )
 
@@ -36,7 +33,7 @@ from tests.support import (
 SMALL_JOBS = [("512", "0", "48k"), ("4k", "1m", "256k"), ("256k", "2m", "1m")]
 
 # Each kind of disk, as it is written on the command line in the directory `workshop`. Rows that end with
-# their server are in VOLATILE; what else has to run meanwhile is a context manager in PARTNERS.
+# their server are in VOLATILE.
 COMMAND_LINES = {
     "ram": "ram --size 8M",
     "loop": "loop a.img",
@@ -47,16 +44,13 @@ COMMAND_LINES = {
 
 VOLATILE = {"ram"}
 
-PARTNERS = {}
-
 every_target = pytest.mark.parametrize("name", COMMAND_LINES)
+lasting = pytest.mark.parametrize("name", [name for name in COMMAND_LINES if name not in VOLATILE])
 
 
-@contextmanager
 def serving(name, *words):
     """Serve one of COMMAND_LINES from the command line, with further options."""
-    with PARTNERS.get(name, nullcontext)(), Forked(*COMMAND_LINES[name].split(), *words) as disk:
-        yield disk
+    return Forked(*COMMAND_LINES[name].split(), *words)
 
 
 @kernel
@@ -83,12 +77,19 @@ def test_each_target_keeps_exactly_what_it_was_given(name, workshop):
         for how, offset, length in (("-z", 1024, 512), ("-z", 100 << 10, 66 << 10), ("-f", 3 << 20, 1 << 20)):
             sh("blkdiscard", how, "-o", offset, "-l", length, disk.path)
             expected[offset:offset + length] = bytes(length)
-        with opened(disk.path, os.O_RDWR | os.O_DSYNC) as durable:
+        with opened(disk.path, os.O_RDWR | os.O_DSYNC) as through:      # FUA; see test_durable.py
             expected[8192:12288] = data = os.urandom(4096)
-            write_at(durable, 8192, data)
+            write_at(through, 8192, data)
         assert content_of(fd) == expected
-    if name in VOLATILE:
-        return
+
+
+@kernel
+@lasting
+def test_each_target_has_a_disk_for_reading_only(name, workshop):
+    data = os.urandom(4096)
+    with serving(name) as disk, opened(disk.path) as fd:
+        write_at(fd, 300 << 10, data)
+        expected = content_of(fd)
     with serving(name, "--read-only") as disk, opened(disk.path, os.O_RDONLY) as fd:
         assert content_of(fd) == expected
         with pytest.raises(OSError) as refused, opened(disk.path) as writable:
@@ -97,7 +98,7 @@ def test_each_target_keeps_exactly_what_it_was_given(name, workshop):
 
 
 @kernel
-@pytest.mark.parametrize("name", [name for name in COMMAND_LINES if name not in VOLATILE])
+@lasting
 def test_each_target_survives_kills_of_its_server(name, workshop):
     with serving(name, "-r", "reissue") as disk, Fio(disk, "--size=1M") as fio:
         for _ in range(2):
@@ -111,12 +112,10 @@ def test_each_target_survives_kills_of_its_server(name, workshop):
 
 
 @kernel
+@since("6.16")
 @every_target
 def test_each_target_has_a_disk_that_can_become_smaller(name, workshop, run):
     with serving(name) as disk:
-        if not at_least("6.16"):
-            assert_fails(run("resize", disk.id, "4M"), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
-            return
         assert run("resize", disk.id, "4M").status == 0
         with opened(disk.path) as fd:
             data = os.urandom(4096)
@@ -126,16 +125,11 @@ def test_each_target_has_a_disk_that_can_become_smaller(name, workshop, run):
 
 
 @kernel
-@pytest.mark.parametrize("option", ["--user-copy", "--zero-copy"])
+@pytest.mark.parametrize("option", [pytest.param("--user-copy", marks=since("6.5")),
+                                    pytest.param("--zero-copy", marks=since("6.15"))])
 @pytest.mark.parametrize("name", ["stripe", "cow"])      # with map(), and without
 def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     needs("fio")
-    lacking = missing(option[2:])
-    if lacking:
-        disk = Forked(*COMMAND_LINES[name].split(), option)
-        assert disk.wait() == 1
-        assert_error_line(disk.said(), errno.EOPNOTSUPP, says=f"needs Linux {lacking.since}, this is")
-        return
     with serving(name, option, "--queues", 2) as disk:
         fio_verify(disk.path, SMALL_JOBS)
 
