@@ -46,7 +46,7 @@ Words used throughout
     CQE      completion queue entry: 16 bytes in which io_uring answers
     sector   512 bytes, the kernel's unit; everything a target sees is in bytes
     target   the Python object behind the disk
-    server   the process that serves a device; each queue has a thread or a process of its own
+    server   the process that serves a device; each queue has a thread of its own
 
 The file reads from top to bottom: kernel ABI, io_uring, control plane, data plane, targets, the
 life cycle of a device, command line. It needs Linux 6.0 or later and nothing but the standard
@@ -197,7 +197,8 @@ UBLK_F_AUTO_BUF_REG = Feature(11, "6.16", "the driver registers request pages wi
                               excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
 UBLK_F_QUIESCE = Feature(12, "6.16", "a healthy server can be detached without an error",
                          needs=UBLK_F_USER_RECOVERY)
-UBLK_F_PER_IO_DAEMON = Feature(13, "6.16", "each tag may have a task of its own; the driver sets it")
+UBLK_F_PER_IO_DAEMON = Feature(13, "6.16", "each tag may have a task of its own; the driver sets it",
+                               unused="a queue has one thread for all its tags")
 UBLK_F_BUF_REG_OFF_DAEMON = Feature(14, "6.17", "any task may register request pages; the driver sets it",
                                     unused="the thread that fetches a request also serves it")
 UBLK_F_BATCH_IO = Feature(15, "7.0", "one command fetches or commits many requests",
@@ -2007,7 +2008,7 @@ class Target:
         write_zeroes(offset, length, unmap)   unmap: the blocks may be given back; may be left out
         resized(size)                   the disk gets a new size: resize() calls it before the disk
                                         grows, `ublk.py resize` a moment after
-        start(index)                    called in each thread or process that serves a queue,
+        start(index)                    called in each thread that serves a queue,
                                         before its first request
         close()                         the disk is gone
         map(offset, length, write)      return (fd, position) where these bytes lie in a file: with
@@ -2039,7 +2040,6 @@ class Target:
     boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
     metadata_size: int = 0              # bytes beside each block
     checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
-    processes: bool = False             # queues may be served by forked processes: state is shared
     once: Sequence[str] = ()            # options that are not for a server that recovers the disk
 
     def read(self, offset: int, buffer: memoryview) -> Any:
@@ -2071,8 +2071,6 @@ class Null(Target):
 
     size: size of the disk
     """
-
-    processes = True
 
     def __init__(self, *, size: Size = NULL_SIZE) -> None:
         self.size = size
@@ -2246,47 +2244,6 @@ class Worker(threading.Thread):
             self.queue.close()
 
 
-class Process(Worker):
-    """The same in a process that inherits /dev/ublkcN open and mapped, and makes its ring itself."""
-
-    def fork(self) -> None:
-        """Start the process. To be called before there are other threads."""
-        self.pipe, writer = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._child(writer)
-        os.close(writer)
-
-    def _child(self, writer: int) -> NoReturn:
-        status = 1
-        try:
-            on_signals(signal.SIG_IGN)          # they are for the parent to act on
-            os.close(self.device.wake_write)    # so that wake_fd tells when the parent is gone
-            self.device.control.close()
-            super().serve(lambda: (os.write(writer, b"+"), self.device.on_forked(self.device.id)))
-            status = 0
-        except UblkError as error:
-            os.write(writer, str(error).encode())
-        except BaseException as error:
-            failed(error)
-        finally:
-            os._exit(status)
-
-    def serve(self, ready: Callable[[], object]) -> None:
-        """Wait for the end of the process; call ready() once requests can arrive."""
-        with open(self.pipe, "rb") as pipe:
-            if (first := pipe.read(1)) == b"+":
-                ready()
-                first = b""
-            text = (first + pipe.read()).decode()
-        if status := os.waitpid(self.pid, 0)[1]:
-            raise UblkError(errno.ECHILD, f"the process of queue {self.index} died",
-                            text or f"wait status {status}")
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-
 class Device:
     """A disk and its server. ``with Device(target) as disk:`` is LIVE inside and gone after.
 
@@ -2296,10 +2253,8 @@ class Device:
     requests when the server dies. unprivileged: an ordinary user's device; by itself for whoever lacks
     CAP_SYS_ADMIN. partition_scan: whether the kernel looks for partitions. data_path: a name in
     DATA_PATHS; by itself the fastest possible. batch: commands for many requests at a time (7.0).
-    share_memory: allow share(), not with recovery. processes: serve each queue in a process of its own,
-    for a target whose state forked processes share; by itself where the target promises that and
-    threads would share one GIL, never with share_memory. words: what to note in the state file as
-    target, arguments and options.
+    share_memory: allow share(), not with recovery. words: what to note in the state file as target,
+    arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
     """
@@ -2307,18 +2262,14 @@ class Device:
     def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
                  max_io: int = 512 << 10, recovery: str | None = None, unprivileged: bool | None = None,
                  partition_scan: bool = True, data_path: str | None = None, batch: bool = False,
-                 share_memory: bool = False, processes: bool | None = None,
+                 share_memory: bool = False,
                  words: tuple[str, list[str], dict[str, Any]] | None = None) -> None:
         self.target, self.id, self.queues, self.depth, self.max_io = target, id, queues, depth, max_io
         self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
         self.batch, self.share_memory, self.zoned = batch, share_memory, hasattr(target, "zone_size")
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
-        gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-        apart = target.processes and gil if processes is None else processes
-        self.processes = apart and not share_memory     # forked before share(), they would not see it
         self.words = words or (type(target).__name__, [], {})
         self.on_added: Callable[[int], object] = bool   # called once the device has its number
-        self.on_forked: Callable[[int], object] = bool  # called in the process of a queue, once it serves
         self.info = ublksrv_ctrl_dev_info()
         self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
@@ -2460,19 +2411,12 @@ class Device:
         self.char_fd = open_char(self.id)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
-        # Before 6.16 a disk that lost one of several processes under load could not be recovered.
-        whole = not self.info.flags & UBLK_F_USER_RECOVERY or \
-            (self.control.features or 0) & UBLK_F_PER_IO_DAEMON
-        kind = Process if self.processes and count > 1 and whole else Worker
         size, apart = (-(-depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE      # in whole pages
                        for depth in (self.info.queue_depth, UBLK_MAX_QUEUE_DEPTH))
         for index in range(count):
             self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
-            self._workers.append(kind(self, index, cpus & os.sched_getaffinity(0)))
-        for worker in self._workers:
-            if isinstance(worker, Process):
-                worker.fork()
+            self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
             worker.start()
         _served.add(self)
@@ -3437,7 +3381,7 @@ def serve(device: Device, start: Callable[[], object], started: Started | None) 
     on_signals(stop_now)
     signal.signal(signal.SIGWINCH, lambda number, frame: device.follow_size())      # see resize()
     if started:
-        device.on_added, device.on_forked = partial(started.added, device), started.settle
+        device.on_added = partial(started.added, device)
     try:
         start()
         if started:

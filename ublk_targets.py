@@ -171,8 +171,6 @@ class Loop(ublk.Target):
     direct: transfer around the page cache (O_DIRECT)
     """
 
-    processes = True
-
     def __init__(self, path: str, *, direct: bool = False) -> None:
         self.path, self.is_block = path, is_block(path)
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
@@ -361,7 +359,7 @@ HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_fi
             "zone_reset_all")
 PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
               "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
-              "metadata_size", "checksum", "read_metadata", "write_metadata", "processes",
+              "metadata_size", "checksum", "read_metadata", "write_metadata",
               "report_zones", "resized", "start", "close", "once")
 
 
@@ -393,8 +391,6 @@ class Stripe(Over, ublk.Target):
     chunk: how much lies on one before it goes on on the next
     direct: transfer around the page cache (O_DIRECT)
     """
-
-    processes = True
 
     def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10), direct: bool = False) -> None:
         legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
@@ -668,8 +664,6 @@ class Fault(Wrapper, ublk.Target):
     seed: makes the same random choices again (1)
     target: the target that is to fail, with its own arguments
     """
-
-    processes = False       # there is one sequence of random numbers and one count of bytes written
 
     def __init__(self, target: ublk.Target, *, on: str = "", range: str = "",
                  after: ublk.Size = ublk.Size(0), rate: float = 1.0, error: str = "",
@@ -1343,8 +1337,6 @@ class Record(Wrapper, ublk.Target):
     log: the file for the log
     target: the target to be recorded, with its own arguments
     """
-
-    processes = False
 
     def __init__(self, log: str, target: ublk.Target) -> None:
         super().__init__(target)

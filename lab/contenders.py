@@ -218,8 +218,7 @@ def cases() -> Iterator[Case]:
                "r1m8 w1m8")
     yield Case("file", "ublk.py loop --copy", ours("loop", "BACKING", "--direct", "--copy"), MAIN + " w1m8")
     yield Case("file", "nbdkit file (C, page cache)", nbdkit("file", "BACKING"), MAIN + " w1m8")
-    yield Case("scale", "busy Python, 2 threads", ours(f"{OURS}:BusyThreads", "--queues=2"), "jobs2")
-    yield Case("scale", "busy Python, 2 processes", ours(f"{OURS}:Busy", "--queues=2"), "jobs2")
+    yield Case("scale", "busy Python, 2 threads", ours(f"{OURS}:Busy", "--queues=2"), "jobs2")
     yield Case("queues", "ublk.py null, 1 queue", ours("null"), "jobs2")
     yield Case("queues", "ublk.py null, 4 queues", ours("null", "--queues=4"), "jobs2")
 

@@ -40,7 +40,6 @@ from tests.support import (
     read_at,
     recovered,
     replace,
-    session,
     sh,
     started_by,
     state_of,
@@ -367,13 +366,12 @@ def test_who_waits_for_a_server_takes_it_along(tmp_path, number, options):
 
 
 @kernel
-def test_a_signal_to_all_processes_of_a_disk_loses_nothing(backing):
+def test_a_signal_to_a_disk_loses_nothing_of_the_page_cache(backing):
     disk = Forked("loop", backing, "-q", 2).live()
     data = os.urandom(4 << 20)
     with open(disk.path, "r+b", buffering=0) as file:
         file.write(data)                # to the page cache, which is written out when the disk is stopped
-    os.killpg(disk.pid, signal.SIGTERM)
-    assert disk.wait() == 0 and disk.said() == ""
+    assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
     with open(backing, "rb") as file:
         assert file.read(len(data)) == data
 
@@ -434,43 +432,7 @@ def test_who_serves_requests_is_an_io_flusher():
         with ublk.Device(Tells(), queues=queues):
             assert len(serving) == queues and all(is_flusher(f"self/task/{task}") for task in serving)
         serving.clear()
-    with Forked("ram", "--size", "16M", "-q", 2) as disk:
-        workers = started_by(disk.pid)
-        assert len(workers) == 2 and all(map(is_flusher, workers))
     assert not is_flusher("self")
-
-
-@kernel
-def test_a_lost_process_takes_the_disk_with_it():
-    with Forked("ram", "--size", "16M", "-q", 2) as disk:
-        workers = started_by(disk.pid)
-        assert len(workers) == 2
-        os.kill(workers[1], signal.SIGKILL)
-        assert disk.wait() == 1
-        assert_error_line(disk.said(), errno.ECHILD, says="the process of queue 1 died")
-        until(lambda: not session(disk.pid), "the other process to leave")
-        assert devices_left() == [] and not os.path.exists(disk.path)
-
-
-@kernel
-@pytest.mark.parametrize("which", ["worker", "parent"])
-def test_a_lost_process_of_a_recoverable_disk(backing, which):
-    several = at_least("6.16")          # older kernels get one process with two threads
-    disk = Forked("loop", backing, "-q", 2, "-r", "reissue").live()
-    with Fio(disk) as fio:
-        for _ in range(2):
-            fio.busy()
-            workers = started_by(disk.pid)
-            assert len(workers) == (2 if several else 0)
-            lost = workers[0] if which == "worker" and several else disk.pid
-            os.kill(lost, signal.SIGKILL)
-            assert disk.wait() == (-signal.SIGKILL if lost == disk.pid else 1)
-            until(lambda disk=disk: not session(disk.pid), "the other processes to leave")
-            disk = recovered(disk)
-        fio.busy()
-        fio.finish()
-    assert fio.errors == 0
-    assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel

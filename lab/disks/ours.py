@@ -29,15 +29,7 @@ class Async(Plain):
 
 
 class Busy(Plain):
-    """Costs Python some work per request, as encryption or compression would; queues in processes."""
-
-    processes = True
+    """Costs Python some work per request, as encryption or compression would."""
 
     def read(self, offset, buffer):
         sum(range(2000))
-
-
-class BusyThreads(Busy):
-    """The same with its queues in threads."""
-
-    processes = False
