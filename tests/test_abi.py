@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import errno
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ublk
-from tests.support import SOURCE, assert_error_line, sh
+from tests.support import assert_error_line, sh
 
 HEADERS = ["linux/ublk_cmd.h", "linux/io_uring.h", "linux/blkzoned.h", "linux/time_types.h"]
 
@@ -147,28 +146,6 @@ def test_tables_are_consistent():
     for feature in ublk.FEATURES:
         assert re.fullmatch(r"[67]\.\d+", feature.since)
         assert not feature.needs & feature.excludes
-
-
-def uses(name, *without):
-    """Tell whether code of ublk.py outside these definitions reads a name."""
-    def found(node):
-        if getattr(node, "name", "") in without:
-            return False
-        return (isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)) \
-            or any(map(found, ast.iter_child_nodes(node)))
-
-    table = [node for node in SOURCE.body if isinstance(node, ast.Assign)
-             and isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "Feature"]
-    assert len(table) == len(ublk.FEATURES)
-    return any(found(node) for node in SOURCE.body if node not in table)
-
-
-@pytest.mark.parametrize("feature", ublk.FEATURES, ids=lambda feature: feature.name)
-def test_every_feature_is_used_or_the_table_says_why_not(feature):
-    name = f"UBLK_F_{feature.name}"
-    assert uses(name) or feature.unused
-    # what is never asked for is at most looked for on a device
-    assert not (feature.unused and uses(name, "desc_size"))
 
 
 def test_flags_are_named_even_those_of_the_future():

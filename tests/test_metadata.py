@@ -13,7 +13,6 @@ import pytest
 import ublk
 from tests.support import (
     assert_error_line,
-    at_least,
     carries,
     error_of,
     fio_verify,
@@ -40,14 +39,6 @@ def crc_t10dif(data):
     return crc
 
 
-def lacks_integrity(target):
-    """Where there is no INTEGRITY, see that the error names the kernel that has it."""
-    if at_least("7.0"):
-        return False
-    assert "needs Linux 7.0, this is" in message(ublk.Device(target).start)
-    return True
-
-
 def metadata_of(target, offset, blocks=1):
     """Return the metadata of blocks of a target."""
     buffer = bytearray(blocks * target.metadata_size)
@@ -59,13 +50,12 @@ FORMATS = {"crc": "T10-DIF-TYPE1-CRC", "ip": "T10-DIF-TYPE1-IP", "crc64": "EXT-D
 
 
 @kernel
+@since("7.0")
 @pytest.mark.parametrize("checksum, size", [("crc", 8), ("crc", 64), ("ip", 8), ("crc64", 16)])
 @pytest.mark.parametrize("block", [512, 4096])
 def test_the_kernel_finds_what_went_wrong_in_a_block(targets, checksum, size, block):
     target = targets.Ram(size=1 << 20, metadata_size=size, checksum=checksum)
     target.block_size = block
-    if lacks_integrity(target):
-        return
     data = os.urandom(2 * block)
     with ublk.Device(target) as disk, opened(disk.path) as fd:
         assert "INTEGRITY" in ublk.flag_names(disk.info.flags)
@@ -100,14 +90,13 @@ def test_the_kernel_finds_what_went_wrong_in_a_block(targets, checksum, size, bl
 
 
 @kernel
+@since("7.0")
 @pytest.mark.parametrize("options", [
     {"queues": 4}, {"batch": True, "queues": 4}, {"data_path": "auto-zero-copy"},
     {"data_path": "zero-copy", "batch": True}], ids=str)
 def test_disks_with_metadata_verify(targets, options):
     needs("fio")
     target = targets.Ram(size=32 << 20, metadata_size=8)
-    if lacks_integrity(target):
-        return
     with ublk.Device(target, **options) as disk:
         fio_verify(disk.path)
         assert metadata_of(target, 0) != b"\xff" * 8
@@ -135,11 +124,10 @@ def test_a_disk_with_metadata_is_recovered_by_a_target_with_as_much_of_it(target
 
 
 @kernel
+@since("7.0")
 def test_a_write_that_was_lost_on_its_way_is_found(targets):
     """What a lost write leaves is as good a block as any, but not the one its metadata tell of."""
     inner = targets.Ram(size=1 << 20, metadata_size=8)
-    if lacks_integrity(inner):
-        return
     with ublk.Device(targets.Fault(inner, on="write", range="64K-128K", lost=True)) as disk, \
             opened(disk.path) as fd:
         write_at(fd, 0, b"a" * 4096)
