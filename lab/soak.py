@@ -39,42 +39,27 @@ from tests.test_recovery import Files, churn, file_system
 Result = dict[str, Any]
 
 
-def under_fio(image: Path, rounds: int, recovery: str, exchange: Callable[[Any], None],
+def under_fio(image: Path, rounds: int, recovery: str, exchange: Callable[[Any, Any], Any],
               *words: str) -> Result:
     """Exchange the server of a disk under fio; return what is to be told of it."""
     disk = t.Forked("loop", image, "-r", recovery).live()
-    with t.Fio(disk, *words) as fio:
-        for number in range(rounds):
-            fio.busy()
-            exchange(disk)
-            if recovery == "fail":
-                fio.finish()
-            disk = t.recovered(disk)
-            progress(recovery, number, rounds)
-        failed, requests = fio.errors, t.completed(disk)
-        fio.busy()
-        failed += fio.finish()
-        fio.busy()
-        assert fio.finish() == 0, "requests failed after the last recovery"
+    disk, failed = t.kill_under_load(disk, *words, rounds=rounds, exchange=exchange,
+                                     told=lambda number: progress(recovery, number, rounds))
+    requests = t.completed(disk)
     assert disk.kill(signal.SIGTERM) == 0, disk.said()
     return {"requests": requests, "failed": failed}
 
 
-def kill(disk: Any) -> None:
-    disk.kill()
-    t.await_state(disk.id, "QUIESCED", "FAIL_IO")
-
-
 def reissue(image: Path, rounds: int) -> Result:
     """kill -9: no error, no wrong data."""
-    result = under_fio(image, rounds, "reissue", kill)
+    result = under_fio(image, rounds, "reissue", t.kill_and_recover)
     assert result["failed"] == 0
     return result
 
 
 def requeue(image: Path, rounds: int) -> Result:
     """kill -9: only what was in flight fails."""
-    result = under_fio(image, rounds, "requeue", kill, *t.CONTINUE)
+    result = under_fio(image, rounds, "requeue", t.kill_and_recover, *t.CONTINUE)
     assert result["failed"] <= 16 * rounds
     return result
 
@@ -82,17 +67,24 @@ def requeue(image: Path, rounds: int) -> Result:
 def fail(image: Path, rounds: int) -> Result:
     """kill -9: errors until the disk is recovered."""
     ublk.require(ublk.UBLK_F_USER_RECOVERY_FAIL_IO & ~features())
-    return under_fio(image, rounds, "fail", kill, *t.CONTINUE)
+
+    def exchange(disk: Any, fio: Any) -> Any:
+        disk.kill()
+        t.await_state(disk.id, "FAIL_IO")
+        fio.finish()
+        return t.recovered(disk)
+    return under_fio(image, rounds, "fail", exchange, *t.CONTINUE)
 
 
 def quiesce(image: Path, rounds: int) -> Result:
     """Another server, without an error."""
     ublk.require(ublk.UBLK_F_QUIESCE & ~features())
 
-    def leave(disk: Any) -> None:
+    def leave(disk: Any, fio: Any) -> Any:
         done = t.verb("quiesce", disk.id)
         assert done.status == 0, done.err
         assert disk.wait() == 0, disk.said()
+        return t.recovered(disk)
     result = under_fio(image, rounds, "reissue", leave)
     assert result["failed"] == 0
     return result

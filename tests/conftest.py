@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,17 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from tests.support import ALICE, BOB, HANG, IN_LAB, clean_up, leftovers, sh
+from tests.support import (
+    ALICE,
+    BOB,
+    HANG,
+    IN_LAB,
+    KernelLog,
+    clean_up,
+    leftovers,
+    sh,
+    watchdog,
+)
 
 
 @pytest.fixture
@@ -53,36 +62,35 @@ def seeded(request):
 
 @pytest.fixture(autouse=True)
 def nothing_hangs():
-    """End the run when a test takes far too long; pytest shows every thread's stack before that.
+    """Fail a test that takes far too long; pytest shows every thread's stack before that.
 
-    Servers in this process end with it, so that no client waits for them for ever. See
-    faulthandler_timeout in pyproject.toml.
+    See faulthandler_timeout in pyproject.toml. Only where nothing helps the run ends.
     """
-    timer = threading.Timer(HANG, os._exit, (70,))
-    timer.daemon = True
-    timer.start()
-    yield
-    timer.cancel()
-    timer.join()
+    with watchdog(HANG):
+        yield
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(request):
-    """See that a kernel test has the driver, and leaves no device, process or mount behind."""
+    """See that a kernel test has the driver, and leaves no device, process, mount or warning behind."""
     if request.node.get_closest_marker("kernel") is None:
         yield
         return
     assert os.geteuid() == 0, "kernel tests run as root"
     assert os.path.exists("/dev/ublk-control"), "there is no ublk driver: modprobe ublk_drv"
     assert not leftovers(), "left by something else than this test"
+    log = KernelLog()
     yield
-    deadline = time.monotonic() + 10         # udev and dying processes need a moment
+    deadline = time.monotonic() + 10         # dying processes need a moment
     while leftovers() and time.monotonic() < deadline:
         time.sleep(0.02)
     left = leftovers()
     if left:
         clean_up()
-        pytest.fail(f"the test left behind: {left}")
+    trouble = log.trouble()
+    log.close()
+    assert not left, "the test left this behind"
+    assert not trouble, "the kernel's log has this of the test"
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ import ublk
 HERE = Path(__file__).resolve().parent.parent
 UBLK = HERE / "ublk.py"
 HANG = 200                          # seconds: longer than any test takes, even under emulation
+LIBC = ctypes.CDLL(None, use_errno=True)
 IN_LAB = os.environ.get("UBLK_TEST_KERNEL", "host") != "host"
 
 kernel = pytest.mark.kernel
@@ -73,11 +74,6 @@ def sh(*words, check=True, **options):
     output = done.stdout + done.stderr
     assert not check or done.returncode == 0, f"{words} ended with {done.returncode}:\n{output}"
     return done
-
-
-def cli(*words, script=UBLK, check=True, **options):
-    """Run ublk.py as a program."""
-    return sh(sys.executable, script, *words, check=check, **options)
 
 
 ERROR_LINE = re.compile(r"ublk: [^:\n]+.*: .+ \((\d+) ([A-Z0-9]+)\)(: .+)?\n\Z")
@@ -136,23 +132,6 @@ def until(condition, what="it", seconds=60):
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.01)
-
-
-@contextmanager
-def server(*words, script=UBLK, **options):
-    """Serve a disk with ublk.py as a program, until SIGTERM: yields its process, with its .path."""
-    process = subprocess.Popen([sys.executable, str(script), *map(str, words)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, **options)
-    try:
-        process.path = process.stdout.readline().rstrip("\n")
-        assert process.path.startswith("/dev/ublkb"), process.path + process.communicate()[1]
-        process.id = int(process.path[len("/dev/ublkb"):])
-        yield process
-        process.terminate()
-        process.errors = process.communicate(timeout=60)[1]
-    finally:
-        process.kill()
-        process.wait()
 
 
 def target_file(directory, body):
@@ -216,12 +195,97 @@ def message(function, *args):
     return ""
 
 
-# ---- what must not be left behind ---------------------------------------------------------------
+# ---- what must not be left behind, looked for and taken away without the product --------------------
+
+
+IORING_OP_URING_CMD, IORING_SETUP_SQE128, IORING_OFF_SQES = 46, 1 << 10, 0x10000000
+IO_URING_SETUP, IO_URING_ENTER = 425, 426
+DEL_DEV, STOP_DEV = 0x05, 0x07
+ENCODED = 0xC0207500                # Linux 6.4 and later want _IOWR('u', command, 32 bytes)
+
+
+def device_command(command, dev_id, seconds):
+    """Send DEL_DEV or STOP_DEV; return its result, or None if it does not end in time."""
+    result = _device_command(ENCODED | command, dev_id, seconds)
+    if result is not None and result < 0:
+        result = _device_command(command, dev_id, seconds)
+    return result
+
+
+def _device_command(opcode, dev_id, seconds):
+    """Make a ring for one command and wait for its end; to close the ring cancels the command."""
+    params = (ctypes.c_uint32 * 30)()
+    params[2] = IORING_SETUP_SQE128
+    control = os.open("/dev/ublk-control", os.O_RDWR | os.O_CLOEXEC)
+    ring = LIBC.syscall(IO_URING_SETUP, 2, params)
+    assert ring >= 0, os.strerror(ctypes.get_errno())
+    sq_tail, sq_array, cq_tail, cqes = params[11], params[16], params[21], params[25]
+    path = ctypes.create_string_buffer(f"/dev/ublkc{dev_id}".encode())  # an ordinary user's device wants it
+    try:
+        with mmap.mmap(ring, sq_array + 4 * params[0]) as queues, \
+                mmap.mmap(ring, 128 * params[0], offset=IORING_OFF_SQES) as sqes:
+            struct.pack_into("=BBHiQ", sqes, 0, IORING_OP_URING_CMD, 0, 0, control, opcode)
+            struct.pack_into("=IHHQQH", sqes, 48, dev_id, 0xFFFF, len(path), ctypes.addressof(path), 0,
+                             len(path))
+            struct.pack_into("=I", queues, sq_array, 0)
+            struct.pack_into("=I", queues, sq_tail, 1)
+            LIBC.syscall(IO_URING_ENTER, ring, 1, 0, 0, None, 0)
+            deadline = time.monotonic() + seconds
+            while not struct.unpack_from("=I", queues, cq_tail)[0]:
+                if time.monotonic() > deadline:
+                    return None
+                LIBC.syscall(IO_URING_ENTER, ring, 0, 0, 1, None, 0)        # GETEVENTS: run what is due
+                time.sleep(0.005)
+            return struct.unpack_from("=i", queues, cqes + 8)[0]
+    finally:
+        os.close(ring)
+        os.close(control)
+
+
+def delete_device(dev_id, seconds=10):
+    """Stop a device, see its node closed, which Linux 6.3 wants, and delete it."""
+    device_command(STOP_DEV, dev_id, seconds)
+    for let_go in let_go_of_files, let_go_of_mappings:
+        let_go("/dev/ublk", "anon_inode:[io_uring]")
+    deadline = time.monotonic() + seconds
+    while error_of(lambda: os.close(os.open(f"/dev/ublkc{dev_id}", os.O_RDWR))) == errno.EBUSY:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    device_command(DEL_DEV, dev_id, seconds)
+
+
+MAP_ALONE = 0x32                    # MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS
+
+
+def let_go_of_files(*paths, beyond=-1):
+    """Put /dev/null in the place of this process's descriptors of these paths.
+
+    Their numbers stay taken: who has them may still use and close them.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):                             # the listing's own
+            if fd > beyond and fd != null and os.readlink(f"/proc/self/fd/{fd}").startswith(paths):
+                os.dup2(null, fd, inheritable=False)
+    os.close(null)
+
+
+def let_go_of_mappings(*paths):
+    """Put zeroes in the place of this process's mappings of these paths; their addresses stay taken."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        words = line.split(None, 5)
+        if len(words) == 6 and words[5].startswith(paths):
+            first, last = (int(word, 16) for word in words[0].split("-"))
+            length = ctypes.c_size_t(last - first)
+            LIBC.mmap(ctypes.c_void_p(first), length, 3, MAP_ALONE, -1, ctypes.c_long(0))
 
 
 def devices_left():
-    """Return the ids of ublk devices."""
-    return ublk.device_ids()
+    """Return the ids of ublk devices, as /sys and /dev show them."""
+    names = [*Path("/sys/class").glob("ublk-char/ublkc*"), *Path("/sys/block").glob("ublkb*"),
+             *Path("/dev").glob("ublk[bc]*")]
+    return sorted({int(re.match(r"ublk[bc](\d+)", path.name)[1]) for path in names})
 
 
 def mounts_left():
@@ -230,17 +294,9 @@ def mounts_left():
     return [line.split()[1] for line in lines if line.startswith("/dev/ublkb")]
 
 
-def processes():
-    """Return {pid: (parent, command line as a list)} of all processes."""
-    found = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
-            parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        found[int(entry)] = parent, [word.decode(errors="replace") for word in words if word]
-    return found
+def command_line(pid):
+    """Return the words of a process in one line."""
+    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
 
 
 def children_of(pid):
@@ -249,14 +305,24 @@ def children_of(pid):
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):             # a thread, or a child, that has just ended
             for child in path.read_text().split():
-                words = Path(f"/proc/{child}/cmdline").read_text(errors="replace")
-                found[int(child)] = words.replace("\0", " ")
+                found[int(child)] = command_line(child)
+    return dict(sorted(found.items()))
+
+
+def threads_of(pid):
+    """Return the ids of a process's threads, without io_uring's workers: these come and go."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):             # it has just ended
+            found += [] if (path / "comm").read_text().startswith("iou-") else [int(path.name)]
     return found
 
 
 def processes_left():
-    """Return {pid: command line} of our children, and of servers that went into the background."""
-    orphans = {pid: words for pid, words in children_of(1).items() if re.search(r"(^|[ /])ublk\.py ", words)}
+    """Return {pid: command line} of our children, and of servers whose parent has ended."""
+    own = re.escape(command_line("self"))
+    orphans = {pid: words for pid, words in children_of(1).items()
+               if pid != os.getpid() and re.search(rf"(^|[ /])ublk\.py |^{own}$", words)}
     return {**orphans, **children_of(os.getpid())}
 
 
@@ -264,28 +330,121 @@ def leftovers():
     """Return a description of everything a test should have taken away; empty if all is well."""
     found = [f"mount {path}" for path in mounts_left()]
     found += [f"process {pid}: {words}" for pid, words in processes_left().items()]
-    found += [f"device {dev_id}" for dev_id in devices_left()]
-    return found + [f"node {node}" for node in sorted(Path("/dev").glob("ublk[bc]*"))]
+    return found + [f"device {dev_id}" for dev_id in devices_left()]
+
+
+def end_processes():
+    """Kill all that tests have started, and the sessions of these."""
+    for pid in processes_left():
+        for member in {pid, *session(pid)}:
+            with suppress(OSError):
+                os.kill(member, signal.SIGKILL)
+        with suppress(OSError):
+            os.waitpid(pid, 0)
 
 
 def clean_up():
     """Take away what a test left behind, so that the next one starts well."""
     for path in mounts_left():
         sh("umount", "-l", path, check=False)
-    for pid in processes_left():
-        try:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        except OSError:
-            pass
-    if devices_left():
-        with ublk.Control() as control:
+    end_processes()
+    for dev_id in devices_left():
+        delete_device(dev_id)
+
+
+class Hanging(BaseException):
+    """A test takes far too long."""
+
+
+HANGING = signal.SIGRTMAX           # which nothing else uses
+
+
+@contextmanager
+def watchdog(seconds, again=10):
+    """Raise Hanging in what takes longer, freed of what it may be waiting for; end the run if it goes on.
+
+    What keeps it is killed first: its processes, whose disks then fail every request. Handlers in
+    this process are raised in as well. After six times nothing will help.
+    """
+    def bite():
+        for _ in range(6):
+            if done.wait(again if bitten else seconds):
+                return
+            bitten.append(True)
+            end_processes()
             for dev_id in devices_left():
-                try:
-                    control.get_dev_info(dev_id)        # which tells whether it is an ordinary user's
-                    control.del_dev(dev_id, timeout=10)
-                except OSError:
-                    pass
+                device_command(STOP_DEV, dev_id, 1)
+            for thread in threading.enumerate():
+                if thread.name.startswith("ublk"):
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident),
+                                                               ctypes.py_object(Hanging))
+            signal.pthread_kill(threading.main_thread().ident, HANGING)
+        if not done.wait(again):
+            os._exit(70)
+
+    def hanging(*_):
+        raise Hanging(f"this has taken more than {seconds} s")
+
+    bitten, done = [], threading.Event()
+    before = signal.signal(HANGING, hanging)
+    thread = threading.Thread(target=bite, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(HANGING, before)
+
+
+# ---- the kernel's log ---------------------------------------------------------------------------
+
+
+TROUBLE = re.compile(r"WARNING: |BUG|Oops|general protection fault|blocked for more than|Kernel panic|"
+                     r"stall|lockup|refcount_t")
+
+# What the kernel may say: a pattern, the first release that no longer does, and why it is no fault of ours.
+KNOWN_TROUBLE = [
+    (r"WARNING: .* ublk_ch_uring_cmd\+", "6.16",
+     "The driver knows whose a queue is only once all its tags are fetched. Where a server has died before, "
+     "ublk_uring_cmd_cancel_fn() finds a command whose task is not that one, says so, and leaves it: "
+     "the device goes with STOP_DEV or DEL_DEV all the same."),
+]
+
+
+class KernelLog:
+    """What the kernel says from now on."""
+
+    def __init__(self, fd=None):
+        self.fd = fd
+        if fd is None:
+            self.fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self.fd, 0, os.SEEK_END)
+            with suppress(OSError):                         # what is said but once, is said once a test
+                Path("/sys/kernel/debug/clear_warn_once").write_text("1")
+
+    def lines(self):
+        """Return the messages since the last time."""
+        found = []
+        while True:
+            try:
+                record = os.read(self.fd, 8192).decode(errors="replace")
+            except BlockingIOError:
+                return found
+            except BrokenPipeError:
+                found.append("WARNING: the kernel said more than its log can hold")
+            else:
+                found.append(record.partition(";")[2].partition("\n")[0])
+
+    def trouble(self):
+        """Return the messages since the last time that are warnings or worse, and none of those known."""
+        known = [pattern for pattern, release, _ in KNOWN_TROUBLE if not at_least(release)]
+        return [line for line in self.lines()
+                if TROUBLE.search(line) and not any(re.search(pattern, line) for pattern in known)]
+
+    def close(self):
+        """Forget about it."""
+        os.close(self.fd)
 
 
 SOURCE = ast.parse(UBLK.read_text())
@@ -429,26 +588,31 @@ def with_partition(size=8 << 20):
 class Forked:
     """ublk.py's command line in a forked process: it starts ten times faster than a new Python.
 
-    change is called in the process first. pid, path and id are those of the server and its disk.
+    With a script the process becomes a new Python that runs it. change is called in the process first.
+    pid, path and id are those of the server and its disk.
     """
 
-    def __init__(self, *words, change=None):
+    def __init__(self, *words, change=None, script=None):
         self.output, self.errors = tempfile.TemporaryFile("a+b"), tempfile.TemporaryFile("a+b")
         self.path, self.id, self.status = "", -1, None
         ublk.companion()            # which the user that change() may make of it might not be able to read
         self.pid = os.fork()
         if self.pid == 0:
-            self._child([str(word) for word in words], change)
+            self._child([str(word) for word in words], change, script)
 
-    def _child(self, words, change):
+    def _child(self, words, change, script):
         status = 70
         try:
             os.setsid()
             os.dup2(self.output.fileno(), 1)
             os.dup2(self.errors.fileno(), 2)
+            let_go_of_files("", beyond=2)       # an open disk, above all, could not be deleted
             sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
             if change:
                 change()
+            if script:
+                python = os.path.realpath(sys.executable)       # which every user may run
+                os.execv(python, [python, str(script), *words])
             status = ublk.main(words)
         except SystemExit as end:
             status = 0 if end.code is None else int(end.code)
@@ -491,37 +655,27 @@ class Forked:
     def __enter__(self):
         try:
             return self.live()
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
 
-    def __exit__(self, *_):
-        if not self.ended():
-            self.kill(signal.SIGTERM)
-        for pid in session(self.pid):                       # what a killed parent left behind
-            os.kill(pid, signal.SIGKILL)
-
-
-def started_by(parent):
-    """Return the processes a process has started."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    def __exit__(self, kind, *_):
         try:
-            fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
-        except OSError:
-            continue
-        found += [int(pid)] if fields[1] == str(parent) else []
-    return sorted(found)
+            if kind is None and not self.ended():
+                self.kill(signal.SIGTERM)
+        finally:
+            for pid in session(self.pid):                   # what a killed parent left behind
+                os.kill(pid, signal.SIGKILL)
+            self.wait()
 
 
 def session(leader):
     """Return the processes of a session that are more than zombies."""
     found = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            found += [pid] if os.getsid(pid) == leader and ublk.alive(pid) else []
-        except OSError:
-            pass
+        with suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][0]
+            found += [pid] if os.getsid(pid) == leader and state not in "ZX" else []
     return found
 
 
@@ -613,6 +767,35 @@ class Fio:
             self.process.wait()
 
 
+ROUNDS = 5                          # so often a server is killed in one test
+
+
+def kill_and_recover(disk, fio=None):
+    """Kill a disk's server; return the disk with its next one."""
+    disk.kill()
+    return recovered(disk)
+
+
+def kill_under_load(disk, *words, rounds=ROUNDS, exchange=kill_and_recover, told=bool):
+    """Have fio write and verify while exchange(disk, fio) gives a disk another server, again and again.
+
+    Returns the disk and how many requests failed; all after the last exchange are right, and so is what is
+    on the disk. words are further options for fio; told(number) is called after each exchange.
+    """
+    with Fio(disk, *words) as fio:
+        for number in range(rounds):
+            fio.busy()
+            disk = exchange(disk, fio)
+            told(number)
+        fio.busy()
+        fio.finish()
+        failed = fio.errors
+        if failed:
+            fio.busy()
+            assert fio.finish() == 0, "requests failed after the last exchange"
+    return disk, failed
+
+
 def replace(item, **methods):
     """Put other methods into a class or an object."""
     for name, method in methods.items():
@@ -639,8 +822,6 @@ def assert_nothing_stuck():
     until(lambda: not stuck(), "D state to end")
 
 
-LIBC = ctypes.CDLL(None, use_errno=True)
-
 ALICE, BOB = 61001, 61002           # ordinary users: without any capability
 
 
@@ -656,9 +837,9 @@ def become(uid):
     return change
 
 
-def verb(*words, change=None):
-    """Run a command to its end; return its status and what it said."""
-    done = Forked(*words, change=change)
+def verb(*words, **options):
+    """Run a command of ublk.py to its end, like Forked; return its status and what it said."""
+    done = Forked(*words, **options)
     return SimpleNamespace(status=done.wait(), out=done.said(done.output), err=done.said())
 
 

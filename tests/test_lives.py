@@ -13,8 +13,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,36 +20,30 @@ import pytest
 import ublk
 from tests.support import (
     HERE,
-    UBLK,
     AsyncRam,
+    Fio,
+    Forked,
     Ram,
     assert_error_line,
     at_least,
     children_of,
-    cli,
     devices_left,
+    error_of,
     kernel,
-    leftovers,
     message,
     mount_of,
     needs,
     opened,
     read_at,
-    server,
     sh,
+    since,
     target_file,
+    threads_of,
     until,
+    verb,
+    with_partition,
     write_at,
 )
-
-
-def tasks():
-    """Return the names of this process's tasks, without io_uring's workers: these come and go."""
-    found = []
-    for path in Path("/proc/self/task").glob("*/comm"):
-        with suppress(OSError):
-            found.append(path.read_text())
-    return [name for name in found if not name.startswith("iou-")]
 
 
 def belongings():
@@ -60,7 +52,7 @@ def belongings():
     status = Path("/proc/self/status").read_text()
     maps = Path("/proc/self/maps").read_text().splitlines()
     return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
-            "tasks": len(tasks()), "children": len(children_of(os.getpid())),
+            "tasks": len(threads_of("self")), "children": len(children_of(os.getpid())),
             "rings": sum("io_uring" in line or "ublk" in line for line in maps), "mappings": len(maps),
             "kilobytes": int(re.search(r"VmRSS:\s+(\d+)", status)[1])}
 
@@ -76,39 +68,34 @@ def live_and_die(make, **options):
 @pytest.mark.parametrize("make, lives, options", [(Ram, 40, {"depth": 16}), (AsyncRam, 10, {"queues": 2}),
                                                   (ublk.Null, 10, {"queues": 2})])
 def test_many_lives_leave_nothing_behind(make, lives, options):
-    rounds, grown = 5, []
-    for number in range(rounds + 1):
+    # The allocator takes memory from the kernel in large steps, now and then; a leak would show each time.
+    for _ in range(10):                     # the first use of a thing may keep something
+        live_and_die(make, **options)
+    grown = []
+    while len(grown) < 5:
         before = belongings()
-        for _ in range(lives if number else 10):        # the first use of a thing may keep something
+        for _ in range(lives):
             live_and_die(make, **options)
         after = belongings()
-        if number:
-            mappings = after.pop("mappings") - before.pop("mappings")
-            grown.append((after.pop("kilobytes") - before.pop("kilobytes"), mappings))
-            assert after == before
-    # The allocator takes memory from the kernel in large steps, now and then; a leak would show each time.
-    assert any(kilobytes <= lives and mappings <= 0 for kilobytes, mappings in grown), \
-        f"KiB and mappings more after {lives} lives, and so on: {grown}"
+        more = {name: after.pop(name) - before.pop(name) for name in ("kilobytes", "mappings")}
+        assert after == before
+        grown.append(more)
+        if more["kilobytes"] <= lives and more["mappings"] <= 0:
+            break
+    else:
+        pytest.fail(f"each time {lives} lives leave more: {grown}")
     assert not any(Path(os.environ["UBLK_RUN_DIR"]).iterdir())
 
 
 @kernel
-def test_a_server_killed_under_load(run):
-    needs("fio")
-    with server("ram", "--size", "16M") as disk:
-        load = subprocess.Popen(["fio", "--name=load", f"--filename={disk.path}", "--direct=1", "--rw=randrw",
-                                 "--bs=4k", "--ioengine=libaio", "--iodepth=64", "--time_based",
-                                 "--runtime=3600", "--thread"],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/tmp", text=True)
-        counters = Path(f"/sys/block/ublkb{disk.id}/stat")
-        until(lambda: int(counters.read_text().split()[4]) > 50, "the load to run")
+def test_a_server_killed_under_load_takes_its_disk_along(run):
+    with Forked("ram", "--size", "16M") as disk, Fio(disk) as load:
+        load.busy()
         disk.kill()
-        disk.wait()
-        text = load.communicate(timeout=120)[1]
-        assert load.returncode != 0, text
+        assert load.process.wait(120) != 0
         done = run("del", disk.id)
         assert (done.status, done.err) == (0, "")
-        assert leftovers() == []
+        assert devices_left() == []
 
 
 @kernel
@@ -126,9 +113,9 @@ def test_a_server_that_dies_on_its_way_into_the_background(tmp_path, body, says)
             size = 1 << 20
             {body}
     """)
-    done = cli(path, "--background", check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert says in done.stderr and "ublk: " in done.stderr, done.stderr
+    done = verb(path, "--background")
+    assert (done.status, done.out) == (1, "")
+    assert says in done.err and "ublk: " in done.err, done.err
     assert devices_left() == []
 
 
@@ -141,14 +128,12 @@ def test_a_server_killed_on_its_way_into_the_background(tmp_path):
                 open(os.environ["UBLK_RUN_DIR"] + "/started", "w").close()
                 time.sleep(3600)
     """)
-    process = subprocess.Popen([sys.executable, UBLK, path, "--background"], stderr=subprocess.PIPE,
-                               text=True)
+    waiting = Forked(path, "--background")
     until((Path(os.environ["UBLK_RUN_DIR"]) / "started").exists, "the server to start")
-    child, = children_of(process.pid)
+    child, = children_of(waiting.pid)
     os.kill(child, signal.SIGKILL)
-    text = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert_error_line(text, errno.ECHILD, says="killed by signal 9")
+    assert waiting.wait() == 1
+    assert_error_line(waiting.said(), errno.ECHILD, says="killed by signal 9")
     assert devices_left() == []
 
 
@@ -163,8 +148,8 @@ def test_a_server_that_dies_in_the_foreground(tmp_path, body, says):
             size = 1 << 20
             {body}
     """)
-    done = cli(path, check=False)
-    assert (done.returncode, done.stdout) == (1, "") and says in done.stderr
+    done = verb(path)
+    assert (done.status, done.out) == (1, "") and says in done.err
     assert devices_left() == []
 
 
@@ -191,15 +176,19 @@ class AsyncStuck(Stuck):
             await ublk.Event()
 
 
+def stuck_client(disk):
+    """Start a process that reads where no answer comes."""
+    return subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
+                             "iflag=direct"], stderr=subprocess.DEVNULL)
+
+
+# Before Linux 6.7 requests end only with the thread that has them.
 @kernel
-@pytest.mark.parametrize("make", [Stuck, AsyncStuck])
+@pytest.mark.parametrize("make", [pytest.param(Stuck, marks=since("6.7")), AsyncStuck])
 def test_a_handler_that_never_returns_does_not_keep_the_device(make, capfd):
-    if make is Stuck and not at_least("6.7"):
-        pytest.skip("before Linux 6.7 requests end only with the thread that has them")
     disk = ublk.Device(make())
     disk.start()
-    client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
-                               "iflag=direct"], stderr=subprocess.DEVNULL)
+    client = stuck_client(disk)
     assert disk.target.reached.wait(60)
     disk.stop(timeout=0.5)
     assert client.wait(60) == 1
@@ -211,15 +200,15 @@ def test_a_handler_that_never_returns_does_not_keep_the_device(make, capfd):
 
 
 @kernel
-def test_a_disk_whose_handler_does_not_return_is_listed(run):
+def test_a_disk_whose_handler_does_not_return_is_listed(run, monkeypatch):
     disk = ublk.Device(Stuck())
     disk.start()
-    client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
-                               "iflag=direct"], stderr=subprocess.DEVNULL)
+    client = stuck_client(disk)
     assert disk.target.reached.wait(60)
     stopping = threading.Thread(target=disk.stop)
     stopping.start()
-    time.sleep(1)                       # STOP_DEV waits for the request now, and GET_PARAMS for STOP_DEV
+    with ublk.Control() as control:     # STOP_DEV waits for the request, and soon GET_PARAMS for STOP_DEV
+        until(lambda: error_of(control.get_params, disk.id, 0.2) == errno.ETIMEDOUT, "STOP_DEV to wait")
     done = run("list", "--json")
     disk.target.release.set()
     stopping.join()
@@ -243,26 +232,33 @@ def test_ctrl_c_with_a_handler_that_never_returns(tmp_path):
             def write(self, offset, buffer):
                 pass
     """)
-    with server(path) as disk:
-        client = subprocess.Popen(["dd", f"if={disk.path}", "of=/dev/null", "bs=4k", "count=1", "skip=16",
-                                   "iflag=direct", "status=none"], stderr=subprocess.DEVNULL)
+    with Forked(path) as disk:
+        client = stuck_client(disk)
         counters = Path(f"/sys/block/ublkb{disk.id}/inflight")
         until(lambda: counters.read_text().split()[0] != "0", "the read to arrive")
-        disk.send_signal(signal.SIGINT)
         # before 6.7 the request ends with the server's process, and only then can the device go
-        assert disk.wait(90) == (0 if at_least("6.7") else 1)
+        assert disk.kill(signal.SIGINT) == (0 if at_least("6.7") else 1)
         assert client.wait(60) == 1
         if not at_least("6.7"):
             assert ublk.main(["del", str(disk.id)]) == 0
         assert devices_left() == []
-    assert at_least("6.7") or f"`ublk.py del {disk.id}`" in disk.errors
+    assert at_least("6.7") or f"`ublk.py del {disk.id}`" in disk.said()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Have a delete that waits for somebody to close a disk give up soon."""
+    delete = ublk.delete
+    monkeypatch.setattr(ublk, "delete", lambda control, dev_id: delete(control, dev_id, 1))
 
 
 @kernel
-def test_who_holds_the_disk_is_named():
-    device = ublk.Device(Ram())
+@pytest.mark.parametrize("part", ["", "p1"], ids=["disk", "partition"])
+def test_who_holds_the_disk_is_named(impatient, part):
+    device = ublk.Device(with_partition())
     device.start()
-    with open(device.path, "rb") as disk:
+    until(lambda: os.path.exists(device.path + part), "the partition")
+    with open(device.path + part, "rb") as disk:
         holder = subprocess.Popen(["sleep", "3600"], stdin=disk)
     try:
         text = message(device.stop)
@@ -274,7 +270,7 @@ def test_who_holds_the_disk_is_named():
 
 
 @kernel
-def test_where_the_disk_is_mounted_is_named(tmp_path):
+def test_where_the_disk_is_mounted_is_named(impatient, tmp_path):
     needs("mkfs.ext4")
     device = ublk.Device(Ram(16 << 20))
     device.start()
@@ -337,3 +333,26 @@ def test_the_end_of_a_process_takes_its_disks_along(tmp_path):
         done = sh(sys.executable, "-c", textwrap.dedent(program), *words, check=False, cwd=HERE)
         assert done.stdout == "/dev/ublkb0\n" and done.returncode == len(words)
         assert devices_left() == []
+
+
+@kernel
+def test_each_queue_stays_on_the_processors_whose_requests_it_gets(control):
+    tasks = {}
+
+    class Tells(Ram):
+        def start(self, index):
+            tasks[index] = threading.get_native_id()
+
+    cpus = os.sysconf("SC_NPROCESSORS_CONF")
+    with ublk.Device(Tells(), queues=cpus) as disk:
+        allowed = os.sched_getaffinity(0)
+        for index, task in tasks.items():
+            assert os.sched_getaffinity(task) == control.get_queue_affinity(disk.id, index) & allowed
+    assert len(tasks) == cpus > 1
+
+
+@kernel
+def test_who_asks_for_more_queues_than_processors_is_told():
+    cpus = os.sysconf("SC_NPROCESSORS_CONF")
+    with Forked("null", "-q", cpus + 3) as disk:
+        assert disk.said() == f"ublk: note: {cpus} queues, one for each processor, not {cpus + 3}\n"

@@ -21,7 +21,7 @@ import ublk
 from tests.support import (
     BOB,
     CONTINUE,
-    Fio,
+    ROUNDS,
     Forked,
     Ram,
     after,
@@ -30,10 +30,12 @@ from tests.support import (
     assert_nothing_stuck,
     at_least,
     await_state,
+    children_of,
     devices_left,
     die,
     error_of,
     kernel,
+    kill_under_load,
     needs,
     opened,
     orphan,
@@ -41,14 +43,11 @@ from tests.support import (
     recovered,
     replace,
     sh,
-    started_by,
     state_of,
     target_file,
     until,
     write_at,
 )
-
-ROUNDS = 5                          # so often a server is killed in one test
 
 
 def needs_fail_io(*words):
@@ -63,31 +62,15 @@ def needs_fail_io(*words):
 
 @kernel
 def test_reissue_loses_nothing(backing):
-    disk = Forked("loop", backing, "-r", "reissue").live()
-    with Fio(disk) as fio:
-        for _ in range(ROUNDS):
-            fio.busy()
-            disk.kill()
-            disk = recovered(disk)
-        fio.busy()
-        fio.finish()
-    assert fio.errors == 0
+    disk, failed = kill_under_load(Forked("loop", backing, "-r", "reissue").live())
+    assert failed == 0
     assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel
 def test_requeue_fails_only_what_was_in_flight(backing):
-    disk = Forked("loop", backing, "-r", "requeue").live()
-    with Fio(disk, *CONTINUE) as fio:
-        for _ in range(ROUNDS):
-            fio.busy()
-            disk.kill()
-            disk = recovered(disk)
-        fio.busy()
-        fio.finish()
-        assert fio.errors <= 16 * ROUNDS            # its depth
-        fio.busy()
-        assert fio.finish() == 0
+    disk, failed = kill_under_load(Forked("loop", backing, "-r", "requeue").live(), *CONTINUE)
+    assert failed <= 16 * ROUNDS                    # fio's depth
     assert disk.kill(signal.SIGTERM) == 0
 
 
@@ -96,18 +79,17 @@ def test_fail_answers_at_once_and_is_whole_after_recovery(backing):
     if needs_fail_io("loop", backing, "-r", "fail"):
         return
     disk = Forked("loop", backing, "-r", "fail").live()
-    with Fio(disk, *CONTINUE) as fio:
-        for _ in range(ROUNDS):
-            fio.busy()
-            disk.kill()
-            await_state(disk.id, "FAIL_IO")
-            with opened(disk.path) as fd:
-                assert error_of(write_at, fd, 0, bytes(4096)) in (errno.EIO, errno.EREMOTEIO)
-            fio.finish()
-            disk = recovered(disk)
-        assert fio.errors > 0
-        fio.busy()
-        assert fio.finish() == 0
+
+    def exchange(disk, fio):
+        disk.kill()
+        await_state(disk.id, "FAIL_IO")
+        with opened(disk.path) as fd:
+            assert error_of(write_at, fd, 0, bytes(4096)) in (errno.EIO, errno.EREMOTEIO)
+        fio.finish()
+        return recovered(disk)
+
+    disk, failed = kill_under_load(disk, *CONTINUE, exchange=exchange)
+    assert failed > 0
     assert disk.kill(signal.SIGTERM) == 0
 
 
@@ -256,33 +238,32 @@ def test_quiesce_and_recover_without_an_error(backing, run, words):
         return
     with ublk.Control() as control:
         assert bool(control.get_dev_info(disk.id).flags & ublk.UBLK_F_AUTO_BUF_REG) == (not words)
-    with Fio(disk) as fio:
-        for _ in range(ROUNDS):
-            fio.busy()
-            done = run("quiesce", disk.id)
-            assert (done.status, done.err) == (0, "")
-            assert disk.wait() == 0 and disk.said() == ""
-            assert state_of(disk.id) == "QUIESCED"
-            disk = recovered(disk)
-        fio.busy()
-        fio.finish()
-    assert fio.errors == 0
+
+    def exchange(disk, fio):
+        done = run("quiesce", disk.id)
+        assert (done.status, done.err) == (0, "")
+        assert disk.wait() == 0 and disk.said() == ""
+        assert state_of(disk.id) == "QUIESCED"
+        return recovered(disk)
+
+    disk, failed = kill_under_load(disk, exchange=exchange)
+    assert failed == 0
     assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel
 def test_restart_keeps_the_server_alive(backing, run):
-    with Forked("loop", backing, "--restart") as disk, Fio(disk) as fio:
-        pids = set()
-        for _ in range(ROUNDS):
-            fio.busy()
-            row, = json.loads(run("list", "--json").out)
-            assert row["pid"] not in pids and row["pid"] in started_by(disk.pid)
-            pids.add(row["pid"])
-            os.kill(row["pid"], signal.SIGKILL)
-        fio.busy()
-        fio.finish()
-        assert fio.errors == 0
+    pids = set()
+
+    def exchange(disk, fio):
+        row, = json.loads(run("list", "--json").out)
+        assert row["pid"] not in pids and row["pid"] in children_of(disk.pid)
+        pids.add(row["pid"])
+        os.kill(row["pid"], signal.SIGKILL)
+        return disk
+
+    with Forked("loop", backing, "--restart") as disk:
+        assert kill_under_load(disk, exchange=exchange) == (disk, 0)
         assert disk.said().count("died (wait status 9), starting another") == ROUNDS
         assert disk.kill(signal.SIGTERM) == 0
         assert devices_left() == []

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from tests.support import (
     kernel,
     needs,
     refused,
-    server,
     sh,
     state_of,
     verb,
@@ -84,8 +82,7 @@ def test_an_ordinary_user_owns_a_disk(rules, readable):
     if no_unprivileged():
         return
     alice = program(ALICE)
-    python = os.path.realpath(sys.executable)
-    with server("ram", "--size", "256M", "-p", script=readable, executable=python, **alice) as disk:
+    with Forked("ram", "--size", "256M", "-p", change=become(ALICE), script=readable) as disk:
         for path in (disk.path, f"/dev/ublkc{disk.id}"):
             assert (os.stat(path).st_uid, os.stat(path).st_gid) == (ALICE, ALICE)
         sh("mkfs.ext4", "-Fq", disk.path, **alice)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""The suite itself: what it notices, and what it takes away whatever the product does."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    Forked,
+    Hanging,
+    KernelLog,
+    Ram,
+    clean_up,
+    devices_left,
+    kernel,
+    leftovers,
+    opened,
+    orphan,
+    read_at,
+    target_file,
+    verb,
+    watchdog,
+)
+
+
+@kernel
+def test_all_that_is_left_is_taken_away_though_the_product_is_broken(control, monkeypatch):
+    control.add_dev(-1, 1, 4, 65536, 0)
+    orphan("null", "-r", "requeue")
+    Forked("null", "-q", 2).live()
+    verb("null", "--background")
+    here = ublk.Device(Ram())
+    here.start()
+    assert len(devices_left()) == 5
+
+    def broken(*_, **__):
+        raise RuntimeError("broken")
+    for item in (ublk.Control, ublk.Ring):
+        for name in vars(item):
+            if not name.startswith("__") and callable(getattr(item, name)):
+                monkeypatch.setattr(item, name, broken)
+    for name in ("device_ids", "delete", "alive", "open_char"):
+        monkeypatch.setattr(ublk, name, broken)
+    clean_up()
+    assert leftovers() == []
+    atexit.unregister(here.stop)
+
+
+@kernel
+def test_a_server_holds_no_disk_that_the_test_has_open():
+    with ublk.Device(Ram()) as disk, opened(disk.path), Forked("null") as other:
+        files = [os.readlink(path) for path in Path(f"/proc/{other.pid}/fd").iterdir()]
+        assert f"/dev/ublkc{other.id}" in files
+        assert not {disk.path, f"/dev/ublkc{disk.id}"} & set(files)
+
+
+def test_a_test_that_hangs_fails():
+    with pytest.raises(Hanging), watchdog(0.1):
+        threading.Event().wait()
+
+
+ENDLESS = """
+    class Mine(ublk.Target):
+        size = 1 << 20
+        def read(self, offset, buffer):
+            while offset == 65536:
+                time.sleep(0.1)
+        def write(self, offset, buffer):
+            pass
+"""
+
+
+@kernel
+def test_a_test_that_waits_for_a_hanging_server_fails(tmp_path):
+    disk = Forked(target_file(tmp_path, ENDLESS)).live()
+    with pytest.raises((Hanging, OSError)), watchdog(1), opened(disk.path) as fd:
+        read_at(fd, 65536, 4096)
+
+
+@kernel
+def test_a_test_that_waits_for_a_hanging_handler_fails():
+    class Endless(Ram):
+        def read(self, offset, buffer):
+            while offset == 65536:
+                time.sleep(0.1)
+
+    disk = ublk.Device(Endless())
+    disk.start()
+    with pytest.raises((Hanging, OSError)), watchdog(1), opened(disk.path) as fd:
+        read_at(fd, 65536, 4096)
+    disk.stop()
+
+
+@pytest.mark.parametrize("text", [
+    "WARNING: CPU: 0 PID: 12 at drivers/block/ublk_drv.c:1 ublk_stop_dev+0xb6/0x160 [ublk_drv]",
+    "BUG: kernel NULL pointer dereference, address: 0000000000000010", "Oops: 0000 [#1] PREEMPT SMP",
+    "INFO: task dd:5 blocked for more than 120 seconds."])
+def test_a_warning_of_the_kernel_is_trouble(text):
+    said, read = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with said, read:
+        read.setblocking(False)
+        log = KernelLog(read.fileno())
+        said.send(b"6,1,2,-;ublk_drv: nothing to worry about\n SUBSYSTEM=block\n")
+        assert log.trouble() == []
+        said.send(f"4,2,3,-;{text}\n".encode())
+        assert log.trouble() == [text]
+
+
+@kernel
+def test_of_the_log_is_read_what_is_new():
+    Path("/dev/kmsg").write_text("<6>tests: before")
+    log = KernelLog()
+    Path("/dev/kmsg").write_text("<6>tests: after")
+    lines = log.lines()
+    assert "tests: after" in lines and "tests: before" not in lines
+    log.close()
