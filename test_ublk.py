@@ -70,7 +70,6 @@ from tests.support import (
     needs,
     opened,
     read_at,
-    server,
     sh,
     since,
     target_file,

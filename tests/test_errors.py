@@ -14,15 +14,19 @@ import pytest
 
 import ublk
 from tests.support import (
+    THIS_KERNEL,
+    Forked,
     Ram,
     as_user,
     assert_error_line,
-    at_least,
+    before,
     devices_left,
     kernel,
     message,
     opened,
+    since,
     until,
+    verb,
     with_partition,
     write_at,
 )
@@ -191,11 +195,10 @@ def test_every_explanation_is_provoked_or_excused():
 
 
 @kernel
-@pytest.mark.parametrize("name, number, since, provoke", PROVOCATIONS,
-                         ids=[f"{row[0]}-{errno.errorcode[row[1]]}" for row in PROVOCATIONS])
-def test_the_wrong_state_is_explained(situation, name, number, since, provoke):
-    if not at_least(since):
-        pytest.skip(f"cannot be provoked before Linux {since}")
+@pytest.mark.parametrize("name, number, provoke", [
+    pytest.param(name, number, provoke, marks=since(release), id=f"{name}-{errno.errorcode[number]}")
+    for name, number, release, provoke in PROVOCATIONS])
+def test_the_wrong_state_is_explained(situation, name, number, provoke):
     with pytest.raises(ublk.UblkError) as found:
         provoke(situation)
     reason, remedy = ublk.EXPLANATIONS[named(name), number]
@@ -214,24 +217,54 @@ COMMANDS_ON_A_DEVICE = {
 
 
 @kernel
-@pytest.mark.parametrize("name", COMMANDS_ON_A_DEVICE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=before(named(name).since))
+                                  for name in COMMANDS_ON_A_DEVICE])
 def test_a_command_this_kernel_lacks_names_the_one_that_has_it(situation, name):
-    if at_least(named(name).since):
-        pytest.skip(f"this kernel has {name}")
     text = message(COMMANDS_ON_A_DEVICE[name], situation.control, situation.added())
     assert f"Linux {named(name).since}" in text
 
 
+# Words of the command line beside a device 0, and the first kernel that has what they ask for.
+FIRST_KERNELS = {
+    "null --unprivileged": "6.3",
+    "null --user-copy": "6.5",
+    "zoned --size 64M --zone-size 4M": "6.6",
+    "null --recovery fail": "6.13",
+    "null --zero-copy": "6.15",
+    "null --auto-zero-copy": "6.16",
+    "resize 0 2G": "6.16",
+    "quiesce 0": "6.16",
+    "null --batch": "7.0",
+    "null --no-partition-scan": "7.0",
+    "stop 0 --if-unused": "7.0",
+}
+
+
 @kernel
-def test_a_flag_this_kernel_lacks_is_an_error(control):
-    lacking = [feature for feature in ublk.FEATURES if not at_least(feature.since)]
-    if ublk.UBLK_F_USER_RECOVERY_FAIL_IO in lacking:
-        assert "needs Linux 6.13" in message(ublk.Device(Ram(), recovery="fail").start)
-    if ublk.UBLK_F_BATCH_IO in lacking:
-        assert "needs Linux 7.0" in message(ublk.Device(Ram(), batch=True).start)
-    if not lacking:
-        with ublk.Device(Ram(), partition_scan=False, recovery="fail") as disk:
-            assert {"NO_AUTO_PART_SCAN", "USER_RECOVERY_FAIL_IO"} <= set(ublk.flag_names(disk.info.flags))
+@pytest.mark.parametrize("words, release", [pytest.param(*row, marks=before(row[1]), id=row[0])
+                                            for row in FIRST_KERNELS.items()])
+def test_what_this_kernel_lacks_is_refused_by_name(words, release):
+    with Forked("null"):
+        done = verb(*words.split())
+        assert (done.status, done.out) == (1, "")
+        assert_error_line(done.err.splitlines(True)[-1], errno.EOPNOTSUPP,
+                          says=f"needs Linux {release}, this is {THIS_KERNEL}")
+        assert devices_left() == [0]
+
+
+@kernel
+@before("7.0")
+def test_protection_information_is_refused_by_name():
+    target = Ram()
+    target.metadata_size = 8
+    assert f"needs Linux 7.0, this is {THIS_KERNEL}" in message(ublk.Device(target).start)
+
+
+@kernel
+@since("7.0")
+def test_what_is_asked_for_is_granted():
+    with ublk.Device(Ram(), partition_scan=False, recovery="fail") as disk:
+        assert {"NO_AUTO_PART_SCAN", "USER_RECOVERY_FAIL_IO"} <= set(ublk.flag_names(disk.info.flags))
 
 
 @kernel
