@@ -714,6 +714,11 @@ def completed(disk):
     return int(words[0]) + int(words[4])
 
 
+def in_flight(disk):
+    """Return how many reads, and how many writes, a disk has been asked for and has not answered."""
+    return list(map(int, Path(f"/sys/block/{os.path.basename(disk.path)}/inflight").read_text().split()))
+
+
 # Has fio count failed requests and go on.
 FAILING = f"{errno.EIO}:{errno.EREMOTEIO}"
 CONTINUE = ["--continue_on_error=io", f"--ignore_error={FAILING},{FAILING}"]

@@ -59,11 +59,6 @@ def test_a_wrapper_offers_what_its_target_does(targets, tmp_path):
         assert not hasattr(above, "map"), "requests would go around it"
 
 
-def writes_in_flight(disk):
-    """Return how many writes a disk has been asked for and has not answered."""
-    return int(Path(f"/sys/block/{os.path.basename(disk.path)}/inflight").read_text().split()[1])
-
-
 @kernel
 def test_faults_are_where_and_what_they_are_told(targets):
     fault = targets.Fault(targets.Ram(size=4 << 20), on="read", range="64K-96K", error="EIO")
@@ -171,7 +166,7 @@ def test_a_request_hangs_until_told(targets, workshop):
         Path("ctl").write_text("--hang --on write")
         thread = threading.Thread(target=write_at, args=(fd, 0, b"x" * 4096))
         thread.start()
-        until(lambda: writes_in_flight(disk), "the request")
+        until(lambda: in_flight(disk)[1], "the request")
         assert read_at(fd, 0, 4096) == bytes(4096) and below.calls == []
         Path("ctl").write_text("--hang --on discard")
         thread.join()
@@ -186,7 +181,7 @@ def test_a_disk_that_hangs_can_be_taken_away(targets, capfd):
     with opened(disk.path) as fd:
         thread = threading.Thread(target=lambda: found.append(error_of(write_at, fd, 0, bytes(512))))
         thread.start()
-        until(lambda: writes_in_flight(disk), "the request")
+        until(lambda: in_flight(disk)[1], "the request")
         stopper = threading.Thread(target=lambda: disk.stop(timeout=1))
         stopper.start()
         thread.join()
