@@ -81,7 +81,7 @@ def nothing_left(request):
     assert not leftovers(), "left by something else than this test"
     log = KernelLog()
     yield
-    deadline = time.monotonic() + 10         # dying processes need a moment
+    deadline = time.monotonic() + 3         # dying processes need a moment
     while leftovers() and time.monotonic() < deadline:
         time.sleep(0.02)
     left = leftovers()
