@@ -353,7 +353,8 @@ def test_with_its_companion_it_serves_ram_and_loop(tmp_path, monkeypatch, words)
 
 
 @kernel
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+                         ids=lambda number: number.name)
 def test_a_signal_takes_the_disk_away(number):
     with Forked("null", change=lambda: signal.signal(number, signal.SIG_DFL)) as disk:
         assert disk.kill(number) == 0
