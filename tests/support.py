@@ -318,11 +318,24 @@ def threads_of(pid):
     return found
 
 
+def fields_of(pid):
+    """Return what /proc/PID/stat says behind the name: state, parent, and so on."""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2].split()
+
+
+def ancestors():
+    """Yield the ids of this process, its parent, and so on."""
+    pid = os.getpid()
+    while pid:
+        yield pid
+        pid = int(fields_of(pid)[1])
+
+
 def processes_left():
     """Return {pid: command line} of our children, and of servers whose parent has ended."""
     own = re.escape(command_line("self"))
     orphans = {pid: words for pid, words in children_of(1).items()
-               if pid != os.getpid() and re.search(rf"(^|[ /])ublk\.py |^{own}$", words)}
+               if pid not in ancestors() and re.search(rf"(^|[ /])ublk\.py |^{own}$", words)}
     return {**orphans, **children_of(os.getpid())}
 
 
@@ -400,7 +413,7 @@ def watchdog(seconds, again=10):
 # ---- the kernel's log ---------------------------------------------------------------------------
 
 
-TROUBLE = re.compile(r"WARNING: |BUG|Oops|general protection fault|blocked for more than|Kernel panic|"
+TROUBLE = re.compile(r"WARNING: |\bBUG\b|Oops|general protection fault|blocked for more than|Kernel panic|"
                      r"stall|lockup|refcount_t")
 
 # What the kernel may say: a pattern, the first release that no longer does, and why it is no fault of ours.
@@ -674,8 +687,7 @@ def session(leader):
     found = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][0]
-            found += [pid] if os.getsid(pid) == leader and state not in "ZX" else []
+            found += [pid] if os.getsid(pid) == leader and fields_of(pid)[0] not in "ZX" else []
     return found
 
 
@@ -699,12 +711,9 @@ def stuck():
     """Return the processes in uninterruptible sleep."""
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            text = Path(f"/proc/{entry}/stat").read_text()
-        except OSError:
-            continue
-        if text.rpartition(") ")[2][0] == "D":
-            found.append(text.partition(")")[0])
+        with suppress(OSError):
+            if fields_of(entry)[0] == "D":
+                found.append(f"{entry} {command_line(entry)}")
     return found
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -26,6 +23,7 @@ from tests.support import (
     orphan,
     read_at,
     replace,
+    threads_of,
     until,
     write_at,
 )
@@ -120,16 +118,6 @@ def test_killed_while_it_recovers(change, backing, run):
         assert again.kill(signal.SIGTERM) == 0
     assert devices_left() == []
     assert_nothing_stuck()
-
-
-def threads_of(pid):
-    """Return the ids of a process's threads, without those in which the kernel works for io_uring."""
-    found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with suppress(OSError):                 # it has just ended
-            if not Path(f"/proc/{pid}/task/{task}/comm").read_text().startswith("iou-"):
-                found.append(task)
-    return found
 
 
 @kernel
