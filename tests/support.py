@@ -33,6 +33,7 @@ import ublk
 
 HERE = Path(__file__).resolve().parent.parent
 UBLK = HERE / "ublk.py"
+PYTHON = os.path.realpath(sys.executable)       # which, unlike one of a virtual environment, every user may run
 HANG = 200                          # seconds: longer than any test takes, even under emulation
 LIBC = ctypes.CDLL(None, use_errno=True)
 IN_LAB = os.environ.get("UBLK_TEST_KERNEL", "host") != "host"
@@ -624,8 +625,7 @@ class Forked:
             if change:
                 change()
             if script:
-                python = os.path.realpath(sys.executable)       # which every user may run
-                os.execv(python, [python, str(script), *words])
+                os.execv(PYTHON, [PYTHON, str(script), *words])
             status = ublk.main(words)
         except SystemExit as end:
             status = 0 if end.code is None else int(end.code)

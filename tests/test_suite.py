@@ -32,6 +32,7 @@ from tests.support import (
 
 
 @kernel
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_all_that_is_left_is_taken_away_though_the_product_is_broken(control, monkeypatch):
     control.add_dev(-1, 1, 4, 65536, 0)
     orphan("null", "-r", "requeue")
@@ -43,13 +44,14 @@ def test_all_that_is_left_is_taken_away_though_the_product_is_broken(control, mo
 
     def broken(*_, **__):
         raise RuntimeError("broken")
-    for item in (ublk.Control, ublk.Ring):
-        for name in vars(item):
-            if not name.startswith("__") and callable(getattr(item, name)):
-                monkeypatch.setattr(item, name, broken)
-    for name in ("device_ids", "delete", "alive", "open_char"):
-        monkeypatch.setattr(ublk, name, broken)
-    clean_up()
+    with monkeypatch.context() as patch:
+        for item in (ublk.Control, ublk.Ring):
+            for name in vars(item):
+                if not name.startswith("__") and callable(getattr(item, name)):
+                    patch.setattr(item, name, broken)
+        for name in ("device_ids", "delete", "alive", "open_char"):
+            patch.setattr(ublk, name, broken)
+        clean_up()
     assert leftovers() == []
     atexit.unregister(here.stop)
 
@@ -83,6 +85,8 @@ def test_a_test_that_waits_for_a_hanging_server_fails(tmp_path):
     disk = Forked(target_file(tmp_path, ENDLESS)).live()
     with pytest.raises((Hanging, OSError)), watchdog(1), opened(disk.path) as fd:
         read_at(fd, 65536, 4096)
+    assert disk.wait() != 0
+    clean_up()
 
 
 @kernel
@@ -116,9 +120,9 @@ def test_a_warning_of_the_kernel_is_trouble(text):
 
 @kernel
 def test_of_the_log_is_read_what_is_new():
-    Path("/dev/kmsg").write_text("<6>tests: before")
+    Path("/dev/kmsg").write_text("<6>tests: before\n")
     log = KernelLog()
-    Path("/dev/kmsg").write_text("<6>tests: after")
+    Path("/dev/kmsg").write_text("<6>tests: after\n")
     lines = log.lines()
     assert "tests: after" in lines and "tests: before" not in lines
     log.close()
