@@ -860,8 +860,9 @@ def test_an_oserror_reaches_the_client_as_its_errno(make, capfd):
 
 
 @kernel
-@pytest.mark.parametrize("data_path, batch", [(path, batch) for path in ublk.DATA_PATHS for batch in (False, True)
-                                              if (path, batch) != ("get-data", True) and not missing(path, batch)])
+@pytest.mark.parametrize("data_path, batch", [
+    (path, batch) for path in ublk.DATA_PATHS for batch in (False, True)
+    if (path, batch) != ("get-data", True) and not missing(path, batch)])
 def test_what_a_handler_did_not_fill_shows_no_other_request(data_path, batch):
     class Half(Ram):
         def read(self, offset, buffer):

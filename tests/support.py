@@ -33,7 +33,7 @@ import ublk
 
 HERE = Path(__file__).resolve().parent.parent
 UBLK = HERE / "ublk.py"
-PYTHON = os.path.realpath(sys.executable)       # which, unlike one of a virtual environment, every user may run
+PYTHON = os.path.realpath(sys.executable)       # unlike one of a virtual environment, every user may run it
 HANG = 200                          # seconds: longer than any test takes, even under emulation
 LIBC = ctypes.CDLL(None, use_errno=True)
 IN_LAB = os.environ.get("UBLK_TEST_KERNEL", "host") != "host"

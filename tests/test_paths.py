@@ -23,7 +23,6 @@ from tests.support import (
     assert_error_line,
     at_least,
     carries,
-    children_of,
     devices_left,
     error_of,
     fio_verify,
