@@ -27,7 +27,7 @@ profile: ## where the server's time goes, per I/O [TARGET="null --batch" only th
 mutants: ## break the program in many small ways, see that the tests notice each [K=word only lines of lab/mutants.txt with it]
 	@$(PYTHON) lab/mutants.py $(if $(K),"$(K)")
 
-lint: ## ruff and mypy, and vermin: nothing newer than Python 3.9
+lint: ## ruff, mypy, nothing newer than Python 3.9 (vermin), a list of mutants that fits the tree
 	@$(LAB) lint
 
 clean: ## remove what Python left in the work tree
