@@ -22,7 +22,6 @@ from tests.support import (
     ALICE,
     LIBC,
     Forked,
-    assert_error_line,
     assert_fails,
     at_least,
     become,
@@ -34,6 +33,7 @@ from tests.support import (
     read_at,
     refused,
     sh,
+    since,
     until,
     verb,
     write_at,
@@ -197,11 +197,8 @@ def test_a_file_that_waits_for_its_node_is_not_taken_for_it(tmp_path, monkeypatc
 
 
 @kernel
+@since("6.3")
 def test_a_container_controls_its_own_disks_only(containers, control):
-    if not at_least("6.3"):
-        done = containers[0].do(verb_inside, "ram", "--size", "4M")
-        assert_error_line(done["err"].splitlines(True)[-1], errno.EOPNOTSUPP, says="needs Linux 6.3, this is")
-        return
     pids = []
     for dev_id, container in enumerate(containers):
         pids.append(container.do(begin_inside, "ram", "--size", f"{4 + dev_id}M"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.support import (
     after,
     assert_error_line,
     assert_nothing_stuck,
-    at_least,
+    before,
     devices_left,
     die,
     kernel,
@@ -23,6 +24,7 @@ from tests.support import (
     orphan,
     read_at,
     replace,
+    since,
     threads_of,
     until,
     write_at,
@@ -66,22 +68,30 @@ MAPPED, HALF_FETCHED, FETCHED = after(ublk.Queue, "__init__"), half_fetched(), a
 DURING_START, DURING_END = during("start_dev"), during("end_user_recovery")
 
 
-def half_a_server(change):
-    """Tell whether a server dies with half of its tags fetched, which takes a change like these."""
-    if change in (HALF_FETCHED, FETCHED, DURING_START, DURING_END) and not at_least("6.7"):
-        pytest.skip("before 6.7 the driver looks for dead servers from START_DEV on: one that dies between "
-                    "FETCH and START_DEV never ends, nor does its device")
-    return change in (MAPPED, HALF_FETCHED, DURING_START, DURING_END)
+RECOVERY = pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
+
+
+def fetching(change, name, release="6.7"):
+    """A parameter: a server that dies after its first FETCH and before START_DEV or END_USER_RECOVERY.
+
+    Before 6.7 the driver looks for dead servers from START_DEV on: there such a server never ends, nor
+    does its device.
+    """
+    return pytest.param(change, id=name, marks=since(release))
 
 
 @kernel
-@pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
+@RECOVERY
 @pytest.mark.parametrize("change", [
-    after(ublk.Control, "add_dev"), after(ublk.Control, "set_params"), MAPPED, HALF_FETCHED,
-    FETCHED, DURING_START, first_request, after(ublk.Control, "start_dev")],
-    ids=["ADD", "SET_PARAMS", "mapped", "half-fetched", "fetched", "START", "scan", "started"])
+    pytest.param(after(ublk.Control, "add_dev"), id="ADD"),
+    pytest.param(after(ublk.Control, "set_params"), id="SET_PARAMS"),
+    pytest.param(MAPPED, id="mapped"),
+    fetching(HALF_FETCHED, "half-fetched"),
+    fetching(FETCHED, "fetched"),
+    fetching(DURING_START, "START"),
+    pytest.param(first_request, id="scan"),
+    pytest.param(after(ublk.Control, "start_dev"), id="started")])
 def test_killed_while_it_starts(change, recovery, backing, run):
-    half_a_server(change)
     disk = Forked("loop", backing, *recovery, change=change)
     assert disk.wait() == -signal.SIGKILL
     row, = json.loads(run("list", "--json").out)
@@ -92,27 +102,28 @@ def test_killed_while_it_starts(change, recovery, backing, run):
     assert_nothing_stuck()
 
 
-@kernel
-@pytest.mark.parametrize("change", [
-    after(ublk.Control, "start_user_recovery"), MAPPED, HALF_FETCHED, FETCHED, DURING_END,
-    after(ublk.Control, "end_user_recovery")],
-    ids=["START_USER_RECOVERY", "mapped", "half-fetched", "fetched", "END_USER_RECOVERY", "recovered"])
-def test_killed_while_it_recovers(change, backing, run):
-    half = half_a_server(change)
+def killed_twice(backing, change):
+    """Make a disk whose server was killed, and then a second one while it recovered the disk."""
     disk = Forked("loop", backing, "-r", "reissue").live()
     with opened(disk.path) as fd:
         write_at(fd, 4096, b"before" * 4096)
     disk.kill()
     dying = Forked("recover", disk.id, change=change)
     assert dying.wait() == -signal.SIGKILL, dying.said()
-    again = Forked("recover", disk.id)
-    if half and not at_least("6.16"):       # these kernels hold on to half a server
-        assert again.wait() == 1
-        assert_error_line(again.said(), errno.EBUSY, says=f"delete the device: `ublk.py del {disk.id}`")
-        done = run("del", disk.id)
-        assert (done.status, done.out, done.err) == (0, "", "")
-    else:
-        again.live()
+    return disk
+
+
+@kernel
+@pytest.mark.parametrize("change", [
+    pytest.param(after(ublk.Control, "start_user_recovery"), id="START_USER_RECOVERY"),
+    pytest.param(MAPPED, id="mapped", marks=since("6.16")),
+    fetching(HALF_FETCHED, "half-fetched", "6.16"),
+    fetching(FETCHED, "fetched"),
+    fetching(DURING_END, "END_USER_RECOVERY", "6.16"),
+    pytest.param(after(ublk.Control, "end_user_recovery"), id="recovered")])
+def test_killed_while_it_recovers(change, backing):
+    disk = killed_twice(backing, change)
+    with Forked("recover", disk.id) as again:
         with opened(again.path) as fd:
             assert read_at(fd, 4096, 4096) == (b"before" * 4096)[:4096]
         assert again.kill(signal.SIGTERM) == 0
@@ -120,33 +131,66 @@ def test_killed_while_it_recovers(change, backing, run):
     assert_nothing_stuck()
 
 
+def impatient():
+    """Do not wait long for the driver to let go of a server, as it never will."""
+    replace(ublk, open_char=partial(ublk.open_char, timeout=1.0), SERVER_TIMEOUT=1.0)
+
+
 @kernel
-@pytest.mark.parametrize("word", ["stop", "del"])
-@pytest.mark.parametrize("recovery", [[], ["-r", "reissue"]], ids=["lost", "reissue"])
-def test_a_disk_taken_away_while_it_starts(tmp_path, word, recovery):
+@before("6.16")
+@pytest.mark.parametrize("change", [
+    pytest.param(MAPPED, id="mapped"),
+    fetching(HALF_FETCHED, "half-fetched"),
+    fetching(DURING_END, "END_USER_RECOVERY")])
+def test_half_a_server_is_never_let_go(change, backing, run):
+    disk = killed_twice(backing, change)
+    again = Forked("recover", disk.id, change=impatient)
+    assert again.wait() == 1
+    assert_error_line(again.said(), errno.EBUSY, says=f"delete the device: `ublk.py del {disk.id}`")
+    done = run("del", disk.id)
+    assert (done.status, done.out, done.err) == (0, "", "")
+    assert devices_left() == []
+    assert_nothing_stuck()
+
+
+def held_back(directory, command):
+    """Return a change that has a command wait for the file go, when it has made the file fetched."""
+    send = getattr(ublk.Control, command)
+
+    def slow(self, *args, **options):
+        (directory / "fetched").touch()
+        until((directory / "go").exists, "the word")
+        return send(self, *args, **options)
+    return lambda: setattr(ublk.Control, command, slow)
+
+
+@kernel
+@RECOVERY
+def test_stop_does_not_stop_a_disk_that_starts(tmp_path, run, recovery):
     """START_DEV after STOP_DEV on the same open ends some kernels: nothing may lead there."""
-    fetched, go = tmp_path / "fetched", tmp_path / "go"
-    start = ublk.Control.start_dev
+    disk = Forked("null", *recovery, change=held_back(tmp_path, "start_dev"))
+    until((tmp_path / "fetched").exists, "all tags to be fetched")
+    done = run("stop", 0)                       # there is nothing to stop yet, and so nothing is sent
+    assert (done.status, done.err) == (0, "")
+    (tmp_path / "go").touch()
+    with disk:
+        with opened(disk.path) as fd:
+            assert len(read_at(fd, 0, 4096)) == 4096
+        assert disk.kill(signal.SIGTERM) == 0
 
-    def slow_start(self, *args, **options):
-        fetched.touch()
-        until(go.exists, "the word")
-        return start(self, *args, **options)
 
-    disk = Forked("null", *recovery, change=lambda: replace(ublk.Control, start_dev=slow_start))
-    until(fetched.exists, "all tags to be fetched")
-    other = Forked(word, 0)                     # del waits until the server has let go
-    if word == "stop":                          # there is nothing to stop yet, and so nothing is sent
-        assert other.wait() == 0, other.said()
-        go.touch()
-        assert disk.live().kill(signal.SIGTERM) == 0
-        return
+@kernel
+@RECOVERY
+def test_a_disk_deleted_while_it_starts(tmp_path, recovery):
+    disk = Forked("null", *recovery, change=held_back(tmp_path, "start_dev"))
+    until((tmp_path / "fetched").exists, "all tags to be fetched")
+    other = Forked("del", 0)                    # which waits until the server has let go
     until(lambda: len(threads_of(disk.pid)) == 1, "the queue to end")
-    go.touch()
-    until(disk.ended, "the server")
+    (tmp_path / "go").touch()
+    assert disk.wait() == 1
+    assert_error_line(disk.said(), errno.ENODEV, says="stopped before it was there")
     assert other.wait() == 0, other.said()
-    assert disk.status == 1 and devices_left() == []
-    assert_error_line(disk.said())
+    assert devices_left() == []
     with Forked("null") as disk:                # and the driver is whole
         with opened(disk.path) as fd:
             assert len(read_at(fd, 0, 4096)) == 4096
@@ -155,20 +199,12 @@ def test_a_disk_taken_away_while_it_starts(tmp_path, word, recovery):
 
 @kernel
 def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
-    fetched, go = tmp_path / "fetched", tmp_path / "go"
-    end = ublk.Control.end_user_recovery
-
-    def slow_end(self, *args, **options):
-        fetched.touch()
-        until(go.exists, "the word")
-        return end(self, *args, **options)
-
     disk = orphan("loop", backing, "-r", "reissue")
-    disk = Forked("recover", disk.id, change=lambda: replace(ublk.Control, end_user_recovery=slow_end))
-    until(fetched.exists, "all tags to be fetched")
+    disk = Forked("recover", disk.id, change=held_back(tmp_path, "end_user_recovery"))
+    until((tmp_path / "fetched").exists, "all tags to be fetched")
     assert run("stop", 0).status == 0
-    go.touch()
+    (tmp_path / "go").touch()
     assert disk.wait() == 1
-    assert_error_line(disk.said())
+    assert_error_line(disk.said(), errno.ENODEV, says="stopped before it was there")
     assert run("del", 0).status == 0
     assert_nothing_stuck()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from tests.support import (
     assert_error_line,
     assert_fails,
     assert_nothing_stuck,
-    at_least,
     await_state,
     children_of,
     devices_left,
@@ -43,21 +43,12 @@ from tests.support import (
     recovered,
     replace,
     sh,
+    since,
     state_of,
     target_file,
     until,
     write_at,
 )
-
-
-def needs_fail_io(*words):
-    """Where the mode `fail` is missing, see that the error names the kernel that has it."""
-    if at_least("6.13"):
-        return False
-    disk = Forked(*words)
-    assert disk.wait() == 1
-    assert_error_line(disk.said(), errno.EOPNOTSUPP, says="needs Linux 6.13, this is")
-    return True
 
 
 @kernel
@@ -75,9 +66,8 @@ def test_requeue_fails_only_what_was_in_flight(backing):
 
 
 @kernel
+@since("6.13")
 def test_fail_answers_at_once_and_is_whole_after_recovery(backing):
-    if needs_fail_io("loop", backing, "-r", "fail"):
-        return
     disk = Forked("loop", backing, "-r", "fail").live()
 
     def exchange(disk, fio):
@@ -90,6 +80,96 @@ def test_fail_answers_at_once_and_is_whole_after_recovery(backing):
 
     disk, failed = kill_under_load(disk, *CONTINUE, exchange=exchange)
     assert failed > 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+HOLDING = """
+    class Mine(ublk.Target):
+        size = 1 << 20
+        def __init__(self, directory):
+            self.directory = directory
+        async def read(self, offset, buffer):
+            buffer[:] = bytes(len(buffer))
+        async def write(self, offset, buffer):
+            with open(f"{self.directory}/taken", "a") as file:
+                file.write(f"{offset}\\n")
+            while os.path.exists(f"{self.directory}/hold"):
+                await ublk.uring_sleep(0.05)
+"""
+
+
+class Writes:
+    """One write to each of these offsets of a disk, all at once: errors tells each errno, 0 for success."""
+
+    def __init__(self, path, offsets):
+        self.path, self.errors, self.threads = path, {}, []
+        for offset in offsets:
+            thread = threading.Thread(target=self._write, args=(offset,), daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def _write(self, offset):
+        with opened(self.path) as fd:
+            self.errors[offset] = error_of(write_at, fd, offset, bytes(4096))
+
+    def wait_in_the_kernel(self):
+        """Tell whether all threads wait uninterruptibly, as for a disk."""
+        states = [Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(") ")[2][0]
+                  for thread in self.threads]
+        return states == ["D"] * len(states)
+
+    def ended(self):
+        """Wait for the end of all; return the errnos of those that failed."""
+        for thread in self.threads:
+            thread.join(60)
+        assert len(self.errors) == len(self.threads), "a write never ended"
+        return [number for number in self.errors.values() if number]
+
+
+def holding(directory, mode):
+    """Serve a disk whose handlers hold eight writes; return it and the writes."""
+    (directory / "hold").touch()
+    path = target_file(directory, HOLDING)
+    disk = Forked(path, directory, "-r", mode).live()
+    writes = Writes(disk.path, range(0, 8 << 16, 1 << 16))
+    until(lambda: taken(directory) == [1] * 8, "all writes to be taken")
+    return disk, writes
+
+
+def taken(directory):
+    """Return how often a handler was called for each offset, as far as any was."""
+    path = directory / "taken"
+    return list(Counter(path.read_text().splitlines()).values()) if path.exists() else []
+
+
+@kernel
+@pytest.mark.parametrize("mode, failed, calls", [("requeue", 8, 1), ("reissue", 0, 2)])
+def test_what_a_dead_server_held(mode, failed, calls, tmp_path):
+    """With requeue exactly that fails, with reissue nothing does and the next server is asked again."""
+    disk, held = holding(tmp_path, mode)
+    disk.kill()
+    await_state(disk.id, "QUIESCED")
+    later = Writes(disk.path, [1 << 19])
+    until(later.wait_in_the_kernel, "the write to a disk without a server")
+    (tmp_path / "hold").unlink()
+    disk = recovered(disk)
+    assert held.ended() == [errno.EIO] * failed
+    assert later.ended() == []
+    assert sorted(taken(tmp_path)) == sorted([calls] * 8 + [1])
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@since("6.13")
+def test_what_a_dead_server_held_fails_with_the_mode_fail(tmp_path):
+    disk, held = holding(tmp_path, "fail")
+    disk.kill()
+    await_state(disk.id, "FAIL_IO")
+    assert held.ended() == [errno.EIO] * 8
+    (tmp_path / "hold").unlink()
+    disk = recovered(disk)
+    assert Writes(disk.path, [1 << 19]).ended() == []
+    assert sorted(taken(tmp_path)) == [1] * 9
     assert disk.kill(signal.SIGTERM) == 0
 
 
@@ -207,7 +287,8 @@ TARGET = """
 
 
 @kernel
-def test_an_edited_target_serves_with_the_file_system_mounted(backing, tmp_path, run):
+@pytest.mark.parametrize("end", ["kill", pytest.param("quiesce", marks=since("6.16"))])
+def test_an_edited_target_serves_with_the_file_system_mounted(end, backing, tmp_path, run):
     path = target_file(tmp_path, TARGET)
     disk = Forked(f"{path}:Mine", backing, "-r", "reissue").live()
     versions = iter([b"new", b"3rd"])
@@ -216,10 +297,10 @@ def test_an_edited_target_serves_with_the_file_system_mounted(backing, tmp_path,
         nonlocal disk
         version = next(versions)
         target_file(tmp_path, TARGET.replace("old", version.decode()))
-        if at_least("6.16"):
-            assert run("quiesce", disk.id).status == 0 and disk.wait() == 0
-        else:
+        if end == "kill":
             disk.kill()
+        else:
+            assert run("quiesce", disk.id).status == 0 and disk.wait() == 0
         disk = recovered(disk)
         with opened(disk.path, os.O_RDONLY) as fd:
             assert read_at(fd, (64 << 20) - 4096, 4096)[:3] == version
@@ -229,13 +310,10 @@ def test_an_edited_target_serves_with_the_file_system_mounted(backing, tmp_path,
 
 
 @kernel
+@since("6.16")
 @pytest.mark.parametrize("words", [["--copy"], []], ids=["copy", "fastest"])
 def test_quiesce_and_recover_without_an_error(backing, run, words):
     disk = Forked("loop", backing, "-r", "reissue", *words).live()
-    if not at_least("6.16"):
-        assert_fails(run("quiesce", disk.id), 1, "needs Linux 6.16, this is", errno.EOPNOTSUPP)
-        assert disk.kill(signal.SIGTERM) == 0
-        return
     with ublk.Control() as control:
         assert bool(control.get_dev_info(disk.id).flags & ublk.UBLK_F_AUTO_BUF_REG) == (not words)
 
@@ -317,16 +395,29 @@ def test_a_signal_ends_a_server_that_recovers(backing, verb):
 
 @kernel
 def test_a_signal_while_a_device_is_added_leaves_none(tmp_path):
+    hits = 0
     for round in range(20):
-        def change(round=round):
-            def submit(self, opcode, *args, submit=ublk.Control._submit, **options):
-                if options.get("off") in (ublk.UBLK_CMD_ADD_DEV, ublk.UBLK_CMD_ADD_DEV.encoded):
-                    signal.setitimer(signal.ITIMER_REAL, 0.0005 * (round + 1))
-                return submit(self, opcode, *args, **options)
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-            replace(ublk.Control, _submit=submit)
-        Forked("null", change=change).wait()
+        def change(round=round, add_dev=ublk.Control.add_dev):
+            adding = False
+
+            def add(self, *args):
+                nonlocal adding
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 * (round + 1))
+                adding = True
+                info = add_dev(self, *args)
+                adding = False
+                return info
+
+            def alarm(*_):
+                print("HIT" if adding else "", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(signal.SIGALRM, alarm)
+            replace(ublk.Control, add_dev=add)
+        disk = Forked("null", change=change)
+        disk.wait()
+        hits += "HIT" in disk.said()
         assert devices_left() == []
+    assert hits > 0
 
 
 @kernel
@@ -335,12 +426,21 @@ def test_who_waits_for_a_server_takes_it_along(tmp_path, number, options):
     path = target_file(tmp_path, """
         class Mine(ublk.Target):
             size = 1 << 20
+            def __init__(self, directory):
+                self.directory = directory
             def start(self, index):
-                open(os.environ["UBLK_RUN_DIR"] + "/started", "w").close()
-                time.sleep(1)
+                open(f"{self.directory}/started", "w").close()
+                while not os.path.exists(f"{self.directory}/stopping"):
+                    time.sleep(0.01)
     """)
-    waiting = Forked(path, "--background", *options)
-    until(Path(os.environ["UBLK_RUN_DIR"], "started").exists)
+
+    def change():
+        def stop(self, stop=ublk.Device.stop):
+            Path(tmp_path, "stopping").touch()
+            stop(self)
+        replace(ublk.Device, stop=stop)
+    waiting = Forked(path, tmp_path, "--background", *options, change=change)
+    until(Path(tmp_path, "started").exists)
     assert waiting.kill(number) == 1
     assert_error_line(waiting.said(), errno.EINTR, says=f"ended by {number.name} before the disk was there")
     assert devices_left() == []
@@ -352,7 +452,9 @@ def test_a_signal_to_a_disk_loses_nothing_of_the_page_cache(backing):
     data = os.urandom(4 << 20)
     with open(disk.path, "r+b", buffering=0) as file:
         file.write(data)                # to the page cache, which is written out when the disk is stopped
-    assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
+        os.kill(disk.pid, signal.SIGTERM)
+        until(lambda: not os.path.exists(disk.path), "the disk to be stopped")
+    assert disk.wait() == 0 and disk.said() == ""
     with open(backing, "rb") as file:
         assert file.read(len(data)) == data
 
@@ -417,7 +519,8 @@ def test_who_serves_requests_is_an_io_flusher():
 
 
 @kernel
-@pytest.mark.parametrize("recovery", [[], ["-r", "fail"]], ids=["lost", "fail"])
+@pytest.mark.parametrize("recovery", [
+    pytest.param([], id="lost"), pytest.param(["-r", "fail"], id="fail", marks=since("6.13"))])
 def test_a_lost_thread_does_not_leave_a_deaf_disk(tmp_path, recovery):
     flag, collect = tmp_path / "flag", ublk.Queue.collect
 
@@ -428,8 +531,6 @@ def test_a_lost_thread_does_not_leave_a_deaf_disk(tmp_path, recovery):
                 raise RuntimeError("a fault of the loop itself")
             return tags
         replace(ublk.Queue, collect=fail)
-    if recovery and needs_fail_io("ram", "--size", "4M", *recovery):
-        return
     disk = Forked("ram", "--size", "4M", *recovery, change=change).live()
     with opened(disk.path) as fd:
         flag.touch()
@@ -476,20 +577,39 @@ def test_recover_refuses_a_disk_that_does_not_exist(run):
 
 
 @kernel
-def test_recover_without_a_state_file(run, run_dir, backing, tmp_path):
+def test_recover_without_a_state_file(run, run_dir, backing):
     disk = orphan("loop", backing, "-r", "reissue")
     assert run("recover", disk.id, "--target", "loop", backing).status == 2
     (run_dir / f"{disk.id}.json").unlink()
     assert_fails(run("recover", disk.id), 1, "--target TARGET", errno.ENOENT)
-    small = tmp_path / "small"
-    small.write_bytes(bytes(4096))
-    small.chmod(0o400)
     assert_fails(run("recover", disk.id, "--target", "null", "--size", "4K"), 1, "as large as", errno.EINVAL)
     assert_fails(run("recover", disk.id, "--target", "loop", "/no/such"), 1, "/no/such", errno.ENOENT)
     assert state_of(disk.id) == "QUIESCED"
     disk = Forked("recover", disk.id, "--target", "loop", backing).live()
     disk.kill()
     disk = recovered(disk)                  # which finds a state file again
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A directory with a disk.img where the disk is not made; we are in the one where it is, with another."""
+    for name in ("made", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "disk.img").write_bytes(name.encode()[:4] * (1 << 18))
+    monkeypatch.chdir(tmp_path / "made")
+    return tmp_path / "other"
+
+
+@kernel
+def test_words_mean_what_they_meant_where_the_disk_was_made(elsewhere, monkeypatch):
+    disk = orphan("loop", "disk.img", "-r", "reissue")
+    monkeypatch.chdir(elsewhere)
+    disk = recovered(disk)
+    disk.kill()
+    disk = recovered(disk)                  # whose state was written by the one before
+    with opened(disk.path) as fd:
+        assert read_at(fd, 0, 4096) == b"made" * 1024
     assert disk.kill(signal.SIGTERM) == 0
 
 
@@ -508,7 +628,11 @@ def test_recover_from_python(backing):
 
 @kernel
 def test_orphans_are_listed_and_deleted(run, run_dir):
-    lost, kept = orphan("null"), orphan("null", "-r", "requeue")
+    lost, kept = Forked("null").live(), Forked("null", "-r", "requeue").live()
+    for disk in lost, kept:
+        disk.kill()
+    await_state(lost.id, "DEAD")
+    await_state(kept.id, "QUIESCED")
     (run_dir / "77.json").write_text('{"id": 77}')
     done = run("list", "--json")
     rows = {row["id"]: (row["state"], row["pid"], row["target"]) for row in json.loads(done.out)}
