@@ -31,6 +31,6 @@ lint: ## ruff, mypy, nothing newer than Python 3.9 (vermin), a list of mutants t
 	@$(LAB) lint
 
 clean: ## remove what Python left in the work tree
-	@rm -rf __pycache__ lab/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	@rm -rf __pycache__ lab/__pycache__ tests/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 .PHONY: help run test mutants soak lab bench profile lint clean
