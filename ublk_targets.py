@@ -1477,6 +1477,7 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
                         apply(log, done, crashed)
             command = options.check.replace("{}", shlex.quote(path))
             status = subprocess.run(command, shell=True, check=False).returncode
+            refuse(status in (126, 127), options.check, "it cannot be run", "name a command that is there")
             if status:
                 print(f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
                       f"status {status}: see {path}")
@@ -1486,6 +1487,7 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
             for done in pending:
                 apply(log, done, disk)
             pending.clear()
+    refuse(not points, log.name, "there is no crash point to look at", "take --every entry or another --from")
     print(f"good at {points} crash points")
     return 0
 

@@ -251,6 +251,15 @@ def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path,
         assert done.out.startswith(verdict) and done.status == verdict.startswith("bad"), (name, done)
 
 
+@pytest.mark.parametrize("words, says", [
+    (["--from", "100"], "there is no crash point"), (["--to", "2"], "there is no crash point"),
+    (["--check", "/no/such/command {}"], "it cannot be run"), (["--check", "/dev/null"], "it cannot be run")])
+def test_what_was_not_looked_at_is_neither_good_nor_bad(run, log, tmp_path, words, says):
+    done = run("replay", log.path, tmp_path / "disk", "--check", "true", *words)
+    assert (done.status, done.out) == (1, "")
+    assert says in done.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path, seed):
     log = Log(targets, tmp_path / "log")
