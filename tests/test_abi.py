@@ -134,7 +134,10 @@ def test_every_feature_of_the_header_has_a_name_and_its_bit(tmp_path):
     r"UBLK_IO_OP_[A-Z]\w+", r"UBLK_IO_F_\w+", r"UBLK_S_DEV_\w+", r"UBLK_ATTR_\w+", r"UBLK_PARAM_TYPE_\w+",
     r"UBLK_IO_RES_\w+", r"UBLK_BATCH_F_\w+"])
 def test_no_constant_of_the_header_is_missing(pattern):
-    assert [name for name in defined(pattern) if not hasattr(ublk, name)] == []
+    names = defined(pattern)
+    if not names:
+        pytest.skip(f"these headers are too old to define {pattern}: set UBLK_HEADERS")
+    assert [name for name in names if not hasattr(ublk, name)] == []
 
 
 def test_tables_are_consistent():

@@ -109,11 +109,12 @@ class TestRing:
         seen = []
         old = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            assert ring.enter(1) is False           # without a time limit: only the signal ends it
+            signal.setitimer(signal.ITIMER_REAL, 0.05, 0.2)     # again, if one came before the wait
+            assert ring.enter(1) is False           # without a time limit: only a signal ends it
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, old)
-        assert seen == [1]
+        assert seen
         nops(ring, 2)
         ring.enter(2)
         assert ring.reap() == ([0, 1], [0, 0])
@@ -261,4 +262,4 @@ def test_address_of_any_buffer():
     data = bytearray(b"abc")
     assert ublk.address_of(data) == ctypes.addressof(ctypes.c_char.from_buffer(data))
     assert ctypes.string_at(ublk.address_of(memoryview(data)[1:]), 2) == b"bc"
-    assert ublk.address_of(b"") is not None
+    assert isinstance(ublk.address_of(b""), int)
