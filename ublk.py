@@ -2119,6 +2119,7 @@ MAX_DISCARD = 1 << 30           # bytes a single discard or write-zeroes may cov
 NODE_TIMEOUT = 10.0             # seconds udev has to make a device node usable
 STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are doing
 SERVER_TIMEOUT = 15.0           # seconds the kernel may take to notice that a server is gone
+PASSING = 3.0                   # seconds somebody may look at a disk without being taken for its user
 GRACE = 2.0                     # seconds a worker has to leave its loop when told to
 
 RECOVERY_MODES = {None: 0, "requeue": UBLK_F_USER_RECOVERY,
@@ -2790,21 +2791,100 @@ def set_admin(use: bool) -> None:
     _libc.capset(header, sets)
 
 
+# ---- who holds a disk -----------------------------------------------------------------------------
+
+
 def holders(dev_id: int) -> list[str]:
-    """Return who has /dev/ublkbN or one of its partitions open or mounted, as far as we may see."""
-    found = []
-    nodes = (f"/dev/ublkb{dev_id} ", f"/dev/ublkb{dev_id}p")    # a deleted one ends in " (deleted)"
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-                name = file.read().strip()
-        except OSError:
-            continue
-        if any(f"{link} ".startswith(nodes) for link in links):
-            found.append(f"{name} (pid {pid})")
-    with open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
-        return found + [f"the mount at {line.split()[1]}" for line in file if line.startswith(nodes)]
+    """Return who uses /dev/ublkbN or one of its partitions, as far as we may see: programs that have it
+    open (this one included), mounts in any namespace, swap, and the disks that are built upon it."""
+    disk = f"ublkb{dev_id}"
+    partitions = [name for name in children(f"/sys/block/{disk}") if name.startswith(f"{disk}p")]
+    return [*openers(disk), *mounts(disk), *swaps(disk), *disks_above(disk, partitions)]
+
+
+def is_node_of(path: str, disk: str) -> bool:
+    """Tell whether a path is a disk's node or a partition's; that of a deleted one ends in " (deleted)"."""
+    name = path.partition(" ")[0]
+    return name == f"/dev/{disk}" or re.fullmatch(rf"/dev/{disk}p[0-9]+", name) is not None
+
+
+def children(directory: str) -> list[str]:
+    """Return the names in a directory; none if it is not there, or not ours to read."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
+def link_of(path: str) -> str:
+    """Return where a symbolic link leads; nothing if it is gone, or not ours to read."""
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def lines_of(path: str) -> list[str]:
+    """Return the lines of a file of the kernel's; none if it is gone, or not ours to read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def process_ids() -> list[str]:
+    return [name for name in children("/proc") if name.isdigit()]
+
+
+def openers(disk: str) -> Iterator[str]:
+    """Yield the processes that have a disk open."""
+    for pid in process_ids():
+        links = [link_of(f"/proc/{pid}/fd/{fd}") for fd in children(f"/proc/{pid}/fd")]
+        if any(is_node_of(link, disk) for link in links):
+            yield f"{''.join(lines_of(f'/proc/{pid}/comm'))} (pid {pid})"
+
+
+def mounts(disk: str) -> Iterator[str]:
+    """Yield where a disk is mounted, in each mount namespace once."""
+    ours = link_of("/proc/self/ns/mnt")
+    namespaces = {link_of(f"/proc/{pid}/ns/mnt"): pid for pid in process_ids()}
+    namespaces.update({ours: "self", "": "self"})
+    for namespace, pid in namespaces.items():
+        for line in lines_of(f"/proc/{pid}/mounts") if namespace else []:
+            source, place = line.split()[:2]
+            if is_node_of(source, disk):
+                where = "" if namespace == ours else f" of pid {pid}"
+                yield f"the mount at {place}{where}"
+
+
+def swaps(disk: str) -> Iterator[str]:
+    """Yield what of a disk is swap."""
+    for line in lines_of("/proc/swaps"):
+        if is_node_of(line, disk):
+            yield f"swap on {line.split()[0]}"
+
+
+def disks_above(disk: str, partitions: Sequence[str]) -> Iterator[str]:
+    """Yield the disks that are built upon a disk or its partitions: LVM, dm, md, loop."""
+    for directory in (f"/sys/block/{disk}", *(f"/sys/block/{disk}/{name}" for name in partitions)):
+        for name in children(f"{directory}/holders"):
+            title = "".join(lines_of(f"/sys/block/{name}/dm/name"))
+            yield f"{name} ({title})" if title else name
+    for name in children("/sys/block"):
+        if any(is_node_of(line, disk) for line in lines_of(f"/sys/block/{name}/loop/backing_file")):
+            yield name
+
+
+def refuse_if_held(dev_id: int) -> None:
+    """Raise UblkError (EBUSY) that names who uses a disk. Who has it open for a moment only, as udev
+    does with what is new, is given that moment."""
+    deadline = time.monotonic() + PASSING
+    while found := holders(dev_id):
+        if time.monotonic() > deadline:
+            raise UblkError(errno.EBUSY, f"device {dev_id} is in use", f"by {', '.join(found)}",
+                            f"end that first, or `ublk.py del {dev_id} --force`")
+        time.sleep(0.05)
 
 
 def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
@@ -3634,7 +3714,10 @@ def stop_device(options: Any) -> None:
 
 
 def delete_devices(options: Any) -> int:
-    """Stop and delete devices; a state file that has no device any more is removed."""
+    """Stop and delete devices; a state file that has no device any more is removed.
+
+    A disk that somebody uses is refused before anything is done to it, unless forced.
+    """
     if options.all == bool(options.id):
         raise Usage("del needs one or more ids, or --all")
     with Control() as control:
@@ -3642,6 +3725,8 @@ def delete_devices(options: Any) -> int:
         for dev_id in [*ids, *stale_states(ids)] if options.all else options.id:
             try:
                 control.get_dev_info(dev_id)
+                if not options.force:
+                    refuse_if_held(dev_id)
                 delete(control, dev_id)
             except UblkError as error:
                 gone = error.errno == errno.ENODEV and forget_state(dev_id)
@@ -3794,7 +3879,8 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any
     "stop": (stop_device, "take a disk away",
              {**ID, "--if-unused": {**FLAG, "help": "only where nobody has it open"}}),
     "del": (delete_devices, "stop and delete devices",
-            {"id": {"type": int, "nargs": "*"}, "--all": FLAG}),
+            {"id": {"type": int, "nargs": "*"}, "--all": FLAG,
+             "--force": {**FLAG, "help": "also a disk that somebody uses"}}),
     "recover": (recover, "start a new server for a disk whose server is gone", {
         **ID, "--background": FLAG, "--restart": FLAG, "--json": FLAG,
         "--target": {"nargs": "...", "default": [], "metavar": "TARGET [TARGET ARGS]",

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""Who holds a disk: named before anything is stopped, and `del` leaves their disk alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+
+import ublk
+from tests.support import Ram, assert_error_line, kernel, mount_of, needs, opened, read_at, sh, until
+
+
+@contextmanager
+def by_ourselves(disk, tmp_path):
+    with open(disk, "rb"):
+        yield f"(pid {os.getpid()})"
+
+
+@contextmanager
+def by_a_program(disk, tmp_path):
+    with open(disk, "rb") as file:
+        holder = subprocess.Popen(["sleep", "3600"], stdin=file)
+    yield f"sleep (pid {holder.pid})"
+    holder.kill()
+    holder.wait()
+
+
+@contextmanager
+def by_a_mount(disk, tmp_path):
+    sh("mkfs.ext4", "-q", "-F", disk)
+    with mount_of(disk, tmp_path / "mnt"):
+        yield f"the mount at {tmp_path / 'mnt'}"
+
+
+@contextmanager
+def by_a_mount_in_another_namespace(disk, tmp_path):
+    sh("mkfs.ext4", "-q", "-F", disk)
+    (tmp_path / "there").mkdir()
+    script = f"mount {disk} {tmp_path / 'there'} && echo mounted && exec sleep 3600"
+    holder = subprocess.Popen(["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "mounted\n"
+    yield f"the mount at {tmp_path / 'there'} of pid {holder.pid}"
+    holder.kill()
+    holder.communicate()
+
+
+@contextmanager
+def by_swap(disk, tmp_path):
+    sh("mkswap", disk)
+    sh("swapon", disk)
+    yield f"swap on {disk}"
+    sh("swapoff", disk)
+
+
+@contextmanager
+def by_a_loop(disk, tmp_path):
+    loop = sh("losetup", "--find", "--show", disk).stdout.strip()
+    yield os.path.basename(loop)
+    sh("losetup", "--detach", loop)
+    until(lambda: not os.path.exists(f"/sys/block/{os.path.basename(loop)}/loop"), "the loop to go")
+
+
+@contextmanager
+def by_md(disk, tmp_path):
+    needs("mdadm")
+    name = "/dev/md77"
+    sh("mdadm", "--create", name, "--run", "--level=1", "--raid-devices=2", "--metadata=1.2", disk, "missing")
+    yield "md77"
+    sh("mdadm", "--stop", name)
+
+
+HOLDERS = [by_ourselves, by_a_program, by_a_mount, by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md]
+
+
+@kernel
+@pytest.mark.parametrize("held", HOLDERS, ids=lambda held: held.__name__)
+def test_del_refuses_a_disk_in_use_and_names_its_users(run, tmp_path, held, monkeypatch):
+    monkeypatch.setattr(ublk, "PASSING", 0.5)
+    with ublk.Device(Ram(16 << 20)) as disk:
+        with held(disk.path, tmp_path) as who:
+            done = run("del", disk.id)
+            assert done.status == 1
+            assert_error_line(done.err, errno.EBUSY, says=who)
+            with opened(disk.path, os.O_RDONLY) as fd:
+                assert len(read_at(fd, 0, 4096)) == 4096        # nothing was stopped
+        assert disk.serving
+
+
+@kernel
+def test_the_user_of_a_partition_is_named(run, tmp_path, monkeypatch):
+    needs("sfdisk")
+    monkeypatch.setattr(ublk, "PASSING", 0.5)
+    target = Ram(16 << 20)
+    image = tmp_path / "image"
+    image.write_bytes(bytes(16 << 20))
+    subprocess.run(["sfdisk", "-q", image], input=b"start=2048, size=8192\n", check=True)
+    target.data[:] = image.read_bytes()
+    with ublk.Device(target) as disk:
+        partition = f"{disk.path}p1"
+        until(lambda: os.path.exists(partition), "the partition")
+        with by_a_mount(partition, tmp_path) as who:
+            done = run("del", disk.id)
+            assert_error_line(done.err, errno.EBUSY, says=who)
+        assert disk.serving
+
+
+@kernel
+def test_del_with_force_takes_a_disk_in_use(run, monkeypatch):
+    disk = ublk.Device(Ram())
+    disk.start()
+    with open(disk.path, "rb"):
+        done = run("del", disk.id, "--force")
+        assert done.status == 1                 # it is stopped, and goes once it is closed
+        assert_error_line(done.err, errno.EBUSY, says=f"(pid {os.getpid()})")
+    until(lambda: ublk.device_ids() == [], "the device to go")
+    disk.stop()
+
+
+@kernel
+def test_del_all_takes_the_disks_that_nobody_uses(run, monkeypatch):
+    monkeypatch.setattr(ublk, "PASSING", 0.5)
+    with ublk.Device(Ram()) as used:
+        idle = ublk.Device(Ram())
+        idle.start()
+        with open(used.path, "rb"):
+            done = run("del", "--all")
+        assert done.status == 1 and f"device {used.id} is in use" in done.err
+        assert ublk.device_ids() == [used.id]
+        idle.stop()
