@@ -490,7 +490,6 @@ class Ring:
 
     def __init__(self, entries: int, cq_entries: int = 0, sqe128: bool = False,
                  shared: bool = False) -> None:
-        self.fd = -1
         params = self._setup(entries, max(cq_entries, 2 * entries), sqe128, shared)
         self.entries, self.sqe_size = params.sq_entries, 128 if sqe128 else 64
         sq, cq = params.sq_off, params.cq_off
@@ -526,7 +525,9 @@ class Ring:
         for extra in (0,) if shared else (owner | IORING_SETUP_DEFER_TASKRUN, owner, 0):
             params = io_uring_params(flags=base | extra, cq_entries=cq_entries)
             try:
-                self.fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
+                fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
+                self._file = open(fd, "rb", buffering=0)    # which closes what nobody refers to any more
+                self.fd = fd
                 return params
             except OSError as error:
                 number = error.errno or errno.EIO
@@ -643,13 +644,13 @@ class Ring:
 
     def close(self) -> None:
         """Give back every view, mapping and descriptor; the kernel cancels what is pending."""
-        if self.fd < 0:
+        if self._file.closed:
             return
         for view in self._views:
             view.release()
         self._rings.close()
         self._sqe_map.close()
-        os.close(self.fd)
+        self._file.close()
         self.fd = -1
 
 
@@ -930,6 +931,8 @@ ADDRESS_WORD = (48 + 8) // 8            # and ublksrv_io_cmd.addr, in 64-bit wor
 OPERATION, WAKE, FETCH, COMMIT = 1 << 32, 1 << 60, 1 << 61, 1 << 62
 
 
+MAP_NORESERVE = 0x4000      # memory that is never used need not exist; mmap names it from Python 3.11 on
+
 # As many as the largest request has; private pages that are only read take no memory.
 ZEROES = memoryview(mmap.mmap(-1, 1 << UBLK_IO_BUF_BITS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
@@ -948,7 +951,8 @@ class MappedCopy:
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.max_io = queue, queue.max_io
-        self.memory = mmap.mmap(-1, queue.depth * queue.max_io)
+        self.memory = mmap.mmap(-1, queue.depth * queue.max_io,
+                                mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.view = memoryview(self.memory)
         self.read_only_view = self.view.toreadonly()
         self.written: dict[int, int] = {}   # tag -> bytes of its buffer that hold a client's data
@@ -2834,6 +2838,7 @@ def lines_of(path: str) -> list[str]:
 
 
 def process_ids() -> list[str]:
+    """Return the processes there are."""
     return [name for name in children("/proc") if name.isdigit()]
 
 

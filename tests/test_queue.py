@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import signal
 import struct
@@ -65,6 +66,24 @@ def test_a_signal_handler_that_raises_leaves_the_rings_counts_right():
     finally:
         signal.signal(signal.SIGALRM, old)
         ring.close()
+
+
+def test_a_ring_that_nobody_closed_goes_with_the_last_reference():
+    gc.collect()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.warns(ResourceWarning):
+        ublk.Ring(8)
+        gc.collect()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@kernel
+def test_buffers_that_are_never_used_take_no_memory():
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 4096 * (1 << 20) > pages             # more than the machine has
+    with ublk.Device(Ram(), depth=4096, max_io=1 << 20, data_path="copy") as disk, opened(disk.path) as fd:
+        write_at(fd, 4096, b"m" * 4096)
+        assert read_at(fd, 4096, 4096) == b"m" * 4096
 
 
 class Astray(Ram):
