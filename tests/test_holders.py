@@ -11,7 +11,18 @@ from contextlib import contextmanager
 import pytest
 
 import ublk
-from tests.support import Ram, assert_error_line, kernel, mount_of, needs, opened, read_at, sh, until
+from tests.support import (
+    Ram,
+    assert_error_line,
+    kernel,
+    mount_of,
+    needs,
+    opened,
+    read_at,
+    sh,
+    until,
+    with_partition,
+)
 
 
 @contextmanager
@@ -92,13 +103,8 @@ def test_del_refuses_a_disk_in_use_and_names_its_users(run, tmp_path, held, monk
 
 @kernel
 def test_the_user_of_a_partition_is_named(run, tmp_path, monkeypatch):
-    needs("sfdisk")
     monkeypatch.setattr(ublk, "PASSING", 0.5)
-    target = Ram(16 << 20)
-    image = tmp_path / "image"
-    image.write_bytes(bytes(16 << 20))
-    subprocess.run(["sfdisk", "-q", image], input=b"start=2048, size=8192\n", check=True)
-    target.data[:] = image.read_bytes()
+    target = with_partition(16 << 20)
     with ublk.Device(target) as disk:
         partition = f"{disk.path}p1"
         until(lambda: os.path.exists(partition), "the partition")
