@@ -643,7 +643,10 @@ class Forked:
     def ended(self):
         """Tell whether the process has ended; its status then is that of subprocess."""
         if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:                       # it has been cleaned up
+                pid, status = self.pid, signal.SIGKILL
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status is not None
 

@@ -203,6 +203,7 @@ def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
     disk = Forked("recover", disk.id, change=held_back(tmp_path, "end_user_recovery"))
     until((tmp_path / "fetched").exists, "all tags to be fetched")
     assert run("stop", 0).status == 0
+    until(lambda: len(threads_of(disk.pid)) == 1, "the queue to end")
     (tmp_path / "go").touch()
     assert disk.wait() == 1
     assert_error_line(disk.said(), errno.ENODEV, says="stopped before it was there")
