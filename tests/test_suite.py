@@ -26,6 +26,7 @@ from tests.support import (
     orphan,
     read_at,
     target_file,
+    until,
     verb,
     watchdog,
 )
@@ -52,6 +53,7 @@ def test_all_that_is_left_is_taken_away_though_the_product_is_broken(control, mo
         for name in ("device_ids", "delete", "alive", "open_char"):
             patch.setattr(ublk, name, broken)
         clean_up()
+        until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("ublk")])
     assert leftovers() == []
     atexit.unregister(here.stop)
 
