@@ -32,7 +32,7 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import CoroutineType
 from typing import Any, NamedTuple
@@ -741,9 +741,8 @@ class Fault(Wrapper, ublk.Target):
         try:
             with open(self.control, encoding="utf-8") as file:
                 words = shlex.split(file.read(4096))
-            read = vars(ublk.target_parser(Fault, "fault").parse_args(words))
-            given = {name: value for name, value in read.items() if value is not None}
-            self.rule = Fault(**{**given, "target": self.target}).rule
+            options = vars(ublk.target_parser(Fault, "fault").parse_args(words))
+            self.rule = Fault(**{**options, "target": self.target}).rule
         except FileNotFoundError:
             self.rule = self
         except (OSError, ValueError, SystemExit) as error:
@@ -1499,3 +1498,103 @@ def copy(source: str, path: str) -> None:
         subprocess.run(["cp", "--", source, path], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         raise wrong(f"cp {source}", error.stderr.strip()) from None
+
+
+# =================================================================================================
+# For pytest
+# =================================================================================================
+
+MNT_DETACH = 2                              # linux/fs.h
+PATIENCE = 60.0                             # seconds that a disk has for what unmounting writes
+
+
+def pytest_configure(config: Any) -> None:
+    """Give the tests of other software the fixtures below. Only pytest calls this."""
+    import pytest
+
+    class Fixtures:
+        """Disks and file systems that live as long as a test."""
+
+        @pytest.fixture
+        def disk(self) -> Iterator[Callable[..., ublk.Device]]:
+            """Serve disks: disk(target, **options of Device), or disk("ram", "--size", "64M")."""
+            with ExitStack() as stack:
+                def make(*target: Any, **options: Any) -> ublk.Device:
+                    words = target or ("ram", "--size", "64M")
+                    made = ublk.make_target(words) if isinstance(words[0], str) else words[0]
+                    device = ublk.Device(made, **options)
+                    stack.callback(device.stop)
+                    device.start()
+                    return device
+                yield make
+                let_go()
+
+        @pytest.fixture
+        def folder(self, disk: Any, tmp_path_factory: Any) -> Iterator[Callable[..., Any]]:
+            """Mount file systems: folder() takes what disk() takes, or what disk() made, and mkfs."""
+            with ExitStack() as stack:
+                def make(*what: Any, mkfs: str = "mkfs.ext4 -q", **options: Any) -> Any:
+                    served = bool(what) and isinstance(what[0], ublk.Device)
+                    device = what[0] if served else disk(*what, **options)
+                    path = tmp_path_factory.mktemp("folder")
+                    if mkfs:
+                        subprocess.run([*shlex.split(mkfs), device.path], check=True)
+                    subprocess.run(["mount", device.path, path], check=True)
+                    stack.callback(unmount, path, device)
+                    return path
+                yield make
+                let_go()
+
+        @pytest.fixture
+        def nothing_left(self) -> Iterator[None]:
+            """Fail a test that leaves a disk behind, however it made it."""
+            before = set(ublk.device_ids())
+            yield
+            left = sorted(set(ublk.device_ids()) - before)
+            assert not left, f"left behind: {', '.join(f'/dev/ublkb{number}' for number in left)}"
+
+    config.pluginmanager.register(Fixtures(), "ublk_fixtures")
+
+
+def let_go() -> None:
+    """Close what a failed test has left open: its variables belong to the traceback, which pytest keeps."""
+    import gc
+    import traceback
+    failed = getattr(sys, "last_traceback", None)
+    traceback.clear_frames(failed)
+    for frame, _ in traceback.walk_tb(failed):
+        dict(frame.f_locals)                # up to Python 3.12 a copy, which is brought up to date when read
+    gc.collect()
+
+
+def unmount(path: Any, device: ublk.Device) -> None:
+    """Unmount a test's file system, also from under its users; they are then named in an error."""
+    if umount(path, device) == errno.EBUSY:
+        users = ", ".join(users_of(path)) or "somebody"
+        umount(path, device, MNT_DETACH)
+        raise ublk.UblkError(errno.EBUSY, f"unmount {path}", f"in use by {users}", "end that in the test")
+
+
+def umount(path: Any, device: ublk.Device, flags: int = 0) -> int:
+    """umount2(2); return its errno. A disk that does not answer is stopped, which fails what it holds."""
+    result = []
+    thread = threading.Thread(
+        target=lambda: result.append(LIBC.umount2(os.fsencode(path), flags) and ctypes.get_errno()))
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        with suppress(ublk.UblkError):      # held open by the mount
+            device.stop()
+    thread.join()
+    return result[0]
+
+
+def users_of(path: Any) -> Iterator[str]:
+    """Name the processes that have something of a file system open, or work there."""
+    place = os.stat(path).st_dev
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            links = [f"/proc/{pid}/cwd", *(f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd"))]
+            if any(os.path.exists(link) and os.stat(link).st_dev == place for link in links):
+                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                    yield f"{file.read().strip()} (pid {pid})"
