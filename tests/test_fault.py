@@ -37,20 +37,6 @@ def test_which_requests_a_fault_is_for(targets, options, name, args, written, ex
     assert rule.matches(name, args, written) is expected
 
 
-def test_a_control_file_gives_all_options_anew(targets, tmp_path, capfd):
-    control = tmp_path / "ctl"
-    fault = targets.Fault(Ram(), control=str(control), on="read", error="ENOSPC")
-    for words, expected in (("--error EIO", (targets.HANDLERS, errno.EIO, False)),
-                            ("", (targets.HANDLERS, 0, False)),
-                            ("--hang --on write", (["write"], 0, True))):
-        control.write_text(words)
-        fault.look()
-        assert (fault.rule.on, fault.rule.error, fault.rule.hang) == expected
-    control.unlink()
-    fault.look()
-    assert fault.rule is fault and capfd.readouterr().err == ""
-
-
 @pytest.mark.parametrize("text, number", [("0", 0), ("2", 2), ("1.5s", 1.5), ("10ms", 0.01), ("200us", 2e-4)])
 def test_times(targets, text, number):
     assert targets.seconds(text) == pytest.approx(number)
