@@ -62,9 +62,9 @@ from tests.support import (
     digest,
     error_of,
     example,
+    files,
     kernel,
     leftovers,
-    make_loop,
     message,
     missing,
     needs,
@@ -690,7 +690,7 @@ def test_signals_do_not_disturb_the_server():
 def test_the_backing_file_of_a_loop_is_what_was_written(targets, new_image, direct):
     path = new_image("8M")
     expected = bytearray(8 << 20)
-    target = make_loop(targets, path, direct)
+    target = targets.Loop(str(path), direct=direct)
     with ublk.Device(target) as disk, opened(disk.path) as fd:
         for offset, size in ((0, 4096), (12 << 10, 1 << 20), (4 << 20, 3 << 20), ((8 << 20) - 4096, 4096)):
             expected[offset:offset + size] = data = os.urandom(size)
@@ -735,10 +735,14 @@ def test_discard_frees_blocks_of_the_backing_file(targets, new_image):
 
 
 @kernel
-@pytest.mark.parametrize("name", ["ram", "loop"])
-def test_zeroes_are_written_exactly_where_they_should(targets, new_image, name):
+@pytest.mark.parametrize("make", [
+    lambda targets, *_: targets.Ram(size=1 << 20),
+    lambda targets, new_image, _: targets.Loop(str(new_image("1M"))),
+    lambda targets, _, tmp_path: targets.Loop(files(tmp_path, 1, 1 << 20)[0]),
+], ids=["ram", "loop", "tmpfs"])        # of which the last cannot turn a range into zeroes
+def test_zeroes_are_written_exactly_where_they_should(targets, new_image, tmp_path, make):
     needs("blkdiscard")
-    target = targets.Ram(size=1 << 20) if name == "ram" else targets.Loop(str(new_image("1M")))
+    target = make(targets, new_image, tmp_path)
     expected = bytearray(os.urandom(1 << 20))
     with ublk.Device(target) as disk:
         with opened(disk.path) as fd:

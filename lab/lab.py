@@ -292,7 +292,6 @@ def verdict(machine: Machine, status_file: Path) -> int:
 EXPECTED_SKIPS = {
     r"needs Linux ": "the marker since() of tests/support.py",
     r"is for kernels before ": "the marker before() there",
-    r".*its file system has no direct I/O": "images in /tmp, where tmpfs has none before 6.6",
     r"only root can give a ": "the native part may be run by anybody",
     r"takes the driver away: in the lab only": "HOST=1 is kind to the machine",
     r"not installed here: ": "HOST=1 runs with the programs there are; in the lab this fails the test itself",

@@ -120,14 +120,17 @@ def targets():
 
 
 @pytest.fixture
-def new_image(tmp_path):
-    """Make a sparse file: new_image("64M")."""
+def new_image():
+    """Make a sparse file: new_image("64M"); on the lab's ext4 where there is one, as `backing` is."""
+    directory = tempfile.mkdtemp(dir="/scratch" if IN_LAB else None)
+
     def make(size):
-        path = tmp_path / "disk.img"
+        path = Path(directory, "disk.img")
         with open(path, "wb") as file:
             file.truncate(ublk.parse_size(size))
         return path
-    return make
+    yield make
+    shutil.rmtree(directory)
 
 
 @pytest.fixture

@@ -502,14 +502,6 @@ def fio_verify(path, jobs=tuple(FIO_JOBS)):
     assert "verify" not in done.stderr, done.stderr
 
 
-def make_loop(targets, path, direct):
-    """Make a loop target; direct I/O where the file system has it."""
-    try:
-        return targets.Loop(str(path), direct=direct)
-    except ublk.UblkError as error:
-        pytest.skip(f"{error}")
-
-
 MKFS = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"],
         "btrfs": ["mkfs.btrfs", "-q", "-f"]}
 

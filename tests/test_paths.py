@@ -27,7 +27,6 @@ from tests.support import (
     error_of,
     fio_verify,
     kernel,
-    make_loop,
     message,
     missing,
     needs,
@@ -86,7 +85,7 @@ def path_options(path):
 def made(targets, name, image, size=24 << 20):
     """Make a target: one of the companion's, or ten lines of Python."""
     return {"ram": lambda: targets.Ram(size=size), "loop": lambda: targets.Loop(str(image(str(size)))),
-            "direct": lambda: make_loop(targets, image(str(size)), True),
+            "direct": lambda: targets.Loop(str(image(str(size))), direct=True),
             "plain": lambda: Ram(size), "coroutines": lambda: AsyncRam(size)}[name]()
 
 
@@ -188,7 +187,7 @@ def test_a_handlers_trouble_on_every_data_path(data_path, batch, make, capfd):
 @each_path(direct=[False, True])
 def test_a_backing_file_cut_short_on_every_data_path(targets, new_image, data_path, batch, direct):
     path, data = new_image("8M"), os.urandom(1 << 20)
-    target = make_loop(targets, path, direct)
+    target = targets.Loop(str(path), direct=direct)
     with ublk.Device(target, data_path=data_path, batch=batch, depth=4) as disk, opened(disk.path) as fd:
         write_at(fd, 0, data)
         os.truncate(path, 512 << 10)
