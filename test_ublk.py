@@ -35,6 +35,7 @@ import pytest
 
 import ublk
 from tests.conftest import (
+    backing,
     control,
     new_image,
     no_driver,
@@ -66,7 +67,6 @@ from tests.support import (
     kernel,
     leftovers,
     message,
-    missing,
     needs,
     opened,
     read_at,
@@ -687,18 +687,18 @@ def test_signals_do_not_disturb_the_server():
 
 @kernel
 @pytest.mark.parametrize("direct", [False, True])
-def test_the_backing_file_of_a_loop_is_what_was_written(targets, new_image, direct):
-    path = new_image("8M")
+def test_the_backing_file_of_a_loop_is_what_was_written(targets, backing, direct):
+    os.truncate(backing, 8 << 20)
     expected = bytearray(8 << 20)
-    target = targets.Loop(str(path), direct=direct)
-    with ublk.Device(target) as disk, opened(disk.path) as fd:
+    with ublk.Device(targets.Loop(str(backing), direct=direct)) as disk, opened(disk.path) as fd:
         for offset, size in ((0, 4096), (12 << 10, 1 << 20), (4 << 20, 3 << 20), ((8 << 20) - 4096, 4096)):
             expected[offset:offset + size] = data = os.urandom(size)
             write_at(fd, offset, data)
             assert read_at(fd, offset, size) == data
         os.fsync(fd)
         assert read_at(fd, 0, 8 << 20) == expected
-    assert path.read_bytes() == expected
+    assert backing.read_bytes() == expected
+
 
 SIZES = {"ext4": "64M", "xfs": "320M", "btrfs": "128M"}
 
@@ -861,24 +861,6 @@ def test_an_oserror_reaches_the_client_as_its_errno(make, capfd):
         for number in (errno.EIO, errno.ENXIO, errno.ENOENT, errno.EPIPE):
             assert error_of(read_at, fd, 4096 * number, 4096) == errno.EIO
     assert "Traceback" not in capfd.readouterr().err
-
-
-@kernel
-@pytest.mark.parametrize("data_path, batch", [
-    (path, batch) for path in ublk.DATA_PATHS for batch in (False, True)
-    if (path, batch) != ("get-data", True) and not missing(path, batch)])
-def test_what_a_handler_did_not_fill_shows_no_other_request(data_path, batch):
-    class Half(Ram):
-        def read(self, offset, buffer):
-            if offset >= 65536:
-                buffer[:len(buffer) // 2] = b"h" * (len(buffer) // 2)
-
-    # so few tags that their buffers are used again
-    disk = ublk.Device(Half(), depth=1 + batch, data_path=data_path, batch=batch)
-    with disk, opened(disk.path) as fd:
-        for size in (4096, 65536) * 4:
-            write_at(fd, 0, b"secret! " * (65536 // 8))
-            assert read_at(fd, 65536, size) == b"h" * (size // 2) + bytes(size // 2)
 
 
 class Short(Ram):

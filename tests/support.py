@@ -902,13 +902,6 @@ def orphan(*words):
     return disk
 
 
-def missing(data_path, batch=False):
-    """Return the newest feature of a data path that this kernel lacks, or None."""
-    flags = ublk.DATA_PATHS[data_path].features | (ublk.UBLK_F_BATCH_IO if batch else 0)
-    return next((feature for feature in reversed(ublk.FEATURES)
-                 if flags & feature and not at_least(feature.since)), None)
-
-
 def now(coroutine):
     """Run a coroutine that has nothing to wait for."""
     with pytest.raises(StopIteration) as end:

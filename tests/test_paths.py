@@ -9,6 +9,8 @@ import json
 import mmap
 import os
 import signal
+import threading
+import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -28,21 +30,27 @@ from tests.support import (
     fio_verify,
     kernel,
     message,
-    missing,
     needs,
     opened,
     read_at,
     recovered,
     sh,
+    since,
     until,
     with_partition,
     write_at,
 )
 
-# Every data path, alone and with batches: what this kernel has, and what it lacks or no kernel has.
-ALL_PATHS = [(path, batch) for batch in (False, True) for path in ublk.DATA_PATHS]
+# Every data path, alone and with batches. NEED_GET_DATA and batches exclude each other.
+PATHS = [(path, batch) for batch in (False, True) for path in ublk.DATA_PATHS
+         if (path, batch) != ("get-data", True)]
 
-PATHS = [pair for pair in ALL_PATHS if not missing(*pair) and pair != ("get-data", True)]
+
+def first_kernel(data_path, batch):
+    """Return the first kernel that has a data path, alone or with batches."""
+    flags = ublk.DATA_PATHS[data_path].features | ublk.UBLK_F_BATCH_IO * batch
+    releases = ["6.0", *(feature.since for feature in ublk.FEATURES if flags & feature)]
+    return max(releases, key=lambda release: [int(part) for part in release.split(".")])
 
 
 def each_path(*paths, **others):
@@ -55,26 +63,26 @@ def each_path(*paths, **others):
     if os.environ.get("UBLK_TEST_ALL"):
         rows = [(*pair, *values) for pair in paths or PATHS
                 for values in itertools.product(*map(sorted, map(set, others.values())))]
-    names = ["-".join(map(str, [row[0] + "-batch" * row[1], *row[2:]])) for row in rows]
-    return pytest.mark.parametrize(["data_path", "batch", *others], rows, ids=names)
+    cases = [pytest.param(*row, marks=since(first_kernel(*row[:2])),
+                          id="-".join(map(str, [row[0] + "-batch" * row[1], *row[2:]]))) for row in rows]
+    return pytest.mark.parametrize(["data_path", "batch", *others], cases)
 
 
 @kernel
-def test_batches_need_a_depth_of_two(control):
+def test_batches_need_a_depth_of_two():
     assert "depth 1: not a number from 2 to 4096" in message(ublk.Device(Ram(), depth=1, batch=True).start)
-    if at_least("7.0"):
-        assert error_of(control.add_dev, -1, 1, 1, 4096, ublk.UBLK_F_BATCH_IO) == errno.EINVAL
 
 
 @kernel
-@each_path(*(pair for pair in ALL_PATHS if pair not in PATHS))
-def test_a_data_path_that_cannot_be_is_refused(data_path, batch):
-    says = message(ublk.Device(Ram(), data_path=data_path, batch=batch).start)
-    if data_path == "get-data" and batch:
-        assert_error_line(f"ublk: {says}\n", errno.EINVAL, says="not allow it together with NEED_GET_DATA")
-    else:
-        since = missing(data_path, batch).since
-        assert_error_line(f"ublk: {says}\n", errno.EOPNOTSUPP, says=f"needs Linux {since}, this is")
+@since("7.0")
+def test_the_kernel_has_no_batches_of_one_either(control):
+    assert error_of(control.add_dev, -1, 1, 1, 4096, ublk.UBLK_F_BATCH_IO) == errno.EINVAL
+
+
+@kernel
+def test_get_data_and_batches_exclude_each_other():
+    says = message(ublk.Device(Ram(), data_path="get-data", batch=True).start)
+    assert_error_line(f"ublk: {says}\n", errno.EINVAL, says="not allow it together with NEED_GET_DATA")
 
 
 def path_options(path):
@@ -183,17 +191,133 @@ def test_a_handlers_trouble_on_every_data_path(data_path, batch, make, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+class Half(Ram):
+    """A disk that fills, of what is read from beyond 64 KiB, only the first half."""
+
+    def read(self, offset, buffer):
+        if offset >= 65536:
+            buffer[:len(buffer) // 2] = b"h" * (len(buffer) // 2)
+
+
+class AsyncHalf(Half):
+    """The same with coroutines."""
+
+    async def read(self, offset, buffer):
+        await ublk.uring_sleep(0)
+        Half.read(self, offset, buffer)
+
+
+@kernel
+@each_path()
+@pytest.mark.parametrize("make", [Half, AsyncHalf])
+def test_what_a_handler_did_not_fill_shows_no_other_request(data_path, batch, make):
+    depth = 2 if batch else 1                           # so few that each buffer is used again
+    with ublk.Device(make(), data_path=data_path, batch=batch, depth=depth) as disk, opened(disk.path) as fd:
+        for size in (4096, 65536, 4096):
+            for _ in range(2 * depth):
+                write_at(fd, 0, b"secret! " * (65536 // 8))
+            for _ in range(2 * depth):
+                assert read_at(fd, 65536, size) == b"h" * (size // 2) + bytes(size // 2)
+
+
+class Together(Ram):
+    """A disk whose reads end when as many of them as expected are there, or when that takes too long."""
+
+    expected, seen, deadline = 0, 0, float("inf")
+
+    async def read(self, offset, buffer):
+        self.seen += 1
+        while self.seen < self.expected and time.monotonic() < self.deadline:
+            await ublk.uring_sleep(0.01)
+        super().read(offset, buffer)
+
+
+@kernel
+@each_path(depth=[4, 16, 64])
+def test_as_many_requests_as_a_queue_is_deep_are_served_at_a_time(data_path, batch, depth):
+    target = Together()
+    with ublk.Device(target, data_path=data_path, batch=batch, depth=depth) as disk, opened(disk.path) as fd:
+        for _ in range(2):                              # when tags have been committed, too
+            target.seen, target.expected, target.deadline = 0, depth, time.monotonic() + 60
+            readers = [threading.Thread(target=read_at, args=(fd, 8192 * number, 4096))
+                       for number in range(depth)]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+            assert time.monotonic() < target.deadline
+            target.expected = 0
+
+
+@kernel
+def test_all_tags_of_a_queue_are_fetched_in_one_system_call(monkeypatch):
+    submitted = []
+
+    class Counts(ublk.Ring):
+        def enter(self, *words, **options):
+            submitted.append(self.pending)
+            return super().enter(*words, **options)
+
+    monkeypatch.setattr(ublk, "Ring", Counts)
+    with ublk.Device(Ram(), depth=128):
+        pass
+    assert max(submitted) > 128                         # with the poll that tells the queue to leave
+
+
+def cached(path):
+    """Return how many pages of a file are in the page cache."""
+    return int(sh("fincore", "--noheadings", "--output=PAGES", path).stdout or 0)
+
+
+@kernel
+@each_path()
+def test_direct_transfers_leave_the_page_cache_alone_on_every_data_path(targets, backing, data_path, batch):
+    needs("fincore")
+    data = os.urandom(1 << 20)
+    for direct in (True, False):                        # the other way shows that it would be seen
+        target = targets.Loop(str(backing), direct=direct)
+        with ublk.Device(target, data_path=data_path, batch=batch) as disk, opened(disk.path) as fd:
+            write_at(fd, 0, data)
+            assert read_at(fd, 0, len(data)) == data
+            assert read_at(fd, 32 << 20, 1 << 20) == bytes(1 << 20)
+            assert (cached(backing) == 0) is direct
+
+
+def allocated(path):
+    """Return how many bytes of a file are on its disk."""
+    os.sync()
+    return os.stat(path).st_blocks * 512
+
+
+@kernel
+@each_path()
+def test_zeroes_keep_their_blocks_unless_they_may_be_given_back(targets, backing, data_path, batch):
+    """`blkdiscard --zeroout` forbids it, hole punching in a block device allows it."""
+    needs("blkdiscard", "fallocate")
+    with ublk.Device(targets.Loop(str(backing)), data_path=data_path, batch=batch) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, os.urandom(4 << 20))
+        full = allocated(backing)
+        sh("blkdiscard", "--zeroout", "--offset", 1 << 20, "--length", 1 << 20, disk.path)
+        assert allocated(backing) >= full >= 4 << 20
+        sh("fallocate", "--punch-hole", "--offset", 2 << 20, "--length", 1 << 20, disk.path)
+        assert allocated(backing) < full - (1 << 19)
+        with opened(disk.path) as fd:
+            assert read_at(fd, 1 << 20, 2 << 20) == bytes(2 << 20)
+            assert read_at(fd, 0, 1 << 20) == backing.read_bytes()[:1 << 20] != bytes(1 << 20)
+
+
 @kernel
 @each_path(direct=[False, True])
-def test_a_backing_file_cut_short_on_every_data_path(targets, new_image, data_path, batch, direct):
-    path, data = new_image("8M"), os.urandom(1 << 20)
+def test_a_backing_file_cut_short_on_every_data_path(targets, backing, data_path, batch, direct):
+    path, data = backing, os.urandom(1 << 20)
     target = targets.Loop(str(path), direct=direct)
     with ublk.Device(target, data_path=data_path, batch=batch, depth=4) as disk, opened(disk.path) as fd:
         write_at(fd, 0, data)
         os.truncate(path, 512 << 10)
         assert read_at(fd, 0, 512 << 10) == data[:512 << 10]
         for _ in range(3):                              # no tag is lost by it
-            for offset, size in ((512 << 10, 4096), (510 << 10, 4096), (1 << 20, 65536), (0, 1 << 20)):
+            for offset, size in ((512 << 10, 4096), (508 << 10, 8192), (1 << 20, 65536), (0, 1 << 20)):
                 assert error_of(read_at, fd, offset, size) == errno.EIO
         write_at(fd, 512 << 10, data[512 << 10:])       # the file grows again
         assert read_at(fd, 0, 1 << 20) == data
@@ -303,18 +427,9 @@ def memory():
     ours.close()                                        # nobody else holds it
 
 
-def lacks_shared_memory():
-    """Where there is no SHMEM_ZC, see that the error names the kernel that has it."""
-    if at_least("7.1"):
-        return False
-    assert "needs Linux 7.1, this is" in message(ublk.Device(Ram(), share_memory=True).start)
-    return True
-
-
 @kernel
+@since("7.1")
 def test_memory_shared_with_a_client_is_not_copied(memory):
-    if lacks_shared_memory():
-        return
     seen = []
 
     class Looks(Ram):
@@ -349,10 +464,9 @@ def test_memory_shared_with_a_client_is_not_copied(memory):
 
 
 @kernel
+@since("7.1")
 @each_path(name=["null", "loop", "ram", "plain"])
 def test_shared_memory_with_every_data_path(targets, new_image, memory, data_path, batch, name):
-    if lacks_shared_memory():
-        return
     target = ublk.Null(size=ublk.Size(1 << 20)) if name == "null" else made(targets, name, new_image)
     moves_shared_memory(memory, target, data_path=data_path, batch=batch, queues=2)
 
@@ -372,9 +486,9 @@ def moves_shared_memory(memory, target, **options):
 
 
 @kernel
+@since("7.1")
 def test_shared_memory_of_a_disk_with_metadata(targets, memory):
-    if not lacks_shared_memory():
-        moves_shared_memory(memory, targets.Ram(size=1 << 20, metadata_size=8))
+    moves_shared_memory(memory, targets.Ram(size=1 << 20, metadata_size=8))
 
 
 @kernel
