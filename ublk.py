@@ -69,6 +69,7 @@ import inspect
 import mmap
 import os
 import re
+import secrets
 import select
 import signal
 import stat
@@ -2276,6 +2277,7 @@ class Device:
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         self.words = words or (type(target).__name__, [], {})
         self.on_added: Callable[[int], object] = bool   # called once the device has its number
+        self.identity = new_identity()                  # what tells it from any other of its number
         self.info = ublksrv_ctrl_dev_info()
         self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
@@ -2368,7 +2370,8 @@ class Device:
         check_flags(flags, self.control.features)
         held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:        # or a signal's handler would leave a device behind that nobody has heard of
-            self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags)
+            self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags,
+                                             self.identity)
             self.id, self._added = self.info.dev_id, True
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
@@ -2511,6 +2514,7 @@ class Device:
         """Take over what the kernel knows of the device, once it is ready for a new server."""
         what = f"cannot recover device {self.id}"
         self.info = self.control.get_dev_info(self.id)
+        self.identity = self.info.ublksrv_flags
         refuse(not self.info.flags & UBLK_F_USER_RECOVERY, what, "it was not made to be recovered",
                f"delete it (`ublk.py del {self.id}`) and create it with -r")
         params = self.control.get_params(self.id)
@@ -2603,7 +2607,7 @@ class Device:
             self._release()
             if self._added:
                 self._added = False
-                delete(self.control, self.id)
+                delete(self.control, self.id, identity=self.identity)
         finally:
             self.detach()
 
@@ -2893,8 +2897,13 @@ def refuse_if_held(dev_id: int) -> None:
         time.sleep(0.05)
 
 
-def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
-    """DEL_DEV, or an error that says who holds the disk. Forgets the state file."""
+def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int | None = None) -> None:
+    """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
+
+    With an identity, a device that is another's by now is left alone.
+    """
+    if identity is not None and not is_same(control, dev_id, identity):
+        return
     forget_state(dev_id)
     remedy = f"end its server, then `ublk.py del {dev_id}`"
     try:
@@ -2919,6 +2928,21 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0) -> None:
         fcntl.flock(control.fd, fcntl.LOCK_UN)
 
 
+def new_identity() -> int:
+    """Return 64 random bits by which a device is known; its number may be another's tomorrow."""
+    return 1 + secrets.randbelow((1 << 64) - 1)
+
+
+def is_same(control: Control, dev_id: int, identity: int) -> bool:
+    """Tell whether a device is the one with this identity, which the driver keeps for its server."""
+    try:
+        return bool(control.get_dev_info(dev_id).ublksrv_flags == identity)
+    except UblkError as error:
+        if error.errno not in NOT_OURS:
+            raise
+        return False
+
+
 # ---- the state file: what `list` and `recover` need to know of a served device -------------------
 
 
@@ -2934,13 +2958,18 @@ def state_path(dev_id: int) -> str:
     return os.path.join(run_dir(), f"{dev_id}.json")
 
 
+def log_path(dev_id: int) -> str:
+    """Return the path of the log of a device's server, where that is in the background."""
+    return os.path.join(run_dir(), f"{dev_id}.log")
+
+
 def save_state(device: Device) -> None:
     """Write the state file of a device atomically, in a directory where nobody else can write."""
     import json
     target, args, options = device.words
     args = [word for word in args if word not in device.target.once]
-    state = {"id": device.id, "target": target, "args": args, "options": options,
-             "cwd": os.getcwd(), "pid": os.getpid()}
+    state = {"id": device.id, "identity": f"{device.identity:016x}", "target": target, "args": args,
+             "options": options, "cwd": os.getcwd(), "pid": os.getpid()}
     directory, path = run_dir(), state_path(device.id)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     status = os.lstat(directory)
@@ -2957,8 +2986,11 @@ def private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
 
 
-def load_state(dev_id: int) -> dict[str, Any]:
-    """Return the state of a device; empty if there is none or, with a warning, none to be believed."""
+def load_state(dev_id: int, identity: int | None = None) -> dict[str, Any]:
+    """Return the state of a device; empty if there is none or, with a warning, none to be believed.
+
+    The state of a device with another identity is of one that had the same number before.
+    """
     import json
     path = state_path(dev_id)
     try:
@@ -2969,6 +3001,8 @@ def load_state(dev_id: int) -> dict[str, Any]:
             state = json.loads(file.read(1 << 20))
         if not isinstance(state, dict) or state.get("id") != dev_id:
             raise ValueError("not the state of this device")
+        if identity is not None and state.get("identity") != f"{identity:016x}":
+            raise ValueError("the state of another device, which had the same number")
         words = [state.get("target"), state.get("cwd"), *state.get("args", [None])]
         if not isinstance(state.get("args"), list) or not all(isinstance(word, str) for word in words):
             raise ValueError("it names no target")
@@ -2980,10 +3014,9 @@ def load_state(dev_id: int) -> dict[str, Any]:
 
 
 def forget_state(dev_id: int) -> bool:
-    """Remove the state file of a device, and its log if nothing is in it."""
-    log = os.path.join(run_dir(), f"{dev_id}.log")
-    if os.path.exists(log) and not os.path.getsize(log):
-        os.unlink(log)
+    """Remove the state file of a device and its log; tell whether there was a state file."""
+    with contextlib.suppress(OSError):
+        os.unlink(log_path(dev_id))
     try:
         os.unlink(state_path(dev_id))
     except OSError:
@@ -3020,7 +3053,7 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
     """Return what `list --json` prints of a device; the kernel's word goes before the state file's."""
     info = control.get_dev_info(dev_id)
     size, block = geometry(control, dev_id)
-    state = load_state(dev_id)
+    state = load_state(dev_id, info.ublksrv_flags)
     return {
         "id": dev_id, "path": f"/dev/ublkb{dev_id}", "char_path": f"/dev/ublkc{dev_id}",
         "state": STATES[info.state] if info.state < len(STATES) else str(info.state),
@@ -3353,7 +3386,6 @@ def device_parser() -> Any:
                          ("copy", "--copy")):
         paths.add_argument(*names, dest="data_path", action="store_const", const=path,
                            help=DATA_PATHS[path].summary)
-    add("--restart", action="store_true", help="start another server when it dies")
     add("-p", "--unprivileged", action="store_const", const=True,
         help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
     add("-b", "--batch", action="store_true", help="commands for many requests at a time (7.0)")
@@ -3363,14 +3395,21 @@ def device_parser() -> Any:
     return parser
 
 
+TOLD = ("background", "json", "debug")      # options about the command, not about the disk
+
+
 def create(words: Sequence[str]) -> int:
-    """Create a device and serve it: here, in the background, or under a supervisor."""
+    """Create a device and serve it, here or in the background; or recover what the same words made."""
+    inherited = open_descriptors()
     options, args = device_parser().parse_known_args(words[1:])
-    if options.restart and not options.recovery:
-        options.recovery = "reissue"
     make = target_maker([words[0], *args])      # what is wrong with the words is told here, and at once
+    made_by = {name: value for name, value in vars(options).items() if name not in TOLD}
+    made_by["words"] = [words[0], *args]
+    identity = new_identity()
 
     def first(started: Started) -> None:
+        if options.recovery and waits_for(options.id, made_by):
+            return recover_from_state(options.id, started)
         target = make()
         if options.block_size is not None:
             target.block_size = options.block_size
@@ -3378,22 +3417,37 @@ def create(words: Sequence[str]) -> int:
         device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
                         max_io=options.max_io, recovery=options.recovery, data_path=options.data_path,
                         unprivileged=options.unprivileged, batch=options.batch,
-                        partition_scan=not options.no_partition_scan,
-                        words=(words[0], args, vars(options)))
-        serve(device, device.start, started)
+                        partition_scan=not options.no_partition_scan, words=(words[0], args, made_by))
+        device.identity = identity
+        return serve(device, device.start, started)
 
-    return launch(first, options)
+    return launch(first, options, inherited, identity)
 
 
-def launch(run: Callable[[Started], None], options: Any) -> int:
-    """Run a server the way the options --background and --restart say."""
+def waits_for(dev_id: int, made_by: dict[str, Any]) -> bool:
+    """Tell whether a device has lost its server and was made by the same words in the same directory.
+
+    Then to create it is to recover it: so whatever starts a server again (systemd does, with
+    Restart=on-failure) needs no other words for it.
+    """
+    if dev_id not in device_ids():
+        return False
+    with Control() as control:
+        info = control.get_dev_info(dev_id)
+    state = load_state(dev_id, info.ublksrv_flags)
+    lost = info.state == UBLK_S_DEV_LIVE and not alive(info.ublksrv_pid)    # which the kernel will notice
+    waits = lost or info.state in (UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO)
+    return waits and state.get("options") == made_by and state["cwd"] == os.getcwd()
+
+
+def launch(run: Callable[[Started], None], options: Any, inherited: Sequence[int], identity: int = 0) -> int:
+    """Run a server, with --background in another process; identity is that of a device it may create."""
     started = Started(options)
-    job = partial(supervise, run, started) if options.restart else partial(run, started)
     if options.background:
-        return in_background(job)
+        return in_background(run, started, inherited, identity)
     sys.stdout = sys.stderr             # where a target may print what it likes
     try:
-        job()
+        run(started)
     finally:
         sys.stdout = started.out
     return 0
@@ -3402,24 +3456,22 @@ def launch(run: Callable[[Started], None], options: Any) -> int:
 class Started:
     """Tells whoever waits for a disk that it is there: on standard output, or a parent process.
 
-    The parent reads a pipe, which is also our standard error until the disk is there: lines
-    ``\\0added ID`` and ``\\0live TEXT`` are news, all others are for its standard error.
+    The parent reads a pipe: ``live TEXT``, or ``failed`` once standard error has been told why.
     """
 
     def __init__(self, options: Any) -> None:
-        self.json, self.background, self.out = options.json, options.background, sys.stdout
+        self.json, self.out, self.news = options.json, sys.stdout, -1
 
     def tell(self, news: str) -> None:
-        """Write to the pipe; a parent that has gone has no use for it."""
-        try:
-            os.write(2, f"\0{news}\n".encode())
-        except BrokenPipeError:
-            pass
+        """Write to the parent, if there is one; one that has gone has no use for it."""
+        if self.news >= 0:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self.news, f"{news}\n".encode())
+            os.close(self.news)
+            self.news = -1
 
     def added(self, device: Device, dev_id: int) -> None:
         """The device has its number, and the kernel has decided what it is to be."""
-        if self.background:
-            self.tell(f"added {dev_id}")
         if device.unprivileged:
             say("note: a disk of an ordinary user has no partitions and no recovery, and a request that "
                 "takes 30 seconds ends its server")
@@ -3432,18 +3484,18 @@ class Started:
         if self.json:
             import json
             text = json.dumps(describe(device.control, device.id))
-        if self.background:
+        if self.news >= 0:
+            self.leave(device.id)
             self.tell(f"live {text}")
-            self.settle(device.id)
         else:
             print(text, file=self.out, flush=True)
 
-    def settle(self, dev_id: int) -> None:
-        """From now on nobody waits."""
-        if self.background:
-            log = os.open(f"{run_dir()}/{dev_id}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(log, 2)
-            os.close(log)
+    def leave(self, dev_id: int) -> None:
+        """Hold nothing any more of where the command was given: standard error, directory."""
+        log = private(log_path(dev_id), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(log, 2)
+        os.close(log)
+        os.chdir("/")
 
 
 class Stopped(BaseException):
@@ -3462,16 +3514,14 @@ def on_signals(action: Any) -> None:
             signal.signal(number, action)
 
 
-def serve(device: Device, start: Callable[[], object], started: Started | None) -> None:
+def serve(device: Device, start: Callable[[], object], started: Started) -> None:
     """Serve a device until a signal takes it away or somebody else stops or detaches it."""
     on_signals(stop_now)
     signal.signal(signal.SIGWINCH, lambda number, frame: device.follow_size())      # see resize()
-    if started:
-        device.on_added = partial(started.added, device)
+    device.on_added = partial(started.added, device)
     try:
         start()
-        if started:
-            started.live(device)
+        started.live(device)
         notify(f"READY=1\nSTATUS=serving {device.path}")
         # Not without end: a signal that comes just before a wait for ever would not end it.
         pause = min(float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or 1.0, 1.0)
@@ -3508,54 +3558,93 @@ def notify(message: str) -> None:
                 pass
 
 
-def in_background(run: Callable[[], object]) -> int:
-    """Serve in a child process; return when the disk is usable or with the child's own error."""
-    reader, writer = os.pipe()
+def open_descriptors() -> list[int]:
+    """Return the descriptors this process has open, but for the three standard ones."""
+    fds = map(int, os.listdir("/proc/self/fd"))
+    return [fd for fd in fds if fd > 2 and is_open(fd)]     # the listing's own is there, and closed
+
+
+def is_open(fd: int) -> bool:
+    """Tell whether a descriptor is open."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def in_background(run: Callable[[Started], None], started: Started, inherited: Sequence[int],
+                  identity: int) -> int:
+    """Serve in a child process; return when the disk is usable or with the child's own error.
+
+    The child keeps our standard error until the disk is there, and nothing else of what whoever
+    called us had open. It tells its news through a pipe of its own, which no program that it
+    starts inherits.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # ignored, it would leave us nothing to wait for
+    reader, started.news = os.pipe()
     child = os.fork()
     if child == 0:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
-        for fd, copy in ((null, 0), (null, 1), (writer, 2)):
-            os.dup2(fd, copy)
-        os.close(reader)
-        os.close(writer)
-        to_the_end(run)
-    os.close(writer)
-    dev_id, said = -1, False
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        for fd in (null, reader, *inherited):
+            os.close(fd)
+        to_the_end(run, started)
+    os.close(started.news)
     on_signals(lambda number, frame: os.kill(child, number))
-    with open(reader, encoding="utf-8", errors="replace") as answers:
-        for line in answers:
-            if line.startswith("\0live "):
-                print(line[6:].rstrip(), flush=True)
-                return 0
-            if line.startswith("\0added "):
-                dev_id = int(line[7:])
-            else:
-                print(line, end="", file=sys.stderr)
-                said = said or line.startswith("ublk: ")
+    news = hear(reader, child)
+    os.close(reader)
+    try:
+        if news.startswith("live "):
+            print(news[5:], flush=True)
+            return 0
+    except OSError:         # nobody hears of the disk: then there shall be none
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     on_signals(stop_now)
-    if dev_id in device_ids():
-        clean_up(dev_id)
-    if code == 2 or (said and code > 0):
+    clean_up(identity)
+    if news == "failed":
         return code
     raise UblkError(errno.ECHILD, "the server died before the disk was there",
                     f"killed by signal {-code}" if code < 0 else f"exit status {code}",
-                    "see the kernel's log")
+                    "" if -code in STOP_SIGNALS else "see the kernel's log")
 
 
-def clean_up(dev_id: int) -> None:
-    """Delete a device whose server is gone."""
+def hear(reader: int, child: int) -> str:
+    """Return the line a child process tells through a pipe, or what it told of one before its end."""
+    text, end = b"", os.pidfd_open(child)       # a helper of the child's may keep the pipe open
+    try:
+        while not text.endswith(b"\n"):
+            # Not without end: a signal that comes just before would not be passed on.
+            ready = select.select([reader, end], [], [], 1.0)[0]
+            piece = os.read(reader, 1 << 16) if reader in ready else b""
+            if ready and not piece:
+                break
+            text += piece
+    finally:
+        os.close(end)
+    return text.decode().rstrip("\n")
+
+
+def clean_up(identity: int) -> None:
+    """Delete the device of a server that is gone, by its identity: its number may be another's now."""
     with Control() as control:
-        control.get_dev_info(dev_id)        # which tells whether commands for it must carry its path
-        delete(control, dev_id)
+        for dev_id in device_ids() if identity else ():
+            with contextlib.suppress(UblkError):            # of others
+                if control.get_dev_info(dev_id).ublksrv_flags != identity:
+                    continue
+                delete(control, dev_id)
 
 
-def to_the_end(run: Callable[[], object]) -> NoReturn:
+def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end."""
     status, sys.stdout = 0, sys.stderr
     try:
-        run()
+        run(started)
     except SystemExit as end:       # of the parser of a target's words, which has told why
         status = 2 if end.code else 0
     except BaseException as error:
@@ -3565,99 +3654,29 @@ def to_the_end(run: Callable[[], object]) -> NoReturn:
         status = 2 if isinstance(error, Usage) else 1
     finally:
         try:
+            if status:
+                started.tell("failed")
             sys.stdout.flush()
         finally:                    # its reader may be gone
             os._exit(status)
 
 
-RESTARTS, LONG_LIFE = 10, 30.0      # so many deaths in a row, none after a life of so many seconds
-
-
-def supervise(run: Callable[[Started], None], started: Started) -> None:
-    """Keep a server alive: a parent that holds nothing of the device, and recovers it."""
-    child, dev_id, deaths, stopping = 0, -1, 0, False
-    server: Callable[[], None] = partial(run, started)
-
-    def pass_on(number: int, frame: Any) -> None:
-        nonlocal stopping
-        stopping = True
-        if not alive(child):
-            stop_now(number, frame)
-        os.kill(child, number)
-
-    on_signals(pass_on)
-    try:
-        while True:
-            begun = time.monotonic()
-            child = os.fork()
-            if child == 0:
-                to_the_end(server)
-            status = await_child(child)
-            if status == 0:
-                return
-            if stopping:
-                raise Stopped("ended by a signal")
-            deaths = 1 if time.monotonic() - begun > LONG_LIFE else deaths + 1
-            if dev_id < 0:
-                dev_id = device_of(child)
-                started.settle(dev_id)
-            server = partial(recover_from_state, dev_id)    # nobody waits for it to start
-            pause_after_death(dev_id, status, deaths)
-    except Stopped:             # while there is no server to take the disk away
-        clean_up(dev_id if dev_id >= 0 else device_of(child))
-
-
-def await_child(pid: int) -> int:
-    """Return the wait status of a child process.
-
-    Not by a wait without end: a signal that comes just before that would not end it.
-    """
-    fd = os.pidfd_open(pid)
-    try:
-        while not select.select([fd], [], [], 1.0)[0]:
-            pass
-    finally:
-        os.close(fd)
-    return os.waitpid(pid, 0)[1]
-
-
-def pause_after_death(dev_id: int, status: int, deaths: int) -> None:
-    """Say that a server died, and wait, the longer the more did so in a row. Raises UblkError."""
-    if deaths > RESTARTS:
-        raise UblkError(errno.ECHILD, f"the server of device {dev_id} died", "too often",
-                        f"mend its target, then `ublk.py recover {dev_id}`")
-    say(f"the server of device {dev_id} died (wait status {status}), starting another")
-    notify(f"STATUS=recovering /dev/ublkb{dev_id}")
-    time.sleep(min(0.1 * 2 ** (deaths - 1), 10.0))
-
-
-def device_of(pid: int) -> int:
-    """Return the device a dead server left to be recovered; raise UblkError if there is none."""
-    with Control() as control:
-        for dev_id in device_ids():
-            if load_state(dev_id).get("pid") == pid:
-                if control.get_dev_info(dev_id).state != UBLK_S_DEV_DEAD:
-                    return dev_id
-                delete(control, dev_id)
-    raise UblkError(errno.ECHILD, "the server died before the disk was there")
-
-
-def recover_from_state(dev_id: int, started: Started | None = None, words: Sequence[str] = ()) -> None:
+def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ()) -> None:
     """Serve a device anew, with the target its state file names or, without one, words do."""
-    with Control() as control:
-        control.get_dev_info(dev_id)        # a device that is not there or not ours is the first news
-    state = load_state(dev_id)
-    if words and state:
-        raise Usage(f"device {dev_id} has a state file, which names its target: leave out --target")
-    words = words or [state["target"], *state["args"]] if state else words
+    with Control() as control:              # a device that is not there or not ours is the first news
+        identity = control.get_dev_info(dev_id).ublksrv_flags
+    state = {} if words else load_state(dev_id, identity)
+    words = words or ([state["target"], *state["args"]] if state else [])
     if not words:
         raise UblkError(errno.ENOENT, f"cannot recover device {dev_id}",
-                        f"there is no state file {state_path(dev_id)}",
+                        f"there is no state file {state_path(dev_id)} of it",
                         f"name its target: `ublk.py recover {dev_id} --target TARGET ...`")
     try:
         os.chdir(state.get("cwd", "."))     # where the target's words may name files
-    except (OSError, ValueError) as error:
-        say(f"device {dev_id} was created elsewhere: {error}")
+    except (OSError, ValueError):
+        raise UblkError(errno.ENOENT, f"cannot recover device {dev_id}",
+                        f"it was created in {state['cwd']}, which is gone",
+                        f"name its target: `ublk.py recover {dev_id} --target TARGET ...`") from None
     device = Device(make_target(words), id=dev_id,
                     words=(words[0], list(words[1:]), state.get("options", {})))
     serve(device, device.resume, started)
@@ -3744,7 +3763,8 @@ def delete_devices(options: Any) -> int:
 
 def recover(options: Any) -> int:
     """Start a new server for a device."""
-    return launch(lambda started: recover_from_state(options.id, started, options.target), options)
+    inherited = open_descriptors()
+    return launch(lambda started: recover_from_state(options.id, started, options.target), options, inherited)
 
 
 def quiesce(options: Any) -> None:
@@ -3888,9 +3908,9 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any
             {"id": {"type": int, "nargs": "*"}, "--all": FLAG,
              "--force": {**FLAG, "help": "also a disk that somebody uses"}}),
     "recover": (recover, "start a new server for a disk whose server is gone", {
-        **ID, "--background": FLAG, "--restart": FLAG, "--json": FLAG,
+        **ID, "--background": FLAG, "--json": FLAG,
         "--target": {"nargs": "...", "default": [], "metavar": "TARGET [TARGET ARGS]",
-                     "help": "where the state file is lost"}}),
+                     "help": "instead of what the state file names"}}),
     "quiesce": (quiesce, "detach a disk's server for another to `recover` it, without an error",
                 {**ID, "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"}}),
     "resize": (resize, "change the size of a live disk", {**ID, "size": {"type": number_of_bytes}}),
@@ -3926,8 +3946,21 @@ def print_help() -> None:
     print("\n" + device_parser().format_help().partition("\n\n")[2])
 
 
+def open_standard_descriptors() -> None:
+    """Have 0 to 2 open, as the void: or the next file would be what everybody writes messages to."""
+    while not all(map(is_open, range(3))):
+        os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 1 (it failed) or 2 (wrong usage)."""
+    open_standard_descriptors()
+    if os.environ.get("UBLK_RUN_DIR"):      # also for a server that leaves its directory
+        os.environ["UBLK_RUN_DIR"] = run_dir()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["add"]:        # what other ublk tools say
         words = words[1:]

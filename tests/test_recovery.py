@@ -25,14 +25,11 @@ from tests.support import (
     ROUNDS,
     Forked,
     Ram,
-    after,
     assert_error_line,
     assert_fails,
     assert_nothing_stuck,
     await_state,
-    children_of,
     devices_left,
-    die,
     error_of,
     kernel,
     kill_under_load,
@@ -330,66 +327,18 @@ def test_quiesce_and_recover_without_an_error(backing, run, words):
 
 
 @kernel
-def test_restart_keeps_the_server_alive(backing, run):
-    pids = set()
-
-    def exchange(disk, fio):
-        row, = json.loads(run("list", "--json").out)
-        assert row["pid"] not in pids and row["pid"] in children_of(disk.pid)
-        pids.add(row["pid"])
-        os.kill(row["pid"], signal.SIGKILL)
-        return disk
-
-    with Forked("loop", backing, "--restart") as disk:
-        assert kill_under_load(disk, exchange=exchange) == (disk, 0)
-        assert disk.said().count("died (wait status 9), starting another") == ROUNDS
-        assert disk.kill(signal.SIGTERM) == 0
-        assert devices_left() == []
-
-
-@kernel
-def test_restart_gives_up_in_the_end(backing, run):
-    def change():
-        ublk.RESTARTS = 2
-        replace(ublk.Device, resume=lambda self: die())
-    disk = Forked("loop", backing, "--restart", change=change).live()
-    os.kill(server_of(disk), signal.SIGKILL)
-    assert disk.wait() == 1
-    assert_error_line(disk.said().splitlines(True)[-1], errno.ECHILD, says="died: too often")
-    with Forked("recover", disk.id):
-        pass
-
-
-@kernel
-def test_restart_ends_by_a_signal_while_it_waits(backing):
-    def change():
-        replace(ublk.Device, resume=lambda self: die())
-    disk = Forked("loop", backing, "--restart", change=change).live()
-    os.kill(server_of(disk), signal.SIGKILL)
-    until(lambda: disk.said().count("starting another") >= 4, "the long pauses")
-    assert disk.kill(signal.SIGTERM) == 0
-    assert devices_left() == []
-
-
-@kernel
-@pytest.mark.parametrize("verb", ["recover", "--restart"])
-def test_a_signal_ends_a_server_that_recovers(backing, verb):
+def test_a_signal_ends_a_server_that_recovers(backing):
     def change():
         def wait(self, what):
             print("RECOVERING", file=sys.stderr)
             time.sleep(60)
         replace(ublk.Device, _await_end_of_server=wait)
-    if verb == "recover":
-        disk = Forked("recover", orphan("loop", backing, "-r", "requeue").id, change=change)
-    else:
-        disk = Forked("loop", backing, "--restart", change=change).live()
-        os.kill(server_of(disk), signal.SIGKILL)
+    disk = Forked("recover", orphan("loop", backing, "-r", "requeue").id, change=change)
     until(lambda: "RECOVERING" in disk.said())
     status = disk.kill(signal.SIGTERM)
     assert_error_line(disk.said().splitlines(True)[-1], errno.EINTR, says="ended by SIGTERM before")
-    if verb == "recover":               # the disk is not this server's to delete
-        assert status == 1 and state_of(0) == "QUIESCED"
-        assert ublk.main(["del", "0"]) == 0
+    assert status == 1 and state_of(0) == "QUIESCED"        # the disk is not this server's to delete
+    assert ublk.main(["del", "0"]) == 0
     assert devices_left() == []
 
 
@@ -480,20 +429,6 @@ def test_what_a_target_prints_is_not_on_standard_output(tmp_path):
         assert f"{word}\n" in disk.said()
 
 
-@kernel
-def test_restart_does_not_try_again_what_never_worked(backing):
-    disk = Forked("loop", backing, "--restart", change=after(ublk.Control, "set_params"))
-    assert disk.wait() == 1
-    assert_error_line(disk.said(), errno.ECHILD, says="died before the disk was there")
-    assert devices_left() == []
-
-
-def server_of(disk):
-    """Return the process that serves a disk."""
-    with ublk.Control() as control:
-        return control.get_dev_info(disk.id).ublksrv_pid
-
-
 IO_FLUSHER = 0x180000           # PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of linux/sched.h
 
 
@@ -579,7 +514,6 @@ def test_recover_refuses_a_disk_that_does_not_exist(run):
 @kernel
 def test_recover_without_a_state_file(run, run_dir, backing):
     disk = orphan("loop", backing, "-r", "reissue")
-    assert run("recover", disk.id, "--target", "loop", backing).status == 2
     (run_dir / f"{disk.id}.json").unlink()
     assert_fails(run("recover", disk.id), 1, "--target TARGET", errno.ENOENT)
     assert_fails(run("recover", disk.id, "--target", "null", "--size", "4K"), 1, "as large as", errno.EINVAL)

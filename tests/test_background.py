@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""Servers in the background: what they tell, what they keep of their caller, and what starts them again."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ublk
+from tests.support import (
+    UBLK,
+    Forked,
+    assert_error_line,
+    await_state,
+    cli,
+    devices_left,
+    kernel,
+    sh,
+    state_of,
+    target_file,
+    until,
+)
+
+
+def shell(line, **options):
+    """Run a line of sh in which $UBLK is the command; return what it did."""
+    env = {**os.environ, "UBLK": f"{sys.executable} {UBLK}"}
+    return sh("sh", "-c", line, check=False, env=env, **options)
+
+
+def pid_of(dev_id):
+    """Return the process that serves a device."""
+    with ublk.Control() as control:
+        return control.get_dev_info(dev_id).ublksrv_pid
+
+
+def delete(dev_id=0):
+    """Delete a device and wait for the end of its server."""
+    pid = pid_of(dev_id)
+    assert ublk.main(["del", str(dev_id)]) == 0
+    until(lambda: not ublk.alive(pid), "the server's end")
+
+
+@kernel
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_descriptors_never_become_the_image(backing, closed):
+    before = backing.read_bytes()
+    assert shell(f"$UBLK loop {backing} --background {closed}").returncode == 0
+    links = [os.readlink(f"/proc/{pid_of(0)}/fd/{fd}") for fd in range(3)]
+    assert str(backing) not in links
+    delete()
+    assert backing.read_bytes() == before
+
+
+@kernel
+def test_a_server_in_the_foreground_has_its_standard_descriptors_too(backing):
+    done = subprocess.Popen(f"exec {sys.executable} {UBLK} loop {backing} 0<&- 2>&-", shell=True,
+                            stdout=subprocess.PIPE)
+    assert done.stdout.readline() == b"/dev/ublkb0\n"
+    assert [os.readlink(f"/proc/{done.pid}/fd/{fd}") for fd in (0, 2)] == [os.devnull] * 2
+    done.terminate()
+    assert done.wait(60) == 0 and devices_left() == []
+
+
+@kernel
+def test_a_background_server_holds_nothing_of_its_caller(tmp_path):
+    lock = tmp_path / "lock"
+    assert shell(f"exec 9>{lock}; flock 9; $UBLK null --background", cwd=tmp_path).stdout == "/dev/ublkb0\n"
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert os.readlink(f"/proc/{pid_of(0)}/cwd") == "/"
+    delete()
+
+
+@kernel
+def test_a_target_speaks_to_the_callers_standard_error_until_the_disk_is_there(tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                os.write(2, b"no end of line")
+    """)
+    done = cli(path, "--background")
+    assert (done.stdout, done.stderr) == ("/dev/ublkb0\n", "no end of line")
+    delete()
+
+
+@kernel
+def test_a_helper_that_outlives_a_failed_server_keeps_nobody_waiting(tmp_path):
+    path = target_file(tmp_path, """
+        import signal
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                child = os.fork()
+                if child == 0:
+                    time.sleep(3600)
+                with open(os.environ["HELPER"], "w") as file:
+                    file.write(str(child))
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    helper = tmp_path / "helper"
+    waiting = Forked(path, "--background", change=lambda: os.environ.update(HELPER=str(helper)))
+    assert waiting.wait() == 1
+    assert_error_line(waiting.said(), errno.ECHILD, says="killed by signal 9")
+    os.kill(int(helper.read_text()), signal.SIGKILL)
+
+
+@kernel
+@pytest.mark.parametrize("mode", ["", "--background"])
+def test_a_disk_of_which_nobody_can_be_told_is_taken_away(mode):
+    done = shell(f"$UBLK null {mode} >/dev/full")
+    assert done.returncode == 1 and "ENOSPC" in done.stderr
+    assert devices_left() == []
+
+
+@kernel
+def test_a_caller_that_ignores_the_end_of_children_gets_its_disk():
+    done = cli("null", "--background", preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert (done.stdout, done.stderr) == ("/dev/ublkb0\n", "")
+    delete()
+
+
+@kernel
+def test_a_log_that_cannot_be_opened_is_told_before_the_disk_is():
+    log = Path(os.environ["UBLK_RUN_DIR"], "0.log")
+    log.mkdir(parents=True)
+    log.parent.chmod(0o700)
+    done = cli("null", "--background", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert_error_line(done.stderr, errno.EISDIR)
+    assert devices_left() == []
+
+
+@kernel
+def test_a_log_goes_with_its_device(tmp_path, run_dir):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def read(self, offset, buffer):
+                raise RuntimeError("said once")
+    """)
+    cli(path, "--background")
+    until((run_dir / "0.log").read_text, "a traceback of the first read")
+    delete()
+    assert list(run_dir.iterdir()) == []
+
+
+RESTARTED = ["loop", "--id", 3, "-r", "reissue"]
+
+
+def lost(backing, *words):
+    """Make a disk whose server is killed."""
+    disk = Forked(*RESTARTED, backing, *words).live()
+    disk.kill()
+    return disk
+
+
+@kernel
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "later"])
+def test_a_create_by_the_same_words_recovers(backing, waits):
+    disk = lost(backing)
+    if waits:
+        await_state(3, "QUIESCED")
+    with open(disk.path, "rb") as client, Forked(*RESTARTED, backing) as again:
+        assert again.path == disk.path and len(client.read(4096)) == 4096
+        assert again.kill(signal.SIGTERM) == 0
+    assert devices_left() == []
+
+
+@kernel
+def test_a_create_in_the_background_recovers_too(backing):
+    lost(backing)
+    assert cli(*RESTARTED, backing, "--background").stdout == "/dev/ublkb3\n"
+    assert state_of(3) == "LIVE"
+    delete(3)
+
+
+@kernel
+@pytest.mark.parametrize("words", [["-d", 64], ["--direct"], ["--read-only"]], ids=str)
+def test_a_create_by_other_words_does_not_recover(backing, words):
+    lost(backing)
+    await_state(3, "QUIESCED")
+    other = Forked(*RESTARTED, backing, *words)
+    assert other.wait() == 1
+    assert_error_line(other.said(), errno.EEXIST)
+    assert state_of(3) == "QUIESCED" and ublk.main(["del", "3"]) == 0
+
+
+@kernel
+def test_a_create_leaves_a_disk_alone_that_is_served(backing):
+    with Forked(*RESTARTED, backing):
+        other = Forked(*RESTARTED, backing)
+        assert other.wait() == 1
+        assert_error_line(other.said(), errno.EEXIST)
+        assert state_of(3) == "LIVE"
+
+
+@kernel
+def test_a_create_that_fails_to_recover_leaves_the_disk_waiting(backing):
+    lost(backing)
+    await_state(3, "QUIESCED")
+    backing.rename(f"{backing}.away")
+    done = cli(*RESTARTED, backing, "--background", check=False)
+    assert done.returncode == 1
+    assert_error_line(done.stderr, errno.ENOENT)
+    assert state_of(3) == "QUIESCED" and ublk.main(["del", "3"]) == 0
