@@ -2275,8 +2275,12 @@ class Device:
         self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
         self.batch, self.share_memory, self.zoned = batch, share_memory, hasattr(target, "zone_size")
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
+        self.directory = os.getcwd()                    # where the words may name files
         self.words = words or (type(target).__name__, [], {})
         self.on_added: Callable[[int], object] = bool   # called once the device has its number
+        self.follows = False                            # whether somebody calls follow_size() again and again
+        self.size = self.refused = 0                    # the disk's, and what the target could not have
+        self.refusal = ""
         self.identity = new_identity()                  # what tells it from any other of its number
         self.info = ublksrv_ctrl_dev_info()
         self.data_path: type[MappedCopy] = MappedCopy
@@ -2376,6 +2380,7 @@ class Device:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
         self.on_added(self.id)
+        self.size = self.target.size
         save_state(self)            # first of all, for who cleans up should this server die at once
         require(flags & ~self.info.flags)
         await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK)
@@ -2522,6 +2527,7 @@ class Device:
         refuse(given != kept, what, f"the target has {given} bytes of metadata beside a block, "
                f"the disk {kept}", "give it the target it had")
         size, self.target.block_size = basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
+        self.size = size
         if self.target.size != size and hasattr(self.target, "resized"):
             self.target.resized(size)
         else:
@@ -2588,12 +2594,34 @@ class Device:
         self.control.update_size(self.id, size)
         if not grows:
             resized(size)
+        self.size = size
 
     def follow_size(self) -> None:
-        """Have the target follow where somebody else changed the size of the disk."""
-        size = self.control.get_params(self.id).basic.dev_sectors * SECTOR
-        if size != self.target.size and hasattr(self.target, "resized"):
-            self.target.resized(size)
+        """Where somebody else changed the disk's size, have the target follow, or change it back."""
+        size = disk_size(self.id)
+        if size in (0, self.size):
+            return
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)       # each for when this is done
+        try:
+            self._follow(size)
+            save_state(self)            # where `resize` looks for the answer
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+    def _follow(self, size: int) -> None:
+        try:
+            if hasattr(self.target, "resized"):
+                self.target.resized(size)
+            self.size = size
+        except Exception as error:
+            self.refused, self.refusal = size, error_line(error)
+            say(f"device {self.id}: the target cannot have {size} bytes: {self.refusal}")
+            save_state(self)            # before the disk changes, for then `resize` looks there
+            try:
+                self.control.update_size(self.id, self.size)
+            except UblkError as left:
+                say(f"device {self.id} keeps a size its target does not have: {left}")
+                self.size = size        # not to try again for ever
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
@@ -2732,6 +2760,15 @@ def check_new_size(control: Control, dev_id: int, size: int) -> None:
     refuse(params.types & UBLK_PARAM_TYPE_ZONED, f"device {dev_id}", "a zoned disk keeps its size", "")
     refuse(not 0 < size < 1 << 63 or size % block, f"size {size}",
            f"not a positive multiple of the block size {block}")
+
+
+def disk_size(dev_id: int) -> int:
+    """Return the size of a disk in bytes, 0 where sysfs does not tell."""
+    try:
+        with open(f"/sys/block/ublkb{dev_id}/size", encoding="ascii") as file:
+            return int(file.read()) * SECTOR
+    except (OSError, ValueError):
+        return 0
 
 
 def await_node(path: str, mode: int) -> None:
@@ -2903,6 +2940,8 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int |
     With an identity, a device that is another's by now is left alone.
     """
     if identity is not None and not is_same(control, dev_id, identity):
+        if dev_id not in device_ids():
+            forget_state(dev_id)
         return
     forget_state(dev_id)
     remedy = f"end its server, then `ublk.py del {dev_id}`"
@@ -2969,7 +3008,8 @@ def save_state(device: Device) -> None:
     target, args, options = device.words
     args = [word for word in args if word not in device.target.once]
     state = {"id": device.id, "identity": f"{device.identity:016x}", "target": target, "args": args,
-             "options": options, "cwd": os.getcwd(), "pid": os.getpid()}
+             "options": options, "cwd": device.directory, "pid": os.getpid(), "follows": device.follows,
+             "size": device.size, "refused": device.refused, "refusal": device.refusal}
     directory, path = run_dir(), state_path(device.id)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     status = os.lstat(directory)
@@ -3517,7 +3557,7 @@ def on_signals(action: Any) -> None:
 def serve(device: Device, start: Callable[[], object], started: Started) -> None:
     """Serve a device until a signal takes it away or somebody else stops or detaches it."""
     on_signals(stop_now)
-    signal.signal(signal.SIGWINCH, lambda number, frame: device.follow_size())      # see resize()
+    device.follows = True
     device.on_added = partial(started.added, device)
     try:
         start()
@@ -3527,6 +3567,7 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
         pause = min(float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or 1.0, 1.0)
         while not device.wait(pause):
             notify("WATCHDOG=1")
+            device.follow_size()
     except Stopped as told:
         on_signals(lambda number, frame: None)      # it is on its way
         notify("STOPPING=1")
@@ -3783,16 +3824,34 @@ def quiesce(options: Any) -> None:
 
 
 def resize(options: Any) -> None:
-    """Change the size of a live disk, and tell its server."""
+    """Change the size of a live disk, and see that its server follows."""
+    what = f"device {options.id}"
     with Control() as control:
-        server = control.get_dev_info(options.id).ublksrv_pid
+        info = control.get_dev_info(options.id)
+        state = load_state(options.id, info.ublksrv_flags)
+        served = alive(info.ublksrv_pid)
         check_new_size(control, options.id, options.size)
+        refuse(served and state and not state.get("follows"), what, "a program serves it, and is not asked",
+               "have that program call Device.resize()")
+        before, _ = geometry(control, options.id)
         control.update_size(options.id, options.size)
-        try:
-            if server > 0:
-                os.kill(server, signal.SIGWINCH)    # which harms nobody who does not expect it
-        except OSError:         # of another container, perhaps: it learns of its size when recovered
-            pass
+        if served and options.size != before:
+            await_server(control, options.id, options.size, info.ublksrv_flags)
+
+
+def await_server(control: Control, dev_id: int, size: int, identity: int) -> None:
+    """Wait until a server has followed to the disk's new size; UblkError if its target cannot."""
+    what, deadline = f"cannot resize device {dev_id}", time.monotonic() + SERVER_TIMEOUT
+    while time.monotonic() < deadline and alive(control.get_dev_info(dev_id).ublksrv_pid):
+        now, _ = geometry(control, dev_id)
+        state = load_state(dev_id, identity)
+        if state.get("size") == size:
+            return
+        reason = state.get("refusal") if state.get("refused") == size else ""
+        refuse(now not in (0, size), what, f"its target cannot have {size} bytes",
+               reason or "see what its server says")
+        time.sleep(0.05)
+    raise UblkError(errno.ETIMEDOUT, what, "its server does not tell whether it follows", "see what it says")
 
 
 def show_features(options: Any) -> None:

@@ -125,8 +125,13 @@ class Ram(ublk.Target):
 
     def reach(self, size: int) -> None:
         """Have that much memory; its pages exist once they are written."""
-        os.ftruncate(self.fd, max(size, os.fstat(self.fd).st_size))
-        self.view = memoryview(mmap.mmap(self.fd, 0))
+        before = os.fstat(self.fd).st_size
+        os.ftruncate(self.fd, max(size, before))
+        try:
+            self.view = memoryview(mmap.mmap(self.fd, 0))
+        except BaseException:
+            os.ftruncate(self.fd, before)
+            raise
 
     def resized(self, size: int) -> None:
         self.reach(size)

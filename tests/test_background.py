@@ -156,28 +156,30 @@ def test_a_log_goes_with_its_device(tmp_path, run_dir):
 RESTARTED = ["loop", "--id", 3, "-r", "reissue"]
 
 
-def lost(backing, *words):
-    """Make a disk whose server is killed."""
-    disk = Forked(*RESTARTED, backing, *words).live()
+def lost(backing):
+    """Make a disk whose server is killed; return a client's file, open since before."""
+    disk = Forked(*RESTARTED, backing).live()
+    client = open(disk.path, "rb", buffering=0)
+    client.read(4096)
     disk.kill()
-    return disk
+    return client
 
 
 @kernel
 @pytest.mark.parametrize("waits", [False, True], ids=["at once", "later"])
 def test_a_create_by_the_same_words_recovers(backing, waits):
-    disk = lost(backing)
-    if waits:
-        await_state(3, "QUIESCED")
-    with open(disk.path, "rb") as client, Forked(*RESTARTED, backing) as again:
-        assert again.path == disk.path and len(client.read(4096)) == 4096
-        assert again.kill(signal.SIGTERM) == 0
+    with lost(backing) as client:
+        if waits:
+            await_state(3, "QUIESCED")
+        again = Forked(*RESTARTED, backing).live()
+        assert again.path == client.name and len(client.read(4096)) == 4096
+    assert again.kill(signal.SIGTERM) == 0
     assert devices_left() == []
 
 
 @kernel
 def test_a_create_in_the_background_recovers_too(backing):
-    lost(backing)
+    lost(backing).close()
     assert cli(*RESTARTED, backing, "--background").stdout == "/dev/ublkb3\n"
     assert state_of(3) == "LIVE"
     delete(3)
@@ -186,7 +188,7 @@ def test_a_create_in_the_background_recovers_too(backing):
 @kernel
 @pytest.mark.parametrize("words", [["-d", 64], ["--direct"], ["--read-only"]], ids=str)
 def test_a_create_by_other_words_does_not_recover(backing, words):
-    lost(backing)
+    lost(backing).close()
     await_state(3, "QUIESCED")
     other = Forked(*RESTARTED, backing, *words)
     assert other.wait() == 1
@@ -205,7 +207,7 @@ def test_a_create_leaves_a_disk_alone_that_is_served(backing):
 
 @kernel
 def test_a_create_that_fails_to_recover_leaves_the_disk_waiting(backing):
-    lost(backing)
+    lost(backing).close()
     await_state(3, "QUIESCED")
     backing.rename(f"{backing}.away")
     done = cli(*RESTARTED, backing, "--background", check=False)
