@@ -71,6 +71,7 @@ import os
 import re
 import secrets
 import select
+import shlex
 import signal
 import stat
 import struct
@@ -2045,6 +2046,7 @@ class Target:
     boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
     metadata_size: int = 0              # bytes beside each block
     checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
+    files: Sequence[str] = ()           # paths of files it is made of: a recovered disk must find the same
     once: Sequence[str] = ()            # options that are not for a server that recovers the disk
 
     def read(self, offset: int, buffer: memoryview) -> Any:
@@ -2293,6 +2295,7 @@ class Device:
         self._workers: list[Worker] = []
         self._scanner: Any = None                       # the process that looks for partitions
         self._changed = threading.Condition()
+        self._ending = threading.RLock()                # held by the one thread that ends all this
         self._ready = self._ended = 0
 
     def __enter__(self) -> Device:
@@ -2432,7 +2435,11 @@ class Device:
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
             self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
-            worker.start()
+            try:
+                worker.start()
+            except RuntimeError as error:
+                raise UblkError(errno.EAGAIN, f"the server of device {self.id}", str(error),
+                                "allow more threads (ulimit -u, pids.max)") from None
         _served.add(self)
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._ready == count)
@@ -2629,15 +2636,16 @@ class Device:
         Handlers get timeout seconds to end what they are doing, then their requests fail. Raises
         UblkError (EBUSY) that names who still holds the disk open: the device goes when they close it.
         """
-        try:
-            if self._added and (self._ended < len(self._workers) or not self._serving):
-                self._stop_disk(timeout)
-            self._release()
-            if self._added:
-                self._added = False
-                delete(self.control, self.id, identity=self.identity)
-        finally:
-            self.detach()
+        with self._ending:
+            try:
+                if self._added and (self._ended < len(self._workers) or not self._serving):
+                    self._stop_disk(timeout)
+                self._release()
+                if self._added:
+                    self._added = False
+                    delete(self.control, self.id, identity=self.identity)
+            finally:
+                self.detach()
 
     def _stop_disk(self, timeout: float) -> None:
         try:
@@ -2650,19 +2658,21 @@ class Device:
 
     def detach(self) -> None:
         """End the server but not the device, which waits for a new one if it can be recovered."""
-        self._release()
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-            if hasattr(self.target, "close"):
-                self.target.close()
+        with self._ending:
+            self._release()
+            if self._control is not None:
+                self._control.close()
+                self._control = None
+                if hasattr(self.target, "close"):
+                    self.target.close()
 
     def _release(self) -> None:
         """End the workers and give back everything that refers to /dev/ublkcN."""
         atexit.unregister(self.stop)
         self._wake_workers()
         for worker in self._workers:
-            worker.join(GRACE)
+            if worker.ident is not None:        # else it could not be started
+                worker.join(GRACE)
         self.abandoned = True
         for worker in self._workers:
             if worker.is_alive():
@@ -2718,8 +2728,11 @@ def privileged() -> bool:
     """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         effective = next(line for line in file if line.startswith("CapEff"))
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        outside = file.read().split() == ["0", "0", "4294967295"]
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            outside = file.read().split() == ["0", "0", "4294967295"]
+    except FileNotFoundError:       # a kernel without user namespaces
+        outside = True
     return outside and bool(int(effective.split()[1], 16) & CAP_SYS_ADMIN)
 
 
@@ -3009,9 +3022,14 @@ def save_state(device: Device) -> None:
     args = [word for word in args if word not in device.target.once]
     state = {"id": device.id, "identity": f"{device.identity:016x}", "target": target, "args": args,
              "options": options, "cwd": device.directory, "pid": os.getpid(), "follows": device.follows,
+             "files": [file_identity(os.path.join(device.directory, path)) for path in device.target.files],
              "size": device.size, "refused": device.refused, "refusal": device.refusal}
     directory, path = run_dir(), state_path(device.id)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise UblkError(error.errno or errno.EIO, f"state directory {directory}",
+                        remedy="set UBLK_RUN_DIR to a directory of yours") from None
     status = os.lstat(directory)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise UblkError(errno.EPERM, f"state directory {directory}", "others may write there",
@@ -3019,6 +3037,28 @@ def save_state(device: Device) -> None:
     with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
         json.dump(state, file)
     os.rename(f"{path}.new", path)
+
+
+def file_identity(path: str) -> list[Any]:
+    """Return what tells a file or block device from others that may come to have its name."""
+    status = os.stat(path)
+    if stat.S_ISBLK(status.st_mode):
+        return [path, "device", status.st_rdev, 0]
+    return [path, status.st_dev, status.st_ino, status.st_size]
+
+
+def check_files(what: str, files: Any) -> None:
+    """Refuse (EINVAL) to serve a disk of other files than it was made of, or of what is left of them."""
+    refuse(not isinstance(files, list), what, "its state file is damaged", "delete that")
+    for path, *number, size in files:
+        try:
+            _, *number_now, size_now = file_identity(path)
+        except OSError as error:
+            raise UblkError(error.errno or errno.ENOENT, f"{what}: {path}") from None
+        refuse(number != number_now, what, f"{path} is another file than it was made of",
+               "put that one back, or name its target with --target")
+        refuse(size_now < size, what, f"{path} is shorter than it was",
+               "restore it, or name its target with --target")
 
 
 def private(path: str, flags: int) -> int:
@@ -3178,8 +3218,8 @@ def find_target(word: str) -> type[Target]:
         return load_target(path, name) if path and "/" not in name else load_target(word, "")
     targets = known_targets()
     if word not in targets:
-        raise UblkError(errno.EINVAL, f"unknown target or command {word!r}", "there is none so called",
-                        f"targets are {', '.join(sorted(targets))}, or FILE.py:CLASS")
+        raise Usage(f"unknown target or command {word!r}: targets are {', '.join(sorted(targets))}, "
+                    "or FILE.py:CLASS")
     return targets[word]
 
 
@@ -3564,7 +3604,7 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
         started.live(device)
         notify(f"READY=1\nSTATUS=serving {device.path}")
         # Not without end: a signal that comes just before a wait for ever would not end it.
-        pause = min(float(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or 1.0, 1.0)
+        pause = min(watchdog() / 2 or 1.0, 1.0)
         while not device.wait(pause):
             notify("WATCHDOG=1")
             device.follow_size()
@@ -3587,6 +3627,12 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
         raise failure
 
 
+def watchdog() -> float:
+    """Return within how many seconds systemd wants to hear from us, 0 if it does not."""
+    text = os.environ.get("WATCHDOG_USEC", "")
+    return int(text) / 1e6 if text.isascii() and text.isdigit() else 0.0
+
+
 def notify(message: str) -> None:
     """Tell systemd (sd_notify(3)), where it started us and asked to be told."""
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -3594,7 +3640,7 @@ def notify(message: str) -> None:
         import socket
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             try:
-                channel.sendto(message.encode(), address.replace("@", "\0", 1))
+                channel.sendto(message.encode(), f"\0{address[1:]}" if address[0] == "@" else address)
             except OSError:         # nobody listens: no reason to take a disk away
                 pass
 
@@ -3718,6 +3764,7 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
         raise UblkError(errno.ENOENT, f"cannot recover device {dev_id}",
                         f"it was created in {state['cwd']}, which is gone",
                         f"name its target: `ublk.py recover {dev_id} --target TARGET ...`") from None
+    check_files(f"cannot recover device {dev_id}", state.get("files", []))
     device = Device(make_target(words), id=dev_id,
                     words=(words[0], list(words[1:]), state.get("options", {})))
     serve(device, device.resume, started)
@@ -3759,9 +3806,16 @@ def list_devices(options: Any) -> None:
 
 def print_table(rows: Sequence[tuple[object, ...]]) -> None:
     """Print rows in columns as wide as what is in them."""
-    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(str(item).ljust(width) for item, width in zip(row, widths)).rstrip())
+    lines = [[printable(str(item)) for item in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(item.ljust(width) for item, width in zip(line, widths)).rstrip())
+
+
+def printable(text: str) -> str:
+    """Escape what would not be seen as it is: newlines, escape sequences, what is not UTF-8."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+                   for letter in text)
 
 
 def stop_device(options: Any) -> None:
@@ -3894,13 +3948,14 @@ def checks() -> Iterator[tuple[str, str, str]]:
     loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists("/dev/ublk-control")
     yield ("ublk driver", "" if loaded else "not loaded",
            "modprobe ublk_drv (where there is none: install a kernel with CONFIG_BLK_DEV_UBLK)")
-    install = (f"{UDEV_COMMAND} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm control "
+    command = f"{shlex.quote(PROGRAM[0])} -I {shlex.quote(PROGRAM[1])}"
+    install = (f"{command} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm control "
                "--reload && udevadm trigger (as root)")
     if loaded:
         usable = os.access("/dev/ublk-control", os.R_OK | os.W_OK)
         yield "/dev/ublk-control", "" if usable else "not yours to open", f"run as root, or {install}"
     if not privileged():
-        rules = any("ublk.py udev-owner" in text for text in udev_rules())
+        rules = any("udev-owner %k" in text for text in udev_rules())
         yield "udev rules", "" if rules else "ordinary users get no device nodes", install
     parent = run_dir()
     while not os.path.exists(parent):
@@ -3909,7 +3964,25 @@ def checks() -> Iterator[tuple[str, str, str]]:
            "set UBLK_RUN_DIR to a directory of yours")
 
 
-UDEV_COMMAND = f"{os.path.realpath(sys.executable)} -I {os.path.abspath(__file__)}"
+PROGRAM = (os.path.realpath(sys.executable), os.path.realpath(__file__))    # what root is to run
+
+
+def not_roots_alone(path: str) -> str:
+    """Return what of a path, the file or a directory above, others than root may change; or nothing."""
+    while True:
+        status = os.stat(path)
+        if status.st_uid or status.st_mode & 0o022:
+            return path
+        if path == "/":
+            return ""
+        path = os.path.dirname(path)
+
+
+def udev_word(path: str) -> str:
+    """Write a path as a word of PROGRAM in a udev rule."""
+    refuse(set(path) & set("'\"\\\n"), f"the path {path!r}", "udev cannot be told of it", "use another")
+    word = path.replace("%", "%%").replace("$", "$$")
+    return f"'{word}'" if " " in word else word
 
 
 def udev_rules() -> Iterator[str]:
@@ -3925,12 +3998,18 @@ def udev_rules() -> Iterator[str]:
 
 def print_udev_rules(options: Any) -> None:
     """Print the udev rules that let ordinary users create disks of their own."""
+    for path in PROGRAM:
+        others = not_roots_alone(path)
+        if others:
+            raise UblkError(errno.EPERM, f"root is to run {path}", f"not root alone may change {others}",
+                            "copy it to where only root can write, and use the system's Python")
+    python, program = map(udev_word, PROGRAM)
     print(f"""\
-# Ordinary users may create ublk devices, and get the nodes of those they created.
+# Ordinary users may create ublk devices, and get the nodes of those they created, for them alone.
 # root runs the command below at every new device: keep that file where only root can write.
 KERNEL=="ublk-control", MODE="0666", OPTIONS+="static_node=ublk-control"
-KERNEL=="ublk[bc][0-9]*", ACTION=="add|change", PROGRAM="{UDEV_COMMAND} udev-owner %k", \\
-  OWNER="%c{{1}}", GROUP="%c{{2}}"\n""", end="")
+KERNEL=="ublk[bc][0-9]*", ACTION=="add|change", PROGRAM="{python} -I {program} udev-owner %k", \\
+  OWNER="%c{{1}}", GROUP="%c{{2}}", MODE="0600"\n""", end="")
 
 
 def udev_owner(options: Any) -> int:
@@ -4025,6 +4104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = words[1:]
     sys.modules.setdefault("ublk", sys.modules[__name__])   # what a target's file imports is us
     try:
+        if words[:1] == ["--version"]:
+            print(f"ublk.py {__version__}")
+            return 0
         if not words or words[0] in ("-h", "--help"):
             print_help()
             return 0 if words else 2

@@ -177,7 +177,7 @@ class Loop(ublk.Target):
     """
 
     def __init__(self, path: str, *, direct: bool = False) -> None:
-        self.path, self.is_block = path, is_block(path)
+        self.path, self.is_block, self.files = path, is_block(path), [path]
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
         self.opened = weakref.finalize(self, os.close, self.fd)     # ends at the latest with the object
         self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
@@ -365,7 +365,7 @@ HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_fi
 PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
               "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
               "metadata_size", "checksum", "read_metadata", "write_metadata",
-              "report_zones", "resized", "start", "close", "once")
+              "report_zones", "resized", "start", "close", "once", "files")
 
 
 class Over:
@@ -399,6 +399,7 @@ class Stripe(Over, ublk.Target):
 
     def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10), direct: bool = False) -> None:
         legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
+        self.files = paths
         self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
         refuse(chunk <= 0 or chunk % self.block_size, f"chunk of {chunk} bytes",
@@ -504,6 +505,7 @@ class Cow(ublk.Target):
     def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
         distinct([base, overlay])
         is_block(base)
+        self.files = [base, overlay]
         self.base = os.open(base, os.O_RDWR if commit else os.O_RDONLY)
         self.size, self.block_size, self.physical_block_size = sizes_of(self.base, base)
         self.grain = self.block_size

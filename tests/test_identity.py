@@ -7,19 +7,27 @@ import errno
 import json
 import os
 import signal
+import socket
+import threading
 
 import pytest
 
 import ublk
 from tests.support import (
+    ALICE,
+    BOB,
     Forked,
     Ram,
     assert_fails,
     await_state,
+    become,
     devices_left,
     kernel,
     orphan,
+    sh,
+    since,
     state_of,
+    verb,
 )
 
 
@@ -109,9 +117,171 @@ def test_a_directory_that_is_gone_fails_the_recovery(run, tmp_path):
         assert again.kill(signal.SIGTERM) == 0
 
 
+@kernel
+@pytest.mark.parametrize("change, says", [
+    ("mv disk.img old.img; cp old.img disk.img", "is another file than it was made of"),
+    ("truncate -s 32M disk.img", "is shorter than it was"),
+    ("rm disk.img", "no such file"),
+])
+@pytest.mark.parametrize("words", ["loop disk.img", "fault --delay 1ms loop disk.img",
+                                   "stripe other.img disk.img", "cow disk.img top.cow"])
+def test_another_file_in_the_old_ones_place_is_not_served(run, backing, monkeypatch, words, change, says):
+    monkeypatch.chdir(backing.parent)
+    sh("truncate", "-s", "64M", "other.img")
+    disk = orphan(*words.split(), "-r", "requeue")
+    sh("sh", "-c", change)
+    done = run("recover", disk.id)
+    assert done.status == 1 and says in done.err and "disk.img" in done.err
+    assert state_of(disk.id) == "QUIESCED" and run("del", disk.id).status == 0
+
+
+@kernel
+@since("6.16")
+def test_a_file_that_has_grown_with_its_disk_is_the_same(run, backing):
+    with Forked("loop", backing, "-r", "requeue") as disk:
+        assert run("resize", disk.id, "65M").status == 0
+        disk.kill()
+    with Forked("recover", disk.id) as again:
+        assert again.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@since("6.3")
+def test_the_owners_group_does_not_own_the_disk(rules):
+    def colleague():
+        os.setgroups([])
+        os.setgid(ALICE)
+        os.setuid(BOB)
+    with Forked("ram", "--size", "4M", change=become(ALICE)) as disk:
+        for path in (disk.path, f"/dev/ublkc{disk.id}"):
+            assert os.stat(path).st_mode & 0o777 == 0o600
+        for word in ("stop", "del"):
+            done = verb(word, disk.id, change=colleague)
+            assert_fails(done, 1, "", errno.EACCES)
+        assert disk.kill(signal.SIGTERM) == 0
+
+
 def orphan_in(directory):
     """Make a disk of disk.img in a directory whose server has been killed."""
     disk = Forked("loop", "disk.img", "-r", "requeue", change=lambda: os.chdir(directory)).live()
     disk.kill()
     await_state(disk.id, "QUIESCED")
     return disk
+
+
+# ---- root runs what the rules name, so only root may change it ------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Have the rules name this file, which only root may change but for the directories above."""
+    path = tmp_path / "ublk.py"
+    path.touch(0o644)
+    monkeypatch.setattr(ublk, "PROGRAM", (str(path), str(path)))
+    return path
+
+
+def of_root(monkeypatch, *others):
+    """Have every file be root's alone, but for others with such modes and owners."""
+    def status(path):
+        uid, mode = dict(others).get(str(path), (0, 0o755))
+        return os.stat_result((mode, 0, 0, 0, uid, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(os, "stat", status)
+
+
+@pytest.mark.parametrize("uid, mode", [(1000, 0o755), (0, 0o775), (0, 0o777), (0, 0o1777)])
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_rules_never_name_what_others_may_change(run, program, monkeypatch, above, uid, mode):
+    path = str([program, *program.parents][above])
+    of_root(monkeypatch, (path, (uid, mode)))
+    assert_fails(run("udev-rules"), 1, f"not root alone may change {path}", errno.EPERM)
+
+
+def test_rules_quote_what_they_name(run, monkeypatch):
+    of_root(monkeypatch)
+    monkeypatch.setattr(ublk, "PROGRAM", ("/opt/my python/python3", "/opt/100%/$x/ublk.py"))
+    done = run("udev-rules")
+    assert "PROGRAM=\"'/opt/my python/python3' -I /opt/100%%/$$x/ublk.py udev-owner %k\"" in done.out
+    assert 'MODE="0600"' in done.out
+
+
+@pytest.mark.parametrize("letter", list("\"'\\\n"))
+def test_rules_refuse_a_path_that_udev_cannot_be_told(run, monkeypatch, letter):
+    of_root(monkeypatch)
+    monkeypatch.setattr(ublk, "PROGRAM", ("/usr/bin/python3", f"/opt/{letter}/ublk.py"))
+    assert_fails(run("udev-rules"), 1, "udev cannot be told of it", errno.EINVAL)
+
+
+# ---- the life of a device, in odd circumstances ---------------------------------------------------
+
+
+@kernel
+def test_a_thread_that_cannot_start_leaves_no_device(monkeypatch):
+    def start(self, start=ublk.Worker.start):
+        if self.index == 1:
+            raise RuntimeError("can't start new thread")
+        start(self)
+    monkeypatch.setattr(ublk.Worker, "start", start)
+    with pytest.raises(ublk.UblkError, match=r"can't start new thread.*EAGAIN"):
+        ublk.Device(Ram(), queues=2).start()
+    assert devices_left() == []
+
+
+@kernel
+def test_two_threads_may_stop_a_device():
+    for _ in range(4):
+        disk, errors = ublk.Device(Ram()), []
+        disk.start()
+
+        def stop(disk=disk, errors=errors):
+            try:
+                disk.stop()
+            except Exception as error:
+                errors.append(error)
+        threads = [threading.Thread(target=stop) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (errors, devices_left()) == ([], [])
+
+
+@kernel
+def test_list_shows_any_name_as_one_line(run, tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b"/a\xff\n\x1b[31m.img")
+    with open(name, "wb") as file:
+        file.truncate(1 << 20)
+    with Forked("loop", name) as disk:
+        done = run("list")
+        assert done.status == 0 and done.out.count("\n") == 2 and "\x1b" not in done.out
+        assert r"/a\udcff\n\x1b[31m.img" in done.out
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+def test_the_version_is_told(run):
+    assert run("--version").out == f"ublk.py {ublk.__version__}\n"
+
+
+@pytest.mark.parametrize("text, seconds", [("", 0), ("soon", 0), ("3000000", 3)])
+def test_a_watchdog_that_makes_no_sense_is_none(monkeypatch, text, seconds):
+    monkeypatch.setenv("WATCHDOG_USEC", text)
+    assert ublk.watchdog() == seconds
+
+
+@pytest.mark.parametrize("address", ["@abstract", "a@b", "@a@b"])
+def test_only_the_first_letter_makes_an_abstract_address(monkeypatch, tmp_path, address):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind("\0" + address[1:] if address.startswith("@") else address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        ublk.notify("READY=1")
+        assert channel.recv(64, socket.MSG_DONTWAIT) == b"READY=1"
+
+
+@kernel
+def test_a_state_directory_that_cannot_be_is_told(run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path / "file" / "run"))
+    with pytest.raises(ublk.UblkError, match=r"state directory.*set UBLK_RUN_DIR"):
+        ublk.Device(Ram()).start()
+    assert devices_left() == []
