@@ -2434,13 +2434,13 @@ class Device:
             self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
             self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
+        _served.add(self)               # before a target's start() can fork
         for worker in self._workers:
             try:
                 worker.start()
             except RuntimeError as error:
                 raise UblkError(errno.EAGAIN, f"the server of device {self.id}", str(error),
                                 "allow more threads (ulimit -u, pids.max)") from None
-        _served.add(self)
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._ready == count)
         if self.failure is not None:
@@ -2638,7 +2638,8 @@ class Device:
         """
         with self._ending:
             try:
-                if self._added and (self._ended < len(self._workers) or not self._serving):
+                ends = self._ended < len(self._workers) or not self._serving
+                if self._added and ends and is_same(self.control, self.id, self.identity):
                     self._stop_disk(timeout)
                 self._release()
                 if self._added:
@@ -2682,6 +2683,7 @@ class Device:
 
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
+        self._changed = threading.Condition()       # another thread may have held it at the fork
         atexit.unregister(self.stop)
         for worker in self._workers:
             if worker.queue is not None:
@@ -2986,13 +2988,14 @@ def new_identity() -> int:
 
 
 def is_same(control: Control, dev_id: int, identity: int) -> bool:
-    """Tell whether a device is the one with this identity, which the driver keeps for its server."""
+    """Tell whether a device is the one with this identity, which the driver keeps for its server.
+
+    One that is there and tells nothing of itself, as its node is gone or not yet ours, is taken for it.
+    """
     try:
         return bool(control.get_dev_info(dev_id).ublksrv_flags == identity)
     except UblkError as error:
-        if error.errno not in NOT_OURS:
-            raise
-        return False
+        return error.errno != errno.ENODEV
 
 
 # ---- the state file: what `list` and `recover` need to know of a served device -------------------
@@ -3677,7 +3680,8 @@ def in_background(run: Callable[[Started], None], started: Started, inherited: S
         os.dup2(null, 0)
         os.dup2(null, 1)
         for fd in (null, reader, *inherited):
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
         to_the_end(run, started)
     os.close(started.news)
     on_signals(lambda number, frame: os.kill(child, number))
@@ -3721,10 +3725,13 @@ def clean_up(identity: int) -> None:
     """Delete the device of a server that is gone, by its identity: its number may be another's now."""
     with Control() as control:
         for dev_id in device_ids() if identity else ():
-            with contextlib.suppress(UblkError):            # of others
+            try:
                 if control.get_dev_info(dev_id).ublksrv_flags != identity:
                     continue
                 delete(control, dev_id)
+            except UblkError as error:
+                if error.errno not in NOT_OURS:
+                    say(f"device {dev_id} is left behind: {error}")
 
 
 def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:

@@ -21,7 +21,10 @@ from tests.support import (
     await_state,
     cli,
     devices_left,
+    error_of,
     kernel,
+    opened,
+    read_at,
     sh,
     state_of,
     target_file,
@@ -148,7 +151,9 @@ def test_a_log_goes_with_its_device(tmp_path, run_dir):
                 raise RuntimeError("said once")
     """)
     cli(path, "--background")
-    until((run_dir / "0.log").read_text, "a traceback of the first read")
+    with opened("/dev/ublkb0") as fd:
+        assert error_of(read_at, fd, 0, 4096) == errno.EIO
+    assert "said once" in (run_dir / "0.log").read_text()
     delete()
     assert list(run_dir.iterdir()) == []
 
