@@ -19,7 +19,6 @@ from tests.support import (
     Forked,
     assert_error_line,
     await_state,
-    cli,
     devices_left,
     error_of,
     kernel,
@@ -29,6 +28,7 @@ from tests.support import (
     state_of,
     target_file,
     until,
+    verb,
 )
 
 
@@ -90,8 +90,8 @@ def test_a_target_speaks_to_the_callers_standard_error_until_the_disk_is_there(t
             def start(self, index):
                 os.write(2, b"no end of line")
     """)
-    done = cli(path, "--background")
-    assert (done.stdout, done.stderr) == ("/dev/ublkb0\n", "no end of line")
+    done = verb(path, "--background")
+    assert (done.out, done.err) == ("/dev/ublkb0\n", "no end of line")
     delete()
 
 
@@ -126,8 +126,8 @@ def test_a_disk_of_which_nobody_can_be_told_is_taken_away(mode):
 
 @kernel
 def test_a_caller_that_ignores_the_end_of_children_gets_its_disk():
-    done = cli("null", "--background", preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
-    assert (done.stdout, done.stderr) == ("/dev/ublkb0\n", "")
+    done = verb("null", "--background", change=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert (done.out, done.err) == ("/dev/ublkb0\n", "")
     delete()
 
 
@@ -136,9 +136,9 @@ def test_a_log_that_cannot_be_opened_is_told_before_the_disk_is():
     log = Path(os.environ["UBLK_RUN_DIR"], "0.log")
     log.mkdir(parents=True)
     log.parent.chmod(0o700)
-    done = cli("null", "--background", check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert_error_line(done.stderr, errno.EISDIR)
+    done = verb("null", "--background")
+    assert (done.status, done.out) == (1, "")
+    assert_error_line(done.err, errno.EISDIR)
     assert devices_left() == []
 
 
@@ -150,7 +150,7 @@ def test_a_log_goes_with_its_device(tmp_path, run_dir):
             def read(self, offset, buffer):
                 raise RuntimeError("said once")
     """)
-    cli(path, "--background")
+    assert verb(path, "--background").status == 0
     with opened("/dev/ublkb0") as fd:
         assert error_of(read_at, fd, 0, 4096) == errno.EIO
     assert "said once" in (run_dir / "0.log").read_text()
@@ -185,7 +185,7 @@ def test_a_create_by_the_same_words_recovers(backing, waits):
 @kernel
 def test_a_create_in_the_background_recovers_too(backing):
     lost(backing).close()
-    assert cli(*RESTARTED, backing, "--background").stdout == "/dev/ublkb3\n"
+    assert verb(*RESTARTED, backing, "--background").out == "/dev/ublkb3\n"
     assert state_of(3) == "LIVE"
     delete(3)
 
@@ -215,7 +215,7 @@ def test_a_create_that_fails_to_recover_leaves_the_disk_waiting(backing):
     lost(backing).close()
     await_state(3, "QUIESCED")
     backing.rename(f"{backing}.away")
-    done = cli(*RESTARTED, backing, "--background", check=False)
-    assert done.returncode == 1
-    assert_error_line(done.stderr, errno.ENOENT)
+    done = verb(*RESTARTED, backing, "--background")
+    assert done.status == 1
+    assert_error_line(done.err, errno.ENOENT)
     assert state_of(3) == "QUIESCED" and ublk.main(["del", "3"]) == 0
