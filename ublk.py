@@ -1348,12 +1348,29 @@ def failed(error: BaseException) -> int:
     """Return the negative errno a client gets for an exception in a handler.
 
     An OSError brings its own; anything else is a bug of the target: EIO, and a traceback. It is
-    printed by the interpreter itself, which minds no broken standard error and need import nothing.
+    printed by the interpreter itself, which minds no broken standard error and need import nothing;
+    but once for each line that fails, or a disk that fails all its requests would fill its log.
     """
     if isinstance(error, OSError) and error.errno and 0 < error.errno < 4096:
         return -error.errno
-    sys.__excepthook__(type(error), error, error.__traceback__)
+    where = line_of(error)
+    count = _bugs[where] = _bugs.get(where, 0) + 1
+    if count == 1:
+        sys.__excepthook__(type(error), error, error.__traceback__)
+    elif count == 10 ** (len(str(count)) - 1):
+        say(f"{type(error).__name__} in {where[0]}, line {where[1]}: {count} times by now")
     return -errno.EIO
+
+
+_bugs: dict[tuple[str, int], int] = {}      # how often an exception came from a line
+
+
+def line_of(error: BaseException) -> tuple[str, int]:
+    """Return the file and line an exception comes from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("?", 0)
 
 
 async def whole(function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview) -> None:
@@ -3555,6 +3572,8 @@ class Started:
 
     def added(self, device: Device, dev_id: int) -> None:
         """The device has its number, and the kernel has decided what it is to be."""
+        with contextlib.suppress(OSError):
+            os.unlink(log_path(dev_id))         # of an earlier device of that number
         if device.unprivileged:
             say("note: a disk of an ordinary user has no partitions and no recovery, and a request that "
                 "takes 30 seconds ends its server")
@@ -3575,7 +3594,7 @@ class Started:
 
     def leave(self, dev_id: int) -> None:
         """Hold nothing any more of where the command was given: standard error, directory."""
-        log = private(log_path(dev_id), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        log = private(log_path(dev_id), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 2)
         os.close(log)
         os.chdir("/")

@@ -278,6 +278,17 @@ def test_only_the_first_letter_makes_an_abstract_address(monkeypatch, tmp_path, 
         assert channel.recv(64, socket.MSG_DONTWAIT) == b"READY=1"
 
 
+def test_a_line_that_always_fails_does_not_fill_the_log(capfd):
+    for count in range(1000):
+        try:
+            raise ZeroDivisionError(count)
+        except ZeroDivisionError as error:
+            assert ublk.failed(error) == -errno.EIO
+    text = capfd.readouterr().err
+    assert text.count("Traceback") == 1
+    assert [line.split()[-4] for line in text.splitlines() if "by now" in line] == ["10", "100", "1000"]
+
+
 @kernel
 def test_a_state_directory_that_cannot_be_is_told(run, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
