@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support import (
     devices_left,
     error_of,
     kernel,
+    kill_under_load,
     opened,
     read_at,
     sh,
@@ -219,3 +221,25 @@ def test_a_create_that_fails_to_recover_leaves_the_disk_waiting(backing):
     assert done.status == 1
     assert_error_line(done.err, errno.ENOENT)
     assert state_of(3) == "QUIESCED" and ublk.main(["del", "3"]) == 0
+
+
+@kernel
+def test_a_disk_whose_server_is_started_again_each_time_loses_nothing(backing):
+    def again(disk, fio):
+        disk.kill()
+        return Forked(*RESTARTED, backing).live()
+
+    disk, errors = kill_under_load(Forked(*RESTARTED, backing).live(), exchange=again)
+    assert errors == 0
+    assert disk.kill(signal.SIGTERM) == 0 and devices_left() == []
+
+
+@kernel
+def test_systemd_hears_that_a_disk_is_recovered(backing, tmp_path):
+    lost(backing).close()
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(address)
+        channel.settimeout(60)
+        with Forked(*RESTARTED, backing, change=lambda: os.environ.update(NOTIFY_SOCKET=address)):
+            assert channel.recv(4096).startswith(b"READY=1\n")
