@@ -104,14 +104,14 @@ def test_who_cleans_up_finds_its_own_device():
 
 
 @kernel
-def test_a_directory_that_is_gone_fails_the_recovery(run, tmp_path):
+def test_a_directory_that_is_gone_fails_the_recovery(run, tmp_path, monkeypatch):
     directory = tmp_path / "there"
     directory.mkdir()
     (directory / "disk.img").write_bytes(bytes(1 << 20))
     (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
     disk = orphan_in(directory)
     directory.rename(tmp_path / "away")
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert_fails(run("recover", disk.id), 1, f"it was created in {directory}, which is gone", errno.ENOENT)
     with Forked("recover", disk.id, "--target", "loop", "disk.img") as again:
         assert again.kill(signal.SIGTERM) == 0
