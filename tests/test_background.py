@@ -25,12 +25,12 @@ from tests.support import (
     kernel,
     kill_under_load,
     opened,
-    read_at,
     sh,
     state_of,
     target_file,
     until,
     verb,
+    write_at,
 )
 
 
@@ -150,11 +150,13 @@ def test_a_log_goes_with_its_device(tmp_path, run_dir):
         class Mine(ublk.Target):
             size = 1 << 20
             def read(self, offset, buffer):
+                pass
+            def write(self, offset, buffer):
                 raise RuntimeError("said once")
     """)
     assert verb(path, "--background").status == 0
     with opened("/dev/ublkb0") as fd:
-        assert error_of(read_at, fd, 0, 4096) == errno.EIO
+        assert error_of(write_at, fd, 0, bytes(4096)) == errno.EIO
     assert "said once" in (run_dir / "0.log").read_text()
     delete()
     assert list(run_dir.iterdir()) == []
