@@ -748,8 +748,9 @@ class Fault(Wrapper, ublk.Target):
         try:
             with open(self.control, encoding="utf-8") as file:
                 words = shlex.split(file.read(4096))
-            options = vars(ublk.target_parser(Fault, "fault").parse_args(words))
-            self.rule = Fault(**{**options, "target": self.target}).rule
+            read = vars(ublk.target_parser(Fault, "fault").parse_args(words))
+            given = {name: value for name, value in read.items() if value is not None}
+            self.rule = Fault(**{**given, "target": self.target}).rule
         except FileNotFoundError:
             self.rule = self
         except (OSError, ValueError, SystemExit) as error:
