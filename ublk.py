@@ -3662,8 +3662,9 @@ def notify(message: str) -> None:
         import socket
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             try:
-                channel.sendto(message.encode(), f"\0{address[1:]}" if address[0] == "@" else address)
-            except OSError:         # nobody listens: no reason to take a disk away
+                peer = f"\0{address[1:]}" if address[0] == "@" else address
+                channel.sendto(message.encode(), socket.MSG_DONTWAIT, peer)
+            except OSError:         # nobody listens, or reads: no reason to take a disk away
                 pass
 
 

@@ -48,3 +48,12 @@ def test_a_notify_socket_that_is_not_there_does_no_harm(tmp_path):
         until(lambda: told.exists() and "WATCHDOG" in told.read_text(), "the watchdog")
         assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
     assert told.read_text().endswith("STOPPING=1\n")
+
+
+def test_a_notify_socket_that_nobody_reads_does_no_harm(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        for _ in range(1000):               # more than the queue of any socket holds
+            ublk.notify("WATCHDOG=1")
+        assert systemd.recv(100) == b"WATCHDOG=1"
