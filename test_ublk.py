@@ -1056,7 +1056,7 @@ def test_requests_alike_may_end_in_every_way(batch):
 
 @kernel
 def test_a_queue_that_dies_ends_the_device(capfd):
-    class Dies(Ram):
+    class Dies(ublk.Null):
         tired = False
 
         def answer(self, queue, tags):
@@ -1064,7 +1064,7 @@ def test_a_queue_that_dies_ends_the_device(capfd):
                 raise RuntimeError("not again")
             super().answer(queue, tags)
 
-    device = ublk.Device(Dies())
+    device = ublk.Device(Dies(size=1 << 20))
     device.start()
     device.target.tired = True
     done = sh("dd", f"if={device.path}", "of=/dev/null", "bs=4k", "count=1", check=False)

@@ -2144,7 +2144,7 @@ NODE_TIMEOUT = 10.0             # seconds udev has to make a device node usable
 STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are doing
 SERVER_TIMEOUT = 15.0           # seconds the kernel may take to notice that a server is gone
 PASSING = 3.0                   # seconds somebody may look at a disk without being taken for its user
-UDEV = ("(udev-worker) ", "systemd-udevd ", "udevd ")
+LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")   # at every disk, for what is on it
 GRACE = 2.0                     # seconds a worker has to leave its loop when told to
 
 RECOVERY_MODES = {None: 0, "requeue": UBLK_F_USER_RECOVERY,
@@ -2957,9 +2957,9 @@ def disks_above(disk: str, partitions: Sequence[str]) -> Iterator[str]:
 
 def refuse_if_held(dev_id: int) -> None:
     """Raise UblkError (EBUSY) that names who uses a disk. Who has it open for a moment only is given
-    that moment; udev, which looks at every disk, would be let wait for ever by one without a server."""
+    that moment; udev and partx, which look at every disk, would wait for ever for one without a server."""
     deadline = time.monotonic() + PASSING
-    while found := [name for name in holders(dev_id) if not name.startswith(UDEV)]:
+    while found := [name for name in holders(dev_id) if not name.startswith(LOOKERS)]:
         if time.monotonic() > deadline:
             raise UblkError(errno.EBUSY, f"device {dev_id} is in use", f"by {', '.join(found)}",
                             f"end that first, or `ublk.py del {dev_id} --force`")

@@ -419,10 +419,11 @@ TROUBLE = re.compile(r"WARNING: |\bBUG\b|Oops|general protection fault|blocked f
 
 # What the kernel may say: a pattern, the first release that no longer does, and why it is no fault of ours.
 KNOWN_TROUBLE = [
-    (r"WARNING: .* ublk_ch_uring_cmd\+", "6.16",
-     "The driver knows whose a queue is only once all its tags are fetched. Where a server has died before, "
-     "ublk_uring_cmd_cancel_fn() finds a command whose task is not that one, says so, and leaves it: "
-     "the device goes with STOP_DEV or DEL_DEV all the same."),
+    (r"WARNING: .* ublk_ch_uring_cmd\+", "8.0",
+     "The driver knows whose a command is only once all tags of the queue (up to 6.15) or the tag (later) "
+     "are fetched, and forgets it when the queue ends. Where a ring is closed with commands parked before or "
+     "after, io_ring_exit_work() has ublk_uring_cmd_cancel_fn() find one whose task is another, which says "
+     "so, and leaves it: the device goes with STOP_DEV or DEL_DEV all the same. Seen on 6.12 and 7.3."),
 ]
 
 

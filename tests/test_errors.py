@@ -226,16 +226,13 @@ def test_a_command_this_kernel_lacks_names_the_one_that_has_it(situation, name):
 
 # Words of the command line beside a device 0, and the first kernel that has what they ask for.
 FIRST_KERNELS = {
-    "null --unprivileged": "6.3",
     "null --user-copy": "6.5",
     "zoned --size 64M --zone-size 4M": "6.6",
     "null --recovery fail": "6.13",
-    "null --zero-copy": "6.15",
     "null --auto-zero-copy": "6.16",
     "resize 0 2G": "6.16",
     "quiesce 0": "6.16",
     "null --batch": "7.0",
-    "null --no-partition-scan": "7.0",
     "stop 0 --if-unused": "7.0",
 }
 

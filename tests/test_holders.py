@@ -12,6 +12,7 @@ import pytest
 
 import ublk
 from tests.support import (
+    Forked,
     Ram,
     assert_error_line,
     kernel,
@@ -115,25 +116,21 @@ def test_the_user_of_a_partition_is_named(run, tmp_path, monkeypatch):
 
 
 @kernel
-def test_del_with_force_takes_a_disk_in_use(run, monkeypatch):
-    disk = ublk.Device(Ram())
-    disk.start()
-    with open(disk.path, "rb"):
-        done = run("del", disk.id, "--force")
-        assert done.status == 1                 # it is stopped, and goes once it is closed
-        assert_error_line(done.err, errno.EBUSY, says=f"(pid {os.getpid()})")
-    until(lambda: ublk.device_ids() == [], "the device to go")
-    disk.stop()
+def test_del_with_force_takes_a_disk_in_use(run):
+    with Forked("null") as disk:
+        with open(disk.path, "rb"):
+            done = run("del", disk.id, "--force")
+            assert done.status == 1             # it is stopped, and goes once it is closed
+            assert_error_line(done.err, errno.EBUSY, says=f"(pid {os.getpid()})")
+        until(lambda: run("del", "--all").status == 0 and ublk.device_ids() == [], "the device to go")
 
 
 @kernel
 def test_del_all_takes_the_disks_that_nobody_uses(run, monkeypatch):
     monkeypatch.setattr(ublk, "PASSING", 0.5)
-    with ublk.Device(Ram()) as used:
-        idle = ublk.Device(Ram())
-        idle.start()
+    with ublk.Device(Ram()) as used, Forked("null") as idle:
         with open(used.path, "rb"):
             done = run("del", "--all")
         assert done.status == 1 and f"device {used.id} is in use" in done.err
         assert ublk.device_ids() == [used.id]
-        idle.stop()
+        assert idle.wait() == 0

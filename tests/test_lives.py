@@ -249,7 +249,7 @@ def test_ctrl_c_with_a_handler_that_never_returns(tmp_path):
 def impatient(monkeypatch):
     """Have a delete that waits for somebody to close a disk give up soon."""
     delete = ublk.delete
-    monkeypatch.setattr(ublk, "delete", lambda control, dev_id: delete(control, dev_id, 1))
+    monkeypatch.setattr(ublk, "delete", lambda control, dev_id, **more: delete(control, dev_id, 1, **more))
 
 
 @kernel

@@ -533,4 +533,4 @@ def test_disks_of_many_servers_at_a_time(run):
         assert [disk.wait() for disk in disks] == [0] * len(disks)
     finally:
         for disk in disks:
-            disk.__exit__()
+            disk.__exit__(None)
