@@ -20,6 +20,7 @@ linux/ublk_cmd.h than the system's.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import json
@@ -809,7 +810,7 @@ class AsyncFails(AsyncRam):
     """The same with coroutines."""
 
     async def write(self, offset, buffer):
-        await ublk.uring_sleep(0)
+        await asyncio.sleep(0)
         if offset == 4096:
             raise ZeroDivisionError("a bug of the target")
 
@@ -884,7 +885,7 @@ class AsyncShort(Short):
         return Short.read(self, offset, buffer)
 
     async def write(self, offset, buffer):
-        await ublk.uring_sleep(0)
+        await asyncio.sleep(0)
         return Short.write(self, offset, buffer)
 
 
@@ -957,13 +958,16 @@ def test_coroutines_of_one_queue_run_side_by_side():
 
         def __init__(self):
             super().__init__()
-            self.event, self.count = ublk.Event(), 0
+            self.count = 0
+
+        async def start(self, index):
+            self.event = asyncio.Event()
 
         async def write(self, offset, buffer):
             self.count += 1
             if self.count == 4:
                 self.event.set()
-            await self.event
+            await self.event.wait()
 
     with ublk.Device(Meets(), depth=8) as disk, opened(disk.path) as fd:
         clients = [threading.Thread(target=write_at, args=(fd, 65536 * number, bytes(4096)))

@@ -71,6 +71,7 @@ import os
 import re
 import secrets
 import select
+import selectors
 import shlex
 import signal
 import stat
@@ -82,7 +83,7 @@ import types
 import typing
 import weakref
 from array import array
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import CoroutineType
@@ -597,11 +598,12 @@ class Ring:
         Looks LOOKS times before it goes to sleep: waking costs far more than the next request of a
         busy client takes to come.
         """
-        for _ in range(LOOKS):
+        for _ in range(1 if timeout == 0 else LOOKS):
             self.enter()
             if self._words[self._cq_head_at] != self._words[self._cq_tail_at]:
                 return
-        self.enter(1, timeout)
+        if timeout != 0:
+            self.enter(1, timeout)
 
     def reap(self) -> tuple[list[int], list[int]]:
         """Take every CQE there is; return their user_data and their results, in order."""
@@ -1227,123 +1229,6 @@ DATA_PATHS: dict[str, type[MappedCopy]] = {
     "get-data": NeedGetData, "copy": MappedCopy}
 
 
-class Operation:
-    """An io_uring operation an ``async def`` handler awaits; the result is the kernel's (>= 0).
-
-    Raises OSError with the kernel's errno. The buffer is kept alive until the operation ends.
-    """
-
-    __slots__ = ("addr", "buffer", "fd", "length", "off", "opcode", "rw_flags")
-
-    def __init__(self, opcode: int, fd: int = -1, off: int = 0, buffer: Any = None, length: int = 0,
-                 rw_flags: int = 0, addr: int = 0) -> None:
-        self.opcode, self.fd, self.off, self.rw_flags = opcode, fd, off, rw_flags
-        self.buffer = buffer
-        self.addr = addr if buffer is None else address_of(buffer)
-        self.length = length if buffer is None else len(buffer)
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return (yield self)
-
-    def begin(self, task: Task) -> None:
-        """Put the operation on the ring of the task's queue."""
-        task.queue.begin(self, task)
-
-
-def uring_read(fd: int, buffer: Any, offset: int) -> Operation:
-    """Read from a file at offset into a writable buffer; await it for the number of bytes."""
-    return Operation(IORING_OP_READ, fd, offset, buffer)
-
-
-def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Operation:
-    """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes."""
-    return Operation(IORING_OP_WRITE, fd, offset, buffer, rw_flags=flags)
-
-
-def uring_fsync(fd: int, datasync: bool = False) -> Operation:
-    """Make what was written to a file durable."""
-    return Operation(IORING_OP_FSYNC, fd, rw_flags=IORING_FSYNC_DATASYNC if datasync else 0)
-
-
-def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Operation:
-    """fallocate(2): mode is a sum of FALLOC_FL_* flags."""
-    return Operation(IORING_OP_FALLOCATE, fd, offset, length=mode, addr=length)
-
-
-def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Operation:
-    """Receive from a socket; await it for the number of bytes, 0 at its end."""
-    return Operation(IORING_OP_RECV, fd, buffer=buffer, rw_flags=flags)
-
-
-def uring_send(fd: int, buffer: Any, flags: int = 0) -> Operation:
-    """Send to a socket; await it for the number of bytes taken."""
-    return Operation(IORING_OP_SEND, fd, buffer=buffer, rw_flags=flags)
-
-
-class uring_sleep(Operation):
-    """Wait for some seconds."""
-
-    __slots__ = ()
-
-    def __init__(self, seconds: float) -> None:
-        whole, fraction = divmod(int(seconds * 1e9), 10**9)
-        super().__init__(IORING_OP_TIMEOUT, buffer=struct.pack("=qq", whole, fraction))
-        self.length = 1
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        try:
-            yield self
-        except OSError as error:
-            if error.errno != errno.ETIME:
-                raise
-
-
-class Event:
-    """Something tasks of one queue wait for: ``value = await event``, until event.set(value)."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Task] = []
-        self._value: tuple[Any] | None = None
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        if self._value is None:
-            yield self
-        assert self._value is not None
-        return self._value[0]
-
-    def begin(self, task: Task) -> None:
-        """Let a task wait for set()."""
-        self._waiting.append(task)
-
-    def set(self, value: Any = None) -> None:
-        """Wake all that wait, now and later."""
-        self._value = (value,)
-        waiting, self._waiting = self._waiting, []
-        for task in waiting:
-            task.step()
-
-
-class Task:
-    """A coroutine that runs on a queue; done(value) is called at its end, or failed(-errno)."""
-
-    __slots__ = ("coroutine", "done", "failed", "queue")
-
-    def __init__(self, queue: Queue, coroutine: Any, done: Callable[[Any], object],
-                 failed: Callable[[int], object]) -> None:
-        self.queue, self.coroutine, self.done, self.failed = queue, coroutine, done, failed
-
-    def step(self, value: Any = None, error: OSError | None = None, awaited: Any = None) -> None:
-        """Go on with the result of what was awaited, up to the next await or the end."""
-        try:
-            if awaited is None:
-                awaited = self.coroutine.send(value) if error is None else self.coroutine.throw(error)
-            awaited.begin(self)
-        except StopIteration as end:
-            self.done(end.value)
-        except BaseException as failure:
-            self.failed(failed(failure))
-
-
 def failed(error: BaseException) -> int:
     """Return the negative errno a client gets for an exception in a handler.
 
@@ -1373,17 +1258,27 @@ def line_of(error: BaseException) -> tuple[str, int]:
     return (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("?", 0)
 
 
-async def whole(function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview) -> None:
-    """See a transfer through: await what is a coroutine, continue what was short."""
+def is_short(count: int | None, buffer: memoryview) -> bool:
+    """Tell whether a handler moved only a part of a buffer. Raises OSError where it moved none."""
+    if count is None or count == len(buffer):
+        return False
+    if not 0 < count < len(buffer):
+        raise OSError(errno.EIO, "the target moved no data")
+    return True
+
+
+async def transfer(function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview) -> None:
+    """See a transfer through that began with this outcome of function(offset, buffer).
+
+    A coroutine is awaited; what was short is asked for again.
+    """
     while True:
         if type(outcome) is CoroutineType:
             outcome = await outcome
-        if outcome is None or outcome == len(buffer):
+        if not is_short(outcome, buffer):
             return
-        if not 0 < outcome < len(buffer):
-            raise OSError(errno.EIO, "the target moved no data")
         offset, buffer = offset + outcome, buffer[outcome:]
-        outcome = function(offset, buffer)
+        outcome = function(offset, buffer[:])
 
 
 class Queue:
@@ -1427,16 +1322,22 @@ class Queue:
         self.leaving = False
         self.in_flight = 0                  # requests that wait for a coroutine
         self.asked: set[int] = set()        # tags whose data were asked for (get-data) and have not come
-        self._tasks: dict[int, tuple[Task, Operation]] = {}
+        self.closing = False                # requests are no longer answered
+        self.loop: Any = None               # of asyncio, where there are coroutines
+        self._new_task: Any = None          # what makes one of its tasks
+        self.answer: Any = None             # what serves a list of tags
+        self._tasks: dict[int, Any] = {}    # what serves a tag's request; asyncio itself may forget it
+        self._operations: dict[int, Operation] = {}
         self._free_slots = list(range(own + 1, self.ring.entries))
         self._used_slots: list[int] = []
-        self._backlog: list[tuple[Operation, Task]] = []
-        self._next_operation = OPERATION
+        self._last_operation = OPERATION
         self._handlers = self._table()
         self.shared = SharedCopy(self, device.shared)
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self._wake(own, device.wake_fd)
+        if has_coroutines(self.target):
+            self._begin_loop()
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -1465,10 +1366,17 @@ class Queue:
 
     def run(self) -> None:
         """Serve until the device is stopped (every tag ends) or its server is told to go."""
-        answer = self._answer()
-        while not self.leaving and not (self.ended and self._idle()):
-            answer(self.collect(0.01 if self.ended else None))
+        self.answer = self._answer()
+        while self.loop is None and not self.is_over():
+            self.answer(self.collect(0.01 if self.ended else None))
+        if self.loop is not None and not self.is_over():
+            self.loop.run_forever()         # which waits by RingSelector.select()
         self._hand_in()
+        self.closing = True
+
+    def is_over(self) -> bool:
+        """Tell whether the loop is to end."""
+        return self.leaving or bool(self.ended and self._idle())
 
     def _hand_in(self) -> None:
         """Have the kernel take the last commits before the ring is closed."""
@@ -1500,8 +1408,10 @@ class Queue:
                 else:
                     buffer[:] = blank
                     outcome = read(starts[tag] * SECTOR, buffer[:])
-                if outcome is None or self._is_over(tag, write if blank is None else read, outcome, buffer):
+                if outcome is None or outcome == len(buffer):
                     ended.append(tag)
+                else:
+                    self._go_on(tag, write if blank is None else read, outcome, buffer)
             except BaseException as error:      # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
         self.repeat(ended)
@@ -1518,32 +1428,12 @@ class Queue:
         self.prepare(tag, length)
         return True
 
-    def _is_over(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> bool:
-        """Tell whether a READ or WRITE that was made ready is over, all moved; if not, see it through.
+    def _go_on(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> None:
+        """See a READ or WRITE through that was made ready: a coroutine, or a part."""
+        def finish(_: object) -> None:
+            self.repeat([tag])
 
-        A coroutine that never waits is over after its first step, and costs little more than a function.
-        """
-        awaited = None
-        if type(outcome) is CoroutineType:
-            try:
-                awaited = outcome.send(None)
-            except StopIteration as end:
-                outcome = end.value
-        if outcome is None or outcome == len(buffer):
-            return True
-
-        def finish(value: Any) -> int | None:
-            if value is None or value == len(buffer):
-                self.repeat([tag])
-                return None
-            return self._later(tag, whole(function, value, self.starts[tag] * SECTOR, buffer),
-                               lambda _: len(buffer))
-
-        if type(outcome) is CoroutineType:
-            self._later(tag, outcome, finish, awaited)
-        else:
-            finish(outcome)
-        return False
+        self._finish_move(tag, function, outcome, self.starts[tag] * SECTOR, buffer, finish)
 
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
@@ -1703,9 +1593,13 @@ class Queue:
 
     def _report(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         """REPORT_ZONES: where others say sectors, this says zones."""
-        zones = b"".join(map(bytes, self.target.report_zones(offset, length // SECTOR)))
-        self.path.give(tag, memoryview(zones[:length // SECTOR * ctypes.sizeof(blk_zone)]))
-        return length
+        count = length // SECTOR
+
+        def give(zones: Sequence[Any]) -> int:
+            self.path.give(tag, memoryview(b"".join(map(bytes, zones[:count]))))
+            return length
+
+        return self._end(tag, self.target.report_zones(offset, count), give)
 
     def _append(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         def landed(position: int) -> int:
@@ -1724,54 +1618,101 @@ class Queue:
     def _move(self, tag: int, function: Callable[..., Any], offset: int, buffer: memoryview,
               finish: Callable[[Any], int]) -> int | None:
         """Have a method move all of a buffer's data; return finish(None), now or later."""
-        outcome = function(offset, buffer[:])
-        if outcome is not None:
-            outcome = whole(function, outcome, offset, buffer)
-        return self._end(tag, outcome, finish)
+        return self._finish_move(tag, function, function(offset, buffer[:]), offset, buffer, finish)
 
-    def _end(self, tag: int, outcome: Any, finish: Callable[[Any], int]) -> int | None:
-        """Return finish(outcome), the result of a request, or None where a coroutine has to end first."""
-        return self._later(tag, outcome, finish) if type(outcome) is CoroutineType else finish(outcome)
+    def _finish_move(self, tag: int, function: Callable[..., Any], outcome: Any, offset: int,
+                     buffer: memoryview, finish: Callable[[Any], int | None]) -> int | None:
+        """The same, where the method was called already."""
+        while type(outcome) is not CoroutineType and is_short(outcome, buffer):
+            offset, buffer = offset + outcome, buffer[outcome:]
+            outcome = function(offset, buffer[:])
+        return self._end(tag, outcome, finish, function, offset, buffer)
 
-    def _later(self, tag: int, coroutine: Any, finish: Callable[[Any], int | None],
-               awaited: Any = None) -> int | None:
-        """Run a handler's coroutine, from what it awaits already where it has begun. Returns None.
+    def _end(self, tag: int, outcome: Any, finish: Callable[[Any], int | None], *move: Any) -> int | None:
+        """Return finish(outcome), the result of a request, or None where a coroutine has to end first.
 
-        When it has ended, finish(value) returns the request's result, or None where it saw to that.
+        move: of what moves data the function, offset and buffer, for a part may have to be continued.
         """
-        def done(value: Any) -> None:
-            self.in_flight -= 1
-            try:
-                result = finish(value)
-            except Exception as error:
-                result = failed(error)
-            if result is not None:
-                self.complete(tag, result)
-
-        def ended(result: int) -> None:
-            self.in_flight -= 1
-            self.complete(tag, result)
-
+        if type(outcome) is not CoroutineType:
+            return finish(outcome)
+        if self.loop is None:
+            self._begin_loop()
         self.in_flight += 1
-        Task(self, coroutine, done, ended).step(awaited=awaited)
+        task = self._new_task(self._see_through(tag, outcome, finish, *move))
+        if not task.done():
+            self._tasks[tag] = task
         return None
 
-    def spawn(self, coroutine: Any) -> None:
-        """Run a coroutine of the target's own beside the requests; it ends with the queue."""
-        Task(self, coroutine, bool, bool).step()
+    async def _see_through(self, tag: int, coroutine: Any, finish: Callable[[Any], int | None],
+                           function: Any = None, offset: int = 0, buffer: Any = None) -> None:
+        """Await what serves a request, and answer it."""
+        try:
+            outcome = await coroutine
+            if function is not None and is_short(outcome, buffer):
+                await transfer(function, outcome, offset, buffer)
+            result = finish(outcome)
+        except BaseException as error:      # even SystemExit: a client waits for an answer
+            result = None if self.closing else failed(error)
+        self.in_flight -= 1
+        self._tasks.pop(tag, None)
+        if result is not None and not self.closing:
+            self.complete(tag, result)
 
-    def begin(self, operation: Operation, task: Task) -> None:
-        """Put an operation on the ring; the task goes on when it completes."""
-        if not self._free_slots:
-            self._backlog.append((operation, task))
-            return
+    def _begin_loop(self) -> None:
+        """Have an asyncio loop wait with the ring."""
+        import asyncio
+        selector = RingSelector(self)
+        self.loop = asyncio.SelectorEventLoop(selector)
+        self._new_task = self.loop.create_task
+        eager = getattr(asyncio, "eager_task_factory", None)
+        if eager is not None:       # since Python 3.12: a task that need not wait ends where it begins
+            self.loop.set_task_factory(eager)
+            task: Any = asyncio.Task
+            self._new_task = partial(task, loop=self.loop, eager_start=True)
+        _here.queue = self
+
+    def call(self, method: Callable[..., Any], *arguments: Any) -> None:
+        """Call a method of the target that may be a coroutine, and wait for its end."""
+        outcome = method(*arguments)
+        if type(outcome) is CoroutineType:
+            if self.loop is None:
+                self._begin_loop()
+            task = self._new_task(outcome)
+            task.add_done_callback(lambda _: self.loop.stop())
+            self.loop.run_forever()
+            if task.done():
+                task.result()
+
+    def begin(self, operation: Operation, opcode: int, fd: int, off: int = 0, addr: int = 0,
+              length: int = 0, rw_flags: int = 0) -> int:
+        """Put an operation on the ring; return its number."""
+        slot = self._free_slot()
+        number = self._last_operation + 1
+        self.ring.prepare(slot, opcode, fd, off, addr, length, rw_flags, number)
+        self._operations[number] = operation
+        self._last_operation = number
+        self._free_slots.pop()
+        self._used_slots.append(slot)
+        self.ring.push(slot)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Have the kernel end an operation, which it may do already, soon or never."""
+        self.ring.prepare(self._free_slot(), IORING_OP_ASYNC_CANCEL, addr=number, user_data=OPERATION)
         slot = self._free_slots.pop()
         self._used_slots.append(slot)
-        self._next_operation += 1
-        self._tasks[self._next_operation] = task, operation
-        self.ring.prepare(slot, operation.opcode, operation.fd, operation.off, operation.addr,
-                          operation.length, operation.rw_flags, self._next_operation)
         self.ring.push(slot)
+        self.ring.enter()       # or its descriptor could become another file's before it is begun
+
+    def _free_slot(self) -> int:
+        """Return a slot for an SQE of an operation."""
+        if not self._free_slots:
+            self.commit()
+            self.ring.enter()
+            self._recycle()
+        if not self._free_slots:
+            raise OSError(errno.EAGAIN, "the kernel takes no more operations")
+        return self._free_slots[-1]
 
     def _recycle(self) -> None:
         """Use the slots of SQEs again that the kernel has taken."""
@@ -1782,29 +1723,59 @@ class Queue:
         self._appended.clear()
         self._free_slots += self._used_slots
         self._used_slots.clear()
-        backlog, self._backlog = self._backlog, []
-        for operation, task in backlog:
-            self.begin(operation, task)
 
     def _operation_done(self, user_data: int, result: int) -> None:
         if user_data == WAKE:
             self.leaving = True
             return
-        task, _ = self._tasks.pop(user_data)
-        if result >= 0:
-            task.step(result)
-        else:
-            task.step(error=OSError(-result, os.strerror(-result)))
+        operation = self._operations.pop(user_data, None)
+        if operation is not None:       # else nobody is interested any more
+            operation.end(result)
+
+    def forget(self, number: int) -> None:
+        """End an operation that uses no memory of ours, and have its completion ignored."""
+        self._operations.pop(number, None)
+        if self.ring.fd >= 0:
+            self.cancel(number)
 
     def _wake(self, slot: int, fd: int) -> None:
         """Leave the loop when fd becomes readable: the server is to end at once."""
         self.ring.prepare(slot, IORING_OP_POLL_ADD, fd, rw_flags=select.POLLIN, user_data=WAKE)
         self.ring.push(slot)
 
+    def wind_up(self) -> None:
+        """End the tasks that still run, and wait for what the kernel still does for them.
+
+        To be called by the queue's own thread, before close().
+        """
+        self.closing = True
+        if self.loop is None:
+            return
+        import asyncio
+        deadline = time.monotonic() + LAST_WORDS
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=LAST_WORDS))
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        for operation in self._operations.values():
+            operation.future = None         # which could call the loop
+        self.loop.close()
+        del _here.queue
+        while self._operations and time.monotonic() < deadline:
+            self.collect(0.1)
+
     def close(self) -> None:
         """Close the ring, which makes the kernel take back every parked command."""
         if self.ring.fd < 0:
             return
+        self.closing = True
+        # Memory that the kernel may still write to is never given back.
+        _left_behind.extend(self._operations.values())
+        self._operations.clear()
+        self._tasks.clear()
+        self.loop = self._new_task = self.answer = None
         # What refers to the queue here would keep it, its buffers and its target until the next
         # run of the garbage collector.
         self._handlers.clear()
@@ -2011,6 +1982,209 @@ class BatchQueue(Queue):
 
 
 # =================================================================================================
+# asyncio on the ring
+# =================================================================================================
+#
+# A handler that waits, for a file, a server, a lock, must not keep the other requests of its queue
+# waiting. Python's answer is asyncio: handlers are coroutines, and a loop goes on with each when that
+# for which it waits has come. The loop sleeps in its *selector*, which knows the descriptors that
+# somebody waits for. Usually that is epoll; here it is the queue's ring. Requests, descriptors, timers
+# and operations of the ring itself thus all end the same system call, in one thread.
+#
+# Two rules. Memory that an operation uses belongs to the kernel until its CQE has come: a task that
+# is cancelled has the operation cancelled and goes on only when that has ended, or the kernel could
+# write into what is another request's buffer by then. And a descriptor's number is used only while it
+# is open: what was asked for under it is begun, by an enter(), before anybody is told that it ended.
+
+LAST_WORDS = 1.0        # seconds that tasks have to end when their queue does
+_here = threading.local()       # .queue: the one whose loop runs in this thread
+
+
+def has_coroutines(target: Any) -> bool:
+    """Tell whether a target has methods that are coroutines."""
+    names = [name for name, _ in SIMPLE_OPERATIONS.values()]
+    names += ["read", "write", "write_fua", "zone_append", "report_zones", "start", "close"]
+    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
+
+
+class Operation:
+    """Something that the kernel does on a queue's ring, and the memory that it uses meanwhile."""
+
+    def __init__(self, memory: memoryview | None) -> None:
+        self.memory = memory
+        self.future: Any = None
+        self.result: int | None = None
+
+    def end(self, result: int) -> None:
+        """Hear of the end."""
+        self.result = result
+        if self.future is not None and not self.future.done():
+            self.future.set_result(result)
+
+
+async def operate(opcode: int, fd: int, off: int = 0, buffer: Any = None, fills: bool = False,
+                  addr: int = 0, length: int = 0, rw_flags: int = 0) -> int:
+    """Have the kernel do something on the ring of the queue that we run on; return its result (>= 0).
+
+    Raises OSError with the kernel's errno. fills: it writes to the buffer.
+    """
+    import asyncio
+    memory = None
+    if buffer is not None:
+        memory = memory_of(buffer, fills)
+        addr, length = address_of(memory), len(memory)
+    queue = getattr(_here, "queue", None)
+    if queue is None:
+        raise RuntimeError("only the loop of a queue has a ring")
+    operation = Operation(memory)
+    unwanted = None
+    operation.future = queue.loop.create_future()
+    number = queue.begin(operation, opcode, fd, off, addr, length, rw_flags)
+    while operation.result is None:
+        try:
+            await operation.future
+        except asyncio.CancelledError as error:
+            unwanted = error
+            if operation.result is None:
+                operation.future = queue.loop.create_future()
+                queue.cancel(number)
+    if unwanted is not None:
+        raise unwanted
+    if operation.result < 0:
+        raise OSError(-operation.result, os.strerror(-operation.result))
+    return operation.result
+
+
+def memory_of(buffer: Any, fills: bool) -> memoryview:
+    """Return a buffer's bytes. While that view exists it can neither go nor be resized."""
+    view = memoryview(buffer).cast("B")         # TypeError where they do not lie in one piece
+    if fills and view.readonly:
+        raise TypeError("a buffer to be filled must be writable")
+    if len(view) >= 1 << 32:
+        raise ValueError(f"{len(view)} bytes are too many for one operation")
+    return view
+
+
+def uring_read(fd: int, buffer: Any, offset: int) -> Coroutine[Any, Any, int]:
+    """Read from a file at offset into a writable buffer; await it for the number of bytes."""
+    return operate(IORING_OP_READ, fd, offset, buffer, fills=True)
+
+
+def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[Any, Any, int]:
+    """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes."""
+    return operate(IORING_OP_WRITE, fd, offset, buffer, rw_flags=flags)
+
+
+def uring_fsync(fd: int, datasync: bool = False) -> Coroutine[Any, Any, int]:
+    """Make what was written to a file durable."""
+    return operate(IORING_OP_FSYNC, fd, rw_flags=IORING_FSYNC_DATASYNC if datasync else 0)
+
+
+def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Coroutine[Any, Any, int]:
+    """fallocate(2): mode is a sum of FALLOC_FL_* flags."""
+    return operate(IORING_OP_FALLOCATE, fd, offset, addr=length, length=mode)
+
+
+def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
+    """Receive from a socket; await it for the number of bytes, 0 at its end."""
+    return operate(IORING_OP_RECV, fd, 0, buffer, fills=True, rw_flags=flags)
+
+
+def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
+    """Send to a socket; await it for the number of bytes taken."""
+    return operate(IORING_OP_SEND, fd, 0, buffer, rw_flags=flags)
+
+
+class RingSelector(selectors.BaseSelector):
+    """What an asyncio loop waits with: the ring of a queue.
+
+    A descriptor that is registered has a POLL_ADD on the ring. That ends when it is ready; the next
+    select() begins another, which ends at once if it is ready still, as asyncio expects.
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self._keys: dict[Any, selectors.SelectorKey] = {}
+        self._polls: dict[int, int] = {}            # fd -> number of its POLL_ADD
+        self._unpolled: set[int] = set()
+        self._ready: list[tuple[selectors.SelectorKey, int]] = []
+
+    def get_map(self) -> dict[Any, selectors.SelectorKey]:
+        return self._keys
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd in self._keys:
+            raise KeyError(f"{fileobj!r} is registered already")
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        self._unpolled.add(fd)
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        key = self._keys.pop(fd)
+        self._unpolled.discard(fd)
+        if fd in self._polls:
+            self.queue.forget(self._polls.pop(fd))
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Answer the requests there are; return the descriptors that are ready."""
+        queue = self.queue
+        while self._unpolled:
+            fd = self._unpolled.pop()
+            self._poll(fd, self._keys[fd].events)
+        if queue.ended and not queue.closing:
+            timeout = 0.01 if timeout is None else min(timeout, 0.01)
+        tags = queue.collect(timeout)
+        if not queue.closing:
+            if tags:
+                queue.answer(tags)
+            if queue.is_over():
+                queue.loop.stop()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _poll(self, fd: int, events: int) -> None:
+        mask = 0
+        if events & selectors.EVENT_READ:
+            mask |= select.POLLIN
+        if events & selectors.EVENT_WRITE:
+            mask |= select.POLLOUT
+        self._polls[fd] = self.queue.begin(Poll(self, fd), IORING_OP_POLL_ADD, fd, rw_flags=mask)
+
+    def polled(self, fd: int, result: int) -> None:
+        """Hear of the end of a POLL_ADD: the events that came, or an error, which is for all to see."""
+        key = self._keys[fd]
+        del self._polls[fd]
+        self._unpolled.add(fd)
+        events = 0
+        if result < 0 or result & ~select.POLLIN:
+            events |= selectors.EVENT_WRITE
+        if result < 0 or result & ~select.POLLOUT:
+            events |= selectors.EVENT_READ
+        if events & key.events:
+            self._ready.append((key, events & key.events))
+
+    def close(self) -> None:
+        for number in self._polls.values():
+            self.queue.forget(number)
+        self._polls.clear()
+        self._keys.clear()
+
+
+class Poll(Operation):
+    """A POLL_ADD of a selector."""
+
+    def __init__(self, selector: RingSelector, fd: int) -> None:
+        super().__init__(None)
+        self.selector, self.fd = selector, fd
+
+    def end(self, result: int) -> None:
+        self.selector.polled(self.fd, result)
+
+
+# =================================================================================================
 # Targets: what stands behind a disk
 # =================================================================================================
 
@@ -2031,8 +2205,7 @@ class Target:
         write_zeroes(offset, length, unmap)   unmap: the blocks may be given back; may be left out
         resized(size)                   the disk gets a new size: resize() calls it before the disk
                                         grows, `ublk.py resize` a moment after
-        start(index)                    called in each thread that serves a queue,
-                                        before its first request
+        start(index)                    called in each thread that serves a queue, before its first request
         close()                         the disk is gone
         map(offset, length, write)      return (fd, position) where these bytes lie in a file: with
                                         zero copy the kernel moves them, Python never sees them
@@ -2048,10 +2221,11 @@ class Target:
                                         all ones (0xFF) for blocks never written: check nothing
         write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
 
-    Each of the others may be an ``async def`` and await operations of the queue's ring (uring_read,
-    ...). The value returned is None, or for read and write the number of bytes moved: what is short
-    is asked for again. An OSError reaches the client as its errno; any other exception is a bug: it
-    is printed with its traceback and the client gets EIO.
+    Each of the others but resized, map and answer may be an ``async def``: each queue then runs an
+    asyncio loop, whose ring also does uring_read and the like. A close() that is one runs on the loop
+    of the queue that ends last. The value returned is None, or for read and write the number of bytes
+    moved: what is short is asked for again. An OSError reaches the client as its errno; any other
+    exception is a bug: it is printed with its traceback and the client gets EIO.
     """
 
     size: int = 0
@@ -2247,21 +2421,33 @@ class Worker(threading.Thread):
         io_flusher()
         if self.cpus:
             os.sched_setaffinity(0, self.cpus)
-        if hasattr(self.device.target, "start"):
-            self.device.target.start(self.index)
         kind = BatchQueue if self.device.info.flags & UBLK_F_BATCH_IO else Queue
-        self.queue = kind(self.device, self.index)
+        queue = self.queue = kind(self.device, self.index)
         try:
+            if hasattr(self.device.target, "start"):
+                queue.call(self.device.target.start, self.index)
             if self.device.partx_scans:
                 set_admin(False)
-            self.queue.fetch()
+            queue.fetch()
             if self.device.partx_scans:
                 set_admin(True)
             ready()
-            self.queue.run()
+            queue.run()
         finally:
             if not self.device.abandoned:
-                self.queue.close()
+                self.end(queue)
+            if not self.device.abandoned:
+                queue.close()
+
+    def end(self, queue: Queue) -> None:
+        """End the queue's loop, and the target with the last one where its close() is a coroutine."""
+        queue.closing = True
+        try:
+            close = getattr(self.device.target, "close", None)
+            if self.device.last_to_leave() and inspect.iscoroutinefunction(close):
+                queue.call(close)
+        finally:
+            queue.wind_up()
 
     def kill(self) -> None:
         """Take the requests from a handler that does not return: the kernel fails them."""
@@ -2313,7 +2499,7 @@ class Device:
         self._scanner: Any = None                       # the process that looks for partitions
         self._changed = threading.Condition()
         self._ending = threading.RLock()                # held by the one thread that ends all this
-        self._ready = self._ended = 0
+        self._ready = self._left = self._ended = 0
 
     def __enter__(self) -> Device:
         if not self._serving or self.abandoned:
@@ -2479,6 +2665,12 @@ class Device:
             if self.failure is not None and self._ended == len(self._workers):
                 self._close_files()         # the kernel fails the requests that died with a worker
             self._changed.notify_all()
+
+    def last_to_leave(self) -> bool:
+        """Hear from a worker that its queue is served no more; tell whether all of a disk's have left."""
+        with self._changed:
+            self._left += 1
+            return self._serving and self._left == len(self._workers)
 
     def _wake_workers(self) -> None:
         """Tell every queue to leave its loop; a worker's report may close the pipe meanwhile."""
@@ -2681,8 +2873,9 @@ class Device:
             if self._control is not None:
                 self._control.close()
                 self._control = None
-                if hasattr(self.target, "close"):
-                    self.target.close()
+                close = getattr(self.target, "close", bool)
+                if not inspect.iscoroutinefunction(close):      # else the last queue's loop has done it
+                    close()
 
     def _release(self) -> None:
         """End the workers and give back everything that refers to /dev/ublkcN."""

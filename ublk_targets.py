@@ -31,7 +31,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import CoroutineType
@@ -65,7 +65,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2), which the os module lacks; raises OSError."""
-    if LIBC.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
+    if LIBC.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 
@@ -305,50 +305,26 @@ def direct_unit(fd: int, path: str) -> int:
 # =================================================================================================
 
 
-class beside:
-    """Start a coroutine that goes on by itself on this queue: ``await beside(coroutine)``."""
-
-    def __init__(self, coroutine: Any) -> None:
-        self.coroutine = coroutine
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        yield self
-
-    def begin(self, task: ublk.Task) -> None:
-        """Called by the queue with the task that awaits."""
-        task.queue.spawn(self.coroutine)
-        task.step()
-
-
 async def together(*coroutines: Any) -> None:
-    """Run coroutines side by side on this queue until all have ended; raise what one of them raised."""
-    async def run(coroutine: Any, end: ublk.Event) -> None:
-        failure = None
-        try:
-            await coroutine
-        except Exception as error:
-            failure = error
-        end.set(failure)
-
-    ends = [ublk.Event() for _ in coroutines]
-    for coroutine, end in zip(coroutines, ends):
-        await beside(run(coroutine, end))
-    for failure in [await end for end in ends]:
-        if failure:
-            raise failure
+    """Run coroutines side by side until all have ended, also where one fails; then raise what it raised."""
+    import asyncio
+    for outcome in await asyncio.gather(*coroutines, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
-async def settled(outcome: Any) -> Any:
-    """Return what a handler of whatever kind returns in the end."""
+async def served(handler: Any, *args: Any) -> Any:
+    """Return what a target's handler, coroutine or not, returns in the end."""
+    outcome = handler(*args)
     return await outcome if type(outcome) is CoroutineType else outcome
 
 
 async def moved(handler: Any, *args: Any) -> None:
-    """Have a target's handler, of whatever kind, serve a request to its end."""
+    """Have a target's handler, coroutine or not, serve a request to its end."""
     if len(args) == 2 and not isinstance(args[1], int):
-        await ublk.whole(handler, handler(*args), *args)
+        await ublk.transfer(handler, handler(*args), *args)
     else:
-        await settled(handler(*args))
+        await served(handler, *args)
 
 
 def extent(args: Sequence[Any]) -> tuple[int, int]:
@@ -431,16 +407,16 @@ class Stripe(Over, ublk.Target):
         leg, at, _ = self.place(offset)
         return leg.fd, at
 
-    def call(self, name: str, *args: Any) -> Any:
+    async def call(self, name: str, *args: Any) -> Any:
         """Have the leg of a transfer serve it, all legs a flush, and other requests those they touch."""
         if name == "flush":
-            return together(*[leg.flush() for leg in self.legs])
+            return await together(*[leg.flush() for leg in self.legs])
         offset, what, *how = args
         if isinstance(what, int):
             spans = self.spans(offset, what)
-            return together(*[getattr(leg, name)(at, length, *how) for leg, at, length in spans])
+            return await together(*[getattr(leg, name)(at, length, *how) for leg, at, length in spans])
         leg, at, room = self.place(offset)
-        return getattr(leg, name)(at, what[:room])
+        return await getattr(leg, name)(at, what[:room])
 
     def close(self) -> None:
         for leg in self.legs:
@@ -645,8 +621,8 @@ class Wrapper(Over):
                 setattr(self, name, getattr(target, name))
         self.offer(HANDLERS, target)
 
-    def call(self, name: str, *args: Any) -> Any:
-        return getattr(self.target, name)(*args)
+    async def call(self, name: str, *args: Any) -> Any:
+        return await served(getattr(self.target, name), *args)
 
 
 class Fault(Wrapper, ublk.Target):
@@ -691,12 +667,12 @@ class Fault(Wrapper, ublk.Target):
         self.seen: Any = None           # what the control file was when it was last read
         self.rule = self                # whose options hold; another's once the control file is there
 
-    def call(self, name: str, *args: Any) -> Any:
+    async def call(self, name: str, *args: Any) -> Any:
         self.look()
         rule = self.rule
         if rule.matches(name, args, self.written) and self.random.random() < rule.rate:
-            return self.strike(rule, name, args)
-        return self.pass_on(name, *args)
+            return await self.strike(rule, name, args)
+        return await self.pass_on(name, *args)
 
     def matches(self, name: str, args: tuple[Any, ...], written: int) -> bool:
         """Tell whether a request may be struck."""
@@ -716,17 +692,18 @@ class Fault(Wrapper, ublk.Target):
 
     async def strike(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
         """Serve a request late, in part, not at all or with an error."""
+        import asyncio
         if rule.delay or rule.jitter or rule.hang:
-            await ublk.uring_sleep(rule.delay + rule.jitter * self.random.random())
+            await asyncio.sleep(rule.delay + rule.jitter * self.random.random())
         while rule.hang and self.rule is rule:
-            await ublk.uring_sleep(0.05)
+            await asyncio.sleep(0.05)
             self.look()
         torn = rule.torn and name in WITH_DATA
         if torn:
             await self.tear(name, *args)
         if rule.error:
             raise OSError(rule.error, os.strerror(rule.error))
-        return None if torn or rule.lost else await settled(self.pass_on(name, *args))
+        return None if torn or rule.lost else await self.pass_on(name, *args)
 
     async def tear(self, name: str, offset: int, buffer: memoryview) -> None:
         """Write only some of the blocks, from the beginning."""
@@ -911,12 +888,18 @@ class NbdRequest:
     """A request that waits for its reply."""
 
     def __init__(self, cookie: int, command: int, flags: int, offset: int, what: Any) -> None:
-        self.cookie, self.done = cookie, ublk.Event()
+        self.cookie = cookie
+        self.done: Any = None                       # the future of whoever waits
         self.offset, self.length = extent((offset, what))
         self.head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
         self.data = what if command == NBD_CMD_WRITE else b""
         self.room = what if command == NBD_CMD_READ else memoryview(b"")
         self.error = self.filled = 0            # what the reply said so far
+
+    def end(self, error: int) -> None:
+        """Wake whoever waits, if nobody has made it give up."""
+        if not self.done.done():
+            self.done.set_result(error)
 
 
 class Nbd(ublk.Target):
@@ -946,6 +929,7 @@ class Nbd(ublk.Target):
                 setattr(self, name, partial(self.ask, command, flags))
         self.pending: dict[int, NbdRequest] = {}        # by cookie
         self.outbox: list[NbdRequest] = []
+        self.tasks: set[Any] = set()
         self.buffer = memoryview(bytearray(1 << 18))
         self.inbox = self.buffer[:0]                    # received, but not yet understood
         self.cookie = 0
@@ -983,23 +967,32 @@ class Nbd(ublk.Target):
             what = what[:self.maximum]
         if not self.pending:
             self.heard = time.monotonic()
+        import asyncio
         self.cookie += 1
         request = self.pending[self.cookie] = NbdRequest(self.cookie, command, flags, offset, what)
+        request.done = asyncio.get_running_loop().create_future()
         self.outbox.append(request)
         if not self.running:
             self.running = True
-            await beside(self._receive())
-            await beside(self._watch())
+            self._beside(self._receive())
+            self._beside(self._watch())
         if not self.sending:
-            await beside(self._send())
+            self.sending = True
+            self._beside(self._send())
         error = await request.done
         if error:
             raise OSError(error, os.strerror(error))
         return request.length
 
+    def _beside(self, coroutine: Any) -> None:
+        """Start one of them; asyncio itself may forget a task that nobody else knows."""
+        import asyncio
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
     async def _send(self) -> None:
         """Send everything in the outbox; what fails is sent again by the next connection."""
-        self.sending = True
         try:
             while self.outbox:
                 batch, self.outbox = self.outbox[:32], self.outbox[32:]
@@ -1013,8 +1006,9 @@ class Nbd(ublk.Target):
 
     async def _watch(self) -> None:
         """End a connection that is silent while requests wait: another may fare better."""
+        import asyncio
         while True:
-            await ublk.uring_sleep(min(1.0, self.timeout / 8))
+            await asyncio.sleep(min(1.0, self.timeout / 8))
             if self.pending and time.monotonic() - max(self.heard, self.met) > self.timeout / 3:
                 self.connection.hang_up()
 
@@ -1028,8 +1022,9 @@ class Nbd(ublk.Target):
 
     async def _reconnect(self, error: OSError) -> None:
         """Once there are requests make a new connection, however long it takes, and send them there."""
+        import asyncio
         while True:
-            await ublk.uring_sleep(0.2)
+            await asyncio.sleep(0.2)
             if self.sending or not self.pending:
                 continue
             if not self.told:
@@ -1051,14 +1046,15 @@ class Nbd(ublk.Target):
         self.outbox = list(self.pending.values())
         for request in self.outbox:
             request.error = request.filled = 0
-        await beside(self._send())
+        self.sending = True
+        self._beside(self._send())
 
     def _give_up(self, error: OSError) -> None:
         """Let the requests fail that wait for a server that does not reply."""
         ublk.say(f"{self.uri}: giving requests up: {error}")
         lost, self.pending, self.outbox = self.pending, {}, []
         for request in lost.values():
-            request.done.set(errno.ETIMEDOUT)
+            request.end(errno.ETIMEDOUT)
 
     # ---- replies -------------------------------------------------------------------------------
 
@@ -1123,7 +1119,7 @@ class Nbd(ublk.Target):
             error = errno.EIO
         self.heard, self.told = time.monotonic(), False
         del self.pending[request.cookie]
-        request.done.set(error if error in errno.errorcode or not error else errno.EIO)
+        request.end(error if error in errno.errorcode or not error else errno.EIO)
 
 
 # =================================================================================================
@@ -1369,8 +1365,10 @@ class Record(Wrapper, ublk.Target):
         write_all(self.log.fileno(), LOG_HEADER.pack(largest), 0)
         self.size = size
 
-    def call(self, name: str, *args: Any) -> Any:
-        return self.logged(name, *args) if name in CHANGES else super().call(name, *args)
+    async def call(self, name: str, *args: Any) -> Any:
+        if name not in CHANGES:
+            return await super().call(name, *args)
+        return await self.logged(name, *args)
 
     async def logged(self, name: str, *args: Any) -> None:
         """Have the target do it, then append an entry."""

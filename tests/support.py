@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import ctypes
 import errno
 import fcntl
@@ -60,11 +61,11 @@ class AsyncRam(Ram):
     """The same with coroutines, each of which lets others run before it does its work."""
 
     async def read(self, offset, buffer):
-        await ublk.uring_sleep(0)
+        await asyncio.sleep(0)
         super().read(offset, buffer)
 
     async def write(self, offset, buffer):
-        await ublk.uring_sleep(0)
+        await asyncio.sleep(0)
         super().write(offset, buffer)
 
 
@@ -136,9 +137,9 @@ def until(condition, what="it", seconds=60):
 
 
 def target_file(directory, body):
-    """Write a target file; its classes may use ublk and os."""
+    """Write a target file; its classes may use ublk, asyncio, os and time."""
     path = directory / "mine.py"
-    path.write_text("import os, time, ublk\n" + textwrap.dedent(body))
+    path.write_text("import asyncio, os, time, ublk\n" + textwrap.dedent(body))
     return path
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import threading
@@ -116,13 +117,13 @@ def test_what_is_lost_never_happens(targets):
 
 @kernel
 def test_a_slow_sector_delays_only_its_requests(targets, monkeypatch):
-    slept, enough, really_sleep = [], threading.Event(), ublk.uring_sleep
+    slept, enough, really_sleep = [], threading.Event(), asyncio.sleep
 
     async def sleep(time):
         slept.append(time)
         while not enough.is_set():
             await really_sleep(0.01)
-    monkeypatch.setattr(ublk, "uring_sleep", sleep)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     fault = targets.Fault(targets.Ram(size=4 << 20), range="1M", delay="300ms", jitter="10ms")
     with ublk.Device(fault, partition_scan=False) as disk, opened(disk.path) as fd:
         thread = threading.Thread(target=read_at, args=(fd, 1 << 20, 512))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import json
@@ -174,7 +175,7 @@ class AsyncStuck(Stuck):
     async def read(self, offset, buffer):
         if offset == 65536:
             self.reached.set()
-            await ublk.Event()
+            await asyncio.Event().wait()
 
 
 def stuck_client(disk):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import itertools
 import json
@@ -166,11 +167,11 @@ class AsyncTroubled(Troubled):
     """The same with coroutines."""
 
     async def read(self, offset, buffer):
-        await ublk.uring_sleep(0)
+        await asyncio.sleep(0)
         return Troubled.read(self, offset, buffer)
 
     async def write(self, offset, buffer):
-        await ublk.uring_sleep(0)
+        await asyncio.sleep(0)
         return Troubled.write(self, offset, buffer)
 
 
@@ -203,7 +204,7 @@ class AsyncHalf(Half):
     """The same with coroutines."""
 
     async def read(self, offset, buffer):
-        await ublk.uring_sleep(0)
+        await asyncio.sleep(0)
         Half.read(self, offset, buffer)
 
 
@@ -228,7 +229,7 @@ class Together(Ram):
     async def read(self, offset, buffer):
         self.seen += 1
         while self.seen < self.expected and time.monotonic() < self.deadline:
-            await ublk.uring_sleep(0.01)
+            await asyncio.sleep(0.01)
         super().read(offset, buffer)
 
 

@@ -91,7 +91,7 @@ HOLDING = """
             with open(f"{self.directory}/taken", "a") as file:
                 file.write(f"{offset}\\n")
             while os.path.exists(f"{self.directory}/hold"):
-                await ublk.uring_sleep(0.05)
+                await asyncio.sleep(0.05)
 """
 
 

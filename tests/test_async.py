@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: MIT
+"""Handlers that are coroutines: asyncio on the ring of a queue."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import gc
+import inspect
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+import ublk
+from tests.support import HERE, fio_verify, kernel, opened, read_at, write_at
+
+SIZE = 16 << 20
+
+
+class StandIn:
+    """What a queue needs of a device, without a driver: every tag has a READ of 4 KiB."""
+
+    def __init__(self, target, depth=4, operation=ublk.UBLK_IO_OP_READ):
+        self.target, self.id, self.zoned, self.share_memory, self.shared = target, 0, False, False, {}
+        self.info = SimpleNamespace(queue_depth=depth, max_io_buf_bytes=65536, flags=0)
+        self.control = SimpleNamespace(legacy=False)
+        self.desc_size, self.data_path = ublk.IO_DESC.size, ublk.MappedCopy
+        self.char_fd = os.open(os.devnull, os.O_RDWR)
+        self.wake_fd, self.wake_write = os.pipe()
+        memory = mmap.mmap(-1, max(depth * self.desc_size, mmap.PAGESIZE))
+        for tag in range(depth):
+            ublk.IO_DESC.pack_into(memory, tag * self.desc_size, operation, 8, 8 * tag, 0)
+        self.descriptors = [memory]
+
+    def close(self):
+        for fd in self.char_fd, self.wake_fd, self.wake_write:
+            os.close(fd)
+
+
+class NopQueue(ublk.Queue):
+    """NOPs stand in for the commands of tags: each that was answered has its next request at once."""
+
+    def __init__(self, device, rounds=1):
+        super().__init__(device, 0)
+        self.answers, self.left = [], [rounds] * self.depth
+
+    def command(self, slot, tag, *_, **__):
+        self.ring.prepare(slot, ublk.IORING_OP_NOP, user_data=tag)
+
+    def commit(self):
+        for tag in self._done:
+            self.answers.append((tag, self.results[tag]))
+            self.left[tag] -= 1
+        self._done = [tag for tag in self._done if self.left[tag]]
+        if not any(self.left):
+            self.ended.update(range(self.depth))
+        super().commit()
+
+    def collect(self, timeout=None):
+        self.commit()
+        return super().collect(0 if self.ended else timeout)
+
+
+def serve(target, rounds=1, **options):
+    """Serve some requests of each tag by a stand-in; return the queue."""
+    device = StandIn(target, **options)
+    queue = NopQueue(device, rounds)
+    try:
+        if hasattr(target, "start"):
+            queue.call(target.start, 0)
+        queue.fetch()
+        queue.run()
+        queue.wind_up()
+    finally:
+        queue.close()
+        device.close()
+    return queue
+
+
+def target_of(**methods):
+    """Make a target with these methods."""
+    return type("Mine", (ublk.Target,), {"size": SIZE, **methods})()
+
+
+def results_of(body):
+    """Run the coroutine function body as the handler of one READ; return the results of the request."""
+    async def read(target, offset, buffer):
+        await body(buffer)
+
+    return [result for _, result in serve(target_of(read=read), depth=1).answers]
+
+
+class Chain(ublk.Target):
+    """Each handler waits for its predecessor's event; the first comes last."""
+
+    size = SIZE
+
+    def __init__(self, length, apart=4096):
+        self.length, self.apart = length, apart
+
+    async def start(self, index):
+        self.events = [asyncio.Event() for _ in range(self.length)]
+
+    async def read(self, offset, buffer):
+        number = offset // self.apart
+        if number + 1 < self.length:
+            await self.events[number + 1].wait()
+        if number < self.length:
+            self.events[number].set()
+
+
+@pytest.mark.parametrize("length", [300, 512])
+def test_handlers_that_wait_for_each_other_are_all_answered(length):
+    answers = serve(Chain(length), depth=512).answers
+    assert sorted(answers) == [(tag, 4096) for tag in range(512)]
+
+
+def test_handlers_that_never_wait_are_answered_again_and_again():
+    async def read(target, offset, buffer):
+        buffer[:] = bytes([offset // 4096]) * len(buffer)
+
+    answers = serve(target_of(read=read), rounds=50, depth=16).answers
+    assert sorted(answers) == sorted([(tag, 4096) for tag in range(16)] * 50)
+
+
+def test_a_part_is_continued_by_coroutines_and_plain_methods():
+    def parts(target, offset, buffer):
+        target.seen.append((offset, len(buffer)))
+        return min(1536, len(buffer))
+
+    async def coroutine(target, offset, buffer):
+        await asyncio.sleep(0)
+        return parts(target, offset, buffer)
+
+    for read in parts, coroutine:
+        target = target_of(read=read, seen=[])
+        assert serve(target, depth=1).answers == [(0, 4096)]
+        assert target.seen == [(0, 4096), (1536, 2560), (3072, 1024)]
+
+
+@pytest.mark.parametrize("count", [-1, 4097, 0])
+def test_a_count_that_cannot_be_is_an_error(count):
+    async def read(target, offset, buffer):
+        return count
+
+    assert serve(target_of(read=read), depth=1).answers == [(0, -errno.EIO)]
+
+
+def test_a_plain_method_may_return_a_coroutine():
+    async def later(buffer):
+        await asyncio.sleep(0)
+
+    def read(target, offset, buffer):
+        return later(buffer)
+
+    assert sorted(serve(target_of(read=read), rounds=3).answers) == sorted([(t, 4096) for t in range(4)] * 3)
+
+
+def test_asyncio_never_comes_in_where_methods_are_plain():
+    program = inspect.cleandoc("""
+        import sys, ublk
+        from tests import test_async
+        for name in [name for name in sys.modules if name.partition(".")[0] == "asyncio"]:
+            del sys.modules[name]
+        def read(target, offset, buffer):
+            return min(1536, len(buffer))
+        queue = test_async.serve(test_async.target_of(read=read), rounds=3)
+        assert len(queue.answers) == 12 and "asyncio" not in sys.modules
+        sys.exit(7)
+        """)
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, check=False)
+    assert done.returncode == 7
+
+
+def test_streams_locks_and_threads_work_in_a_handler():
+    class Server(ublk.Target):
+        size = SIZE
+
+        async def start(self, index):
+            self.lock, self.count = asyncio.Lock(), 0
+            self.server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
+            self.reader, self.writer = await asyncio.open_connection(*self.server.sockets[0].getsockname())
+
+        async def talk(self, reader, writer):
+            while True:
+                number, = struct.unpack("=Q", await reader.readexactly(8))
+                writer.write(bytes([number // 4096 % 256]) * 4096)
+                await writer.drain()
+
+        async def read(self, offset, buffer):
+            async with self.lock:
+                self.writer.write(struct.pack("=Q", offset))
+                buffer[:] = await self.reader.readexactly(len(buffer))
+            loop = asyncio.get_running_loop()
+            assert await loop.run_in_executor(None, threading.get_native_id) != threading.get_native_id()
+            await asyncio.sleep(0.001)
+            self.count += buffer == bytes([offset // 4096 % 256]) * 4096
+
+    target = Server()
+    answers = serve(target, rounds=5, depth=32).answers
+    assert sorted(answers) == sorted([(tag, 4096) for tag in range(32)] * 5) and target.count == 160
+
+
+def test_an_operation_on_the_ring_reads_and_writes(tmp_path):
+    async def body(buffer):
+        fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+        words, back = array.array("Q", range(512)), array.array("Q", bytes(4096))
+        assert await ublk.uring_write(fd, words, 4096) == 4096      # bytes, not words
+        await ublk.uring_fsync(fd)
+        assert await ublk.uring_read(fd, back, 4096) == 4096
+        assert back == words
+        with pytest.raises(OSError) as info:
+            await ublk.uring_read(999, back, 0)
+        assert info.value.errno == errno.EBADF
+        os.close(fd)
+
+    assert results_of(body) == [4096]
+
+
+@pytest.mark.parametrize("buffer", [bytes(8), memoryview(bytearray(64))[::2], memoryview(b"x" * 8)],
+                         ids=["bytes", "scattered", "view of bytes"])
+def test_a_buffer_that_cannot_be_filled_is_refused(buffer):
+    async def body(_):
+        with pytest.raises(TypeError):
+            await ublk.uring_read(0, buffer, 0)
+
+    assert results_of(body) == [4096]
+
+
+def test_a_length_of_more_than_32_bits_is_refused():
+    async def body(_):
+        with mmap.mmap(-1, (1 << 32) + 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) as large:
+            with pytest.raises(ValueError, match="too many"):      # MAP_NORESERVE
+                await ublk.uring_write(0, large, 0)
+
+    assert results_of(body) == [4096]
+
+
+def test_a_buffer_cannot_be_resized_while_the_kernel_has_it():
+    async def body(_):
+        reader, writer = os.pipe()
+        buffer = bytearray(8)
+        reading = asyncio.ensure_future(ublk.uring_read(reader, buffer, 0))
+        await asyncio.sleep(0)
+        with pytest.raises(BufferError):
+            buffer.extend(b"more")
+        os.write(writer, b"12345678")
+        assert await reading == 8 and buffer == b"12345678"
+        buffer.extend(b"more")
+        os.close(reader)
+        os.close(writer)
+
+    assert results_of(body) == [4096]
+
+
+def test_more_operations_than_the_ring_has_room_for():
+    async def body(_):
+        pipes = [os.pipe() for _ in range(300)]
+        buffers = [bytearray(1) for _ in pipes]
+        reads = [asyncio.ensure_future(ublk.uring_read(pipe[0], buffer, 0))
+                 for pipe, buffer in zip(pipes, buffers)]
+        await asyncio.sleep(0)
+        for _, writer in pipes:
+            os.write(writer, b"!")
+        assert await asyncio.gather(*reads) == [1] * 300
+        for fd in sum(pipes, ()):
+            os.close(fd)
+
+    assert results_of(body) == [4096]
+
+
+def test_outside_a_queue_there_is_no_ring():
+    async def alone():
+        with pytest.raises(RuntimeError):
+            await ublk.uring_fsync(0)
+
+    asyncio.run(alone())
+
+
+def test_what_was_cancelled_takes_nothing_any_more():
+    """Neither the bytes nor the memory, whoever gets the descriptor's number next."""
+    async def body(_):
+        reader, writer = os.pipe()
+        buffer = bytearray(8)
+        for delay in 0, 0.01:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(ublk.uring_read(reader, buffer, 0), delay)
+        os.write(writer, b"12345678")
+        await asyncio.sleep(0.01)
+        assert buffer == bytes(8) and os.read(reader, 8) == b"12345678"
+        os.close(reader)
+        os.close(writer)
+
+    assert results_of(body) == [4096]
+
+
+class InFlight(ublk.Target):
+    """A read that waits for a pipe, in which nothing comes, when the queue is told to go."""
+
+    size = SIZE
+
+    def __init__(self):
+        self.reader, self.writer = os.pipe()
+        self.buffer, self.cancelled = None, 0
+        self.device = StandIn(self, depth=1)
+
+    async def start(self, index):
+        self.task = asyncio.ensure_future(self.wait(bytearray(8)))      # beside the requests
+
+    async def wait(self, buffer):
+        try:
+            await ublk.uring_read(self.reader, buffer, 0)
+        finally:
+            self.cancelled += 1
+
+    async def read(self, offset, buffer):
+        self.buffer = buffer
+        os.write(self.device.wake_write, b"!")
+        await self.wait(buffer)
+
+    def end(self):
+        for fd in self.reader, self.writer:
+            os.close(fd)
+        self.device.close()
+
+
+def test_a_queue_that_ends_waits_for_what_the_kernel_still_does():
+    target = InFlight()
+    queue = NopQueue(target.device)
+    queue.call(target.start, 0)
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    assert target.cancelled == 2 and not queue._operations and queue.answers == []
+    queue.close()
+    os.write(target.writer, b"late")
+    assert os.read(target.reader, 8) == b"late"
+    target.end()
+
+
+def test_memory_that_the_kernel_will_not_give_back_is_kept(monkeypatch):
+    kept = []
+    monkeypatch.setattr(ublk, "_left_behind", kept)
+    monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
+    monkeypatch.setattr(ublk.Queue, "cancel", lambda queue, number: None)   # as if it cannot be cancelled
+    target = InFlight()
+    queue = NopQueue(target.device)
+    queue.call(target.start, 0)
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    queue.close()
+    assert sorted(len(operation.memory) for operation in kept) == [8, 4096]
+    target.end()
+
+
+def test_a_descriptor_that_is_forgotten_may_become_another():
+    async def body(_):
+        loop, heard = asyncio.get_running_loop(), []
+        for turn in range(20):
+            reader, writer = os.pipe()
+            loop.add_reader(reader, heard.append, turn)
+            await asyncio.sleep(0.001)
+            loop.remove_reader(reader)
+            os.write(writer, b"!")
+            os.close(reader)
+            os.close(writer)
+        await asyncio.sleep(0.01)
+        assert heard == []
+
+    assert results_of(body) == [4096]
+
+
+def test_readiness_is_told_as_long_as_it_lasts():
+    async def body(_):
+        loop, heard = asyncio.get_running_loop(), []
+        reader, writer = os.pipe()
+        loop.add_reader(reader, lambda: heard.append(os.read(reader, 1)))
+        os.write(writer, b"abc")
+        while len(heard) < 3:
+            await asyncio.sleep(0)
+        loop.remove_reader(reader)
+        assert b"".join(heard) == b"abc"
+        loop.add_writer(writer, heard.append, "room")
+        while len(heard) < 5:
+            await asyncio.sleep(0)
+        assert heard[3:5] == ["room", "room"]
+        loop.remove_writer(writer)
+        os.close(reader)
+        os.close(writer)
+
+    assert results_of(body) == [4096]
+
+
+def test_a_task_beside_the_requests_that_fails_says_so(caplog):
+    async def fail():
+        raise OSError(errno.ENOMEDIUM, "the reason why")
+
+    async def read(target, offset, buffer):
+        target.task = asyncio.ensure_future(fail())
+        await asyncio.sleep(0)
+        target.task = None
+
+    assert serve(target_of(read=read), depth=1).answers == [(0, 4096)]
+    gc.collect()                        # for asyncio tells of it when the task is gone
+    assert "the reason why" in caplog.text
+
+
+def test_a_handler_that_fails_fails_its_request_alone(capfd):
+    async def read(target, offset, buffer):
+        await asyncio.sleep(0)
+        if offset == 0:
+            raise OSError(errno.ENOSPC, "full")
+        if offset == 4096:
+            raise SystemExit(3)
+
+    answers = serve(target_of(read=read)).answers
+    assert sorted(answers) == [(0, -errno.ENOSPC), (1, -errno.EIO), (2, 4096), (3, 4096)]
+
+
+def test_a_report_of_zones_may_be_a_coroutine():
+    async def report(target, offset, count):
+        await asyncio.sleep(0)
+        return [ublk.blk_zone(start=number) for number in range(count)]
+
+    target = target_of(report_zones=report)
+    queue = serve(target, depth=1, operation=ublk.UBLK_IO_OP_REPORT_ZONES)
+    assert queue.answers == [(0, 4096)]
+
+
+# ---- with a driver -------------------------------------------------------------------------------
+
+class Remote(ublk.Target):
+    """Memory behind asyncio streams, a lock and a thread, all in the loop of the requests."""
+
+    size = SIZE
+
+    def __init__(self):
+        self.data, self.closed = bytearray(SIZE), False
+
+    async def start(self, index):
+        self.lock = asyncio.Lock()
+        self.server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
+        self.reader, self.writer = await asyncio.open_connection(*self.server.sockets[0].getsockname())
+
+    async def talk(self, reader, writer):
+        while True:
+            offset, length, write = struct.unpack("=QQ?", await reader.readexactly(17))
+            if write:
+                self.data[offset:offset + length] = await reader.readexactly(length)
+            else:
+                writer.write(self.data[offset:offset + length])
+                await writer.drain()
+
+    async def read(self, offset, buffer):
+        async with self.lock:
+            self.writer.write(struct.pack("=QQ?", offset, len(buffer), False))
+            data = await self.reader.readexactly(len(buffer))
+        await asyncio.get_running_loop().run_in_executor(None, buffer.__setitem__, slice(None), data)
+
+    async def write(self, offset, buffer):
+        async with self.lock:
+            self.writer.write(struct.pack("=QQ?", offset, len(buffer), True) + buffer)
+            await self.writer.drain()
+
+    async def close(self):
+        self.writer.close()
+        await self.writer.wait_closed()
+        self.closed = True
+
+
+@kernel
+def test_a_disk_behind_asyncio_carries_fio_verify():
+    target = Remote()
+    with ublk.Device(target, depth=32, partition_scan=False) as disk:
+        fio_verify(disk.path)
+    assert target.closed
+
+
+@kernel
+def test_handlers_that_wait_for_each_other_leave_no_client_waiting():
+    # The scheduler holds back what is more than 256, and makes neighbours one request.
+    target = Chain(200, apart=8192)
+    with ublk.Device(target, depth=512, partition_scan=False) as disk, opened(disk.path) as fd:
+        found = []
+
+        def client(number):
+            found.append(len(read_at(fd, 8192 * number, 4096)))
+
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(200)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join(60)
+        assert found == [4096] * 200
+
+
+@kernel
+def test_each_queue_has_a_loop_of_its_own():
+    class Counts(ublk.Target):
+        size = SIZE
+        loops = {}
+        closed = []
+
+        async def start(self, index):
+            self.loops[index] = asyncio.get_running_loop()
+
+        async def read(self, offset, buffer):
+            assert asyncio.get_running_loop() in self.loops.values()
+
+        async def write(self, offset, buffer):
+            await asyncio.sleep(0.001)
+
+        async def close(self):
+            self.closed.append(asyncio.get_running_loop())
+
+    target = Counts()
+    with ublk.Device(target, queues=2, partition_scan=False) as disk, opened(disk.path) as fd:
+        count = disk.info.nr_hw_queues
+        assert len(set(target.loops.values())) == count
+        write_at(fd, 0, bytes(65536))
+        assert len(read_at(fd, 0, 65536)) == 65536
+    assert len(target.closed) == 1 and target.closed[0] in target.loops.values()
