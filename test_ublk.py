@@ -1035,7 +1035,7 @@ def test_requests_alike_may_end_in_every_way(batch):
             return None
 
         async def later(self, buffer):
-            await ublk.Operation(ublk.IORING_OP_NOP)
+            await ublk.operate(ublk.IORING_OP_NOP, -1)
 
         def read(self, offset, buffer):
             if self.mood != "nothing":
