@@ -88,7 +88,7 @@ def nothing_left(request):
     left = leftovers()
     if left:
         clean_up()
-    trouble = log.trouble()
+    trouble = log.trouble(request.node.name)
     log.close()
     assert not left, "the test left this behind"
     assert not trouble, "the kernel's log has this of the test"

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import json
 import mmap
 import os
@@ -24,6 +25,7 @@ import textwrap
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,6 +150,12 @@ def needs(*programs):
     missing = [program for program in programs if not shutil.which(program)]
     if missing:
         (pytest.fail if IN_LAB else pytest.skip)(f"not installed here: {', '.join(missing)}")
+
+
+def needs_module(name):
+    """Skip a test where a Python module that only testing needs is missing."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"not installed here: {name}")
 
 
 def at_least(release):
@@ -418,9 +426,9 @@ def watchdog(seconds, again=10):
 TROUBLE = re.compile(r"WARNING: |\bBUG\b|Oops|general protection fault|blocked for more than|Kernel panic|"
                      r"stall|lockup|refcount_t")
 
-# What the kernel may say: a pattern, the first release that no longer does, and why it is no fault of ours.
+# What the kernel may say: a pattern, the tests in which it may, and why it is no fault of ours.
 KNOWN_TROUBLE = [
-    (r"WARNING: .* ublk_ch_uring_cmd\+", "8.0",
+    (r"WARNING: .* ublk_ch_uring_cmd\+", "kill|half_a_server|^test_a_disk_(stopped|deleted)_while",
      "The driver knows whose a command is only once all tags of the queue (up to 6.15) or the tag (later) "
      "are fetched, and forgets it when the queue ends. Where a ring is closed with commands parked before or "
      "after, io_ring_exit_work() has ublk_uring_cmd_cancel_fn() find one whose task is another, which says "
@@ -452,11 +460,19 @@ class KernelLog:
             else:
                 found.append(record.partition(";")[2].partition("\n")[0])
 
-    def trouble(self):
-        """Return the messages since the last time that are warnings or worse, and none of those known."""
-        known = [pattern for pattern, release, _ in KNOWN_TROUBLE if not at_least(release)]
-        return [line for line in self.lines()
-                if TROUBLE.search(line) and not any(re.search(pattern, line) for pattern in known)]
+    def trouble(self, test):
+        """Return the messages since the last time that are warnings or worse, and not known of this test.
+
+        What is known becomes a warning of pytest's, which its summary shows beside the test's name.
+        """
+        known = [pattern for pattern, tests, _ in KNOWN_TROUBLE if re.search(tests, test)]
+        unknown = []
+        for line in filter(TROUBLE.search, self.lines()):
+            if any(re.search(pattern, line) for pattern in known):
+                warnings.warn(f"known in the kernel's log: {line}", stacklevel=1)
+            else:
+                unknown.append(line)
+        return unknown
 
     def close(self):
         """Forget about it."""

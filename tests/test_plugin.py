@@ -7,16 +7,19 @@ import os
 import re
 import shutil
 import sys
+from importlib import metadata
 
 import pytest
 
-from tests.support import HERE, kernel, sh
+import ublk
+from tests.support import HERE, kernel, needs_module, sh
 
 CONFTEST = """
 import pytest, ublk, ublk_targets
 pytest_plugins = ["ublk_targets"]
-ublk_targets.PATIENCE = 2                       # a hanging disk is given up soon
-ublk.Device.stop.__defaults__ = (2,)
+ublk_targets.PATIENCE = 1                       # a disk that hangs or is held is given up soon
+ublk.Device.stop.__defaults__ = (1,)
+ublk.delete.__defaults__ = (1, None)
 """
 
 SUITE = """
@@ -96,6 +99,14 @@ def test_leaving_a_disk_of_ones_own():
     LATER.append(device.stop)
 """
 
+# What the command that pip writes does.
+COMMAND = """
+import importlib.metadata, sys
+points = importlib.metadata.distribution("ublk").entry_points
+command, = (point for point in points if (point.group, point.name) == ("console_scripts", "ublk"))
+sys.exit(command.load()())
+"""
+
 OUTCOMES = {
     "disks": "PASSED",
     "folders": "PASSED",
@@ -140,17 +151,23 @@ def test_what_keeps_a_disk_is_named(said):
 
 @pytest.fixture
 def installed(tmp_path):
-    """A directory with what `pip install .` puts among the packages, as far as pytest looks at it."""
+    """A directory with what `pip install .` puts among the packages."""
+    needs_module("setuptools")
     path = tmp_path / "installed"
-    metadata = path / "ublk-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    for name in "ublk.py", "ublk_targets.py":
+    path.mkdir()
+    for name in "ublk.py", "ublk_targets.py", "pyproject.toml", "README.md", "LICENSE":
         shutil.copy(HERE / name, path)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: ublk\nVersion: 1.0\n")
-    table = re.search(r"^\[project\.entry-points\.(\w+)\]\n(\w+) = \"(\w+)\"",
-                      (HERE / "pyproject.toml").read_text(), re.M)
-    (metadata / "entry_points.txt").write_text("[{}]\n{} = {}\n".format(*table.groups()))
+    build = "import setuptools; setuptools.setup()"
+    sh(sys.executable, "-W", "ignore", "-c", build, "-q", "egg_info", cwd=path)
     return path
+
+
+def test_what_is_installed_is_two_modules_and_a_command_and_nothing_else(installed):
+    about, = metadata.distributions(name="ublk", path=[str(installed)])
+    assert about.read_text("top_level.txt").split() == ["ublk", "ublk_targets"]
+    assert (about.version, about.requires) == (ublk.__version__, None)
+    said = sh(sys.executable, "-c", COMMAND, "--version", cwd=installed).stdout
+    assert said == f"ublk.py {ublk.__version__}\n"
 
 
 @pytest.mark.parametrize("conftest", ["", CONFTEST], ids=["alone", "with-conftest"])

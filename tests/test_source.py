@@ -8,7 +8,6 @@ import ctypes
 import inspect
 import operator
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -74,10 +73,3 @@ def test_every_public_name_has_a_docstring_or_inherits_one():
     names = [name for name in definitions() if not is_kernel_structure(name)]
     assert len(names) > 100
     assert [name for name in names if not inspect.getdoc(operator.attrgetter(name)(ublk))] == []
-
-
-def test_packaging_names_the_modules_and_the_command():
-    text = (HERE / "pyproject.toml").read_text()
-    assert 'ublk = "ublk:main"' in text
-    assert 'py-modules = ["ublk", "ublk_targets"]' in text
-    assert re.search(r"^dependencies = \[\]$", text, re.M)

@@ -115,9 +115,18 @@ def test_a_warning_of_the_kernel_is_trouble(text):
         read.setblocking(False)
         log = KernelLog(read.fileno())
         said.send(b"6,1,2,-;ublk_drv: nothing to worry about\n SUBSYSTEM=block\n")
-        assert log.trouble() == []
+        assert log.trouble("test_anything") == []
         said.send(f"4,2,3,-;{text}\n".encode())
-        assert log.trouble() == [text]
+        assert log.trouble("test_anything") == [text]
+
+
+def test_what_is_known_of_a_kernel_is_shown_in_its_tests_and_trouble_in_others():
+    text = "WARNING: CPU: 0 PID: 12 at drivers/block/ublk_drv.c:1616 ublk_ch_uring_cmd+0xb6/0x160 [ublk_drv]"
+    log = KernelLog(-1)
+    log.lines = lambda: [text]
+    with pytest.warns(UserWarning, match="ublk_ch_uring_cmd"):
+        assert log.trouble("test_killed_while_it_starts[x]") == []
+    assert log.trouble("test_sizes") == [text]
 
 
 @kernel
