@@ -428,7 +428,7 @@ TROUBLE = re.compile(r"WARNING: |\bBUG\b|Oops|general protection fault|blocked f
 
 # What the kernel may say: a pattern, the tests in which it may, and why it is no fault of ours.
 KNOWN_TROUBLE = [
-    (r"WARNING: .* ublk_ch_uring_cmd\+", "kill|half_a_server|^test_a_disk_(stopped|deleted)_while",
+    (r"WARNING: .* ublk_ch_uring_cmd\+", "half-fetched|killed_while_it_starts.START-|half_a_server",
      "The driver knows whose a command is only once all tags of the queue (up to 6.15) or the tag (later) "
      "are fetched, and forgets it when the queue ends. Where a ring is closed with commands parked before or "
      "after, io_ring_exit_work() has ublk_uring_cmd_cancel_fn() find one whose task is another, which says "

@@ -67,7 +67,7 @@ def live_and_die(make, **options):
 
 
 @kernel
-@pytest.mark.parametrize("make, lives, options", [(Ram, 40, {"depth": 16}), (AsyncRam, 10, {"queues": 2}),
+@pytest.mark.parametrize("make, lives, options", [(Ram, 20, {"depth": 16}), (AsyncRam, 10, {"queues": 2}),
                                                   (ublk.Null, 10, {"queues": 2})])
 def test_many_lives_leave_nothing_behind(make, lives, options):
     # The allocator takes memory from the kernel in large steps, now and then; a leak would show each time.
