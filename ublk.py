@@ -674,10 +674,12 @@ class Control:
     features: the mask GET_FEATURES reports, or None before Linux 6.5.
     legacy: this kernel has only the bare opcodes of Linux 6.0 to 6.3.
 
+    enough: tells whether nobody waits for an answer any more.
+
     Every method raises UblkError with the kernel's errno, and ETIMEDOUT when a command does not
-    end in time: it is then cancelled and, where the kernel cannot cancel it, left behind with its
-    buffers kept alive. A signal whose handler raises cancels it, too. One Control may be used by
-    several threads.
+    end in time or it is enough: it is then cancelled and, where the kernel cannot cancel it, left
+    behind with its buffers kept alive. A signal whose handler raises cancels it, too. One Control
+    may be used by several threads.
     """
 
     def __init__(self) -> None:
@@ -692,6 +694,7 @@ class Control:
             os.close(self.fd)
             raise
         self._lock = threading.Lock()
+        self.enough: Callable[[], bool] = bool
         self._token = 0
         self._buffers: dict[int, Any] = {}      # what pending commands point at, by token
         self._results: dict[int, int] = {}
@@ -730,7 +733,7 @@ class Control:
     # ---- how a command is sent -----------------------------------------------------------------
 
     def _run(self, command: Command, dev_id: int, payload: Any = None, data: int = 0, what: str = "",
-             timeout: float = COMMAND_TIMEOUT, abort: Callable[[], bool] | None = None) -> int:
+             timeout: float = COMMAND_TIMEOUT) -> int:
         """Send one command; payload (a ctypes object) is sent and then filled with the answer."""
         what = what or command.name + (f" of device {dev_id}" if dev_id != -1 else "")
         if not -1 <= dev_id < MAX_DEVICES:      # cut to 32 bits it would mean another device
@@ -742,7 +745,7 @@ class Control:
             dev_id=dev_id & 0xFFFFFFFF, queue_id=0xFFFF, len=len(content), dev_path_len=len(path),
             addr=ctypes.addressof(buffer) if content else 0, data=(data,))
         with self._lock:
-            result = self._send(command, header, buffer, timeout, abort)
+            result = self._send(command, header, buffer, timeout)
         if result < 0:
             raise explain(command, -result, what)
         if payload is not None:
@@ -762,21 +765,20 @@ class Control:
                 return f"/dev/ublkc{dev_id}\0".encode()
         return b""
 
-    def _send(self, command: Command, header: Any, buffer: Any, timeout: float,
-              abort: Callable[[], bool] | None) -> int:
-        if abort and abort():
+    def _send(self, command: Command, header: Any, buffer: Any, timeout: float) -> int:
+        if self.enough():
             return -errno.ECANCELED
-        token = self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
-                             off=int(command) if self.legacy else command.encoded)
+        token = self._token + 1         # what _submit() gives it, which a signal's handler may leave
+        ended = False
         try:
-            late = not self._await(token, timeout, abort)
-        except BaseException:
-            self._cancel(token)
-            raise
-        if late:
-            self._cancel(token)
+            self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
+                         off=int(command) if self.legacy else command.encoded)
+            ended = self._await(token, timeout, self.enough)
+        finally:
+            if not ended:
+                self._cancel(token)
         result = self._results.pop(token, -errno.EINTR)
-        return -errno.ETIMEDOUT if late and result == -errno.EINTR else result
+        return result if ended or result != -errno.EINTR else -errno.ETIMEDOUT
 
     def _cancel(self, token: int) -> None:
         """Cancel a command, and give it a moment to end."""
@@ -792,12 +794,12 @@ class Control:
         self.ring.push(slot)
         return self._token
 
-    def _await(self, token: int, timeout: float, abort: Callable[[], bool] | None = None) -> bool:
-        """Wait until the command has ended; False when time is up or abort() says so."""
+    def _await(self, token: int, timeout: float, enough: Callable[[], bool] = bool) -> bool:
+        """Wait until the command has ended; False when time is up or it is enough."""
         deadline = time.monotonic() + timeout
         while token not in self._results:
             left = deadline - time.monotonic()
-            if left <= 0 or (abort and abort()):
+            if left <= 0 or enough():
                 return False
             self.ring.enter(1, timeout=min(left, 0.2))
             for done, result in zip(*self.ring.reap()):
@@ -825,8 +827,7 @@ class Control:
             dev_id=dev_id & 0xFFFFFFFF, ublksrv_flags=ublksrv_flags)
         whose = "a device" if dev_id < 0 else f"device {dev_id}"
         try:
-            self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=f"cannot create {whose}",
-                      abort=lambda: not signal.sigpending().isdisjoint(STOP_SIGNALS))
+            self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=f"cannot create {whose}")
         except UblkError as error:
             if error.errno == errno.EPERM:      # which kernels that know the flag do not answer to it
                 require(flags & UBLK_F_UNPRIVILEGED_DEV)
@@ -841,11 +842,10 @@ class Control:
         """DEL_DEV_ASYNC (6.9): the same without the wait; not for unprivileged devices."""
         self._run(UBLK_CMD_DEL_DEV_ASYNC, dev_id)
 
-    def start_dev(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT,
-                  abort: Callable[[], bool] | None = None) -> None:
+    def start_dev(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """START_DEV: show the disk. Waits until every tag is fetched; up to Linux 6.12 also until
         the partition table is read, so the queues must serve already. pid opened /dev/ublkcN."""
-        self._run(UBLK_CMD_START_DEV, dev_id, data=pid, timeout=timeout, abort=abort)
+        self._run(UBLK_CMD_START_DEV, dev_id, data=pid, timeout=timeout)
 
     def stop_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """STOP_DEV: take the disk away; waits for the requests the server holds."""
@@ -887,10 +887,9 @@ class Control:
         """START_USER_RECOVERY (6.1): make a device whose server is gone ready for a new one."""
         self._run(UBLK_CMD_START_USER_RECOVERY, dev_id)
 
-    def end_user_recovery(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT,
-                          abort: Callable[[], bool] | None = None) -> None:
+    def end_user_recovery(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """END_USER_RECOVERY (6.1): go on with a new server, all of whose tags are fetched."""
-        self._run(UBLK_CMD_END_USER_RECOVERY, dev_id, data=pid, timeout=timeout, abort=abort)
+        self._run(UBLK_CMD_END_USER_RECOVERY, dev_id, data=pid, timeout=timeout)
 
     def update_size(self, dev_id: int, size: int) -> None:
         """UPDATE_SIZE (6.16): change the size of a live disk, in bytes."""
@@ -2321,6 +2320,15 @@ PASSING = 3.0                   # seconds somebody may look at a disk without be
 LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")   # at every disk, for what is on it
 GRACE = 2.0                     # seconds a worker has to leave its loop when told to
 
+# What a Device has come to. It goes up from NEW to LIVE, leaving ADDING and ADDED out where it recovers a
+# disk, and down to GONE from wherever it is; from LIVE by ADDED, once its server has ended.
+NEW = "new"
+STARTING = "starting"           # it has asked the kernel for nothing that lasts
+ADDING = "adding"               # the kernel was asked for a device: its identity tells whether it is there
+ADDED = "added"                 # the device is there, and ours to delete
+LIVE = "live"                   # so is the disk, and its target's close() is due
+GONE = "gone"                   # the device is gone, or is not ours any more
+
 RECOVERY_MODES = {None: 0, "requeue": UBLK_F_USER_RECOVERY,
                   "reissue": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
                   "fail": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO}
@@ -2405,19 +2413,21 @@ class Worker(threading.Thread):
         super().__init__(name=f"ublk{device.id}q{index}", daemon=True)
         self.device, self.index, self.cpus = device, index, cpus
         self.queue: Queue | None = None
+        self.fetched = self.left = self.ended = self.given_up = False      # how far it has come
+        self._closes = threading.Lock()                                     # taken by who closes the queue
 
     def run(self) -> None:
         # Signals are for the main thread: one that a worker takes may not wake it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         failure = None
         try:
-            self.serve(lambda: self.device.report(ready=1))
+            self.serve()
         except BaseException as error:
             failure = error
-        self.device.report(ended=1, failure=failure)
+        self.device.report(self, None if self.given_up else failure)
 
-    def serve(self, ready: Callable[[], object]) -> None:
-        """Serve the queue until the device ends; call ready() once requests can arrive."""
+    def serve(self) -> None:
+        """Serve the queue until the device ends."""
         io_flusher()
         if self.cpus:
             os.sched_setaffinity(0, self.cpus)
@@ -2431,12 +2441,12 @@ class Worker(threading.Thread):
             queue.fetch()
             if self.device.partx_scans:
                 set_admin(True)
-            ready()
+            self.fetched = True
             queue.run()
         finally:
-            if not self.device.abandoned:
+            if not self.given_up:
                 self.end(queue)
-            if not self.device.abandoned:
+            if self._closes.acquire(blocking=False):
                 queue.close()
 
     def end(self, queue: Queue) -> None:
@@ -2444,14 +2454,18 @@ class Worker(threading.Thread):
         queue.closing = True
         try:
             close = getattr(self.device.target, "close", None)
-            if self.device.last_to_leave() and inspect.iscoroutinefunction(close):
+            if self.device.last_to_leave(self) and inspect.iscoroutinefunction(close):
                 queue.call(close)
         finally:
             queue.wind_up()
 
-    def kill(self) -> None:
-        """Take the requests from a handler that does not return: the kernel fails them."""
-        if self.queue is not None:
+    def give_up(self) -> None:
+        """Wait for its end, then take the requests from a handler that does not return: they fail."""
+        if self.ident is None:          # it could not be started
+            return
+        self.join(GRACE)
+        if self.queue is not None and self._closes.acquire(blocking=False):
+            self.given_up = True
             self.queue.path.abandon()
             self.queue.close()
 
@@ -2482,7 +2496,6 @@ class Device:
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         self.directory = os.getcwd()                    # where the words may name files
         self.words = words or (type(target).__name__, [], {})
-        self.on_added: Callable[[int], object] = bool   # called once the device has its number
         self.follows = False                            # whether somebody calls follow_size() again and again
         self.size = self.refused = 0                    # the disk's, and what the target could not have
         self.refusal = ""
@@ -2493,16 +2506,21 @@ class Device:
         self.descriptors: list[mmap.mmap] = []
         self.shared: dict[int, memoryview] = {}         # memory shared with clients, by its index
         self.failure: BaseException | None = None
-        self.abandoned = self._added = self._serving = False
+        self.interrupted = ""                           # why it is to end, where somebody has said so
+        self.state = NEW
         self._control: Control | None = None
         self._workers: list[Worker] = []
         self._scanner: Any = None                       # the process that looks for partitions
-        self._changed = threading.Condition()
-        self._ending = threading.RLock()                # held by the one thread that ends all this
-        self._ready = self._left = self._ended = 0
+        self._lock = threading.Lock()                   # held for a moment, while workers end
+        self._life = threading.RLock()                  # held by the one thread that changes the state
+        self._changing = False                          # whether it does
+        # Free once the end has come. A lock may be released by a signal's handler; an Event or a Condition
+        # may not be touched by one, nor be left by an exception that it raises.
+        self._over = threading.Lock()
+        self._over.acquire()
 
     def __enter__(self) -> Device:
-        if not self._serving or self.abandoned:
+        if self.state is not LIVE:
             self.start()
         return self
 
@@ -2527,11 +2545,6 @@ class Device:
         return f"/dev/ublkb{self.id}"
 
     @property
-    def serving(self) -> bool:
-        """Whether the disk is there, or was before it was stopped."""
-        return self._serving
-
-    @property
     def partx_scans(self) -> bool:
         """Whether partx looks for partitions instead of the kernel, which does so quietly since 7.0."""
         # Up to 6.x it reads them inside START_DEV. If the server is killed in that moment, START_DEV
@@ -2548,48 +2561,77 @@ class Device:
 
     def start(self) -> None:
         """Create the device, serve it and wait until the disk is there. A Device lives once."""
-        self._only_once()
         check_limits(self)
-        self._take(self.stop, partial(self._add, params_of(self.target, self.max_io)), self._serve,
-                   lambda: self._go_live(self.control.start_dev), self._scan)
+        add = partial(self._add, params_of(self.target, self.max_io))
+        live = partial(self._go_live, "start_dev")
+        self._alone(self._go_up, self._take_away, add, self._serve, live, self._scan)
 
-    def _only_once(self) -> None:
-        """Refuse a second life: START_DEV after STOP_DEV on one open node crashes older kernels."""
-        if self._serving or self.abandoned:
-            raise UblkError(errno.EALREADY, f"device {self.id}", "this Device was started before",
-                            "make a new Device")
+    def _alone(self, change: Callable[..., None], *words: Any) -> None:
+        """Change the state; every other thread that would has to wait.
 
-    def _take(self, undo: Callable[[], None], *steps: Callable[[], object]) -> None:
+        Nothing is done where a signal's handler comes in between: what it has interrupted goes on.
+        """
+        with self._life:
+            if self._changing:
+                return
+            try:
+                self._changing = True
+                change(*words)
+            finally:
+                self._changing = False
+
+    def _go_up(self, undo: Callable[[], None], *steps: Callable[[], object]) -> None:
         """Take the steps to a disk. If one fails, undo them, and raise what it failed of."""
+        what = f"device {self.id}"
+        if self.state is not NEW:       # START_DEV after STOP_DEV on one open node crashes older kernels
+            raise UblkError(errno.EALREADY, what, "this Device was started before", "make a new Device")
+        self.control.enough = partial(self.wait, 0)
+        self.state = STARTING
+        atexit.register(self.__exit__, SystemExit)
+        _served.add(self)               # before a target's start() can fork
         try:
             for step in steps:
                 step()
+            self.control.enough = bool
         except BaseException as error:
-            cause = self.failure
+            cause = self._cause() if self.wait(0) else error
+            self.control.enough = bool
             try:
                 undo()
             except UblkError as left:
-                say(f"device {self.id} is left behind: {left}")
-            if cause is not None and isinstance(error, UblkError):
+                say(f"{what} is left behind: {left}")
+            if isinstance(error, UblkError):
                 raise cause from None
             raise
+
+    def _cause(self) -> BaseException:
+        """Return why the end has come before the disk was there."""
+        what = f"device {self.id}"
+        if self.failure is not None:
+            return self.failure
+        if self.interrupted:
+            return UblkError(errno.EINTR, what, f"{self.interrupted} before the disk was there",
+                             "see `ublk.py list`")
+        return UblkError(errno.ENODEV, what, "it was stopped before it was there")
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, unless the end comes: then raise why."""
+        if self.wait(seconds):
+            raise self._cause()
 
     def _add(self, params: Any) -> None:
         """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
         flags = self._flags()
         check_flags(flags, self.control.features)
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:        # or a signal's handler would leave a device behind that nobody has heard of
-            self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags,
-                                             self.identity)
-            self.id, self._added = self.info.dev_id, True
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        self.on_added(self.id)
+        self.state = ADDING
+        self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags, self.identity)
+        self.id = self.info.dev_id
+        self.state = ADDED
+        forget_state(self.id)       # of an earlier device of that number, and its log
         self.size = self.target.size
         save_state(self)            # first of all, for who cleans up should this server die at once
         require(flags & ~self.info.flags)
-        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK)
+        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK, self._pause)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
         lost = params.types & ~self.control.get_params(self.id).types
@@ -2628,7 +2670,7 @@ class Device:
     def _serve(self) -> None:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
         self.data_path = next(path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0)
-        self.char_fd = open_char(self.id)
+        self.char_fd = open_char(self.id, pause=self._pause)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
         size, apart = (-(-depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE      # in whole pages
@@ -2637,21 +2679,18 @@ class Device:
             self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
             self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
-        _served.add(self)               # before a target's start() can fork
         for worker in self._workers:
             try:
                 worker.start()
             except RuntimeError as error:
                 raise UblkError(errno.EAGAIN, f"the server of device {self.id}", str(error),
                                 "allow more threads (ulimit -u, pids.max)") from None
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._ready == count)
-        if self.failure is not None:
-            raise self.failure
+        while not all(worker.fetched for worker in self._workers):
+            self._pause(0.005)
 
-    def report(self, ready: int = 0, ended: int = 0, failure: BaseException | None = None) -> None:
-        """Hear from a worker. One that failed leaves a device that is deaf: end the others too."""
-        if failure is not None and not self.abandoned:
+    def report(self, worker: Worker, failure: BaseException | None) -> None:
+        """Hear that a worker has ended. One that failed leaves a device that is deaf: end the others too."""
+        if failure is not None:
             number = -failed(failure)
             if not isinstance(failure, UblkError):
                 reason = getattr(failure, "strerror", "") or f"{type(failure).__name__}: {failure}"
@@ -2659,37 +2698,34 @@ class Device:
                 failure.__cause__ = cause
             self.failure = failure
             self._wake_workers()
-        with self._changed:
-            self._ready += ready
-            self._ended += ended
-            if self.failure is not None and self._ended == len(self._workers):
-                self._close_files()         # the kernel fails the requests that died with a worker
-            self._changed.notify_all()
+        worker.ended = True
+        if self.failure is not None and not self._is_served():
+            self._close_files()         # the kernel fails the requests that died with a worker
+        self._end_waits()
 
-    def last_to_leave(self) -> bool:
+    def _is_served(self) -> bool:
+        """Tell whether there are workers that have not ended."""
+        return not all(worker.ended for worker in self._workers)
+
+    def last_to_leave(self, worker: Worker) -> bool:
         """Hear from a worker that its queue is served no more; tell whether all of a disk's have left."""
-        with self._changed:
-            self._left += 1
-            return self._serving and self._left == len(self._workers)
+        with self._lock:
+            worker.left = True
+            return self.state is LIVE and all(other.left for other in self._workers)
 
     def _wake_workers(self) -> None:
         """Tell every queue to leave its loop; a worker's report may close the pipe meanwhile."""
-        with self._changed:
+        with self._lock:
             if self.wake_write >= 0:
                 os.write(self.wake_write, b"!")
 
-    def _go_live(self, command: Callable[..., None]) -> None:
-        """START_DEV or END_USER_RECOVERY; raises UblkError if somebody took the device away meanwhile."""
-        try:        # then it is not sent: kernels before 7.3 would make a disk nobody serves, or crash
-            command(self.id, os.getpid(), abort=lambda: self._ended > 0)
-        except UblkError:
-            if not self._ended:
-                raise
-        if self._ended:
-            raise UblkError(errno.ENODEV, f"device {self.id}", "it was stopped before it was there")
-        await_node(self.path, os.R_OK)
-        self._serving = True
-        atexit.register(self.stop)
+    def _go_live(self, command: str) -> None:
+        """START_DEV or END_USER_RECOVERY; not where somebody took the device away meanwhile."""
+        # Kernels before 7.3 would make a disk nobody serves, or crash.
+        getattr(self.control, command)(self.id, os.getpid())
+        await_node(self.path, os.R_OK, self._pause)
+        self._pause(0)
+        self.state = LIVE
 
     def _scan(self) -> None:
         """Have partx(8), which every Linux has, look for partitions where the kernel does not."""
@@ -2701,14 +2737,11 @@ class Device:
                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except FileNotFoundError:
             return
-        self._await_scanner(NODE_TIMEOUT, lambda: self._ended > 0)      # a handler may never return
+        becomes(self._is_scanned, NODE_TIMEOUT, self._pause)      # a handler may never return
 
-    def _await_scanner(self, seconds: float, enough: Callable[[], bool] = bool) -> None:
-        """Wait for the end of partx, so many seconds or until it is enough."""
-        deadline = time.monotonic() + seconds
-        while self._scanner and self._scanner.poll() is None and not enough() \
-                and time.monotonic() <= deadline:
-            time.sleep(0.005)
+    def _is_scanned(self) -> bool:
+        """Tell whether partx has ended, or never began."""
+        return self._scanner is None or self._scanner.poll() is not None
 
     # ---- from a disk without a server back to one with -------------------------------------------
 
@@ -2726,10 +2759,8 @@ class Device:
 
     def resume(self) -> None:
         """What recover() does, for a Device that was not started."""
-        self._only_once()
-        self._take(self.detach, self._adopt, self._serve,
-                   lambda: self._go_live(self.control.end_user_recovery))
-        self._added = True
+        live = partial(self._go_live, "end_user_recovery")
+        self._alone(self._go_up, self._let_go, self._adopt, self._serve, live)
 
     def _adopt(self) -> None:
         """Take over what the kernel knows of the device, once it is ready for a new server."""
@@ -2773,14 +2804,28 @@ class Device:
             if waited > 1.0 and not lives and not told:
                 told = True
                 say(f"waiting for the kernel to notice that the server of device {self.id} is gone")
-            time.sleep(0.02)
+            self._pause(0.02)
 
     # ---- the end ---------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the server has ended (somebody stopped the disk, or a queue failed)."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._ended > 0, timeout)
+        """Wait until the server has ended (somebody stopped the disk, or a queue failed), or is to end."""
+        over = self._over.acquire(timeout=-1 if timeout is None else max(timeout, 0))
+        if over:
+            self._end_waits()
+        return over
+
+    def _end_waits(self) -> None:
+        with contextlib.suppress(RuntimeError):     # they have ended before
+            self._over.release()
+
+    def interrupt(self, reason: str) -> None:
+        """Have wait() return, and a start() that is under way fail for this reason.
+
+        All that a signal's handler may do with a Device; whoever waits then has to stop() it.
+        """
+        self.interrupted = self.interrupted or reason
+        self._end_waits()
 
     def share(self, memory: mmap.mmap, read_only: bool = False) -> int:
         """Share memory with clients (7.1): direct I/O from and to these pages is not copied.
@@ -2815,14 +2860,12 @@ class Device:
     def follow_size(self) -> None:
         """Where somebody else changed the disk's size, have the target follow, or change it back."""
         size = disk_size(self.id)
-        if size in (0, self.size):
-            return
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)       # each for when this is done
-        try:
-            self._follow(size)
-            save_state(self)            # where `resize` looks for the answer
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if size not in (0, self.size):
+            try:
+                self._follow(size)
+                save_state(self)            # where `resize` looks for the answer
+            except OSError as error:        # no reason to take a disk away
+                say(f"device {self.id}: {error_line(error)}")
 
     def _follow(self, size: int) -> None:
         try:
@@ -2842,22 +2885,43 @@ class Device:
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
 
-        Handlers get timeout seconds to end what they are doing, then their requests fail. Raises
-        UblkError (EBUSY) that names who still holds the disk open: the device goes when they close it.
+        Handlers get timeout seconds to end what they are doing, then their requests fail. Any thread may
+        call it, but those of the handlers. Raises UblkError (EBUSY) that names who still holds the disk
+        open: the device goes when they close it.
         """
-        with self._ending:
-            try:
-                ends = self._ended < len(self._workers) or not self._serving
-                if self._added and ends and is_same(self.control, self.id, self.identity):
-                    self._stop_disk(timeout)
-                self._release()
-                if self._added:
-                    self._added = False
-                    delete(self.control, self.id, identity=self.identity)
-            finally:
-                self.detach()
+        refuse(threading.current_thread() in self._workers, f"device {self.id}",
+               "a handler cannot wait for its own end", "call interrupt() there, and stop() elsewhere")
+        self.interrupt("stopped")
+        self._alone(self._take_away, timeout)
+
+    def detach(self) -> None:
+        """End the server but not the device, which waits for a new one if it can be recovered."""
+        self._alone(self._let_go)
+
+    def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
+        """Go down to GONE. What a KeyboardInterrupt keeps from it is done the next time."""
+        try:
+            if self.state in (ADDED, LIVE) and self._is_served():
+                self._stop_disk(timeout)
+        finally:
+            self._let_go(self._delete)
+
+    def _let_go(self, delete: Callable[[], object] = bool) -> None:
+        """Go down to GONE, and leave to the kernel what it has of the device, or delete it."""
+        self._end_server()
+        try:
+            if self.state is LIVE:
+                self.state = ADDED
+                close = getattr(self.target, "close", bool)
+                if not inspect.iscoroutinefunction(close):      # else the last queue's loop has done it
+                    close()
+        finally:
+            delete()
+            self._forget()
 
     def _stop_disk(self, timeout: float) -> None:
+        if not is_same(self.control, self.id, self.identity):
+            return
         try:
             self.control.stop_dev(self.id, timeout)
         except UblkError as error:
@@ -2866,46 +2930,42 @@ class Device:
             elif error.errno not in (errno.ENODEV, errno.ENOENT):       # it is gone, or its node is
                 raise
 
-    def detach(self) -> None:
-        """End the server but not the device, which waits for a new one if it can be recovered."""
-        with self._ending:
-            self._release()
-            if self._control is not None:
-                self._control.close()
-                self._control = None
-                close = getattr(self.target, "close", bool)
-                if not inspect.iscoroutinefunction(close):      # else the last queue's loop has done it
-                    close()
-
-    def _release(self) -> None:
+    def _end_server(self) -> None:
         """End the workers and give back everything that refers to /dev/ublkcN."""
-        atexit.unregister(self.stop)
         self._wake_workers()
         for worker in self._workers:
-            if worker.ident is not None:        # else it could not be started
-                worker.join(GRACE)
-        self.abandoned = True
-        for worker in self._workers:
-            if worker.is_alive():
-                worker.kill()
+            worker.give_up()
         self._close()
-        self._await_scanner(GRACE)
+        becomes(self._is_scanned, GRACE)
 
-    def disown(self) -> None:
-        """Give up what a forked child inherited of the device: it is its parent's to serve."""
-        self._changed = threading.Condition()       # another thread may have held it at the fork
-        atexit.unregister(self.stop)
-        for worker in self._workers:
-            if worker.queue is not None:
-                worker.queue.close()
-        self._close()
-        self._added, self.abandoned = False, True
+    def _delete(self) -> None:
+        """Delete what ADD_DEV has made, or may have made."""
+        try:
+            if self.state is ADDING:
+                clean_up(self.identity)
+            if self.state is ADDED:
+                delete(self.control, self.id, identity=self.identity)
+        except UblkError:           # told once is enough
+            self._forget()
+            raise
+
+    def _forget(self) -> None:
+        self.state = GONE
+        atexit.unregister(self.__exit__)
         if self._control is not None:
             self._control.close()
             self._control = None
 
+    def disown(self) -> None:
+        """Give up what a forked child inherited of the device: it is its parent's to serve."""
+        self._life, self._lock = threading.RLock(), threading.Lock()    # another thread may have had them
+        for worker in self._workers:
+            if worker.queue is not None:
+                worker.queue.close()
+        self._close()
+        self._forget()
+
     def _close(self) -> None:
-        _served.discard(self)
         self._workers.clear()
         for view in self.shared.values():
             view.release()
@@ -2914,7 +2974,7 @@ class Device:
 
     def _close_files(self) -> None:
         """Give back everything that refers to /dev/ublkcN."""
-        with self._changed:
+        with self._lock:
             for mapping in self.descriptors:
                 mapping.close()
             self.descriptors.clear()
@@ -2996,15 +3056,22 @@ def disk_size(dev_id: int) -> int:
         return 0
 
 
-def await_node(path: str, mode: int) -> None:
-    """Wait until udev has made a device node and, for ordinary users, handed it over."""
-    deadline, pause = time.monotonic() + NODE_TIMEOUT, 0.001
-    while not is_usable(path, mode):
+def becomes(condition: Callable[[], bool], seconds: float,
+            pause: Callable[[float], object] = time.sleep) -> bool:
+    """Wait for a condition, so many seconds at most; tell whether it is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
         if time.monotonic() > deadline:
-            number = errno.EACCES if os.path.exists(path) else errno.ENOENT
-            raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
-        time.sleep(pause)
-        pause = min(2 * pause, 0.1)
+            return False
+        pause(0.005)
+    return True
+
+
+def await_node(path: str, mode: int, pause: Callable[[float], object] = time.sleep) -> None:
+    """Wait until udev has made a device node and, for ordinary users, handed it over."""
+    if not becomes(lambda: is_usable(path, mode), NODE_TIMEOUT, pause):
+        number = errno.EACCES if os.path.exists(path) else errno.ENOENT
+        raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
 
 
 def is_usable(path: str, mode: int) -> bool:
@@ -3017,7 +3084,8 @@ def is_usable(path: str, mode: int) -> bool:
         return False
 
 
-def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT) -> int:
+def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT,
+              pause: Callable[[float], object] = time.sleep) -> int:
     """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it."""
     deadline = time.monotonic() + timeout
     while True:
@@ -3028,7 +3096,7 @@ def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT) -> int:
                 raise
         if time.monotonic() > deadline:
             raise served_already(dev_id) from None
-        time.sleep(0.02)
+        pause(0.02)
 
 
 def map_descriptors(char_fd: int, dev_id: int, size: int, offset: int) -> mmap.mmap:
@@ -3763,18 +3831,13 @@ class Started:
             os.close(self.news)
             self.news = -1
 
-    def added(self, device: Device, dev_id: int) -> None:
-        """The device has its number, and the kernel has decided what it is to be."""
-        with contextlib.suppress(OSError):
-            os.unlink(log_path(dev_id))         # of an earlier device of that number
+    def live(self, device: Device) -> None:
+        """The disk is there: tell its path, or with --json all about it, and what the kernel made of it."""
         if device.unprivileged:
             say("note: a disk of an ordinary user has no partitions and no recovery, and a request that "
                 "takes 30 seconds ends its server")
         if device.info.nr_hw_queues < device.queues:
             say(f"note: {device.info.nr_hw_queues} queues, one for each processor, not {device.queues}")
-
-    def live(self, device: Device) -> None:
-        """The disk is there: tell its path, or with --json all about it."""
         text = device.path
         if self.json:
             import json
@@ -3793,15 +3856,6 @@ class Started:
         os.chdir("/")
 
 
-class Stopped(BaseException):
-    """SIGINT, SIGTERM or SIGHUP: take the disk away."""
-
-
-def stop_now(number: int, frame: Any) -> NoReturn:
-    """Raise Stopped, as the handler of a signal."""
-    raise Stopped(f"ended by {signal.Signals(number).name}")
-
-
 def on_signals(action: Any) -> None:
     """Have the signals that end a server call action; but what nohup(1) ignores stays ignored."""
     for number in STOP_SIGNALS:
@@ -3811,11 +3865,13 @@ def on_signals(action: Any) -> None:
 
 def serve(device: Device, start: Callable[[], object], started: Started) -> None:
     """Serve a device until a signal takes it away or somebody else stops or detaches it."""
-    on_signals(stop_now)
+    def note(number: int, frame: Any) -> None:
+        device.interrupt(f"ended by {signal.Signals(number).name}")
+
+    on_signals(note)
     device.follows = True
-    device.on_added = partial(started.added, device)
-    try:
-        start()
+    start()
+    with device:                # whatever happens now, the disk does not stay behind without a server
         started.live(device)
         notify(f"READY=1\nSTATUS=serving {device.path}")
         # Not without end: a signal that comes just before a wait for ever would not end it.
@@ -3823,19 +3879,11 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
         while not device.wait(pause):
             notify("WATCHDOG=1")
             device.follow_size()
-    except Stopped as told:
-        on_signals(lambda number, frame: None)      # it is on its way
         notify("STOPPING=1")
-        served = device.serving
-        device.stop()
-        if not served:
-            raise UblkError(errno.EINTR, f"device {device.id}", f"{told} before the disk was there",
-                            "see `ublk.py list`") from None
-        return
-    failure = device.failure
-    if failure is not None and not device.info.flags & UBLK_F_USER_RECOVERY:
-        device.stop()
-    device.detach()
+        failure = device.failure
+        lasts = failure is None or device.info.flags & UBLK_F_USER_RECOVERY
+        if lasts and not device.interrupted:
+            device.detach()
     if device.id not in device_ids():
         forget_state(device.id)
     if failure is not None:
@@ -3897,20 +3945,21 @@ def in_background(run: Callable[[Started], None], started: Started, inherited: S
                 os.close(fd)
         to_the_end(run, started)
     os.close(started.news)
-    on_signals(lambda number, frame: os.kill(child, number))
-    news = hear(reader, child)
+    end = os.pidfd_open(child)
+    on_signals(lambda number, frame: pass_on(number, end))
+    news, trouble = hear(reader, end), None
     os.close(reader)
-    try:
-        if news.startswith("live "):
+    if news.startswith("live "):
+        try:
             print(news[5:], flush=True)
             return 0
-    except OSError:         # nobody hears of the disk: then there shall be none
-        os.kill(child, signal.SIGTERM)
-        os.waitpid(child, 0)
-        raise
+        except OSError as error:    # nobody hears of the disk: then there shall be none
+            trouble = error
+            os.kill(child, signal.SIGTERM)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    on_signals(stop_now)
     clean_up(identity)
+    if trouble is not None:
+        raise trouble
     if news == "failed":
         return code
     raise UblkError(errno.ECHILD, "the server died before the disk was there",
@@ -3918,19 +3967,22 @@ def in_background(run: Callable[[Started], None], started: Started, inherited: S
                     "" if -code in STOP_SIGNALS else "see the kernel's log")
 
 
-def hear(reader: int, child: int) -> str:
-    """Return the line a child process tells through a pipe, or what it told of one before its end."""
-    text, end = b"", os.pidfd_open(child)       # a helper of the child's may keep the pipe open
-    try:
-        while not text.endswith(b"\n"):
-            # Not without end: a signal that comes just before would not be passed on.
-            ready = select.select([reader, end], [], [], 1.0)[0]
-            piece = os.read(reader, 1 << 16) if reader in ready else b""
-            if ready and not piece:
-                break
-            text += piece
-    finally:
-        os.close(end)
+def pass_on(number: int, process: int) -> None:
+    """Send a signal to a process that may have ended, of which we have a pidfd."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, number)
+
+
+def hear(reader: int, end: int) -> str:
+    """Return the line a process tells through a pipe, or what it told of one before its end (a pidfd)."""
+    text = b""
+    while not text.endswith(b"\n"):        # a helper that it has started may keep the pipe open
+        # Not without end: a signal that comes just before would not be passed on.
+        ready = select.select([reader, end], [], [], 1.0)[0]
+        piece = os.read(reader, 1 << 16) if reader in ready else b""
+        if ready and not piece:
+            break
+        text += piece
     return text.decode().rstrip("\n")
 
 
@@ -3955,7 +4007,7 @@ def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
     except SystemExit as end:       # of the parser of a target's words, which has told why
         status = 2 if end.code else 0
     except BaseException as error:
-        if not isinstance(error, (Stopped, Usage)):
+        if not isinstance(error, Usage):
             failed(error)
         say(error_line(error))
         status = 2 if isinstance(error, Usage) else 1
@@ -4089,12 +4141,9 @@ def quiesce(options: Any) -> None:
         require(UBLK_F_QUIESCE & ~(control.features or 0))
         control.get_dev_info(options.id)
         control.quiesce_dev(options.id, options.timeout)
-        deadline = time.monotonic() + SERVER_TIMEOUT
-        while control.get_dev_info(options.id).state == UBLK_S_DEV_LIVE:
-            if time.monotonic() > deadline:
-                raise UblkError(errno.ETIMEDOUT, f"device {options.id}", "its server does not leave",
-                                "end it, then `ublk.py recover` the device")
-            time.sleep(0.01)
+        if not becomes(lambda: control.get_dev_info(options.id).state != UBLK_S_DEV_LIVE, SERVER_TIMEOUT):
+            raise UblkError(errno.ETIMEDOUT, f"device {options.id}", "its server does not leave",
+                            "end it, then `ublk.py recover` the device")
 
 
 def resize(options: Any) -> None:
@@ -4344,7 +4393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:         # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (OSError, Stopped, KeyboardInterrupt) as error:
+    except (OSError, KeyboardInterrupt) as error:
         if "--debug" in words:
             raise
         say(error_line(error))

@@ -103,7 +103,7 @@ def serve(output: str, words: list[str]) -> int:
             profiler.runcall(original, self, *arguments)
         finally:
             profiler.dump_stats(output)
-    ublk.Worker.serve = profiled    # type: ignore[method-assign, assignment]
+    ublk.Worker.serve = profiled    # type: ignore[method-assign]
     return ublk.main(words)
 
 

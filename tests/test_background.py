@@ -25,6 +25,7 @@ from tests.support import (
     kernel,
     kill_under_load,
     opened,
+    replace,
     sh,
     state_of,
     target_file,
@@ -119,11 +120,19 @@ def test_a_helper_that_outlives_a_failed_server_keeps_nobody_waiting(tmp_path):
 
 
 @kernel
-@pytest.mark.parametrize("mode", ["", "--background"])
-def test_a_disk_of_which_nobody_can_be_told_is_taken_away(mode):
-    done = shell(f"$UBLK null {mode} >/dev/full")
-    assert done.returncode == 1 and "ENOSPC" in done.stderr
-    assert devices_left() == []
+@pytest.mark.parametrize("mode", [[], ["--background"]], ids=["foreground", "background"])
+def test_a_disk_of_which_nobody_can_be_told_is_taken_away(tmp_path, mode):
+    kept = tmp_path / "kept.log"            # for when this fails: the log itself goes with the device
+
+    def change():
+        def leave(self, dev_id, leave=ublk.Started.leave):
+            leave(self, dev_id)
+            os.link(ublk.log_path(dev_id), kept)
+        replace(ublk.Started, leave=leave)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    done = verb("null", *mode, change=change)
+    assert done.status == 1 and "ENOSPC" in done.err
+    assert devices_left() == [], kept.read_text() if kept.exists() else done.err
 
 
 @kernel

@@ -99,7 +99,7 @@ def test_del_refuses_a_disk_in_use_and_names_its_users(run, tmp_path, held, monk
             assert_error_line(done.err, errno.EBUSY, says=who)
             with opened(disk.path, os.O_RDONLY) as fd:
                 assert len(read_at(fd, 0, 4096)) == 4096        # nothing was stopped
-        assert disk.serving
+        assert disk.state == ublk.LIVE
 
 
 @kernel
@@ -112,7 +112,7 @@ def test_the_user_of_a_partition_is_named(run, tmp_path, monkeypatch):
         with by_a_mount(partition, tmp_path) as who:
             done = run("del", disk.id)
             assert_error_line(done.err, errno.EBUSY, says=who)
-        assert disk.serving
+        assert disk.state == ublk.LIVE
 
 
 @kernel

@@ -47,9 +47,10 @@ def during(name):
     """Return a change that has the process die while a command waits for the tags not fetched."""
     method = getattr(ublk.Control, name)
 
-    def dying(self, dev_id, pid, abort):
+    def dying(self, dev_id, pid):
         calls = iter([False])               # the first look is before the command goes to the kernel
-        method(self, dev_id, pid, abort=lambda: next(calls, True) and die())
+        self.enough = lambda: next(calls, True) and die()
+        method(self, dev_id, pid)
 
     def change():
         half_fetched(bool)()

@@ -337,6 +337,85 @@ def test_the_end_of_a_process_takes_its_disks_along(tmp_path):
 
 
 @kernel
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_program_that_ends_with_its_disk_open_ends_as_it_would(status):
+    program = f"""
+        import sys, tests.support, ublk
+        ublk.delete.__defaults__ = (1.0, None)
+        device = ublk.Device(tests.support.Ram())
+        device.start()
+        kept = open(device.path, "rb")
+        sys.exit({status})
+    """
+    done = sh(sys.executable, "-c", textwrap.dedent(program), check=False, cwd=HERE)
+    assert_error_line(done.stderr, errno.EBUSY, says="held open by")
+    assert done.returncode == status
+    until(lambda: devices_left() == [], "the device to go with who held it")
+
+
+@kernel
+@pytest.mark.parametrize("command", ["add_dev", "set_params", "start_dev", "stop_dev", "del_dev"])
+def test_ctrl_c_around_any_command_leaves_nothing(command, monkeypatch):
+    send, disk = getattr(ublk.Control, command), ublk.Device(Ram())
+
+    def disturbed(self, *words, **more):
+        monkeypatch.setattr(ublk.Control, command, send)
+        send(self, *words, **more)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(ublk.Control, command, disturbed)
+    with pytest.raises(KeyboardInterrupt), disk:
+        pass
+    disk.stop()                     # what the end of the program would do
+    assert devices_left() == []
+
+
+@kernel
+def test_a_command_that_is_left_before_it_is_sent_is_not_sent_later(control, monkeypatch):
+    push = ublk.Ring.push
+
+    def disturbed(ring, slot):
+        monkeypatch.setattr(ublk.Ring, "push", push)
+        push(ring, slot)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(ublk.Ring, "push", disturbed)
+    with pytest.raises(KeyboardInterrupt):
+        control.add_dev(-1, 1, 4, 65536, 0)
+    before = devices_left()
+    assert error_of(control.get_params, 12345) == errno.ENODEV
+    after = devices_left()
+    for dev_id in after:
+        control.del_dev(dev_id)
+    assert before == after
+
+
+@kernel
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_disk_is_stopped_from_other_threads_while_it_starts(threads):
+    class Slow(Ram):
+        """Never begins to serve, until it is let go."""
+
+        begun, go = threading.Event(), threading.Event()
+
+        def start(self, index):
+            self.begun.set()
+            self.go.wait(1)
+
+    disk = ublk.Device(Slow())
+
+    def stop():
+        disk.target.begun.wait()
+        disk.stop()
+    stops = [threading.Thread(target=stop) for _ in range(threads)]
+    for thread in stops:
+        thread.start()
+    text = message(disk.start)
+    for thread in stops:
+        thread.join()
+    assert "stopped before the disk was there" in text
+    assert devices_left() == []
+
+
+@kernel
 def test_each_queue_stays_on_the_processors_whose_requests_it_gets(control):
     tasks = {}
 

@@ -114,7 +114,7 @@ def test_a_bad_map_fails_its_request_and_no_other(tmp_path, data_path, astray):
             assert error_of(read_at, fd, 4096, 4096) == errno.EIO
             target.astray = None
             assert read_at(fd, 4096, 4096) == b"g" * 4096
-            assert disk.serving
+            assert disk.state == ublk.LIVE
 
 
 class Discards(ublk.Target):
@@ -148,7 +148,7 @@ def test_a_request_of_more_than_2_gib_ends_well(monkeypatch, make):
         assert max(lengths) >= 2 << 30, "no request was large enough"
         assert sum(lengths) == 3 << 30
         assert read_at(fd, 0, 4096) == bytes(4096)
-        assert disk.serving
+        assert disk.state == ublk.LIVE
 
 
 @kernel
@@ -196,8 +196,8 @@ class OneFails(Ram):
 @kernel
 @pytest.mark.parametrize("options", [[], pytest.param(["--batch"], marks=since("7.0"))], ids=str)
 def test_a_queue_told_to_go_before_it_fetched_goes(options, monkeypatch):
-    killed, kill, wake = [], ublk.Worker.kill, ublk.Device._wake_workers
-    monkeypatch.setattr(ublk.Worker, "kill", lambda worker: killed.append(worker) or kill(worker))
+    killed, abandon, wake = [], ublk.MappedCopy.abandon, ublk.Device._wake_workers
+    monkeypatch.setattr(ublk.MappedCopy, "abandon", lambda path: killed.append(path) or abandon(path))
     monkeypatch.setattr(ublk.Device, "_wake_workers", lambda device: (wake(device), OneFails.told.set()))
     OneFails.told.clear()
     disk = Forked("ram", "--size", "1M", "--queues=2", "-r", "reissue", *options).live()

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -331,7 +330,7 @@ def test_a_signal_ends_a_server_that_recovers(backing):
     def change():
         def wait(self, what):
             print("RECOVERING", file=sys.stderr)
-            time.sleep(60)
+            self._pause(60)
         replace(ublk.Device, _await_end_of_server=wait)
     disk = Forked("recover", orphan("loop", backing, "-r", "requeue").id, change=change)
     until(lambda: "RECOVERING" in disk.said())
@@ -384,10 +383,10 @@ def test_who_waits_for_a_server_takes_it_along(tmp_path, number, options):
     """)
 
     def change():
-        def stop(self, stop=ublk.Device.stop):
+        def interrupt(self, reason, interrupt=ublk.Device.interrupt):
+            interrupt(self, reason)
             Path(tmp_path, "stopping").touch()
-            stop(self)
-        replace(ublk.Device, stop=stop)
+        replace(ublk.Device, interrupt=interrupt)
     waiting = Forked(path, tmp_path, "--background", *options, change=change)
     until(Path(tmp_path, "started").exists)
     assert waiting.kill(number) == 1

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""The states of a Device, up and down, whatever comes in between: tried without a driver."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import signal
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+import ublk
+from tests.support import Ram, error_of, message, until
+
+
+class Target(Ram):
+    """Counts how often it is closed."""
+
+    closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+class Driver:
+    """Stands in for Control and the driver behind it."""
+
+    def __init__(self):
+        self.features, self.legacy, self.devices = (1 << 64) - 1, False, {}
+        self.enough, self.happens, self.lock = bool, {}, threading.Lock()
+        self.fd = os.open(os.devnull, os.O_RDWR)
+
+    def close(self):
+        pass
+
+    __enter__ = __exit__ = lambda self, *_: self
+
+    def __getattr__(self, name):
+        """Make any other command: it has no effect, but for what is to happen in it."""
+        return lambda *words: self.command(name)
+
+    def command(self, name, effect=bool):
+        assert self.lock.acquire(timeout=10), "a command within a command, which would wait for ever"
+        try:
+            if self.enough():
+                raise ublk.UblkError(errno.ECANCELED, name)
+            effect()
+            self.happens.pop(name, bool)()
+        finally:
+            self.lock.release()
+
+    def add_dev(self, dev_id, queues, depth, max_io, flags, identity):
+        def add():
+            self.devices[7] = identity
+        self.command("add_dev", add)
+        return ublk.ublksrv_ctrl_dev_info(
+            dev_id=7, nr_hw_queues=queues, queue_depth=depth, max_io_buf_bytes=max_io, flags=flags,
+            ublksrv_flags=identity)
+
+    def get_dev_info(self, dev_id):
+        if dev_id not in self.devices:
+            raise ublk.UblkError(errno.ENODEV, "no device")
+        return ublk.ublksrv_ctrl_dev_info(dev_id=dev_id, ublksrv_flags=self.devices[dev_id])
+
+    def get_params(self, dev_id):
+        return ublk.ublk_params(types=(1 << 32) - 1)
+
+    def get_queue_affinity(self, dev_id, queue):
+        return set()
+
+    def del_dev(self, dev_id, timeout=0):
+        self.command("del_dev", lambda: self.devices.pop(dev_id))
+
+    def waits(self, name):
+        """Have a command wait for nothing but that it is enough."""
+        waiting = threading.Event()
+
+        def wait():
+            waiting.set()
+            until(self.enough, "the end of the wait", 10)
+            raise ublk.UblkError(errno.ETIMEDOUT, name)
+        self.happens[name] = wait
+        return waiting
+
+
+def serves(worker):
+    """Serve as a Worker does, but nothing."""
+    if hasattr(worker.device.target, "start"):
+        worker.device.target.start(worker.index)
+    worker.fetched = True
+    select.select([worker.device.wake_fd], [], [])
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver that is not there."""
+    found = Driver()
+    monkeypatch.setattr(ublk, "Control", lambda: found)
+    monkeypatch.setattr(ublk, "device_ids", lambda: list(found.devices))
+    monkeypatch.setattr(ublk, "open_char", lambda dev_id, **_: os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr(ublk, "map_descriptors", lambda fd, dev_id, size, offset: mmap.mmap(-1, size))
+    monkeypatch.setattr(ublk, "is_usable", lambda path, mode: True)
+    monkeypatch.setattr(ublk.Worker, "serve", serves)
+    yield found
+    os.close(found.fd)
+    assert found.devices == {}
+    until(lambda: not any(thread.name.startswith("ublk7q") for thread in threading.enumerate()))
+
+
+def new(target=None, **options):
+    return ublk.Device(target or Target(), unprivileged=False, **options)
+
+
+# ---- up ------------------------------------------------------------------------------------------
+
+COMMANDS = ["add_dev", "set_params", "start_dev"]
+
+
+def fails():
+    raise ublk.UblkError(errno.ENOMEM, "no")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_target_is_closed_by_the_one_device_that_went_live_with_it(driver, command):
+    target = Target()
+    driver.happens[command] = fails
+    assert error_of(new(target).start) == errno.ENOMEM
+    assert (target.closed, driver.devices) == (0, {})
+    with new(target) as disk:
+        assert target.closed == 0
+    disk.stop()
+    disk.detach()
+    assert target.closed == 1
+
+
+def test_a_target_of_a_disk_that_was_let_go_is_closed_once(driver):
+    disk = new()
+    disk.start()
+    disk.detach()
+    disk.stop()
+    assert disk.target.closed == 1
+    assert driver.devices.pop(7) == disk.identity
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_a_start_ends_when_the_start_is_interrupted(driver, command):
+    disk, waiting = new(), driver.waits(command)
+    threading.Thread(target=lambda: waiting.wait() and disk.interrupt("it rains")).start()
+    assert "it rains before the disk was there (4 EINTR): see `ublk.py list`" in message(disk.start)
+
+
+@pytest.mark.parametrize("place", ["a node", "the char device", "a target", "partx", "recovery"])
+def test_every_wait_of_a_start_ends_when_it_is_interrupted(driver, monkeypatch, place):
+    disk, release = new(), threading.Event()
+    if place == "a node":
+        monkeypatch.setattr(ublk, "is_usable", lambda path, mode: False)
+    elif place == "the char device":
+        monkeypatch.undo()
+        monkeypatch.setattr(ublk, "Control", lambda: driver)
+        monkeypatch.setattr(ublk, "await_node", lambda *_: None)
+        monkeypatch.setattr(os, "open", busy(os.open))
+    elif place == "a target":
+        disk.target.start = lambda index: release.wait()
+    elif place == "partx":
+        driver.features &= ~ublk.UBLK_F_NO_AUTO_PART_SCAN
+        monkeypatch.setattr(disk, "_is_scanned", bool)
+    else:
+        driver.devices[7] = 1
+        disk.id, disk.start = 7, disk.resume
+        monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
+            dev_id=7, ublksrv_flags=1, flags=ublk.UBLK_F_USER_RECOVERY, ublksrv_pid=os.getpid(), state=1))
+        monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(disk.target, 4096))
+    monkeypatch.setattr(ublk, "GRACE", 0.1)
+    threading.Timer(0.2, disk.interrupt, ["it rains"]).start()
+    text = message(disk.start)
+    release.set()
+    assert "it rains before the disk was there" in text
+    assert (disk.state, driver.devices) == (ublk.GONE, {7: 1} if place == "recovery" else {})
+    driver.devices.clear()
+
+
+def busy(system_open):
+    """Return an open() for which the device is another's."""
+    def open(path, *words, **more):
+        if str(path).startswith("/dev/ublkc"):
+            raise OSError(errno.EBUSY, "busy")
+        return system_open(path, *words, **more)
+    return open
+
+
+def test_whoever_stops_a_device_that_starts_ends_the_start(driver):
+    disk, waiting = new(), driver.waits("start_dev")
+    stops = [threading.Thread(target=lambda: waiting.wait() and disk.stop()) for _ in range(3)]
+    for thread in stops:
+        thread.start()
+    assert "stopped before the disk was there" in message(disk.start)
+    for thread in stops:
+        thread.join()
+
+
+def test_a_worker_that_ends_while_the_disk_starts_ends_the_start(driver):
+    disk = new()
+    driver.happens["start_dev"] = lambda: (disk._wake_workers(), disk.wait())
+    assert "it was stopped before it was there" in message(disk.start)
+
+
+# ---- down ----------------------------------------------------------------------------------------
+
+def interrupts():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("command", ["add_dev", "set_params", "start_dev", "stop_dev", "del_dev"])
+def test_ctrl_c_in_any_command_leaves_nothing(driver, command):
+    disk = new()
+    driver.happens[command] = lambda: driver.happens.pop(command, None) or interrupts()
+    with pytest.raises(KeyboardInterrupt), disk:
+        pass
+    disk.stop()                     # as at the end of the program, had it not been done
+    assert (disk.state, driver.devices) == (ublk.GONE, {})
+
+
+def test_a_handler_of_a_signal_may_stop_what_is_being_stopped(driver):
+    disk = new()
+    old = signal.signal(signal.SIGUSR1, lambda *_: disk.stop())
+    try:
+        driver.happens["stop_dev"] = lambda: signal.raise_signal(signal.SIGUSR1)
+        with disk:
+            pass
+        assert disk.target.closed == 1
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+
+
+def test_a_handler_of_a_request_cannot_stop_its_disk(driver):
+    disk, told = new(), []
+    disk.target.start = lambda index: told.append(message(disk.stop))
+    with disk:
+        assert "call interrupt() there" in told[0]
+
+
+def test_an_error_of_a_targets_close_does_not_keep_the_device(driver):
+    disk = new()
+    disk.target.close = lambda: 1 // 0
+    with pytest.raises(ZeroDivisionError), disk:
+        pass
+    assert driver.devices == {}
+
+
+def test_a_forked_child_takes_no_lock_that_another_thread_held(driver):
+    with new() as disk:
+        with disk._lock, disk._life:
+            child = in_child(lambda: (disk.disown(), disk.stop()))
+        assert child == 0 and driver.devices == {7: disk.identity}
+
+
+def in_child(function):
+    """Call a function in a forked child, in a thread of its own; return its exit status, or None."""
+    forked, status = [], []
+
+    def fork():
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            function()
+            os._exit(0)
+        forked.append(child)
+        status.append(os.waitpid(child, 0)[1])
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+    return status[0]
+
+
+class Kept:
+    """A queue whose handler goes on until it is released, and then ends by itself."""
+
+    def __init__(self, device, index):
+        self.closed, self.path, self.closing = 0, SimpleNamespace(abandon=bool), False
+        device.queue = self
+
+    def fetch(self):
+        pass
+
+    def run(self):
+        self.released.wait()
+
+    def wind_up(self):
+        pass
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("when", ["join", "is_alive", "never"])
+def test_every_queue_is_closed_once_however_late_its_worker_ends(driver, monkeypatch, when):
+    monkeypatch.setattr(ublk.Worker, "serve", SERVE)
+    monkeypatch.setattr(ublk, "Queue", Kept)
+    monkeypatch.setattr(ublk, "GRACE", 0.05)
+    Kept.released = threading.Event()
+    original = getattr(ublk.Worker, when, None)
+
+    def ends(worker, *words):
+        result = original(worker, *words)
+        Kept.released.set()
+        threading.Thread.join(worker)
+        return result and worker.is_alive()
+    if when != "never":
+        monkeypatch.setattr(ublk.Worker, when, ends)
+    with new() as disk:
+        workers = [*disk._workers]
+    Kept.released.set()
+    for worker in workers:
+        threading.Thread.join(worker)
+    assert disk.queue.closed == 1
+
+
+SERVE = ublk.Worker.serve
+
+
+# ---- servers -------------------------------------------------------------------------------------
+
+class Moment:
+    """Sends a signal before the given step of this thread, counted from when count() is called."""
+
+    def __init__(self, number):
+        self.number, self.steps = number, -1
+
+    def trace(self, frame, event, arg):
+        frame.f_trace_opcodes = True
+        if event == "opcode" and self.steps >= 0:
+            self.steps += 1
+            if self.steps == self.number:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGTERM)
+        return self.trace
+
+    def count(self, *_):
+        self.steps = 0
+
+
+@pytest.fixture
+def handlers():
+    """Have the handlers of signals be as they were."""
+    old = {number: signal.getsignal(number) for number in ublk.STOP_SIGNALS}
+    yield
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_at_any_moment_takes_the_disk_away(driver, handlers, monkeypatch):
+    monkeypatch.setenv("WATCHDOG_USEC", "2000")         # so that waiting is short
+    for number in range(1, 400, 2):
+        moment, disk = Moment(number), new()
+        sys.settrace(moment.trace)
+        try:
+            ublk.serve(disk, disk.start, SimpleNamespace(live=moment.count))
+        finally:
+            sys.settrace(None)
+        assert (disk.state, disk.target.closed, driver.devices) == (ublk.GONE, 1, {})
+
+
+def test_an_error_of_a_server_does_not_leave_its_disk_behind(driver, handlers):
+    def fails(disk):
+        raise OSError(errno.ENOSPC, "no room")
+    disk = new()
+    assert error_of(ublk.serve, disk, disk.start, SimpleNamespace(live=fails)) == errno.ENOSPC
+    assert (disk.state, disk.target.closed, driver.devices) == (ublk.GONE, 1, {})
+
+
+def test_what_nohup_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ublk.on_signals(signal.default_int_handler)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
+
+
+def test_a_signal_for_a_server_that_has_ended_is_for_nobody():
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    end = os.pidfd_open(child)
+    os.waitpid(child, 0)
+    ublk.pass_on(signal.SIGTERM, end)
+    os.close(end)
+
+
+def test_a_state_file_that_cannot_be_written_does_not_end_a_server(driver, monkeypatch, capsys):
+    def full(device):
+        raise OSError(errno.ENOSPC, "no room")
+    with new() as disk:
+        monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
+        monkeypatch.setattr(ublk, "save_state", full)
+        disk.follow_size()
+    assert "ENOSPC" in capsys.readouterr().err
