@@ -2594,25 +2594,22 @@ class Device:
                 step()
             self.control.enough = bool
         except BaseException as error:
-            cause = self._cause() if self.wait(0) else error
+            over = isinstance(error, UblkError) and self.wait(0)
+            cause = self._cause() if over else error
             self.control.enough = bool
             try:
                 undo()
             except UblkError as left:
                 say(f"{what} is left behind: {left}")
-            if isinstance(error, UblkError):
-                raise cause from None
-            raise
+            raise cause from cause.__cause__
 
     def _cause(self) -> BaseException:
         """Return why the end has come before the disk was there."""
-        what = f"device {self.id}"
         if self.failure is not None:
             return self.failure
-        if self.interrupted:
-            return UblkError(errno.EINTR, what, f"{self.interrupted} before the disk was there",
-                             "see `ublk.py list`")
-        return UblkError(errno.ENODEV, what, "it was stopped before it was there")
+        number = errno.EINTR if self.interrupted else errno.ENODEV
+        reason = f"{self.interrupted or 'it was stopped'} before the disk was there"
+        return UblkError(number, f"device {self.id}", reason, "see `ublk.py list`")
 
     def _pause(self, seconds: float) -> None:
         """Sleep, unless the end comes: then raise why."""
@@ -2699,13 +2696,9 @@ class Device:
             self.failure = failure
             self._wake_workers()
         worker.ended = True
-        if self.failure is not None and not self._is_served():
+        if self.failure is not None and all(worker.ended for worker in self._workers):
             self._close_files()         # the kernel fails the requests that died with a worker
         self._end_waits()
-
-    def _is_served(self) -> bool:
-        """Tell whether there are workers that have not ended."""
-        return not all(worker.ended for worker in self._workers)
 
     def last_to_leave(self, worker: Worker) -> bool:
         """Hear from a worker that its queue is served no more; tell whether all of a disk's have left."""
@@ -2901,7 +2894,7 @@ class Device:
     def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
         """Go down to GONE. What a KeyboardInterrupt keeps from it is done the next time."""
         try:
-            if self.state in (ADDED, LIVE) and self._is_served():
+            if self.state in (ADDED, LIVE) and any(worker.is_alive() for worker in self._workers):
                 self._stop_disk(timeout)
         finally:
             self._let_go(self._delete)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import signal
 import socket
@@ -129,7 +130,7 @@ def test_a_disk_of_which_nobody_can_be_told_is_taken_away(tmp_path, mode):
             leave(self, dev_id)
             os.link(ublk.log_path(dev_id), kept)
         replace(ublk.Started, leave=leave)
-        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        sys.stdout = io.TextIOWrapper(open("/dev/full", "wb", 0), write_through=True)
     done = verb("null", *mode, change=change)
     assert done.status == 1 and "ENOSPC" in done.err
     assert devices_left() == [], kept.read_text() if kept.exists() else done.err

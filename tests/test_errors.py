@@ -299,7 +299,7 @@ def test_a_device_that_was_stopped_before_its_start_is_not_started(capfd):
             assert self.wait(60)
 
     text = message(Hasty(Ram()).start)
-    assert_error_line(f"ublk: {text}\n", errno.ENODEV, says="it was stopped before it was there")
+    assert_error_line(f"ublk: {text}\n", errno.ENODEV, says="it was stopped before the disk was there")
     assert devices_left() == []
 
 

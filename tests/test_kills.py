@@ -189,7 +189,7 @@ def test_a_disk_deleted_while_it_starts(tmp_path, recovery):
     until(lambda: len(threads_of(disk.pid)) == 1, "the queue to end")
     (tmp_path / "go").touch()
     assert disk.wait() == 1
-    assert_error_line(disk.said(), errno.ENODEV, says="stopped before it was there")
+    assert_error_line(disk.said(), errno.ENODEV, says="stopped before the disk was there")
     assert other.wait() == 0, other.said()
     assert devices_left() == []
     with Forked("null") as disk:                # and the driver is whole
@@ -207,6 +207,6 @@ def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
     until(lambda: len(threads_of(disk.pid)) == 1, "the queue to end")
     (tmp_path / "go").touch()
     assert disk.wait() == 1
-    assert_error_line(disk.said(), errno.ENODEV, says="stopped before it was there")
+    assert_error_line(disk.said(), errno.ENODEV, says="stopped before the disk was there")
     assert run("del", 0).status == 0
     assert_nothing_stuck()

@@ -206,7 +206,7 @@ def test_whoever_stops_a_device_that_starts_ends_the_start(driver):
 def test_a_worker_that_ends_while_the_disk_starts_ends_the_start(driver):
     disk = new()
     driver.happens["start_dev"] = lambda: (disk._wake_workers(), disk.wait())
-    assert "it was stopped before it was there" in message(disk.start)
+    assert "it was stopped before the disk was there" in message(disk.start)
 
 
 # ---- down ----------------------------------------------------------------------------------------
@@ -314,6 +314,7 @@ def test_every_queue_is_closed_once_however_late_its_worker_ends(driver, monkeyp
         monkeypatch.setattr(ublk.Worker, when, ends)
     with new() as disk:
         workers = [*disk._workers]
+    assert disk.queue.closed == 1
     Kept.released.set()
     for worker in workers:
         threading.Thread.join(worker)
