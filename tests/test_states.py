@@ -330,11 +330,11 @@ class Moment:
     """Sends a signal before the given step of this thread, counted from when count() is called."""
 
     def __init__(self, number):
-        self.number, self.steps = number, -1
+        self.number, self.steps = number, 0
 
     def trace(self, frame, event, arg):
         frame.f_trace_opcodes = True
-        if event == "opcode" and self.steps >= 0:
+        if event == "opcode":
             self.steps += 1
             if self.steps == self.number:
                 sys.settrace(None)
@@ -342,7 +342,9 @@ class Moment:
         return self.trace
 
     def count(self, *_):
-        self.steps = 0
+        frame = sys._getframe(1)
+        frame.f_trace, frame.f_trace_opcodes = self.trace, True
+        sys.settrace(self.trace)
 
 
 @pytest.fixture
@@ -358,7 +360,6 @@ def test_a_signal_at_any_moment_takes_the_disk_away(driver, handlers, monkeypatc
     monkeypatch.setenv("WATCHDOG_USEC", "2000")         # so that waiting is short
     for number in range(1, 400, 2):
         moment, disk = Moment(number), new()
-        sys.settrace(moment.trace)
         try:
             ublk.serve(disk, disk.start, SimpleNamespace(live=moment.count))
         finally:
