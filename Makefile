@@ -27,10 +27,13 @@ profile: ## where the server's time goes, per I/O [TARGET="null --batch" only th
 mutants: ## break the program in many small ways, see that the tests notice each [K=word only lines of lab/mutants.txt with it]
 	@$(PYTHON) lab/mutants.py $(if $(K),"$(K)")
 
+measure: ## how large and how dense the product's files are, chapter by chapter
+	@$(PYTHON) lab/measure.py
+
 lint: ## ruff, mypy, nothing newer than Python 3.9 (vermin), a list of mutants that fits the tree
 	@$(LAB) lint
 
 clean: ## remove what Python left in the work tree
 	@rm -rf __pycache__ lab/__pycache__ tests/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help run test mutants soak lab bench profile lint clean
+.PHONY: help run test mutants soak lab bench profile measure lint clean

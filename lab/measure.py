@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""How large and how dense the product's files are, chapter by chapter.
+
+    measure.py [FILE...]
+
+Tokens are Python's own, without comments, docstrings and ends of lines; a code line is one with a token. Prose is
+what docstrings and comments take of all lines that are not blank.
+"""
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
+            tokenize.ENDMARKER}
+BANNER = re.compile(r"# =+\n# (.+)\n# =+\n")
+
+
+def docstring_lines(tree: ast.Module) -> set[int]:
+    """Return the numbers of all lines that are docstrings."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node) is not None:
+                first = node.body[0]
+                lines.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return lines
+
+
+def tokens_by_line(source: str, without: set[int]) -> Counter[int]:
+    """Return how many tokens stand in each line."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return Counter(token.start[0] for token in tokens
+                   if token.type not in NOT_CODE and token.start[0] not in without)
+
+
+def report(path: Path) -> None:
+    """Print the measures of a file, then those of its chapters."""
+    source = path.read_text()
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    docs = docstring_lines(tree)
+    tokens = tokens_by_line(source, docs)
+    prose = docs | {number for number, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
+    print(f"{path.name}: {len(lines)} lines, {len(functions)} functions, "
+          f"{sum(lengths) / max(len(lengths), 1):.1f} lines on average, the longest {max(lengths, default=0)}")
+    print(f"{'tokens':>8} {'code lines':>11} {'a line':>7} {'prose':>6}")
+    starts = [(source[:found.start()].count("\n") + 1, found[1]) for found in BANNER.finditer(source)]
+    chapters = [(1, "all of it"), *starts] if starts else [(1, "all of it")]
+    ends = [len(lines), *(start - 1 for start, _ in starts[1:]), len(lines)]
+    for (start, title), end in zip(chapters, ends):
+        here = range(start, end + 1)
+        code = [tokens[number] for number in here if tokens[number]]
+        told = len(prose.intersection(here))
+        print(f"{sum(code):8,} {len(code):11,} {sum(code) / max(len(code), 1):7.1f} "
+              f"{told / max(told + len(code), 1):6.0%}  {title}")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or [str(PROJECT / "ublk.py"), str(PROJECT / "ublk_targets.py")]:
+        report(Path(name))
