@@ -3,8 +3,8 @@
 
     measure.py [FILE...]
 
-Tokens are Python's own, without comments, docstrings and ends of lines; a code line is one with a token. Prose is
-what docstrings and comments take of all lines that are not blank.
+Tokens are Python's own, without comments, docstrings and ends of lines; a code line is one with a token.
+Prose is what docstrings and comments take of all lines that are not blank.
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from collections import Counter
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
-            tokenize.ENDMARKER}
+NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+            tokenize.ENCODING, tokenize.ENDMARKER}
 BANNER = re.compile(r"# =+\n# (.+)\n# =+\n")
 
 
@@ -48,7 +48,8 @@ def report(path: Path) -> None:
     docs = docstring_lines(tree)
     tokens = tokens_by_line(source, docs)
     prose = docs | {number for number, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
     print(f"{path.name}: {len(lines)} lines, {len(functions)} functions, "
           f"{sum(lengths) / max(len(lengths), 1):.1f} lines on average, the longest {max(lengths, default=0)}")
