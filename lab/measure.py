@@ -51,8 +51,9 @@ def report(path: Path) -> None:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     lengths = [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
+    average = sum(lengths) / max(len(lengths), 1)
     print(f"{path.name}: {len(lines)} lines, {len(functions)} functions, "
-          f"{sum(lengths) / max(len(lengths), 1):.1f} lines on average, the longest {max(lengths, default=0)}")
+          f"{average:.1f} lines on average, the longest {max(lengths, default=0)}")
     print(f"{'tokens':>8} {'code lines':>11} {'a line':>7} {'prose':>6}")
     starts = [(source[:found.start()].count("\n") + 1, found[1]) for found in BANNER.finditer(source)]
     chapters = [(1, "all of it"), *starts] if starts else [(1, "all of it")]
