@@ -421,6 +421,7 @@ IORING_OP_FALLOCATE, IORING_OP_READ, IORING_OP_WRITE = 17, 22, 23
 IORING_OP_SEND, IORING_OP_RECV, IORING_OP_URING_CMD = 26, 27, 46
 IORING_FSYNC_DATASYNC, IORING_URING_CMD_MULTISHOT, IORING_RSRC_REGISTER_SPARSE = 1, 2, 1
 IOSQE_IO_LINK, IOSQE_BUFFER_SELECT, IOSQE_CQE_SKIP_SUCCESS = 1 << 2, 1 << 5, 1 << 6
+RWF_DSYNC = 2                   # linux/fs.h: the write ends when it is durable
 
 io_sqring_offsets = structure(
     "io_sqring_offsets", "u32 head tail ring_mask ring_entries flags dropped array resv1, u64 user_addr")
@@ -511,6 +512,7 @@ class Ring:
         self._views = [self.sqes, self._array, self._cq64, self._cq32, cqes, words, self._ring_bytes]
         self._sq_mask, self._cq_mask = params.sq_entries - 1, params.cq_entries - 1
         self._tail = 0                  # SQEs pushed
+        self._was_cut = False
         self._timeout = timespec()
         self._wait_arg = io_uring_getevents_arg()
         self._to_submit, self._to_wait_for = ctypes.c_long(), ctypes.c_long()
@@ -580,10 +582,16 @@ class Ring:
             self._timeout.tv_sec, self._timeout.tv_nsec = divmod(int(max(timeout, 0) * 1e9), 10**9)
             self._wait_arg.ts = ctypes.addressof(self._timeout)
         self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
-        self._to_submit.value = self.pending
+        offered = self.pending
+        self._to_submit.value = offered
         self._to_wait_for.value = min_complete
+        if self._was_cut:
+            raise OSError(errno.ENOMEM, "the kernel had no memory for the rest of a chain")
         taken = self._enter()
+        if taken == offered:
+            return True
         if taken >= 0:
+            self._look_for_cut()
             return True
         number = ctypes.get_errno()
         if number in (errno.EINTR, errno.ETIME):
@@ -591,6 +599,18 @@ class Ring:
         if number in (errno.EBUSY, errno.EAGAIN):       # completions must be taken first
             return True
         raise OSError(number, os.strerror(number))
+
+    def _look_for_cut(self) -> None:
+        """End the ring's use where the kernel took only the first part of a chain.
+
+        That happens where it has no memory for more. It begins the part as if it were all; the rest
+        would be begun by the next system call, no matter how the part ended.
+        """
+        last = self._array[(self._words[self._sq_head_at] - 1) & self._sq_mask]
+        flags = self.sqes[last * self.sqe_size + 1]
+        if flags & IOSQE_IO_LINK:
+            self._was_cut = True
+            self.enter()
 
     def wait(self, timeout: float | None = None) -> None:
         """Submit what was pushed and wait for a CQE, for timeout seconds at most.
@@ -945,11 +965,16 @@ class MappedCopy:
 
     What a client wrote lies in the buffer when the request arrives; what it is to read is taken
     from there when the request is committed. Pages of the buffers exist only once they are used.
+
+    A target whose map() says where the data lives never touches it: the transfer between buffer and
+    file and the commit go to the kernel as one chain, and the next thing heard of the tag is its next
+    request. A transfer that fails or is short breaks the chain, and the target's methods serve.
     """
 
     summary = "the kernel copies to and from our buffers"
     features: int = 0       # the flags of a device with this data path
-    stages = 0              # SQEs a request needs besides the command of its tag
+    stages = 1              # SQEs a request needs besides the command of its tag
+    moves: int = IORING_OP_READ     # what moves a READ's data; a WRITE's is the next; 0: only Python does
     lasting = True          # a tag's requests all have the same memory, as it was left by the last
 
     def __init__(self, queue: Queue) -> None:
@@ -960,10 +985,46 @@ class MappedCopy:
         self.read_only_view = self.view.toreadonly()
         self.written: dict[int, int] = {}   # tag -> bytes of its buffer that hold a client's data
         self.base = address_of(self.view)
+        self.views: list[Any] = []
+        if self.moves:
+            self.make_chains()
 
     def address(self, tag: int) -> int:
         """Return what a command for this tag carries in its addr field."""
         return self.base + tag * self.max_io
+
+    def make_chains(self) -> None:
+        """Fill for each tag the SQE that moves its data, as far as map() is not needed for it."""
+        ring, depth = self.queue.ring, self.queue.depth
+        flags = self.queue.link_last if self.stages == 1 else Queue.link_last
+        for tag in range(depth):
+            ring.prepare(depth + tag, self.moves, addr=self.address(tag), user_data=depth + tag,
+                         buf_index=tag, flags=flags)
+        commits = bool(self.queue.link_last)
+        self.chains = [self.chain(depth, tag) + (tag,) * commits for tag in range(depth)]
+        sqes = ring.sqes[depth * 64:2 * depth * 64]     # in a view they lie 64 bytes from each other
+        words, longs = sqes.cast("I"), sqes.cast("Q")
+        self.opcodes, self.offsets = sqes[::64], longs[1::8]
+        self.fds, self.lengths, self.rw_flags = words[1::16], words[6::16], words[7::16]
+        self.views = [self.opcodes, self.offsets, self.fds, self.lengths, self.rw_flags]
+
+    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
+        """Return the SQE slots that serve a request of this tag, each linked to the next."""
+        return (depth + tag,)
+
+    def transfer(self, tag: int, flags: int, fd: int, length: int) -> None:
+        """Prepare the chain that moves a READ's or WRITE's data from or to a file, but for offsets[tag]."""
+        self.opcodes[tag] = self.moves + (flags & 0xFF)
+        self.fds[tag], self.lengths[tag] = fd, length
+        self.rw_flags[tag] = RWF_DSYNC if flags & UBLK_IO_F_FUA else 0
+        self.queue.prepare(tag, length)
+
+    def broken(self, tag: int, stage: int) -> bool:
+        """Clean up after the stage of a chain that failed; what came behind it was cancelled.
+
+        Returns whether that takes an SQE, the last of the chain.
+        """
+        return False
 
     def sqe_address(self, tag: int) -> int:
         """Return what it carries in the addr field of the SQE itself."""
@@ -1000,6 +1061,8 @@ class MappedCopy:
 
     def close(self) -> None:
         """Give the buffers back; a handler that still holds one keeps them alive."""
+        for view in self.views:
+            view.release()
         self.view.release()
         self.read_only_view.release()
 
@@ -1012,16 +1075,16 @@ class NeedGetData(MappedCopy):
 
     summary = "as --copy, but a write's data is asked for after its news"
     features = UBLK_F_NEED_GET_DATA
-    stages = 1
+    stages = 2
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
         for tag in range(queue.depth):
-            queue.command(queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
+            queue.command(2 * queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
 
     def ask(self, tag: int) -> None:
         """Ask for the data of a WRITE."""
-        queue, slot = self.queue, self.queue.depth + tag
+        queue, slot = self.queue, 2 * self.queue.depth + tag
         # The driver puts the address asked for into the descriptor, also where that says which of the
         # memory shared with clients has the data: it is to say so again.
         queue.addresses[slot] = queue.shared_addresses[tag] \
@@ -1037,6 +1100,7 @@ class UserCopy(MappedCopy):
 
     summary = "the server copies, with pread and pwrite on /dev/ublkcN (6.5)"
     features = int(UBLK_F_USER_COPY)
+    stages = moves = 0
     lasting = False
 
     def __init__(self, queue: Queue) -> None:
@@ -1109,61 +1173,20 @@ class AutoZeroCopy(UserCopy):
     """No copy: the driver puts the pages of a request into slot `tag` of the ring's buffer table.
 
     READ_FIXED and WRITE_FIXED move data between them and any file; COMMIT takes them out again.
-    A target whose map() says where the data lives never touches it: the transfer and the commit go
-    to the kernel as one chain, and the next thing heard of the tag is its next request. What needs
-    the bytes in Python, or breaks a chain, is served by user copy.
+    What needs the bytes in Python, or breaks a chain, is served by user copy.
     """
 
     summary = "nobody copies: the kernel registers a request's pages with the ring (6.16)"
     features = UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY
     stages = 1
+    moves = IORING_OP_READ_FIXED
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
-        ring, depth = queue.ring, queue.depth
-        ring.register_sparse_buffers(depth)
-        flags = queue.link_last if self.stages == 1 else Queue.link_last
-        for tag in range(depth):
-            ring.prepare(depth + tag, IORING_OP_READ_FIXED, user_data=depth + tag, buf_index=tag,
-                         flags=flags)
-        self.chains = [self.chain(depth, tag) + (tag,) * bool(queue.link_last) for tag in range(depth)]
-        # of the SQE that transfers a tag's data; in a view they lie 64 bytes from each other
-        sqes = ring.sqes[depth * 64:2 * depth * 64]
-        self.opcodes, self.offsets = sqes[::64], sqes.cast("Q")[1::8]
-        self.fds, self.lengths = sqes.cast("I")[1::16], sqes.cast("I")[6::16]
+        queue.ring.register_sparse_buffers(queue.depth)
 
     def sqe_address(self, tag: int) -> int:
         return tag | UBLK_AUTO_BUF_REG_FALLBACK << 16       # struct ublk_auto_buf_reg
-
-    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
-        """Return the SQE slots that serve a request of this tag, each linked to the next."""
-        return (depth + tag,)
-
-    def transfer(self, tag: int, operation: int, fd: int, length: int) -> None:
-        """Prepare the chain that moves a READ's or WRITE's data from or to a file, but for offsets[tag]."""
-        self.opcodes[tag] = IORING_OP_READ_FIXED + operation
-        self.fds[tag], self.lengths[tag] = fd, length
-        self.queue.prepare(tag, length)
-
-    def broken(self, tag: int, stage: int) -> bool:
-        """Clean up after the stage of a chain that failed; what came behind it was cancelled.
-
-        Returns whether that takes an SQE, the last of the chain.
-        """
-        return False
-
-    def moving(self, tag: int) -> bool:
-        """Tell whether a request of this tag is still ours: an idle tag has no data to copy."""
-        try:
-            os.pread(self.fd, 1, self.position(tag))
-        except OSError as error:
-            return error.errno != errno.EINVAL
-        return True
-
-    def close(self) -> None:
-        for view in (self.opcodes, self.offsets, self.fds, self.lengths):
-            view.release()
-        super().close()
 
 
 class ZeroCopy(AutoZeroCopy):
@@ -1322,6 +1345,8 @@ class Queue:
         self.in_flight = 0                  # requests that wait for a coroutine
         self.asked: set[int] = set()        # tags whose data were asked for (get-data) and have not come
         self.closing = False                # requests are no longer answered
+        self.mapped = hasattr(self.target, "map") and bool(device.data_path.moves)
+        self.at_rest = False                # the driver has taken the last commit
         self.loop: Any = None               # of asyncio, where there are coroutines
         self._new_task: Any = None          # what makes one of its tasks
         self.answer: Any = None             # what serves a list of tags
@@ -1387,7 +1412,7 @@ class Queue:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
         if hasattr(self.target, "answer") and not self.needs_handlers:
             return partial(self.target.answer, self)
-        if hasattr(self.target, "map") and isinstance(self.path, AutoZeroCopy):
+        if self.mapped:
             return self._answer_by_map
         return self._answer_by_handler
 
@@ -1446,11 +1471,10 @@ class Queue:
             if flags & NOT_BY_MAP:
                 self.handle(tag)
                 continue
-            operation = flags & 0xFF
             try:
-                fd, position = where(self.starts[tag] * SECTOR, length, operation == UBLK_IO_OP_WRITE)
+                fd, position = where(self.starts[tag] * SECTOR, length, flags & 0xFF == UBLK_IO_OP_WRITE)
                 if requests[tag] != served[tag] or fd != path.fds[tag]:
-                    path.transfer(tag, operation, fd, length)
+                    path.transfer(tag, flags, fd, length)
                 path.offsets[tag] = position    # neither view takes what is no such number
             except BaseException as error:      # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
@@ -1507,11 +1531,27 @@ class Queue:
         STOP_DEV ends every tag. QUIESCE_DEV ends only those that were idle: requests that were ours
         by then must still be served, and no CQE will tell that the last commit was taken.
         """
-        path = self.path
         if self.in_flight or self.asked:
             return False
-        return not (isinstance(path, AutoZeroCopy) and any(
-            tag not in self.ended and path.moving(tag) for tag in range(self.depth)))
+        self.at_rest = not self.mapped or not self._has_requests()
+        return self.at_rest
+
+    def _has_requests(self) -> bool:
+        """Ask the driver whether it waits for a commit that is the end of some chain.
+
+        A registration of pages, on a ring that has no table for them, fails for an idle tag with EBUSY,
+        for one with a request in another way.
+        """
+        tags = [tag for tag in range(self.depth) if tag not in self.ended]
+        ring = Ring(self.depth)
+        for tag in tags:
+            ring.prepare(tag, IORING_OP_URING_CMD, self.device_fd, UBLK_U_IO_REGISTER_IO_BUF & self.opcodes,
+                         cmd=IO_CMD.pack(self.index, tag, 0, 0))
+        ring.push_all(tags)
+        ring.enter(len(tags))
+        _, results = ring.reap()
+        ring.close()
+        return any(result != -errno.EBUSY for result in results) or len(results) < len(tags)
 
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
@@ -1772,6 +1812,8 @@ class Queue:
         self.closing = True
         # Memory that the kernel may still write to is never given back.
         _left_behind.extend(self._operations.values())
+        if self.mapped and self.answer is not None and not self.at_rest:
+            _left_behind.append(self.path.memory)
         self._operations.clear()
         self._tasks.clear()
         self.loop = self._new_task = self.answer = None
@@ -1792,8 +1834,8 @@ class Queue:
 
 # What is not made ready: requests without data, durable ones, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
-# What map() is not asked for: requests without data, durable ones, those with pages of no slot.
-NOT_BY_MAP = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY
+# What map() is not asked for: requests without data, those with pages of no slot, shared memory.
+NOT_BY_MAP = 0xFE | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY | UBLK_IO_F_SHMEM_ZC
 
 # Requests without data: the target's method, and its arguments made of flags, offset and length.
 SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...]]]] = {
@@ -1964,7 +2006,8 @@ class BatchQueue(Queue):
         return pushed
 
     def _idle(self) -> bool:
-        return not self.in_flight
+        self.at_rest = not self.in_flight
+        return self.at_rest
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
         if tag in self._cleaning:           # not the end of a chain: its request was served otherwise
@@ -2206,8 +2249,9 @@ class Target:
                                         grows, `ublk.py resize` a moment after
         start(index)                    called in each thread that serves a queue, before its first request
         close()                         the disk is gone
-        map(offset, length, write)      return (fd, position) where these bytes lie in a file: with
-                                        zero copy the kernel moves them, Python never sees them
+        map(offset, length, write)      return (fd, position) where these bytes lie in a file: the
+                                        kernel moves them. read and write are called where it fails,
+                                        with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
     and, for a zoned disk, with attributes zone_size, max_append (bytes), max_open_zones and
     max_active_zones:
@@ -2234,6 +2278,9 @@ class Target:
     rotational: bool = False
     discard_granularity: int = 0        # bytes; 0: one block
     boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
+    dma_alignment: int = 0              # bytes; of clients' memory in direct I/O; 0: the driver's 4
+    max_segments: int = 0               # pieces of memory in one request; 0: any number
+    max_segment_size: int = 0           # bytes; 0: any
     metadata_size: int = 0              # bytes beside each block
     checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
     files: Sequence[str] = ()           # paths of files it is made of: a recovered disk must find the same
@@ -2358,7 +2405,10 @@ def check_limits(device: Device) -> None:
             ("depth", device.depth, 1 + device.batch, UBLK_MAX_QUEUE_DEPTH),
             ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
             ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
-            ("size", device.target.size, SECTOR, (1 << 63) - 1)):
+            ("size", device.target.size, SECTOR, (1 << 63) - 1),
+            ("dma alignment", device.target.dma_alignment, 0, PAGE_SIZE),
+            ("max_segments", device.target.max_segments, 0, (1 << 16) - 1),
+            ("max_segment_size", device.target.max_segment_size or 4096, 4096, (1 << 32) - 1)):
         fits = isinstance(value, int) and least <= value <= most
         refuse(not fits, f"{name} {value}", f"not a number from {least} to {most}")
 
@@ -2367,6 +2417,8 @@ def params_of(target: Any, max_io: int) -> Any:
     """Return the parameters of a disk, max_io in bytes; UblkError (EINVAL) for a size none can have."""
     block, physical = target.block_size, max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
+    alignment = target.dma_alignment
+    refuse(alignment & (alignment - 1), f"dma alignment {alignment}", "not a power of two")
     refuse(target.size % block, f"size {target.size}",
            f"not a positive multiple of the block size {block}", "choose another size")
     flushes, fua, discards, zeroes, zoned = (hasattr(target, name) for name in (
@@ -2383,6 +2435,14 @@ def params_of(target: Any, max_io: int) -> Any:
         params.zoned = ublk_param_zoned(
             max_open_zones=target.max_open_zones, max_active_zones=target.max_active_zones,
             max_zone_append_sectors=min(target.max_append, max_io) // SECTOR)
+    if target.dma_alignment:
+        params.types |= UBLK_PARAM_TYPE_DMA_ALIGN
+        params.dma.alignment = target.dma_alignment - 1
+    if target.max_segments or target.max_segment_size:
+        params.types |= UBLK_PARAM_TYPE_SEGMENT
+        params.seg.seg_boundary_mask = (1 << 63) - 1
+        params.seg.max_segment_size = target.max_segment_size or (1 << 32) - 1
+        params.seg.max_segments = target.max_segments or (1 << 16) - 1
     if target.metadata_size:
         params.types |= UBLK_PARAM_TYPE_INTEGRITY
         params.integrity = integrity_of(target)
@@ -2632,6 +2692,7 @@ class Device:
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
         lost = params.types & ~self.control.get_params(self.id).types
+        lost &= ~UBLK_PARAM_TYPE_DMA_ALIGN      # unknown where there is no zero copy: nobody needs it
         for kind, (name, since) in PARAM_TYPES.items():
             if lost & kind:
                 raise newer_kernel(f"parameters {name}", since)
@@ -3672,8 +3733,11 @@ def help_of(text: str, default: Any) -> str:
     return text.strip().replace("%", "%%")
 
 
-def target_maker(words: Sequence[str]) -> Callable[[], Target]:
-    """Read the words that name a target and its arguments; return what makes it. Raises UblkError."""
+def target_maker(words: Sequence[str], read_only: bool = False) -> Callable[[], Target]:
+    """Read the words that name a target and its arguments; return what makes it. Raises UblkError.
+
+    read_only: what the target is told before it opens anything, if it takes a parameter of that name.
+    """
     if not words:
         raise Usage("a target is missing")
     word, *rest = words
@@ -3682,7 +3746,9 @@ def target_maker(words: Sequence[str]) -> Callable[[], Target]:
     values = {name: value for name, value in read.items() if value not in (None, [])}   # what was given
     for name, (_, kind) in parameters(cls).items():
         if isinstance(kind, type) and issubclass(kind, Target):
-            values[name] = target_maker(read[name])
+            values[name] = target_maker(read[name], read_only)
+        if name == "read_only" and read_only:
+            values[name] = True
     return partial(build_target, cls, word, values)
 
 
@@ -3756,7 +3822,8 @@ def create(words: Sequence[str]) -> int:
     """Create a device and serve it, here or in the background; or recover what the same words made."""
     inherited = open_descriptors()
     options, args = device_parser().parse_known_args(words[1:])
-    make = target_maker([words[0], *args])      # what is wrong with the words is told here, and at once
+    # What is wrong with the words is told here, and at once.
+    make = target_maker([words[0], *args], options.read_only)
     made_by = {name: value for name, value in vars(options).items() if name not in TOLD}
     made_by["words"] = [words[0], *args]
     identity = new_identity()
@@ -3766,6 +3833,8 @@ def create(words: Sequence[str]) -> int:
             return recover_from_state(options.id, started)
         target = make()
         if options.block_size is not None:
+            refuse(SECTOR <= options.block_size < target.block_size, f"block size {options.block_size}",
+                   f"less than the target's own, {target.block_size}")
             target.block_size = options.block_size
         target.read_only = target.read_only or options.read_only
         device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
@@ -4030,8 +4099,9 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
                         f"it was created in {state['cwd']}, which is gone",
                         f"name its target: `ublk.py recover {dev_id} --target TARGET ...`") from None
     check_files(f"cannot recover device {dev_id}", state.get("files", []))
-    device = Device(make_target(words), id=dev_id,
-                    words=(words[0], list(words[1:]), state.get("options", {})))
+    options = state.get("options", {})
+    target = target_maker(words, bool(options.get("read_only")))()
+    device = Device(target, id=dev_id, words=(words[0], list(words[1:]), options))
     serve(device, device.resume, started)
 
 

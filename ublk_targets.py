@@ -169,18 +169,38 @@ class Ram(ublk.Target):
         write_all(self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset))
 
 
-class Loop(ublk.Target):
+class Mapped:
+    """A part of targets with map(): it serves what the kernel could not, or was not asked to."""
+
+    map: Callable[[int, int, bool], tuple[int, int]]
+
+    def read(self, offset: int, buffer: memoryview) -> int:
+        fd, at = self.map(offset, len(buffer), False)
+        return os.preadv(fd, [buffer], at)          # 0 where the file was cut: EIO
+
+    def write(self, offset: int, buffer: memoryview) -> int:
+        fd, at = self.map(offset, len(buffer), True)
+        return os.pwrite(fd, buffer, at)
+
+    def write_fua(self, offset: int, buffer: memoryview) -> int:
+        fd, at = self.map(offset, len(buffer), True)
+        return os.pwritev(fd, [buffer], at, os.RWF_DSYNC)
+
+
+class Loop(Mapped, ublk.Target):
     """Serve a file or a block device as a disk. A file that may not be written to makes a read-only one.
 
     path: the file or block device
     direct: transfer around the page cache (O_DIRECT)
+    read_only: open it for reading only
     """
 
-    def __init__(self, path: str, *, direct: bool = False) -> None:
+    def __init__(self, path: str, *, direct: bool = False, read_only: bool = False) -> None:
         self.path, self.is_block, self.files = path, is_block(path), [path]
-        self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0)
+        self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0, read_only)
         self.opened = weakref.finalize(self, os.close, self.fd)     # ends at the latest with the object
         self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
+        self.dma_alignment = memory_alignment(self.fd) if direct else 0
         if not self.read_only and self._can_discard():
             self.discard = self._discard        # an attribute: not every backing has it
 
@@ -191,15 +211,6 @@ class Loop(ublk.Target):
     def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
         """Say in which file, and where in it, these bytes of the disk are."""
         return self.fd, offset
-
-    async def read(self, offset: int, buffer: memoryview) -> int:
-        return await ublk.uring_read(self.fd, buffer, offset)       # 0 where the file was cut: EIO
-
-    async def write(self, offset: int, buffer: memoryview) -> int:
-        return await ublk.uring_write(self.fd, buffer, offset)
-
-    async def write_fua(self, offset: int, buffer: memoryview) -> int:
-        return await ublk.uring_write(self.fd, buffer, offset, os.RWF_DSYNC)
 
     async def flush(self) -> None:
         await ublk.uring_fsync(self.fd, datasync=True)
@@ -250,19 +261,20 @@ def is_block(path: str) -> bool:
     return kind == stat.S_IFBLK
 
 
-def open_backing(path: str, flags: int = 0) -> tuple[int, bool]:
+def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[int, bool]:
     """Open a file or block device; return its descriptor and whether it is only for reading.
 
-    A device is taken exclusively, so that nobody mounts it meanwhile.
+    A device to be written to is taken exclusively, so that nobody mounts it meanwhile.
     """
     exclusive = os.O_EXCL if is_block(path) else 0
     try:
-        try:
-            return os.open(path, flags | exclusive | os.O_RDWR), False
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            return os.open(path, flags | os.O_RDONLY), True
+        if not read_only:
+            try:
+                return os.open(path, flags | exclusive | os.O_RDWR), False
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+        return os.open(path, flags | os.O_RDONLY), True
     except OSError as error:
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
             raise wrong(path, "its file system has no direct I/O", "leave --direct out") from None
@@ -285,6 +297,19 @@ def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
     refuse(size % unit, path, f"its size {size} is not a multiple of {unit}",
            f"make it one: truncate -s {-(-size // unit) * unit} {path}")
     return size, unit, min(liked, PAGE_SIZE)
+
+
+STATX_DIOALIGN, AT_EMPTY_PATH = 0x2000, 0x1000      # linux/stat.h, linux/fcntl.h
+STATX = struct.Struct("=I148xI100x")                # stx_mask and stx_dio_mem_align of struct statx
+
+
+def memory_alignment(fd: int) -> int:
+    """Return of what memory for direct transfers to a file must be a multiple; 0 where nobody tells."""
+    status = ctypes.create_string_buffer(STATX.size)
+    if hasattr(LIBC, "statx"):
+        LIBC.statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, status)
+    mask, alignment = STATX.unpack(status.raw)
+    return alignment if mask & STATX_DIOALIGN else 0
 
 
 def direct_unit(fd: int, path: str) -> int:
@@ -339,7 +364,8 @@ WITH_DATA = CHANGES[:2]
 HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset",
             "zone_reset_all")
 PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
-              "discard_granularity", "zone_size", "max_open_zones", "max_active_zones", "max_append",
+              "discard_granularity", "dma_alignment", "max_segments", "max_segment_size",
+              "zone_size", "max_open_zones", "max_active_zones", "max_append",
               "metadata_size", "checksum", "read_metadata", "write_metadata",
               "report_zones", "resized", "start", "close", "once", "files")
 
@@ -363,7 +389,7 @@ def distinct(paths: Sequence[str]) -> Sequence[str]:
     return paths
 
 
-class Stripe(Over, ublk.Target):
+class Stripe(Over, Mapped, ublk.Target):
     """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
 
     The kernel lets no read or write cross from one chunk into the next, so each goes to one file.
@@ -371,30 +397,28 @@ class Stripe(Over, ublk.Target):
     paths: the files or block devices
     chunk: how much lies on one before it goes on on the next
     direct: transfer around the page cache (O_DIRECT)
+    read_only: open them for reading only
     """
 
-    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10), direct: bool = False) -> None:
-        legs = self.legs = [Loop(path, direct=direct) for path in distinct(paths)]
+    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10), direct: bool = False,
+                 read_only: bool = False) -> None:
+        legs = self.legs = [Loop(path, direct=direct, read_only=read_only) for path in distinct(paths)]
         self.files = paths
         self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
+        self.dma_alignment = max(leg.dma_alignment for leg in legs)
         refuse(chunk <= 0 or chunk % self.block_size, f"chunk of {chunk} bytes",
                f"not a multiple of the block size {self.block_size}")
         least = min(legs, key=lambda leg: leg.size)
         refuse(least.size < chunk, least.path, f"smaller than a chunk of {chunk} bytes", "take a smaller one")
         self.size = least.size // chunk * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
-        self.offer(("read", *CHANGES), *legs)
+        self.offer(("flush", "discard", "write_zeroes"), *legs)
 
     def before(self, leg: int, offset: int) -> int:
         """Return how much of what lies before a byte of the disk is on one leg."""
         row, within = divmod(offset, self.boundary * len(self.legs))
         return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
-
-    def place(self, offset: int) -> tuple[Loop, int, int]:
-        """Return the leg that has this byte of the disk, where, and how much there is in one piece."""
-        leg = offset // self.boundary % len(self.legs)
-        return self.legs[leg], self.before(leg, offset), self.boundary - offset % self.boundary
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
         """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
@@ -404,19 +428,16 @@ class Stripe(Over, ublk.Target):
                 yield leg, start, end - start
 
     def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
-        leg, at, _ = self.place(offset)
-        return leg.fd, at
+        leg = offset // self.boundary % len(self.legs)
+        return self.legs[leg].fd, self.before(leg, offset)
 
     async def call(self, name: str, *args: Any) -> Any:
-        """Have the leg of a transfer serve it, all legs a flush, and other requests those they touch."""
+        """Have all legs flush, and those that it touches serve another request."""
         if name == "flush":
             return await together(*[leg.flush() for leg in self.legs])
-        offset, what, *how = args
-        if isinstance(what, int):
-            spans = self.spans(offset, what)
-            return await together(*[getattr(leg, name)(at, length, *how) for leg, at, length in spans])
-        leg, at, room = self.place(offset)
-        return await getattr(leg, name)(at, what[:room])
+        offset, length, *how = args
+        spans = self.spans(offset, length)
+        return await together(*[getattr(leg, name)(at, count, *how) for leg, at, count in spans])
 
     def close(self) -> None:
         for leg in self.legs:
@@ -447,12 +468,12 @@ class Sealed:
         return values
 
 
-def have_alone(disk: Loop, path: str) -> None:
-    """Have a file to write to that no other server uses while it is open; raise UblkError where not."""
-    if disk.read_only:
+def have_alone(disk: Loop, path: str, read_only: bool) -> None:
+    """Have a file that no other server writes to while it is open; raise UblkError where not."""
+    if disk.read_only and not read_only:
         raise ublk.UblkError(errno.EACCES, path, "it cannot be written to")
     try:
-        fcntl.flock(disk.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(disk.fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         raise ublk.UblkError(errno.EBUSY, path, "another server uses it") from None
 
@@ -474,11 +495,13 @@ class Cow(ublk.Target):
     base: the file or block device that is read
     overlay: the file that takes the changes; made if it is not there; delete it to discard them
     commit: first write the changes of earlier times into the base, and start with none
+    read_only: open both for reading only
     """
 
     once = ("--commit",)        # a server that recovers the disk leaves its changes where they are
 
-    def __init__(self, base: str, overlay: str, *, commit: bool = False) -> None:
+    def __init__(self, base: str, overlay: str, *, commit: bool = False, read_only: bool = False) -> None:
+        refuse(commit and read_only, "--commit", "it writes to the base", "leave --read-only out")
         distinct([base, overlay])
         is_block(base)
         self.files = [base, overlay]
@@ -487,10 +510,12 @@ class Cow(ublk.Target):
         self.grain = self.block_size
         count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
         self.marks_at, self.data_at = COW_UNIT, COW_UNIT + count
-        if not os.path.exists(overlay) or not os.path.getsize(overlay):
+        if not read_only and (not os.path.exists(overlay) or not os.path.getsize(overlay)):
             with open(overlay, "wb") as file:
                 file.truncate(self.data_at + self.size)
-        self.top, self.path = Loop(overlay), overlay
+        self.top, self.path = Loop(overlay, read_only=read_only), overlay
+        self.read_only = read_only
+        self.lost = False                                   # what is marked OURS counts for nothing
         self.fd, self.lock = self.top.fd, threading.Lock()
         self.fresh: set[tuple[int, int]] = set()            # blocks, from and to, that are to be KEPT
         self._open()
@@ -499,7 +524,7 @@ class Cow(ublk.Target):
 
     def _open(self) -> None:
         """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
-        have_alone(self.top, self.path)
+        have_alone(self.top, self.path, self.read_only)
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
         header = COW_HEADER.pack(self.size, self.grain, boot)
@@ -509,6 +534,9 @@ class Cow(ublk.Target):
         refuse((size, grain) != (self.size, self.grain), self.path, f"made for a base of {size} bytes in "
                f"blocks of {grain}, this one has {self.size} in {self.grain}", "name its own base")
         refuse(self.top.size != self.data_at + size, self.path, "its end is missing", "restore or delete it")
+        if self.read_only:
+            self.lost = last_boot != boot
+            return
         os.fsync(self.fd)
         for at in range(self.marks_at, self.data_at, COW_UNIT):
             marks = os.pread(self.fd, COW_UNIT, at)
@@ -536,7 +564,7 @@ class Cow(ublk.Target):
         marks = os.pread(self.fd, blocks.stop - blocks.start, self.marks_at + blocks.start)
         if len(marks) < blocks.stop - blocks.start:
             raise OSError(errno.EIO, "the overlay's end is missing")
-        return marks
+        return marks.replace(OURS, BASE) if self.lost else marks
 
     def _mark(self, blocks: slice) -> None:
         """Note that the overlay has these blocks."""
@@ -558,12 +586,12 @@ class Cow(ublk.Target):
         for ours, at, length in self.runs(offset, len(buffer)):
             piece = buffer[at - offset:][:length]
             if ours:
-                await moved(self.top.read, self.data_at + at, piece)
+                await moved(partial(self._read, self.fd), self.data_at + at, piece)
             else:
-                await moved(self._read_base, at, piece)
+                await moved(partial(self._read, self.base), at, piece)
 
-    async def _read_base(self, offset: int, buffer: memoryview) -> int:
-        return await ublk.uring_read(self.base, buffer, offset)
+    def _read(self, fd: int, offset: int, buffer: memoryview) -> Any:
+        return ublk.uring_read(fd, buffer, offset)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
         blocks = self.blocks(offset, len(buffer))
@@ -1168,6 +1196,7 @@ class Zoned(ublk.Target):
     conventional: so many zones at its start may be written anywhere
     max_open: so many zones may be open at once (0: any number)
     max_active: so many may be open or closed, that is, written in part (0: any number)
+    read_only: open the file for reading only
     """
 
     block_size = 4096
@@ -1175,7 +1204,8 @@ class Zoned(ublk.Target):
 
     def __init__(self, *, file: str = "", size: ublk.Size = ublk.Size(1 << 30),
                  zone_size: ublk.Size = ublk.Size(16 << 20), conventional: int = 0,
-                 max_open: int = 0, max_active: int = 0) -> None:
+                 max_open: int = 0, max_active: int = 0, read_only: bool = False) -> None:
+        self.read_only = read_only
         self.max_open_zones, self.max_active_zones = max_open, max_active
         self.lock = threading.Lock()
         self.path = file
@@ -1183,11 +1213,12 @@ class Zoned(ublk.Target):
             fd = os.memfd_create("zoned")
             weakref.finalize(self, os.close, fd)
             self.path = f"/proc/self/fd/{fd}"
-        if not os.path.exists(self.path) or not os.path.getsize(self.path):
+        is_new = not os.path.exists(self.path) or not os.path.getsize(self.path)
+        if is_new and not (file and read_only):
             self._make(size, zone_size, conventional)
-        self.disk = Loop(self.path)
+        self.disk = Loop(self.path, read_only=read_only)
         self.close = self.disk.close
-        have_alone(self.disk, self.path)
+        have_alone(self.disk, self.path, read_only)
         self.size, self.zone_size, self.conventional = ZONED_HEADER.read(self.disk.fd, self.path)
         self.data_at = zone_data_at(self.size // self.zone_size)
         refuse(self.disk.size != self.data_at + self.size, self.path,
@@ -1280,14 +1311,14 @@ class Zoned(ublk.Target):
     # ---- data ------------------------------------------------------------------------------------
 
     async def read(self, offset: int, buffer: memoryview) -> int:
-        return await self.disk.read(self.data_at + offset, buffer)
+        return self.disk.read(self.data_at + offset, buffer)
 
     async def flush(self) -> None:
         await self.disk.flush()
 
     async def write(self, offset: int, buffer: memoryview) -> int | None:
         if offset < self.conventional * self.zone_size:
-            return await self.disk.write(self.data_at + offset, buffer)
+            return self.disk.write(self.data_at + offset, buffer)
         with self.lock:
             zone = self._zone(offset)
             if offset == zone.wp:

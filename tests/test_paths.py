@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +26,10 @@ from tests.support import (
     Ram,
     assert_error_line,
     at_least,
+    before,
     carries,
     devices_left,
+    direct_buffer,
     error_of,
     fio_verify,
     kernel,
@@ -322,6 +325,96 @@ def test_a_backing_file_cut_short_on_every_data_path(targets, backing, data_path
                 assert error_of(read_at, fd, offset, size) == errno.EIO
         write_at(fd, 512 << 10, data[512 << 10:])       # the file grows again
         assert read_at(fd, 0, 1 << 20) == data
+
+
+class Elsewhere(ublk.Target):
+    """A disk whose bytes lie in a file, and that notes which of them Python has to move."""
+
+    size = 1 << 20
+
+    def __init__(self, file):
+        self.fd, self.moved = file.fileno(), []
+
+    def map(self, offset, length, write):
+        return self.fd, offset
+
+    def flush(self):
+        os.fsync(self.fd)
+
+    def read(self, offset, buffer):
+        self.moved.append(("read", offset))
+        return os.preadv(self.fd, [buffer], offset)
+
+    def write(self, offset, buffer):
+        self.moved.append(("write", offset))
+        return os.pwrite(self.fd, buffer, offset)
+
+    write_fua = write
+
+
+@kernel
+@each_path(*[path for path in PATHS if path[0] != "user-copy"])
+def test_the_kernel_moves_what_map_names(tmp_path, data_path, batch):
+    data = os.urandom(256 << 10)
+    with open(tmp_path / "data", "w+b", buffering=0) as file:
+        file.truncate(1 << 20)
+        target = Elsewhere(file)
+        with ublk.Device(target, data_path=data_path, batch=batch, depth=4, partition_scan=False) as disk:
+            with opened(disk.path) as fd, opened(disk.path, os.O_RDWR | os.O_DSYNC) as durable:
+                for offset in range(0, len(data), 64 << 10):
+                    write_at(fd, offset, data[offset:offset + (64 << 10)])
+                    assert read_at(fd, offset, 64 << 10) == data[offset:offset + (64 << 10)]
+                write_at(durable, 512 << 10, data)
+                assert read_at(fd, 0, 1 << 20) == data + bytes(len(data)) + data + bytes(len(data))
+                assert os.pread(file.fileno(), 1 << 20, 0) == read_at(fd, 0, 1 << 20)
+                assert target.moved == []
+                file.truncate(6 << 10)                  # what is short is continued, or fails
+                assert error_of(read_at, fd, 4096, 4096) == errno.EIO
+                assert read_at(fd, 0, 4096) == data[:4096]
+                assert target.moved[0] == ("read", 4096)
+
+
+class Aligned(Ram):
+    """A disk that wants clients' memory to lie well."""
+
+    dma_alignment, max_segments, max_segment_size = 512, 3, 8192
+
+
+@kernel
+@since("6.15")
+@pytest.mark.parametrize("data_path", ["copy", "zero-copy"])
+def test_the_kernel_is_told_what_memory_a_target_can_take(data_path):
+    with ublk.Device(Aligned(), data_path=data_path) as disk:
+        limits = [int(Path(f"/sys/block/ublkb{disk.id}/queue/{name}").read_text())
+                  for name in ("dma_alignment", "max_segments", "max_segment_size")]
+        assert limits == [511, 3, 8192]
+
+
+@kernel
+@before("6.15")
+def test_where_nothing_is_moved_without_a_copy_any_memory_will_do():
+    class Direct(Ram):
+        dma_alignment = 512
+
+    with ublk.Device(Direct()) as disk, opened(disk.path) as fd:
+        assert read_at(fd, 0, 4096) == bytes(4096)
+    assert "needs Linux 6.15" in message(ublk.Device(Aligned()).start)
+
+
+@kernel
+@pytest.mark.parametrize("data_path", [pytest.param("zero-copy", marks=since("6.15")),
+                                       pytest.param("auto-zero-copy", marks=since("6.16"))])
+def test_no_memory_of_a_client_breaks_a_direct_transfer(targets, monkeypatch, data_path):
+    broken, chain_done = [], ublk.Queue.chain_done
+    monkeypatch.setattr(ublk.Queue, "chain_done", lambda *words: broken.append(words) or chain_done(*words))
+    with ublk.Device(Aligned()) as lower:
+        target = targets.Loop(lower.path, direct=True)
+        with ublk.Device(target, data_path=data_path) as disk, opened(disk.path) as fd:
+            memory = memoryview(direct_buffer(8192))
+            assert error_of(os.preadv, fd, [memory[4:4100]], 0) == errno.EINVAL
+            assert os.preadv(fd, [memory[512:4608]], 0) == 4096
+            assert os.pwritev(fd, [memory[512:4608]], 8192) == 4096
+        assert broken == []
 
 
 @kernel

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import gc
@@ -103,7 +104,8 @@ class Astray(Ram):
 @pytest.mark.parametrize("astray", [
     SystemExit, (-1, 0), (1 << 40, 0), (None, 0), (0, -1), (0, 1.5), (0, 1 << 80), 7, (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("data_path", [
-    pytest.param("zero-copy", marks=since("6.15")), pytest.param("auto-zero-copy", marks=since("6.16"))])
+    "copy", "get-data", pytest.param("zero-copy", marks=since("6.15")),
+    pytest.param("auto-zero-copy", marks=since("6.16"))])
 def test_a_bad_map_fails_its_request_and_no_other(tmp_path, data_path, astray):
     with open(tmp_path / "data", "w+b") as file:
         file.truncate(1 << 20)
@@ -180,6 +182,41 @@ def test_quiesce_loses_no_write_that_is_on_its_way(tmp_path, monkeypatch, option
         assert fio.finish() == 0
     assert fio.errors == 0
     assert disk.kill(signal.SIGTERM) == 0
+
+
+class Slow(Ram):
+    """What it is asked to do takes a while."""
+
+    async def write(self, offset, buffer):
+        await asyncio.sleep(0.01)
+        super().write(offset, buffer)
+
+
+@kernel
+@since("6.16")
+@pytest.mark.parametrize("option", ["--copy", "--need-get-data", "--zero-copy", "--auto-zero-copy"])
+def test_quiesce_waits_for_what_the_kernel_moves(tmp_path, monkeypatch, option):
+    path = target_file(tmp_path, """
+        class Below(ublk.Target):
+            size = 4 << 20
+            def __init__(self):
+                self.fd = os.open(os.environ["LOWER"], os.O_RDWR | os.O_DIRECT)
+            def map(self, offset, length, write):
+                return self.fd, offset
+    """)
+    with ublk.Device(Slow(4 << 20), partition_scan=False) as lower:
+        monkeypatch.setenv("LOWER", lower.path)
+        disk = Forked(f"{path}:Below", option, "-r", "requeue").live()
+        with Fio(disk) as fio:
+            for _ in range(4):
+                fio.busy()
+                assert ublk.main(["quiesce", str(disk.id)]) == 0
+                disk.wait()
+                disk = recovered(disk)
+            fio.busy()
+            assert fio.finish() == 0
+        assert fio.errors == 0
+        assert disk.kill(signal.SIGTERM) == 0
 
 
 class OneFails(Ram):

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 
 import pytest
 
+import ublk
 from tests.support import (
     Fio,
     Forked,
@@ -83,6 +85,11 @@ def test_each_target_keeps_exactly_what_it_was_given(name, workshop):
         assert content_of(fd) == expected
 
 
+def changes_in(directory):
+    """Return when the files of a directory were changed."""
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in directory.iterdir()}
+
+
 @kernel
 @lasting
 def test_each_target_has_a_disk_for_reading_only(name, workshop):
@@ -90,8 +97,17 @@ def test_each_target_has_a_disk_for_reading_only(name, workshop):
     with serving(name) as disk, opened(disk.path) as fd:
         write_at(fd, 300 << 10, data)
         expected = content_of(fd)
-    with serving(name, "--read-only") as disk, opened(disk.path, os.O_RDONLY) as fd:
-        assert content_of(fd) == expected
+    os.sync()
+    before = changes_in(workshop)
+    with serving(name, "--read-only", "-r", "reissue") as disk:
+        disk.live()
+        disk.kill()
+        disk = recovered(disk)
+        with opened(disk.path, os.O_RDONLY) as fd:
+            assert content_of(fd) == expected
+        assert disk.kill(signal.SIGTERM) == 0
+    assert changes_in(workshop) == before
+    with serving(name, "--read-only") as disk:
         with pytest.raises(OSError) as refused, opened(disk.path) as writable:
             write_at(writable, 0, bytes(4096))
         assert refused.value.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
@@ -150,6 +166,9 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     ("cow . x.cow", 1, "neither a file nor a block device", errno.EINVAL),
     ("cow a.img .", 1, "", None),
     ("cow a.img none/x.cow", 1, "none/x.cow", errno.ENOENT),
+    ("zoned --block-size 512", 1, "block size 512: less than the target's own, 4096", errno.EINVAL),
+    ("cow a.img x.cow --read-only", 1, "x.cow", errno.ENOENT),
+    ("zoned --file x.img --read-only", 1, "x.img", errno.ENOENT),
     ("fault", 2, "a target is missing", None),
     ("fault loop", 2, "path", None),
     ("fault loop none.img", 1, "none.img", errno.ENOENT),
@@ -169,3 +188,13 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
 ])
 def test_bad_words_for_disks_of_several_files(two_files, no_driver, run, words, status, says, number):
     assert_fails(run(*words.split()), status, says, number)
+
+
+@pytest.mark.parametrize("words", ["loop a.img", "stripe a.img b.img", "fault --on read loop a.img"])
+def test_a_target_to_be_read_opens_nothing_for_writing(two_files, words):
+    target = ublk.target_maker(words.split(), read_only=True)()
+    flags = [fcntl.fcntl(int(fd), fcntl.F_GETFL) for fd in os.listdir("/proc/self/fd")
+             if os.path.realpath(f"/proc/self/fd/{fd}") in map(os.path.realpath, ("a.img", "b.img"))]
+    assert {flag & os.O_ACCMODE for flag in flags} == {os.O_RDONLY}
+    assert target.read_only
+    target.close()
