@@ -982,7 +982,6 @@ class MappedCopy:
         self.memory = mmap.mmap(-1, queue.depth * queue.max_io,
                                 mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.view = memoryview(self.memory)
-        self.read_only_view = self.view.toreadonly()
         self.written: dict[int, int] = {}   # tag -> bytes of its buffer that hold a client's data
         self.base = address_of(self.view)
         self.views: list[Any] = []
@@ -1043,8 +1042,7 @@ class MappedCopy:
 
     def data(self, tag: int, length: int) -> memoryview:
         """Return what a WRITE wrote."""
-        start = tag * self.max_io
-        return self.read_only_view[start:start + length]
+        return self.buffer(tag, length).toreadonly()
 
     def blank(self, tag: int, length: int) -> None:
         """Have a READ return zeroes, where all that happened to the tag is noted in written."""
@@ -1064,7 +1062,6 @@ class MappedCopy:
         for view in self.views:
             view.release()
         self.view.release()
-        self.read_only_view.release()
 
 
 class NeedGetData(MappedCopy):
@@ -2417,8 +2414,6 @@ def params_of(target: Any, max_io: int) -> Any:
     """Return the parameters of a disk, max_io in bytes; UblkError (EINVAL) for a size none can have."""
     block, physical = target.block_size, max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
-    alignment = target.dma_alignment
-    refuse(alignment & (alignment - 1), f"dma alignment {alignment}", "not a power of two")
     refuse(target.size % block, f"size {target.size}",
            f"not a positive multiple of the block size {block}", "choose another size")
     flushes, fua, discards, zeroes, zoned = (hasattr(target, name) for name in (

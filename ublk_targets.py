@@ -364,7 +364,7 @@ WITH_DATA = CHANGES[:2]
 HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset",
             "zone_reset_all")
 PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
-              "discard_granularity", "dma_alignment", "max_segments", "max_segment_size",
+              "discard_granularity", "max_segments", "max_segment_size",
               "zone_size", "max_open_zones", "max_active_zones", "max_append",
               "metadata_size", "checksum", "read_metadata", "write_metadata",
               "report_zones", "resized", "start", "close", "once", "files")

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import fcntl
 import gc
+import mmap
 import os
 import signal
 import struct
@@ -30,6 +31,7 @@ from tests.support import (
     until,
     write_at,
 )
+from tests.test_async import NopQueue, StandIn
 
 BLKDISCARD = 0x1277                 # linux/fs.h
 
@@ -306,3 +308,57 @@ def test_commits_that_the_kernel_did_not_take_are_handed_in_again(options, monke
     with Forked("ram", "--size", "24M", *options,
                 change=lambda: monkeypatch.setattr(ublk.Ring, "enter", busy)) as disk:
         fio_verify(disk.path)
+
+
+class InFile(ublk.Target):
+    """A disk whose bytes lie in a file; Python can only say that there is nothing."""
+
+    size = 64 << 10
+
+    def __init__(self, file):
+        self.file, self.asked = file, []
+
+    def map(self, offset, length, write):
+        return self.file.fileno(), offset
+
+    def read(self, offset, buffer):
+        self.asked.append(offset)
+        return 0
+
+
+@pytest.mark.parametrize("kept", [4, 3, 2.5, 0])
+def test_only_a_whole_transfer_to_the_tags_own_buffer_is_committed(tmp_path, kept):
+    """READs of 4 KiB, one a tag, on a real ring; NOPs stand in for the driver's commands."""
+    data, whole = os.urandom(16 << 10), int(kept)
+    (tmp_path / "data").write_bytes(data[:int(kept * 4096)])
+    with open(tmp_path / "data", "rb") as file:
+        device = StandIn(InFile(file), depth=4)
+        queue = NopQueue(device)
+        queue.fetch()
+        queue.answer = queue._answer()
+        queue.answer(queue.collect())
+        committed = queue.collect()
+        queue.commit()
+        assert sorted(committed) == list(range(whole))
+        assert sorted(queue.answers) == [(tag, -errno.EIO) for tag in range(whole, 4)]
+        assert sorted(device.target.asked) == [4096 * tag for tag in range(whole, 4)]
+        assert b"".join(queue.path.buffer(tag, 4096) for tag in range(whole)) == data[:4096 * whole]
+        assert bytes(queue.path.buffer(3, 4096)) in (data[3 * 4096:], bytes(4096))
+        queue.close()
+        device.close()
+
+
+def test_a_buffer_that_the_kernel_may_still_fill_is_kept():
+    reader, writer = os.pipe()
+    kept = len(ublk._left_behind)
+    with open(reader, "rb", buffering=0) as file:
+        device = StandIn(InFile(file), depth=4)
+        queue = NopQueue(device)
+        queue.fetch()
+        queue.answer = queue._answer()
+        queue.answer(queue.collect())
+        queue.collect(0)
+        queue.close()
+        device.close()
+    os.close(writer)
+    assert [type(left) for left in ublk._left_behind[kept:]] == [mmap.mmap]
