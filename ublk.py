@@ -1513,6 +1513,10 @@ class Queue:
             self.path.ask(user_data)
         elif result == UBLK_IO_RES_ABORT:
             self.ended.add(user_data)
+        elif result == -errno.EINVAL and self.mapped and self.served[user_data] != -1:
+            # The thread that made the transfer made the commit, too, not this one: before 6.7 an error.
+            self.served[user_data] = -1
+            self._done.append(user_data)
         else:
             raise UblkError(-result, f"queue {self.index} lost tag {user_data}")
         return False

@@ -116,6 +116,15 @@ class Chain(ublk.Target):
             self.events[number].set()
 
 
+def test_zones_may_be_reported_by_a_coroutine():
+    async def report_zones(target, offset, count):
+        await asyncio.sleep(0)
+        return [ublk.blk_zone()]
+
+    answers = serve(target_of(report_zones=report_zones), operation=ublk.UBLK_IO_OP_REPORT_ZONES).answers
+    assert sorted(answers) == [(tag, 4096) for tag in range(4)]
+
+
 @pytest.mark.parametrize("length", [300, 512])
 def test_handlers_that_wait_for_each_other_are_all_answered(length):
     answers = serve(Chain(length), depth=512).answers
