@@ -1472,6 +1472,8 @@ class Queue:
                 fd, position = where(self.starts[tag] * SECTOR, length, flags & 0xFF == UBLK_IO_OP_WRITE)
                 if requests[tag] != served[tag] or fd != path.fds[tag]:
                     path.transfer(tag, flags, fd, length)
+                if position >> 63:              # all bits set mean the file's own position, which is none
+                    raise OverflowError(f"{position} is no position in a file")
                 path.offsets[tag] = position    # neither view takes what is no such number
             except BaseException as error:      # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
@@ -2503,10 +2505,12 @@ class Worker(threading.Thread):
             self.fetched = True
             queue.run()
         finally:
-            if not self.given_up:
-                self.end(queue)
-            if self._closes.acquire(blocking=False):
-                queue.close()
+            try:
+                if not self.given_up:
+                    self.end(queue)
+            finally:
+                if self._closes.acquire(blocking=False):
+                    queue.close()
 
     def end(self, queue: Queue) -> None:
         """End the queue's loop, and the target with the last one where its close() is a coroutine."""
@@ -3876,9 +3880,9 @@ def launch(run: Callable[[Started], None], options: Any, inherited: Sequence[int
 
 
 class Started:
-    """Tells whoever waits for a disk that it is there: on standard output, or a parent process.
+    """Tells whoever waits for a disk that it is there, on standard output, and then a parent process.
 
-    The parent reads a pipe: ``live TEXT``, or ``failed`` once standard error has been told why.
+    The parent reads a pipe: ``live``, or ``failed`` once standard error has been told why.
     """
 
     def __init__(self, options: Any) -> None:
@@ -3903,15 +3907,17 @@ class Started:
         if self.json:
             import json
             text = json.dumps(describe(device.control, device.id))
-        if self.news >= 0:
-            self.leave(device.id)
-            self.tell(f"live {text}")
-        else:
+        if self.news < 0:
             print(text, file=self.out, flush=True)
+            return
+        log = private(log_path(device.id), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        print(text, file=self.out, flush=True)
+        self.leave(log)
+        self.tell("live")
 
-    def leave(self, dev_id: int) -> None:
-        """Hold nothing any more of where the command was given: standard error, directory."""
-        log = private(log_path(dev_id), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def leave(self, log: int) -> None:
+        """Hold nothing any more of where the command was given: output, directory."""
+        self.out.close()
         os.dup2(log, 2)
         os.close(log)
         os.chdir("/")
@@ -3933,7 +3939,12 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
     device.follows = True
     start()
     with device:                # whatever happens now, the disk does not stay behind without a server
-        started.live(device)
+        try:
+            started.live(device)
+        except BaseException:
+            if start == device.resume:
+                device.detach()         # but one that was there before waits for another
+            raise
         notify(f"READY=1\nSTATUS=serving {device.path}")
         # Not without end: a signal that comes just before a wait for ever would not end it.
         pause = min(watchdog() / 2 or 1.0, 1.0)
@@ -3989,9 +4000,8 @@ def in_background(run: Callable[[Started], None], started: Started, inherited: S
                   identity: int) -> int:
     """Serve in a child process; return when the disk is usable or with the child's own error.
 
-    The child keeps our standard error until the disk is there, and nothing else of what whoever
-    called us had open. It tells its news through a pipe of its own, which no program that it
-    starts inherits.
+    The child keeps our output until the disk is there, and nothing else of what whoever called us had
+    open. It tells its news through a pipe of its own. No program that it starts inherits either.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # ignored, it would leave us nothing to wait for
     reader, started.news = os.pipe()
@@ -3999,6 +4009,7 @@ def in_background(run: Callable[[Started], None], started: Started, inherited: S
     if child == 0:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
+        started.out = open(os.dup(1), "w", encoding="utf-8")
         os.dup2(null, 0)
         os.dup2(null, 1)
         for fd in (null, reader, *inherited):
@@ -4008,19 +4019,12 @@ def in_background(run: Callable[[Started], None], started: Started, inherited: S
     os.close(started.news)
     end = os.pidfd_open(child)
     on_signals(lambda number, frame: pass_on(number, end))
-    news, trouble = hear(reader, end), None
+    news = hear(reader, end)
     os.close(reader)
-    if news.startswith("live "):
-        try:
-            print(news[5:], flush=True)
-            return 0
-        except OSError as error:    # nobody hears of the disk: then there shall be none
-            trouble = error
-            os.kill(child, signal.SIGTERM)
+    if news == "live":
+        return 0
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     clean_up(identity)
-    if trouble is not None:
-        raise trouble
     if news == "failed":
         return code
     raise UblkError(errno.ECHILD, "the server died before the disk was there",

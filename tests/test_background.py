@@ -26,7 +26,7 @@ from tests.support import (
     kernel,
     kill_under_load,
     opened,
-    replace,
+    recovered,
     sh,
     state_of,
     target_file,
@@ -120,20 +120,28 @@ def test_a_helper_that_outlives_a_failed_server_keeps_nobody_waiting(tmp_path):
     os.kill(int(helper.read_text()), signal.SIGKILL)
 
 
-@kernel
-@pytest.mark.parametrize("mode", [[], ["--background"]], ids=["foreground", "background"])
-def test_a_disk_of_which_nobody_can_be_told_is_taken_away(tmp_path, mode):
-    kept = tmp_path / "kept.log"            # for when this fails: the log itself goes with the device
+def tell_nobody():
+    """Have this process write its standard output where there is no room."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.stdout = io.TextIOWrapper(open(1, "wb", 0, closefd=False), write_through=True)
 
-    def change():
-        def leave(self, dev_id, leave=ublk.Started.leave):
-            leave(self, dev_id)
-            os.link(ublk.log_path(dev_id), kept)
-        replace(ublk.Started, leave=leave)
-        sys.stdout = io.TextIOWrapper(open("/dev/full", "wb", 0), write_through=True)
-    done = verb("null", *mode, change=change)
+
+@kernel
+@pytest.mark.parametrize("mode", [[], ["--background"]], ids=["", "background"])
+def test_a_disk_of_which_nobody_can_be_told_is_taken_away(mode):
+    done = verb("null", *mode, change=tell_nobody)
     assert done.status == 1 and "ENOSPC" in done.err
-    assert devices_left() == [], kept.read_text() if kept.exists() else done.err
+    assert devices_left() == [], done.err
+
+
+@kernel
+@pytest.mark.parametrize("mode", [[], ["--background"]], ids=["", "background"])
+def test_a_recovered_disk_of_which_nobody_can_be_told_waits_for_another_server(backing, mode):
+    disk = Forked("loop", backing, "-r", "reissue").live()
+    disk.kill()
+    done = verb("recover", disk.id, *mode, change=tell_nobody)
+    assert done.status == 1 and "ENOSPC" in done.err
+    assert recovered(disk).kill(signal.SIGTERM) == 0
 
 
 @kernel

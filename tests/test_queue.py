@@ -104,7 +104,8 @@ class Astray(Ram):
 
 @kernel
 @pytest.mark.parametrize("astray", [
-    SystemExit, (-1, 0), (1 << 40, 0), (None, 0), (0, -1), (0, 1.5), (0, 1 << 80), 7, (1, 2, 3)], ids=str)
+    SystemExit, (-1, 0), (1 << 40, 0), (None, 0), (0, -1), (0, 1.5), (0, (1 << 64) - 1), (0, 1 << 80), 7,
+    (1, 2, 3)], ids=str)
 @pytest.mark.parametrize("data_path", [
     "copy", "get-data", pytest.param("zero-copy", marks=since("6.15")),
     pytest.param("auto-zero-copy", marks=since("6.16"))])
