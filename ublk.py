@@ -48,10 +48,11 @@ Words used throughout
     target   the Python object behind the disk
     server   the process that serves a device; each queue has a thread of its own
 
-The file reads from top to bottom: kernel ABI, io_uring, control plane, data plane, targets, the
-life cycle of a device, command line. It needs Linux 6.0 or later and nothing but the standard
-library. Sources: the kernel's Documentation/block/ublk.rst, include/uapi/linux/ublk_cmd.h and
-io_uring.h.
+The file reads from top to bottom, like a book: each chapter opens with an essay, and whoever reads
+only the essays knows ublk. Kernel ABI, io_uring, control plane; then one disk, the plain way, whole;
+then what adds to it: the other data paths, asyncio, servers that die, ordinary users and containers;
+and the command line. It needs Linux 6.0 or later and nothing but the standard library. Sources: the
+kernel's Documentation/block/ublk.rst, include/uapi/linux/ublk_cmd.h and io_uring.h.
 """
 
 from __future__ import annotations
@@ -94,9 +95,16 @@ __version__ = "1.0"
 SECTOR = 512
 PAGE_SIZE = mmap.PAGESIZE
 
+
 # =================================================================================================
 # Errors
 # =================================================================================================
+#
+# Whoever reads an error wants to know three things: what failed, why, and what to do about it.
+# UblkError carries all three and prints them in one line, whatever the error passes through on its
+# way. It is an OSError, so that `error.errno` and `except OSError` mean what they mean everywhere
+# else in Python. Nothing in this file prints and goes on where somebody asked for something: what
+# cannot be had is raised, to be caught by who knows better.
 
 
 class UblkError(OSError):
@@ -130,6 +138,28 @@ def say(text: str) -> None:
 # =================================================================================================
 # Kernel ABI: include/uapi/linux/ublk_cmd.h of Linux 7.3
 # =================================================================================================
+#
+# What follows is the kernel's header in Python: what a program and the driver have agreed upon.
+# There are three kinds of things in it. *Features* are the bits of a mask with which a device is
+# asked for; each kernel knows some of them. *Commands* are numbers, one set for the control node
+# and one for the device's own. *Structures* are the layouts of what is passed along.
+#
+# The names are the kernel's own, so that they can be looked up in its source and found again in
+# what others write. What the header does not say stands beside them: since which release a kernel
+# knows a thing, what it means in a few words, and which features need or exclude each other.
+# `ublk.py features` prints this table, the errors about what a kernel lacks are made from it, and
+# a test compares every number with the header.
+#
+# Compatibility goes both ways. A newer kernel has features that this file has no name for: they
+# are shown as BIT_21, and never asked for. An older one drops the bits it does not know *without
+# an error*: ADD_DEV answers with the flags that were granted, and only who compares them with what
+# was wanted learns that recovery, say, is not to be had. The same is true of parameters: each
+# kernel takes the kinds it knows and forgets the others, so they are read back.
+#
+# The numbers of commands come in two forms. Up to Linux 6.3 they were bare (0x04); since 6.4 they
+# are encoded the way ioctl numbers are: a direction, the size of the argument, the letter 'u' and
+# the number. Newer kernels can be built without the old form, the oldest do not know the new one,
+# so a server has to find out which of them it talks to.
 
 
 class Feature(int):
@@ -400,9 +430,48 @@ PARAM_TYPES = {1 << bit: row for bit, row in enumerate((
 LBMD_PI_CAP_INTEGRITY, LBMD_PI_CAP_REFTAG = 1, 2
 LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC64_NVME = 0, 1, 2, 4
 
+
 # =================================================================================================
 # io_uring: include/uapi/linux/io_uring.h, and rings by raw system call
 # =================================================================================================
+#
+# io_uring is a way of asking the kernel for things without a system call for each of them. Program
+# and kernel share two rings in memory. Into the *submission queue* the program writes what it
+# wants, entries of 64 bytes (SQEs): an operation, a descriptor, an offset, an address, a length,
+# and 64 bits of its own, `user_data`. In the *completion queue* it finds what became of it,
+# entries of 16 bytes (CQEs): the `user_data` again, and a result, which is what the system call
+# would have returned, or a negative errno. Completions come in any order.
+#
+# Each ring has a head and a tail. Who puts something in moves the tail, who takes it out moves the
+# head; neither ever writes the other's word. So the numbers in shared memory are the truth about
+# what has been taken, and this file keeps no count of its own beside them: a signal's handler may
+# raise an exception between any two lines of Python, and a count that is written down after the
+# system call would then be wrong for good.
+#
+# There is one system call, io_uring_enter(). It hands in what stands in the submission queue and,
+# if asked to, waits until so many completions are there. That both happen at once is what makes
+# ublk fast: a server hands in the results of the last requests and gets the next ones in one call.
+# Traps that this class is made for:
+#
+#   - The call may take fewer entries than were offered. Those left stay in the queue for the next
+#     call.
+#   - If it took any, an error of the wait is hidden; whoever waited looks whether something has
+#     come.
+#   - The kernel has done with an SQE once the call has returned it as taken. What an SQE *points
+#     to* is another matter: that memory is the kernel's until the CQE has come, whatever happens
+#     to the program's interest in it.
+#   - SQEs can be linked (IOSQE_IO_LINK): each begins when the one before has ended well, and
+#     "well" means with its whole length, so a short read breaks the chain. A chain is cut where a
+#     submission ends.
+#   - With DEFER_TASKRUN, completions are only written while the ring's own thread is in
+#     io_uring_enter(). That is quick, and it means that no barrier between processors is needed,
+#     which Python would not have. It also means that the one thread that made a ring must use it:
+#     the kernel refuses others.
+#
+# There is no wrapper in the standard library, so this is done by hand: three system calls through
+# ctypes, the two rings through mmap, and memoryviews cast to words in place of C's pointers to
+# volatile. An SQE's fields are stored one by one, by struct; for what repeats the SQE is kept, and
+# only the words that change are written anew.
 
 # These three have the same numbers on every architecture that Python runs on but alpha.
 SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register = 425, 426, 427
@@ -681,6 +750,37 @@ class Ring:
 # =================================================================================================
 # Control plane: commands to /dev/ublk-control
 # =================================================================================================
+#
+# A device's life is a handful of commands, sent through the ring as IORING_OP_URING_CMD: an
+# operation whose meaning is the driver's own. The payload, ublksrv_ctrl_cmd, lies in the SQE
+# itself, which must therefore be of the large kind (128 bytes, IORING_SETUP_SQE128); it names the
+# device, and where a structure lies that goes along or comes back.
+#
+#     ADD_DEV     asks for a device, its queues, depth, largest request and features; the answer
+#                 says what was granted. Now there is /dev/ublkcN.
+#     SET_PARAMS  tells the geometry: size, block size, what can be discarded. Possible until the
+#                 disk is there.
+#     START_DEV   waits until every tag of every queue is parked (next chapter), then makes the
+#                 disk, /dev/ublkbN.
+#     STOP_DEV    takes the disk away: waits for the requests that the server still has, ends every
+#                 parked command.
+#     DEL_DEV     takes /dev/ublkcN away, too, and waits until nobody has either of the nodes open.
+#
+# Other commands look (GET_DEV_INFO, GET_PARAMS, GET_FEATURES), change a living disk (UPDATE_SIZE)
+# or hand it from one server to the next (START_USER_RECOVERY, END_USER_RECOVERY, QUIESCE_DEV; see
+# "When servers die").
+#
+# What to beware of. Commands *wait*: START_DEV for the server, STOP_DEV for its handlers, DEL_DEV
+# for anybody who has a node open, itself included, and while one waits others wait for it, as the
+# driver has one lock for each device and, for adding and deleting, one for all. So each has a
+# limit of time here, after which it is cancelled, and nobody sends STOP_DEV from the thread that
+# has to answer the last requests. A signal does not interrupt a command: it is carried out by a
+# thread of the kernel's; io_uring's own ASYNC_CANCEL does. What may not end even then keeps its
+# memory for ever (`_left_behind`), because the kernel may still write there.
+#
+# Who may do what: any of this needs CAP_SYS_ADMIN, unless the device is an ordinary user's own.
+# Then the command carries the path of /dev/ublkcN in front of its payload, and the driver looks
+# whether the caller may open that.
 
 MAX_DEVICES = 1 << 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -941,8 +1041,179 @@ def device_ids() -> list[int]:
 
 
 # =================================================================================================
-# Data plane: the requests of one queue
+# One disk, the plain way
 # =================================================================================================
+#
+# Now a disk. This chapter has all that the simplest one needs, from the object that holds the
+# bytes to the last clean-up: Target, MappedCopy, Queue, Worker, Device. What comes after it adds
+# to this and can be left out at first.
+#
+# **A request's way.** A client reads 4 KiB from /dev/ublkb0. The block layer gives the request a
+# free *tag* of one of the device's queues and hands it to the driver. The driver writes into the
+# tag's descriptor what is wanted (operation, first sector, number of sectors) and completes the
+# command that the server had parked for that tag. The server's io_uring_enter() returns. It finds
+# the tag in the CQE, reads the descriptor, calls `target.read(offset, buffer)`, and writes into
+# the tag's SQE how many bytes there are. With the next io_uring_enter() that SQE,
+# COMMIT_AND_FETCH_REQ, ends the request, copies the buffer to the client's pages and parks the tag
+# again: all in one entry.
+#
+#     FETCH -> parked -> a request: ours -> COMMIT_AND_FETCH -> parked -> ... -> ENODEV: the end
+#
+# A tag is either the kernel's or ours, never both: while it is parked we leave its descriptor and
+# its buffer alone, and while it is ours the driver waits. That is all the synchronisation there
+# is, and why a queue needs no locks.
+#
+# **Queues and threads.** Each queue has a ring, and a thread of its own that makes the ring, uses
+# it and closes it. The thread sleeps in io_uring_enter(), in which Python's global lock is
+# released. A target with several queues is called by several threads at once; without
+# free-threaded Python they take turns.
+#
+# **The rules of the data path.** They are the kernel's, and each has cost somebody data:
+#
+#   - A result that is not negative counts as success for the whole request, whatever its value,
+#     wherever the driver does not copy itself. A handler that moved only a part is called again
+#     for the rest; what moved nothing is EIO.
+#   - What a handler did not fill must not be sent, or a client would read what another client's
+#     request had left in the buffer. So a buffer is cleared before a READ.
+#   - FLUSH means that all writes that have ended are durable. A disk whose target cannot do that
+#     says so by not offering FLUSH at all, and FUA is offered only where a single write can be
+#     made durable.
+#   - Whatever goes wrong in a handler, the request ends: an OSError with its own errno, anything
+#     else with EIO.
+#
+# **From nothing to a disk, and back.** ADD_DEV, SET_PARAMS, open and map /dev/ublkcN, a thread for
+# each queue, FETCH for every tag, START_DEV. On the way back STOP_DEV comes first, while the
+# threads still serve: it waits for the requests they have, then ends every parked command with
+# ENODEV, by which the threads know that they are to leave. Only when they have, and every
+# descriptor and mapping of /dev/ublkcN is gone, DEL_DEV can end. A start that fails in the middle
+# goes the same way back. The order matters more than it seems: START_DEV after STOP_DEV on one
+# open node crashes kernels before 7.3, so a Device lives once; and a thread that dies with a tag
+# in its hands leaves a queue that is deaf, so the others are told to leave, too, and the kernel
+# fails what the dead one had.
+
+
+class Target:
+    """The object behind a disk. Subclass it, set size, define read and write.
+
+    All offsets and lengths are in bytes and multiples of block_size.
+
+    To define:
+        size                    attribute: bytes, a multiple of block_size
+        read(offset, buffer)    fill the writable memoryview
+        write(offset, buffer)   take the read-only memoryview; it is reused after the return
+    A disk offers the following only where the class defines it:
+        flush()                         make all completed writes durable
+        write_fua(offset, buffer)       a write that is durable when it returns; wants flush too
+        discard(offset, length)         the content is no longer needed
+        write_zeroes(offset, length, unmap)   unmap: the blocks may be given back; may be left out
+        resized(size)                   the disk gets a new size: resize() calls it before the disk
+                                        grows, `ublk.py resize` a moment after
+        start(index)                    called in each thread that serves a queue, before its first request
+        close()                         the disk is gone
+        map(offset, length, write)      return (fd, position) where these bytes lie in a file: the
+                                        kernel moves them. read and write are called where it fails,
+                                        with user copy and for memory shared with clients
+        answer(queue, tags)             serve a batch of requests at once, see Queue
+    and, for a zoned disk, with attributes zone_size, max_append (bytes), max_open_zones and
+    max_active_zones:
+        report_zones(offset, count)     return a list of blk_zone
+        zone_append(offset, buffer)     write where the zone's data ends; return where that was
+        zone_open, zone_close, zone_finish, zone_reset (each of offset), zone_reset_all()
+    and, for a disk that keeps metadata_size bytes beside each block, its checksum (a name in
+    CHECKSUMS) made and verified by the kernel (7.0):
+        read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the data;
+                                        all ones (0xFF) for blocks never written: check nothing
+        write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
+
+    Each of the others but resized, map and answer may be an ``async def``: each queue then runs an
+    asyncio loop, whose ring also does uring_read and the like. A close() that is one runs on the loop
+    of the queue that ends last. The value returned is None, or for read and write the number of bytes
+    moved: what is short is asked for again. An OSError reaches the client as its errno; any other
+    exception is a bug: it is printed with its traceback and the client gets EIO.
+    """
+
+    size: int = 0
+    block_size: int = SECTOR
+    physical_block_size: int = 4096
+    read_only: bool = False
+    rotational: bool = False
+    discard_granularity: int = 0        # bytes; 0: one block
+    boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
+    dma_alignment: int = 0              # bytes; of clients' memory in direct I/O; 0: the driver's 4
+    max_segments: int = 0               # pieces of memory in one request; 0: any number
+    max_segment_size: int = 0           # bytes; 0: any
+    metadata_size: int = 0              # bytes beside each block
+    checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
+    files: Sequence[str] = ()           # paths of files it is made of: a recovered disk must find the same
+    once: Sequence[str] = ()            # options that are not for a server that recovers the disk
+
+    def read(self, offset: int, buffer: memoryview) -> Any:
+        """Fill buffer with the bytes at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target cannot read")
+
+    def write(self, offset: int, buffer: memoryview) -> Any:
+        """Keep the bytes of buffer at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target cannot write")
+
+    def read_metadata(self, offset: int, buffer: memoryview) -> None:
+        """Fill buffer with the metadata of the blocks at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
+
+    def write_metadata(self, offset: int, buffer: memoryview) -> None:
+        """Keep the metadata of the blocks at offset."""
+        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
+
+
+class Size(int):
+    """A number of bytes; on the command line it may end in K, M, G or T (powers of 1024)."""
+
+
+NULL_SIZE = Size(250 << 30)
+
+
+class Null(Target):
+    """Read zeroes, forget writes: what remains is the cost of ublk itself.
+
+    size: size of the disk
+    """
+
+    def __init__(self, *, size: Size = NULL_SIZE) -> None:
+        self.size = size
+
+    def answer(self, queue: Queue, tags: list[int]) -> None:
+        """End every request at once: what answered a tag's last request answers one alike, too."""
+        requests, served = queue.requests, queue.served
+        for tag in tags:
+            if requests[tag] != served[tag]:
+                self._prepare(queue, tag)
+        queue.repeat(tags)
+
+    def _prepare(self, queue: Queue, tag: int) -> None:
+        """Make an answer; a read must not see what was written under its tag before."""
+        path, operation, length = queue.path, queue.flags[tag] & 0xFF, queue.sectors[tag] * SECTOR
+        queue.prepare(tag, length if operation <= UBLK_IO_OP_WRITE else 0)
+        if operation == UBLK_IO_OP_WRITE:
+            path.written[tag] = max(length, path.written.get(tag, 0))
+        elif operation == UBLK_IO_OP_READ:
+            path.blank(tag, length)
+            if not path.lasting:
+                queue.served[tag] = -1
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """The buffer is clear already."""
+
+    def write(self, offset: int, buffer: memoryview) -> None:
+        """There is nothing to keep."""
+
+    def flush(self) -> None:
+        """There is nothing to make durable."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """There is nothing to forget."""
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Everything is zero already."""
+
 
 IO_CMD = struct.Struct("=HHiQ")         # ublksrv_io_cmd
 IO_DESC = struct.Struct("=IIQQ")        # ublksrv_io_desc
@@ -952,7 +1223,6 @@ RESULT_WORD = (48 + 4) // 4             # where ublksrv_io_cmd.result lies in an
 ADDRESS_WORD = (48 + 8) // 8            # and ublksrv_io_cmd.addr, in 64-bit words
 # user_data of what is not the command of a tag
 OPERATION, WAKE, FETCH, COMMIT = 1 << 32, 1 << 60, 1 << 61, 1 << 62
-
 
 MAP_NORESERVE = 0x4000      # memory that is never used need not exist; mmap names it from Python 3.11 on
 
@@ -1062,190 +1332,6 @@ class MappedCopy:
         for view in self.views:
             view.release()
         self.view.release()
-
-
-class NeedGetData(MappedCopy):
-    """As before, but a write arrives twice: first the news, then, once asked for, its data.
-
-    A server could choose the buffer in between; this one always has the tag's own.
-    """
-
-    summary = "as --copy, but a write's data is asked for after its news"
-    features = UBLK_F_NEED_GET_DATA
-    stages = 2
-
-    def __init__(self, queue: Queue) -> None:
-        super().__init__(queue)
-        for tag in range(queue.depth):
-            queue.command(2 * queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
-
-    def ask(self, tag: int) -> None:
-        """Ask for the data of a WRITE."""
-        queue, slot = self.queue, 2 * self.queue.depth + tag
-        # The driver puts the address asked for into the descriptor, also where that says which of the
-        # memory shared with clients has the data: it is to say so again.
-        queue.addresses[slot] = queue.shared_addresses[tag] \
-            if queue.flags[tag] & UBLK_IO_F_SHMEM_ZC else self.address(tag)
-        queue.ring.push(slot)
-
-
-class UserCopy(MappedCopy):
-    """The server copies: pread and pwrite on /dev/ublkcN reach the pages of a request.
-
-    Where in the file a request lies is told by its queue and tag, see position().
-    """
-
-    summary = "the server copies, with pread and pwrite on /dev/ublkcN (6.5)"
-    features = int(UBLK_F_USER_COPY)
-    stages = moves = 0
-    lasting = False
-
-    def __init__(self, queue: Queue) -> None:
-        super().__init__(queue)
-        # A descriptor of the path's own: its number stays its own as long as somebody might use it.
-        self.file: Any = open(os.dup(queue.device_fd), "r+b", buffering=0)
-        self.fd: int = self.file.fileno()
-        self.abandoned = False
-        self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
-
-    def address(self, tag: int) -> int:
-        return 0
-
-    def position(self, tag: int) -> int:
-        """Return where in /dev/ublkcN the data of the tag's request starts."""
-        return self.origin + (tag << UBLK_TAG_OFF)
-
-    def data(self, tag: int, length: int) -> memoryview:
-        self._take(self.buffer(tag, length), self.position(tag))
-        return super().data(tag, length)
-
-    def blank(self, tag: int, length: int) -> None:
-        self.give(tag, ZEROES[:length])
-
-    def give(self, tag: int, buffer: memoryview) -> int:
-        return self._put(buffer, self.position(tag))
-
-    def metadata(self, tag: int, length: int) -> memoryview:
-        """Return the metadata of the blocks a WRITE wrote (INTEGRITY, 7.0)."""
-        buffer = memoryview(bytearray(length))
-        self._take(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
-        return buffer.toreadonly()
-
-    def give_metadata(self, tag: int, buffer: memoryview) -> None:
-        """Hand the metadata of its blocks to a READ."""
-        self._put(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
-
-    def abandon(self) -> None:
-        # The device lets go of its file only when all descriptors are closed, and a late handler would
-        # write into whatever file had the number then. /dev/null has it until the path is forgotten.
-        with open(os.devnull, "r+b", buffering=0) as null:
-            os.dup2(null.fileno(), self.fd, inheritable=False)
-        self.abandoned = True
-
-    def close(self) -> None:
-        if not self.abandoned:
-            self.file.close()
-        super().close()
-
-    def _take(self, buffer: memoryview, position: int) -> None:
-        done = 0
-        while done < len(buffer):
-            done += some(os.preadv(self.fd, [buffer[done:]], position + done))
-
-    def _put(self, buffer: memoryview, position: int) -> int:
-        done = 0
-        while done < len(buffer):
-            done += some(os.pwrite(self.fd, buffer[done:], position + done))
-        return done
-
-
-def some(count: int) -> int:
-    """Return the number of bytes a copy moved; none at all would go on for ever."""
-    if count == 0:
-        raise OSError(errno.EIO, "the request ended before its data")
-    return count
-
-
-class AutoZeroCopy(UserCopy):
-    """No copy: the driver puts the pages of a request into slot `tag` of the ring's buffer table.
-
-    READ_FIXED and WRITE_FIXED move data between them and any file; COMMIT takes them out again.
-    What needs the bytes in Python, or breaks a chain, is served by user copy.
-    """
-
-    summary = "nobody copies: the kernel registers a request's pages with the ring (6.16)"
-    features = UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY
-    stages = 1
-    moves = IORING_OP_READ_FIXED
-
-    def __init__(self, queue: Queue) -> None:
-        super().__init__(queue)
-        queue.ring.register_sparse_buffers(queue.depth)
-
-    def sqe_address(self, tag: int) -> int:
-        return tag | UBLK_AUTO_BUF_REG_FALLBACK << 16       # struct ublk_auto_buf_reg
-
-
-class ZeroCopy(AutoZeroCopy):
-    """The same by hand (6.15): register the pages, transfer, unregister, commit, in one chain."""
-
-    summary = "nobody copies: the server registers the pages (6.15)"
-    features = UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_COPY
-    stages = 3
-
-    def __init__(self, queue: Queue) -> None:
-        super().__init__(queue)
-        for stage, opcode in ((2, UBLK_U_IO_REGISTER_IO_BUF), (3, UBLK_U_IO_UNREGISTER_IO_BUF)):
-            flags = queue.link_last if stage == 3 else Queue.link_last
-            for tag in range(queue.depth):
-                queue.command(stage * queue.depth + tag, tag, opcode, addr=tag, flags=flags)
-
-    def sqe_address(self, tag: int) -> int:
-        return 0
-
-    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
-        return 2 * depth + tag, depth + tag, 3 * depth + tag
-
-    def broken(self, tag: int, stage: int) -> bool:
-        if stage == 1:
-            self.queue.ring.push(3 * self.queue.depth + tag)
-        return stage == 1
-
-
-class SharedCopy:
-    """Not a path of its own (SHMEM_ZC, 7.1): the request's pages are memory we share with its client.
-
-    The descriptor's address says which memory, and where in it.
-    """
-
-    def __init__(self, queue: Queue, memories: dict[int, memoryview]) -> None:
-        self.queue: Any = queue
-        self.memories = memories
-
-    def room(self, tag: int, length: int) -> memoryview:
-        """Return the memory a READ fills, which is its client's already, cleared."""
-        buffer = self._memory(tag, length)
-        buffer[:] = ZEROES[:length]
-        return buffer
-
-    def data(self, tag: int, length: int) -> memoryview:
-        """Return what a WRITE wrote."""
-        return self._memory(tag, length).toreadonly()
-
-    def _memory(self, tag: int, length: int) -> memoryview:
-        address = self.queue.shared_addresses[tag]
-        start = address & 0xFFFFFFFF
-        return self.memories[address >> 32][start:start + length]
-
-    def give(self, tag: int, buffer: memoryview) -> int:
-        """There is nothing left to hand over; return the length in bytes."""
-        return len(buffer)
-
-
-# What the command line and Device call the data paths, best first.
-DATA_PATHS: dict[str, type[MappedCopy]] = {
-    "auto-zero-copy": AutoZeroCopy, "zero-copy": ZeroCopy, "user-copy": UserCopy,
-    "get-data": NeedGetData, "copy": MappedCopy}
 
 
 def failed(error: BaseException) -> int:
@@ -1862,504 +1948,6 @@ def takes_unmap(function: Any) -> bool:
         return False
     return True
 
-
-class BatchQueue(Queue):
-    """A queue with BATCH_IO (7.0): one command fetches for a whole queue, one commits many requests.
-
-    PREP_IO_CMDS parks all tags. FETCH_IO_CMDS is multishot: whenever requests arrive, the kernel
-    writes their tags as 16-bit numbers into the next of our provided buffers and posts a CQE that
-    names it. COMMIT_IO_CMDS takes an array of elements: tag, buffer index and result in one 64-bit
-    word, then the buffer's address in mapped copy, then the sector of an append on a zoned disk.
-    """
-
-    BUFFERS, TAGS_EACH = 64, 128        # provided buffers, and how many tags go into each
-    link_last = 0                       # a chain has no COMMIT at its end: its last CQE is needed
-
-    def __init__(self, device: Device, index: int) -> None:
-        self._pending: list[bytes] = []     # elements for the next commit
-        self._sent: list[bytes] = []        # those of the one that is on its way
-        self._cleaning: set[int] = set()    # tags whose broken chain is being cleaned up
-        super().__init__(device, index)
-        copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
-        self._tails = [struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)]
-        self._elements = [b""] * self.depth
-        self.element_size = 8 * (1 + copies + device.zoned)
-        self._prep_slot, self._fetch_slot = self._free_slots.pop(), self._free_slots.pop()
-        flags = UBLK_BATCH_F_HAS_BUF_ADDR * copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
-        if self.path.features & UBLK_F_AUTO_BUF_REG:
-            flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
-        self._flags, self._lba = flags, 0
-        size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
-        self.memory = mmap.mmap(-1, size)
-        self._base = address_of(self.memory)
-        self._tags_at = self.BUFFERS * 16       # behind the ring of that many entries
-        self._elements_at = self._tags_at + self.BUFFERS * self.TAGS_EACH * 2
-        view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
-        self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
-        self._buffer_tail = 0
-        for number in range(self.BUFFERS):
-            self._offer(number)
-
-    def _offer(self, number: int) -> None:
-        """Give a buffer (back) to the kernel. The ring's tail overlays the end of its first entry."""
-        address = self._base + self._tags_at + number * self.TAGS_EACH * 2
-        struct.pack_into("=QIH", self.memory, self._buffer_tail % self.BUFFERS * 16, address,
-                         self.TAGS_EACH * 2, number)
-        self._buffer_tail = (self._buffer_tail + 1) & 0xFFFF
-        struct.pack_into("=H", self.memory, 14, self._buffer_tail)
-
-    def fetch(self) -> None:
-        for tag in range(self.depth):
-            self.complete(tag, 0)
-        self._send(UBLK_U_IO_PREP_IO_CMDS)
-        while self._sent:
-            self.collect()
-        self._pending.clear()           # it takes all or none, and counts none
-        self._fetch_again()
-        self.ring.enter()
-
-    def _fetch_again(self) -> None:
-        self.ring.prepare(self._fetch_slot, IORING_OP_URING_CMD, self.device_fd,
-                          UBLK_U_IO_FETCH_IO_CMDS, rw_flags=IORING_URING_CMD_MULTISHOT,
-                          user_data=FETCH, flags=IOSQE_BUFFER_SELECT,
-                          cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0))
-        self.ring.push(self._fetch_slot)
-
-    def complete(self, tag: int, result: int) -> None:
-        self.served[tag] = -1
-        self._pending.append(self._element(tag, result))
-
-    def prepare(self, tag: int, result: int) -> None:
-        self.served[tag] = self.requests[tag]
-        self._elements[tag] = self._element(tag, result)
-
-    def repeat(self, tags: list[int]) -> None:
-        self._pending += [self._elements[tag] for tag in tags]
-
-    def _element(self, tag: int, result: int) -> bytes:
-        index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
-        element = ELEMENT.pack(tag, index, result) + self._tails[tag]
-        if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
-            element += struct.pack("=Q", self._lba)
-            self._lba = 0
-        return element
-
-    def appended(self, tag: int, sector: int) -> None:
-        self._lba = sector
-
-    def _send(self, opcode: int) -> None:
-        """Have all pending elements committed (or prepared) by the next enter()."""
-        elements = b"".join(self._pending)
-        self.memory[self._elements_at:self._elements_at + len(elements)] = elements
-        self._sent, self._pending = self._pending, []
-        self.ring.prepare(
-            self._prep_slot, IORING_OP_URING_CMD, self.device_fd, opcode,
-            self._base + self._elements_at, len(elements), user_data=COMMIT,
-            cmd=BATCH_IO.pack(self.index, self._flags, len(self._sent), self.element_size, 0, 0))
-        self.ring.push(self._prep_slot)
-
-    def commit(self) -> None:
-        if self._pending and not self._sent:    # one at a time: they share slot and memory
-            self._send(UBLK_U_IO_COMMIT_IO_CMDS)
-
-    def collect(self, timeout: float | None = None) -> list[int]:
-        self.commit()
-        self.ring.wait(timeout)
-        self._recycle()
-        tags: list[int] = []
-        for user_data, result, flags in self.ring.reap_all():
-            if user_data == FETCH:
-                tags += self._fetched(result, flags)
-            elif user_data == COMMIT:
-                self._committed(result)
-            elif self._is_request(user_data, result):
-                tags.append(user_data)
-        return tags
-
-    def _fetched(self, result: int, flags: int) -> list[int]:
-        """Return the tags in the buffer a CQE names; start the command again where it ended."""
-        tags: list[int] = []
-        if flags & IORING_CQE_F_BUFFER:
-            number = flags >> IORING_CQE_BUFFER_SHIFT
-            start = self._tags_at + number * self.TAGS_EACH * 2
-            tags = array("H", self.memory[start:start + max(result, 0)]).tolist()
-            self._offer(number)
-        if result == UBLK_IO_RES_ABORT:
-            self.ended.add(-1)
-        elif not flags & IORING_CQE_F_MORE:
-            if result < 0 and result != -errno.ENOBUFS:
-                raise UblkError(-result, f"queue {self.index} lost its requests")
-            self._fetch_again()
-        return tags
-
-    def _hand_in(self) -> None:
-        while self._pending or self._sent:
-            self.collect(1.0)
-
-    def _committed(self, result: int) -> None:
-        """See to it that every element was taken: those behind a failed one were not."""
-        if result < 0:
-            raise UblkError(-result, f"queue {self.index} cannot commit")
-        self._pending = self._sent[result // self.element_size:] + self._pending
-        self._sent = []
-
-    def _answer_by_map(self, tags: list[int]) -> int:
-        pushed = super()._answer_by_map(tags)
-        self.in_flight += pushed // self.path.stages
-        return pushed
-
-    def _idle(self) -> bool:
-        self.at_rest = not self.in_flight
-        return self.at_rest
-
-    def chain_done(self, tag: int, stage: int, result: int) -> None:
-        if tag in self._cleaning:           # not the end of a chain: its request was served otherwise
-            self._cleaning.remove(tag)
-            return
-        self.in_flight -= 1
-        length = self.sectors[tag] * SECTOR
-        if stage == self.path.stages and result == (length if stage == 1 else 0):
-            self.repeat([tag])
-            return
-        if self.path.broken(tag, stage):
-            self._cleaning.add(tag)
-        self.handle(tag)
-
-
-# =================================================================================================
-# asyncio on the ring
-# =================================================================================================
-#
-# A handler that waits, for a file, a server, a lock, must not keep the other requests of its queue
-# waiting. Python's answer is asyncio: handlers are coroutines, and a loop goes on with each when that
-# for which it waits has come. The loop sleeps in its *selector*, which knows the descriptors that
-# somebody waits for. Usually that is epoll; here it is the queue's ring. Requests, descriptors, timers
-# and operations of the ring itself thus all end the same system call, in one thread.
-#
-# Two rules. Memory that an operation uses belongs to the kernel until its CQE has come: a task that
-# is cancelled has the operation cancelled and goes on only when that has ended, or the kernel could
-# write into what is another request's buffer by then. And a descriptor's number is used only while it
-# is open: what was asked for under it is begun, by an enter(), before anybody is told that it ended.
-
-LAST_WORDS = 1.0        # seconds that tasks have to end when their queue does
-_here = threading.local()       # .queue: the one whose loop runs in this thread
-
-
-def has_coroutines(target: Any) -> bool:
-    """Tell whether a target has methods that are coroutines."""
-    names = [name for name, _ in SIMPLE_OPERATIONS.values()]
-    names += ["read", "write", "write_fua", "zone_append", "report_zones", "start", "close"]
-    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
-
-
-class Operation:
-    """Something that the kernel does on a queue's ring, and the memory that it uses meanwhile."""
-
-    def __init__(self, memory: memoryview | None) -> None:
-        self.memory = memory
-        self.future: Any = None
-        self.result: int | None = None
-
-    def end(self, result: int) -> None:
-        """Hear of the end."""
-        self.result = result
-        if self.future is not None and not self.future.done():
-            self.future.set_result(result)
-
-
-async def operate(opcode: int, fd: int, off: int = 0, buffer: Any = None, fills: bool = False,
-                  addr: int = 0, length: int = 0, rw_flags: int = 0) -> int:
-    """Have the kernel do something on the ring of the queue that we run on; return its result (>= 0).
-
-    Raises OSError with the kernel's errno. fills: it writes to the buffer.
-    """
-    import asyncio
-    memory = None
-    if buffer is not None:
-        memory = memory_of(buffer, fills)
-        addr, length = address_of(memory), len(memory)
-    queue = getattr(_here, "queue", None)
-    if queue is None:
-        raise RuntimeError("only the loop of a queue has a ring")
-    operation = Operation(memory)
-    unwanted = None
-    operation.future = queue.loop.create_future()
-    number = queue.begin(operation, opcode, fd, off, addr, length, rw_flags)
-    while operation.result is None:
-        try:
-            await operation.future
-        except asyncio.CancelledError as error:
-            unwanted = error
-            if operation.result is None:
-                operation.future = queue.loop.create_future()
-                queue.cancel(number)
-    if unwanted is not None:
-        raise unwanted
-    if operation.result < 0:
-        raise OSError(-operation.result, os.strerror(-operation.result))
-    return operation.result
-
-
-def memory_of(buffer: Any, fills: bool) -> memoryview:
-    """Return a buffer's bytes. While that view exists it can neither go nor be resized."""
-    view = memoryview(buffer).cast("B")         # TypeError where they do not lie in one piece
-    if fills and view.readonly:
-        raise TypeError("a buffer to be filled must be writable")
-    if len(view) >= 1 << 32:
-        raise ValueError(f"{len(view)} bytes are too many for one operation")
-    return view
-
-
-def uring_read(fd: int, buffer: Any, offset: int) -> Coroutine[Any, Any, int]:
-    """Read from a file at offset into a writable buffer; await it for the number of bytes."""
-    return operate(IORING_OP_READ, fd, offset, buffer, fills=True)
-
-
-def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[Any, Any, int]:
-    """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes."""
-    return operate(IORING_OP_WRITE, fd, offset, buffer, rw_flags=flags)
-
-
-def uring_fsync(fd: int, datasync: bool = False) -> Coroutine[Any, Any, int]:
-    """Make what was written to a file durable."""
-    return operate(IORING_OP_FSYNC, fd, rw_flags=IORING_FSYNC_DATASYNC if datasync else 0)
-
-
-def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Coroutine[Any, Any, int]:
-    """fallocate(2): mode is a sum of FALLOC_FL_* flags."""
-    return operate(IORING_OP_FALLOCATE, fd, offset, addr=length, length=mode)
-
-
-def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
-    """Receive from a socket; await it for the number of bytes, 0 at its end."""
-    return operate(IORING_OP_RECV, fd, 0, buffer, fills=True, rw_flags=flags)
-
-
-def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
-    """Send to a socket; await it for the number of bytes taken."""
-    return operate(IORING_OP_SEND, fd, 0, buffer, rw_flags=flags)
-
-
-class RingSelector(selectors.BaseSelector):
-    """What an asyncio loop waits with: the ring of a queue.
-
-    A descriptor that is registered has a POLL_ADD on the ring. That ends when it is ready; the next
-    select() begins another, which ends at once if it is ready still, as asyncio expects.
-    """
-
-    def __init__(self, queue: Queue) -> None:
-        self.queue = queue
-        self._keys: dict[Any, selectors.SelectorKey] = {}
-        self._polls: dict[int, int] = {}            # fd -> number of its POLL_ADD
-        self._unpolled: set[int] = set()
-        self._ready: list[tuple[selectors.SelectorKey, int]] = []
-
-    def get_map(self) -> dict[Any, selectors.SelectorKey]:
-        return self._keys
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        if fd in self._keys:
-            raise KeyError(f"{fileobj!r} is registered already")
-        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
-        self._unpolled.add(fd)
-        return key
-
-    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        key = self._keys.pop(fd)
-        self._unpolled.discard(fd)
-        if fd in self._polls:
-            self.queue.forget(self._polls.pop(fd))
-        return key
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Answer the requests there are; return the descriptors that are ready."""
-        queue = self.queue
-        while self._unpolled:
-            fd = self._unpolled.pop()
-            self._poll(fd, self._keys[fd].events)
-        if queue.ended and not queue.closing:
-            timeout = 0.01 if timeout is None else min(timeout, 0.01)
-        tags = queue.collect(timeout)
-        if not queue.closing:
-            if tags:
-                queue.answer(tags)
-            if queue.is_over():
-                queue.loop.stop()
-        ready, self._ready = self._ready, []
-        return ready
-
-    def _poll(self, fd: int, events: int) -> None:
-        mask = 0
-        if events & selectors.EVENT_READ:
-            mask |= select.POLLIN
-        if events & selectors.EVENT_WRITE:
-            mask |= select.POLLOUT
-        self._polls[fd] = self.queue.begin(Poll(self, fd), IORING_OP_POLL_ADD, fd, rw_flags=mask)
-
-    def polled(self, fd: int, result: int) -> None:
-        """Hear of the end of a POLL_ADD: the events that came, or an error, which is for all to see."""
-        key = self._keys[fd]
-        del self._polls[fd]
-        self._unpolled.add(fd)
-        events = 0
-        if result < 0 or result & ~select.POLLIN:
-            events |= selectors.EVENT_WRITE
-        if result < 0 or result & ~select.POLLOUT:
-            events |= selectors.EVENT_READ
-        if events & key.events:
-            self._ready.append((key, events & key.events))
-
-    def close(self) -> None:
-        for number in self._polls.values():
-            self.queue.forget(number)
-        self._polls.clear()
-        self._keys.clear()
-
-
-class Poll(Operation):
-    """A POLL_ADD of a selector."""
-
-    def __init__(self, selector: RingSelector, fd: int) -> None:
-        super().__init__(None)
-        self.selector, self.fd = selector, fd
-
-    def end(self, result: int) -> None:
-        self.selector.polled(self.fd, result)
-
-
-# =================================================================================================
-# Targets: what stands behind a disk
-# =================================================================================================
-
-
-class Target:
-    """The object behind a disk. Subclass it, set size, define read and write.
-
-    All offsets and lengths are in bytes and multiples of block_size.
-
-    To define:
-        size                    attribute: bytes, a multiple of block_size
-        read(offset, buffer)    fill the writable memoryview
-        write(offset, buffer)   take the read-only memoryview; it is reused after the return
-    A disk offers the following only where the class defines it:
-        flush()                         make all completed writes durable
-        write_fua(offset, buffer)       a write that is durable when it returns; wants flush too
-        discard(offset, length)         the content is no longer needed
-        write_zeroes(offset, length, unmap)   unmap: the blocks may be given back; may be left out
-        resized(size)                   the disk gets a new size: resize() calls it before the disk
-                                        grows, `ublk.py resize` a moment after
-        start(index)                    called in each thread that serves a queue, before its first request
-        close()                         the disk is gone
-        map(offset, length, write)      return (fd, position) where these bytes lie in a file: the
-                                        kernel moves them. read and write are called where it fails,
-                                        with user copy and for memory shared with clients
-        answer(queue, tags)             serve a batch of requests at once, see Queue
-    and, for a zoned disk, with attributes zone_size, max_append (bytes), max_open_zones and
-    max_active_zones:
-        report_zones(offset, count)     return a list of blk_zone
-        zone_append(offset, buffer)     write where the zone's data ends; return where that was
-        zone_open, zone_close, zone_finish, zone_reset (each of offset), zone_reset_all()
-    and, for a disk that keeps metadata_size bytes beside each block, its checksum (a name in
-    CHECKSUMS) made and verified by the kernel (7.0):
-        read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the data;
-                                        all ones (0xFF) for blocks never written: check nothing
-        write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
-
-    Each of the others but resized, map and answer may be an ``async def``: each queue then runs an
-    asyncio loop, whose ring also does uring_read and the like. A close() that is one runs on the loop
-    of the queue that ends last. The value returned is None, or for read and write the number of bytes
-    moved: what is short is asked for again. An OSError reaches the client as its errno; any other
-    exception is a bug: it is printed with its traceback and the client gets EIO.
-    """
-
-    size: int = 0
-    block_size: int = SECTOR
-    physical_block_size: int = 4096
-    read_only: bool = False
-    rotational: bool = False
-    discard_granularity: int = 0        # bytes; 0: one block
-    boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
-    dma_alignment: int = 0              # bytes; of clients' memory in direct I/O; 0: the driver's 4
-    max_segments: int = 0               # pieces of memory in one request; 0: any number
-    max_segment_size: int = 0           # bytes; 0: any
-    metadata_size: int = 0              # bytes beside each block
-    checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
-    files: Sequence[str] = ()           # paths of files it is made of: a recovered disk must find the same
-    once: Sequence[str] = ()            # options that are not for a server that recovers the disk
-
-    def read(self, offset: int, buffer: memoryview) -> Any:
-        """Fill buffer with the bytes at offset."""
-        raise OSError(errno.EOPNOTSUPP, "this target cannot read")
-
-    def write(self, offset: int, buffer: memoryview) -> Any:
-        """Keep the bytes of buffer at offset."""
-        raise OSError(errno.EOPNOTSUPP, "this target cannot write")
-
-    def read_metadata(self, offset: int, buffer: memoryview) -> None:
-        """Fill buffer with the metadata of the blocks at offset."""
-        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
-
-    def write_metadata(self, offset: int, buffer: memoryview) -> None:
-        """Keep the metadata of the blocks at offset."""
-        raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
-
-
-class Size(int):
-    """A number of bytes; on the command line it may end in K, M, G or T (powers of 1024)."""
-
-
-NULL_SIZE = Size(250 << 30)
-
-
-class Null(Target):
-    """Read zeroes, forget writes: what remains is the cost of ublk itself.
-
-    size: size of the disk
-    """
-
-    def __init__(self, *, size: Size = NULL_SIZE) -> None:
-        self.size = size
-
-    def answer(self, queue: Queue, tags: list[int]) -> None:
-        """End every request at once: what answered a tag's last request answers one alike, too."""
-        requests, served = queue.requests, queue.served
-        for tag in tags:
-            if requests[tag] != served[tag]:
-                self._prepare(queue, tag)
-        queue.repeat(tags)
-
-    def _prepare(self, queue: Queue, tag: int) -> None:
-        """Make an answer; a read must not see what was written under its tag before."""
-        path, operation, length = queue.path, queue.flags[tag] & 0xFF, queue.sectors[tag] * SECTOR
-        queue.prepare(tag, length if operation <= UBLK_IO_OP_WRITE else 0)
-        if operation == UBLK_IO_OP_WRITE:
-            path.written[tag] = max(length, path.written.get(tag, 0))
-        elif operation == UBLK_IO_OP_READ:
-            path.blank(tag, length)
-            if not path.lasting:
-                queue.served[tag] = -1
-
-    def read(self, offset: int, buffer: memoryview) -> None:
-        """The buffer is clear already."""
-
-    def write(self, offset: int, buffer: memoryview) -> None:
-        """There is nothing to keep."""
-
-    def flush(self) -> None:
-        """There is nothing to make durable."""
-
-    def discard(self, offset: int, length: int) -> None:
-        """There is nothing to forget."""
-
-    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        """Everything is zero already."""
-
-
-# =================================================================================================
-# Life cycle of a device
-# =================================================================================================
 
 PR_SET_IO_FLUSHER, CAP_SYS_ADMIN = 57, 1 << 21
 MAX_DISCARD = 1 << 30           # bytes a single discard or write-zeroes may cover
@@ -3053,18 +2641,6 @@ def _disown_all() -> None:
 os.register_at_fork(after_in_child=_disown_all)
 
 
-def privileged() -> bool:
-    """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        effective = next(line for line in file if line.startswith("CapEff"))
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            outside = file.read().split() == ["0", "0", "4294967295"]
-    except FileNotFoundError:       # a kernel without user namespaces
-        outside = True
-    return outside and bool(int(effective.split()[1], 16) & CAP_SYS_ADMIN)
-
-
 def alive(pid: int) -> bool:
     """Tell whether a process exists that is more than a zombie."""
     try:
@@ -3124,23 +2700,6 @@ def becomes(condition: Callable[[], bool], seconds: float,
     return True
 
 
-def await_node(path: str, mode: int, pause: Callable[[float], object] = time.sleep) -> None:
-    """Wait until udev has made a device node and, for ordinary users, handed it over."""
-    if not becomes(lambda: is_usable(path, mode), NODE_TIMEOUT, pause):
-        number = errno.EACCES if os.path.exists(path) else errno.ENOENT
-        raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
-
-
-def is_usable(path: str, mode: int) -> bool:
-    """Tell whether a device node is there and may be used."""
-    # In a container a plain file may stand in its place first, for the node to be mounted upon: look
-    # for that before, or it could be the file that may be used, and the node that is there.
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode) and os.access(path, mode)
-    except OSError:
-        return False
-
-
 def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT,
               pause: Callable[[float], object] = time.sleep) -> int:
     """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it."""
@@ -3178,13 +2737,676 @@ def io_flusher() -> None:
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
-def set_admin(use: bool) -> None:
-    """Have this thread use its CAP_SYS_ADMIN, if it has it, or not: capset(2) is about threads."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)       # _LINUX_CAPABILITY_VERSION_3, this thread
-    sets = (ctypes.c_uint32 * 6)()                      # effective, permitted, inheritable; twice 32 bits
-    _libc.capget(header, sets)
-    sets[0] = sets[0] & ~CAP_SYS_ADMIN | sets[1] & CAP_SYS_ADMIN * use
-    _libc.capset(header, sets)
+def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int | None = None) -> None:
+    """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
+
+    With an identity, a device that is another's by now is left alone.
+    """
+    if identity is not None and not is_same(control, dev_id, identity):
+        if dev_id not in device_ids():
+            forget_state(dev_id)
+        return
+    forget_state(dev_id)
+    remedy = f"end its server, then `ublk.py del {dev_id}`"
+    try:
+        # Up to Linux 6.3 the kernel's thread that stops a disk may be left with the last reference to
+        # /dev/ublkcN, and drop it only when it has nothing else to do: given DEL_DEV, which waits for
+        # just that, it would wait for ever. So this stops the disk first and sees the node closed.
+        # And two DEL_DEV at a time would wait for each other.
+        if control.legacy:
+            fcntl.flock(control.fd, fcntl.LOCK_EX)
+            control.stop_dev(dev_id, timeout)
+            os.close(open_char(dev_id, timeout))
+        remedy = "it goes when they close it"
+        control.del_dev(dev_id, timeout)
+    except OSError as error:
+        if error.errno in (errno.ETIMEDOUT, errno.EBUSY):
+            who = ", ".join(holders(dev_id)) or "somebody"
+            raise UblkError(errno.EBUSY, f"device {dev_id} is stopped but not deleted",
+                            f"held open by {who}", remedy) from None
+        if error.errno not in (errno.ENODEV, errno.ENOENT):
+            raise
+    finally:
+        fcntl.flock(control.fd, fcntl.LOCK_UN)
+
+
+# =================================================================================================
+# The other data paths
+# =================================================================================================
+#
+# In the plain way a byte is copied once by the driver, between the client's pages and the server's
+# buffer, and often a second time, between that buffer and wherever the target keeps it. Here are
+# the ways around. Each is a class with the methods of MappedCopy, and each is asked for by a
+# feature of the device.
+#
+#     get-data        a WRITE is announced first, and its data come once the server has said where
+#                     to put them
+#     user copy       the server copies when it likes, by pread and pwrite on /dev/ublkcN (6.5)
+#     zero copy       the server puts the request's pages into its ring's table of buffers, from
+#                     where READ_FIXED and WRITE_FIXED move the data between them and any file:
+#                     nobody copies (6.15)
+#     auto zero copy  the driver puts them there and takes them out by itself (6.16)
+#
+# Which one is quickest depends on the target. If the bytes are made in Python, they have to be
+# copied, and the plain way is best. If they lie in a file, `map(offset, length, write)` says
+# where, and the kernel moves them, on all paths but user copy, while Python only passes numbers
+# on: a request is then a *chain* of linked SQEs, ending with the tag's COMMIT. Only what goes
+# wrong is heard of (IOSQE_CQE_SKIP_SUCCESS): a stage that fails cancels what is behind it, the
+# commit first of all, and the request is served anew by the target's own methods. The result in
+# the COMMIT says "all of it" before anything has moved; that is safe only because a short transfer
+# breaks the link.
+#
+# With the last three the driver does not look at the result but for its sign: the first rule of
+# the plain way counts double. And whoever may still touch a request's pages must be gone before
+# its tag is parked again, for then they belong to somebody else: a handler that returns too late
+# finds /dev/null in place of /dev/ublkcN.
+#
+# *Batches* (7.0) change how commands travel, not what they mean. In place of one SQE for each tag
+# there is one for many: COMMIT_IO_CMDS with a list of results, and FETCH_IO_CMDS, which stays in
+# the kernel and fills buffers with the tags that have news, again and again. Which is why
+# BatchQueue replaces how tags are fetched and committed and nothing else.
+#
+# *Shared memory* (7.1): a client's direct I/O from pages that it shares with the server is not
+# copied at all, the descriptor says where they are. *Metadata* (INTEGRITY, 7.0): some bytes beside
+# each block, which travel by user copy.
+
+
+class NeedGetData(MappedCopy):
+    """As before, but a write arrives twice: first the news, then, once asked for, its data.
+
+    A server could choose the buffer in between; this one always has the tag's own.
+    """
+
+    summary = "as --copy, but a write's data is asked for after its news"
+    features = UBLK_F_NEED_GET_DATA
+    stages = 2
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        for tag in range(queue.depth):
+            queue.command(2 * queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
+
+    def ask(self, tag: int) -> None:
+        """Ask for the data of a WRITE."""
+        queue, slot = self.queue, 2 * self.queue.depth + tag
+        # The driver puts the address asked for into the descriptor, also where that says which of the
+        # memory shared with clients has the data: it is to say so again.
+        queue.addresses[slot] = queue.shared_addresses[tag] \
+            if queue.flags[tag] & UBLK_IO_F_SHMEM_ZC else self.address(tag)
+        queue.ring.push(slot)
+
+
+class UserCopy(MappedCopy):
+    """The server copies: pread and pwrite on /dev/ublkcN reach the pages of a request.
+
+    Where in the file a request lies is told by its queue and tag, see position().
+    """
+
+    summary = "the server copies, with pread and pwrite on /dev/ublkcN (6.5)"
+    features = int(UBLK_F_USER_COPY)
+    stages = moves = 0
+    lasting = False
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        # A descriptor of the path's own: its number stays its own as long as somebody might use it.
+        self.file: Any = open(os.dup(queue.device_fd), "r+b", buffering=0)
+        self.fd: int = self.file.fileno()
+        self.abandoned = False
+        self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
+
+    def address(self, tag: int) -> int:
+        return 0
+
+    def position(self, tag: int) -> int:
+        """Return where in /dev/ublkcN the data of the tag's request starts."""
+        return self.origin + (tag << UBLK_TAG_OFF)
+
+    def data(self, tag: int, length: int) -> memoryview:
+        self._take(self.buffer(tag, length), self.position(tag))
+        return super().data(tag, length)
+
+    def blank(self, tag: int, length: int) -> None:
+        self.give(tag, ZEROES[:length])
+
+    def give(self, tag: int, buffer: memoryview) -> int:
+        return self._put(buffer, self.position(tag))
+
+    def metadata(self, tag: int, length: int) -> memoryview:
+        """Return the metadata of the blocks a WRITE wrote (INTEGRITY, 7.0)."""
+        buffer = memoryview(bytearray(length))
+        self._take(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+        return buffer.toreadonly()
+
+    def give_metadata(self, tag: int, buffer: memoryview) -> None:
+        """Hand the metadata of its blocks to a READ."""
+        self._put(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+
+    def abandon(self) -> None:
+        # The device lets go of its file only when all descriptors are closed, and a late handler would
+        # write into whatever file had the number then. /dev/null has it until the path is forgotten.
+        with open(os.devnull, "r+b", buffering=0) as null:
+            os.dup2(null.fileno(), self.fd, inheritable=False)
+        self.abandoned = True
+
+    def close(self) -> None:
+        if not self.abandoned:
+            self.file.close()
+        super().close()
+
+    def _take(self, buffer: memoryview, position: int) -> None:
+        done = 0
+        while done < len(buffer):
+            done += some(os.preadv(self.fd, [buffer[done:]], position + done))
+
+    def _put(self, buffer: memoryview, position: int) -> int:
+        done = 0
+        while done < len(buffer):
+            done += some(os.pwrite(self.fd, buffer[done:], position + done))
+        return done
+
+
+def some(count: int) -> int:
+    """Return the number of bytes a copy moved; none at all would go on for ever."""
+    if count == 0:
+        raise OSError(errno.EIO, "the request ended before its data")
+    return count
+
+
+class AutoZeroCopy(UserCopy):
+    """No copy: the driver puts the pages of a request into slot `tag` of the ring's buffer table.
+
+    READ_FIXED and WRITE_FIXED move data between them and any file; COMMIT takes them out again.
+    What needs the bytes in Python, or breaks a chain, is served by user copy.
+    """
+
+    summary = "nobody copies: the kernel registers a request's pages with the ring (6.16)"
+    features = UBLK_F_AUTO_BUF_REG | UBLK_F_USER_COPY
+    stages = 1
+    moves = IORING_OP_READ_FIXED
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        queue.ring.register_sparse_buffers(queue.depth)
+
+    def sqe_address(self, tag: int) -> int:
+        return tag | UBLK_AUTO_BUF_REG_FALLBACK << 16       # struct ublk_auto_buf_reg
+
+
+class ZeroCopy(AutoZeroCopy):
+    """The same by hand (6.15): register the pages, transfer, unregister, commit, in one chain."""
+
+    summary = "nobody copies: the server registers the pages (6.15)"
+    features = UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_COPY
+    stages = 3
+
+    def __init__(self, queue: Queue) -> None:
+        super().__init__(queue)
+        for stage, opcode in ((2, UBLK_U_IO_REGISTER_IO_BUF), (3, UBLK_U_IO_UNREGISTER_IO_BUF)):
+            flags = queue.link_last if stage == 3 else Queue.link_last
+            for tag in range(queue.depth):
+                queue.command(stage * queue.depth + tag, tag, opcode, addr=tag, flags=flags)
+
+    def sqe_address(self, tag: int) -> int:
+        return 0
+
+    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
+        return 2 * depth + tag, depth + tag, 3 * depth + tag
+
+    def broken(self, tag: int, stage: int) -> bool:
+        if stage == 1:
+            self.queue.ring.push(3 * self.queue.depth + tag)
+        return stage == 1
+
+
+class SharedCopy:
+    """Not a path of its own (SHMEM_ZC, 7.1): the request's pages are memory we share with its client.
+
+    The descriptor's address says which memory, and where in it.
+    """
+
+    def __init__(self, queue: Queue, memories: dict[int, memoryview]) -> None:
+        self.queue: Any = queue
+        self.memories = memories
+
+    def room(self, tag: int, length: int) -> memoryview:
+        """Return the memory a READ fills, which is its client's already, cleared."""
+        buffer = self._memory(tag, length)
+        buffer[:] = ZEROES[:length]
+        return buffer
+
+    def data(self, tag: int, length: int) -> memoryview:
+        """Return what a WRITE wrote."""
+        return self._memory(tag, length).toreadonly()
+
+    def _memory(self, tag: int, length: int) -> memoryview:
+        address = self.queue.shared_addresses[tag]
+        start = address & 0xFFFFFFFF
+        return self.memories[address >> 32][start:start + length]
+
+    def give(self, tag: int, buffer: memoryview) -> int:
+        """There is nothing left to hand over; return the length in bytes."""
+        return len(buffer)
+
+
+# What the command line and Device call the data paths, best first.
+DATA_PATHS: dict[str, type[MappedCopy]] = {
+    "auto-zero-copy": AutoZeroCopy, "zero-copy": ZeroCopy, "user-copy": UserCopy,
+    "get-data": NeedGetData, "copy": MappedCopy}
+
+
+class BatchQueue(Queue):
+    """A queue with BATCH_IO (7.0): one command fetches for a whole queue, one commits many requests.
+
+    PREP_IO_CMDS parks all tags. FETCH_IO_CMDS is multishot: whenever requests arrive, the kernel
+    writes their tags as 16-bit numbers into the next of our provided buffers and posts a CQE that
+    names it. COMMIT_IO_CMDS takes an array of elements: tag, buffer index and result in one 64-bit
+    word, then the buffer's address in mapped copy, then the sector of an append on a zoned disk.
+    """
+
+    BUFFERS, TAGS_EACH = 64, 128        # provided buffers, and how many tags go into each
+    link_last = 0                       # a chain has no COMMIT at its end: its last CQE is needed
+
+    def __init__(self, device: Device, index: int) -> None:
+        self._pending: list[bytes] = []     # elements for the next commit
+        self._sent: list[bytes] = []        # those of the one that is on its way
+        self._cleaning: set[int] = set()    # tags whose broken chain is being cleaned up
+        super().__init__(device, index)
+        copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
+        self._tails = [struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)]
+        self._elements = [b""] * self.depth
+        self.element_size = 8 * (1 + copies + device.zoned)
+        self._prep_slot, self._fetch_slot = self._free_slots.pop(), self._free_slots.pop()
+        flags = UBLK_BATCH_F_HAS_BUF_ADDR * copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
+        if self.path.features & UBLK_F_AUTO_BUF_REG:
+            flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
+        self._flags, self._lba = flags, 0
+        size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
+        self.memory = mmap.mmap(-1, size)
+        self._base = address_of(self.memory)
+        self._tags_at = self.BUFFERS * 16       # behind the ring of that many entries
+        self._elements_at = self._tags_at + self.BUFFERS * self.TAGS_EACH * 2
+        view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
+        self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
+        self._buffer_tail = 0
+        for number in range(self.BUFFERS):
+            self._offer(number)
+
+    def _offer(self, number: int) -> None:
+        """Give a buffer (back) to the kernel. The ring's tail overlays the end of its first entry."""
+        address = self._base + self._tags_at + number * self.TAGS_EACH * 2
+        struct.pack_into("=QIH", self.memory, self._buffer_tail % self.BUFFERS * 16, address,
+                         self.TAGS_EACH * 2, number)
+        self._buffer_tail = (self._buffer_tail + 1) & 0xFFFF
+        struct.pack_into("=H", self.memory, 14, self._buffer_tail)
+
+    def fetch(self) -> None:
+        for tag in range(self.depth):
+            self.complete(tag, 0)
+        self._send(UBLK_U_IO_PREP_IO_CMDS)
+        while self._sent:
+            self.collect()
+        self._pending.clear()           # it takes all or none, and counts none
+        self._fetch_again()
+        self.ring.enter()
+
+    def _fetch_again(self) -> None:
+        self.ring.prepare(self._fetch_slot, IORING_OP_URING_CMD, self.device_fd,
+                          UBLK_U_IO_FETCH_IO_CMDS, rw_flags=IORING_URING_CMD_MULTISHOT,
+                          user_data=FETCH, flags=IOSQE_BUFFER_SELECT,
+                          cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0))
+        self.ring.push(self._fetch_slot)
+
+    def complete(self, tag: int, result: int) -> None:
+        self.served[tag] = -1
+        self._pending.append(self._element(tag, result))
+
+    def prepare(self, tag: int, result: int) -> None:
+        self.served[tag] = self.requests[tag]
+        self._elements[tag] = self._element(tag, result)
+
+    def repeat(self, tags: list[int]) -> None:
+        self._pending += [self._elements[tag] for tag in tags]
+
+    def _element(self, tag: int, result: int) -> bytes:
+        index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
+        element = ELEMENT.pack(tag, index, result) + self._tails[tag]
+        if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
+            element += struct.pack("=Q", self._lba)
+            self._lba = 0
+        return element
+
+    def appended(self, tag: int, sector: int) -> None:
+        self._lba = sector
+
+    def _send(self, opcode: int) -> None:
+        """Have all pending elements committed (or prepared) by the next enter()."""
+        elements = b"".join(self._pending)
+        self.memory[self._elements_at:self._elements_at + len(elements)] = elements
+        self._sent, self._pending = self._pending, []
+        self.ring.prepare(
+            self._prep_slot, IORING_OP_URING_CMD, self.device_fd, opcode,
+            self._base + self._elements_at, len(elements), user_data=COMMIT,
+            cmd=BATCH_IO.pack(self.index, self._flags, len(self._sent), self.element_size, 0, 0))
+        self.ring.push(self._prep_slot)
+
+    def commit(self) -> None:
+        if self._pending and not self._sent:    # one at a time: they share slot and memory
+            self._send(UBLK_U_IO_COMMIT_IO_CMDS)
+
+    def collect(self, timeout: float | None = None) -> list[int]:
+        self.commit()
+        self.ring.wait(timeout)
+        self._recycle()
+        tags: list[int] = []
+        for user_data, result, flags in self.ring.reap_all():
+            if user_data == FETCH:
+                tags += self._fetched(result, flags)
+            elif user_data == COMMIT:
+                self._committed(result)
+            elif self._is_request(user_data, result):
+                tags.append(user_data)
+        return tags
+
+    def _fetched(self, result: int, flags: int) -> list[int]:
+        """Return the tags in the buffer a CQE names; start the command again where it ended."""
+        tags: list[int] = []
+        if flags & IORING_CQE_F_BUFFER:
+            number = flags >> IORING_CQE_BUFFER_SHIFT
+            start = self._tags_at + number * self.TAGS_EACH * 2
+            tags = array("H", self.memory[start:start + max(result, 0)]).tolist()
+            self._offer(number)
+        if result == UBLK_IO_RES_ABORT:
+            self.ended.add(-1)
+        elif not flags & IORING_CQE_F_MORE:
+            if result < 0 and result != -errno.ENOBUFS:
+                raise UblkError(-result, f"queue {self.index} lost its requests")
+            self._fetch_again()
+        return tags
+
+    def _hand_in(self) -> None:
+        while self._pending or self._sent:
+            self.collect(1.0)
+
+    def _committed(self, result: int) -> None:
+        """See to it that every element was taken: those behind a failed one were not."""
+        if result < 0:
+            raise UblkError(-result, f"queue {self.index} cannot commit")
+        self._pending = self._sent[result // self.element_size:] + self._pending
+        self._sent = []
+
+    def _answer_by_map(self, tags: list[int]) -> int:
+        pushed = super()._answer_by_map(tags)
+        self.in_flight += pushed // self.path.stages
+        return pushed
+
+    def _idle(self) -> bool:
+        self.at_rest = not self.in_flight
+        return self.at_rest
+
+    def chain_done(self, tag: int, stage: int, result: int) -> None:
+        if tag in self._cleaning:           # not the end of a chain: its request was served otherwise
+            self._cleaning.remove(tag)
+            return
+        self.in_flight -= 1
+        length = self.sectors[tag] * SECTOR
+        if stage == self.path.stages and result == (length if stage == 1 else 0):
+            self.repeat([tag])
+            return
+        if self.path.broken(tag, stage):
+            self._cleaning.add(tag)
+        self.handle(tag)
+
+
+# =================================================================================================
+# asyncio on the ring
+# =================================================================================================
+#
+# A handler that waits, for a file, a server, a lock, must not keep the other requests of its queue
+# waiting. Python's answer is asyncio: handlers are coroutines, and a loop goes on with each when
+# that for which it waits has come. The loop sleeps in its *selector*, which knows the descriptors
+# that somebody waits for. Usually that is epoll; here it is the queue's ring. Requests,
+# descriptors, timers and operations of the ring itself thus all end the same system call, in one
+# thread, and whatever works in asyncio works here: streams, TLS, locks, TaskGroups, to_thread.
+#
+# Two rules. Memory that an operation uses belongs to the kernel until its CQE has come: a task
+# that is cancelled has the operation cancelled and goes on only when that has ended, or the kernel
+# could write into what is another request's buffer by then. And a descriptor's number is used only
+# while it is open: what was asked for under it is begun, by an enter(), before anybody is told
+# that it ended.
+#
+# A queue of a target without coroutines never comes here, and never imports asyncio.
+
+LAST_WORDS = 1.0        # seconds that tasks have to end when their queue does
+_here = threading.local()       # .queue: the one whose loop runs in this thread
+
+
+def has_coroutines(target: Any) -> bool:
+    """Tell whether a target has methods that are coroutines."""
+    names = [name for name, _ in SIMPLE_OPERATIONS.values()]
+    names += ["read", "write", "write_fua", "zone_append", "report_zones", "start", "close"]
+    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
+
+
+class Operation:
+    """Something that the kernel does on a queue's ring, and the memory that it uses meanwhile."""
+
+    def __init__(self, memory: memoryview | None) -> None:
+        self.memory = memory
+        self.future: Any = None
+        self.result: int | None = None
+
+    def end(self, result: int) -> None:
+        """Hear of the end."""
+        self.result = result
+        if self.future is not None and not self.future.done():
+            self.future.set_result(result)
+
+
+async def operate(opcode: int, fd: int, off: int = 0, buffer: Any = None, fills: bool = False,
+                  addr: int = 0, length: int = 0, rw_flags: int = 0) -> int:
+    """Have the kernel do something on the ring of the queue that we run on; return its result (>= 0).
+
+    Raises OSError with the kernel's errno. fills: it writes to the buffer.
+    """
+    import asyncio
+    memory = None
+    if buffer is not None:
+        memory = memory_of(buffer, fills)
+        addr, length = address_of(memory), len(memory)
+    queue = getattr(_here, "queue", None)
+    if queue is None:
+        raise RuntimeError("only the loop of a queue has a ring")
+    operation = Operation(memory)
+    unwanted = None
+    operation.future = queue.loop.create_future()
+    number = queue.begin(operation, opcode, fd, off, addr, length, rw_flags)
+    while operation.result is None:
+        try:
+            await operation.future
+        except asyncio.CancelledError as error:
+            unwanted = error
+            if operation.result is None:
+                operation.future = queue.loop.create_future()
+                queue.cancel(number)
+    if unwanted is not None:
+        raise unwanted
+    if operation.result < 0:
+        raise OSError(-operation.result, os.strerror(-operation.result))
+    return operation.result
+
+
+def memory_of(buffer: Any, fills: bool) -> memoryview:
+    """Return a buffer's bytes. While that view exists it can neither go nor be resized."""
+    view = memoryview(buffer).cast("B")         # TypeError where they do not lie in one piece
+    if fills and view.readonly:
+        raise TypeError("a buffer to be filled must be writable")
+    if len(view) >= 1 << 32:
+        raise ValueError(f"{len(view)} bytes are too many for one operation")
+    return view
+
+
+def uring_read(fd: int, buffer: Any, offset: int) -> Coroutine[Any, Any, int]:
+    """Read from a file at offset into a writable buffer; await it for the number of bytes."""
+    return operate(IORING_OP_READ, fd, offset, buffer, fills=True)
+
+
+def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[Any, Any, int]:
+    """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes."""
+    return operate(IORING_OP_WRITE, fd, offset, buffer, rw_flags=flags)
+
+
+def uring_fsync(fd: int, datasync: bool = False) -> Coroutine[Any, Any, int]:
+    """Make what was written to a file durable."""
+    return operate(IORING_OP_FSYNC, fd, rw_flags=IORING_FSYNC_DATASYNC if datasync else 0)
+
+
+def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Coroutine[Any, Any, int]:
+    """fallocate(2): mode is a sum of FALLOC_FL_* flags."""
+    return operate(IORING_OP_FALLOCATE, fd, offset, addr=length, length=mode)
+
+
+def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
+    """Receive from a socket; await it for the number of bytes, 0 at its end."""
+    return operate(IORING_OP_RECV, fd, 0, buffer, fills=True, rw_flags=flags)
+
+
+def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
+    """Send to a socket; await it for the number of bytes taken."""
+    return operate(IORING_OP_SEND, fd, 0, buffer, rw_flags=flags)
+
+
+class RingSelector(selectors.BaseSelector):
+    """What an asyncio loop waits with: the ring of a queue.
+
+    A descriptor that is registered has a POLL_ADD on the ring. That ends when it is ready; the next
+    select() begins another, which ends at once if it is ready still, as asyncio expects.
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self._keys: dict[Any, selectors.SelectorKey] = {}
+        self._polls: dict[int, int] = {}            # fd -> number of its POLL_ADD
+        self._unpolled: set[int] = set()
+        self._ready: list[tuple[selectors.SelectorKey, int]] = []
+
+    def get_map(self) -> dict[Any, selectors.SelectorKey]:
+        return self._keys
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        if fd in self._keys:
+            raise KeyError(f"{fileobj!r} is registered already")
+        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        self._unpolled.add(fd)
+        return key
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        key = self._keys.pop(fd)
+        self._unpolled.discard(fd)
+        if fd in self._polls:
+            self.queue.forget(self._polls.pop(fd))
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Answer the requests there are; return the descriptors that are ready."""
+        queue = self.queue
+        while self._unpolled:
+            fd = self._unpolled.pop()
+            self._poll(fd, self._keys[fd].events)
+        if queue.ended and not queue.closing:
+            timeout = 0.01 if timeout is None else min(timeout, 0.01)
+        tags = queue.collect(timeout)
+        if not queue.closing:
+            if tags:
+                queue.answer(tags)
+            if queue.is_over():
+                queue.loop.stop()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _poll(self, fd: int, events: int) -> None:
+        mask = 0
+        if events & selectors.EVENT_READ:
+            mask |= select.POLLIN
+        if events & selectors.EVENT_WRITE:
+            mask |= select.POLLOUT
+        self._polls[fd] = self.queue.begin(Poll(self, fd), IORING_OP_POLL_ADD, fd, rw_flags=mask)
+
+    def polled(self, fd: int, result: int) -> None:
+        """Hear of the end of a POLL_ADD: the events that came, or an error, which is for all to see."""
+        key = self._keys[fd]
+        del self._polls[fd]
+        self._unpolled.add(fd)
+        events = 0
+        if result < 0 or result & ~select.POLLIN:
+            events |= selectors.EVENT_WRITE
+        if result < 0 or result & ~select.POLLOUT:
+            events |= selectors.EVENT_READ
+        if events & key.events:
+            self._ready.append((key, events & key.events))
+
+    def close(self) -> None:
+        for number in self._polls.values():
+            self.queue.forget(number)
+        self._polls.clear()
+        self._keys.clear()
+
+
+class Poll(Operation):
+    """A POLL_ADD of a selector."""
+
+    def __init__(self, selector: RingSelector, fd: int) -> None:
+        super().__init__(None)
+        self.selector, self.fd = selector, fd
+
+    def end(self, result: int) -> None:
+        self.selector.polled(self.fd, result)
+
+
+# =================================================================================================
+# When servers die
+# =================================================================================================
+#
+# A disk is more fragile than a file: its server is a process, and processes die, of a bug, of a
+# signal, of an upgrade. By default the disk dies with it: the driver notices that /dev/ublkcN was
+# closed, fails the requests that were under way, and the device is DEAD, to be deleted. With
+# recovery (6.1) it waits for a new server instead:
+#
+#     requeue   requests that a server had when it died fail with EIO; those that come later wait
+#     reissue   they are given to the next server again, and nobody notices but by the time it
+#               took; so a target must bear to be asked the same twice, which is true of reads and
+#               writes and of appends to zones is not
+#     fail      what comes while there is no server fails at once (6.13)
+#
+#     LIVE -- server gone -> QUIESCED or FAIL_IO
+#       -- START_USER_RECOVERY, FETCH of every tag, END_USER_RECOVERY -> LIVE
+#
+# QUIESCE_DEV (6.16) does the same with a living server: it takes the idle tags away, the server
+# ends what it has, leaves, and the next one, of a newer version say, takes over. A restart, then,
+# is a recovery, and who starts the same words for the same number again gets it: systemd's
+# Restart=on-failure is all the supervision a disk needs.
+#
+# **Identity.** All of this is dangerous in one way: a number is not a device. Number 3 may have
+# been deleted and given to another image while nobody looked, and whoever "recovers" it with the
+# first image destroys the second's file system under its clients' hands. So each device gets 64
+# random bits, which the driver keeps in `ublksrv_flags` and hands back. They are compared before a
+# state file is believed and before anything is deleted that somebody else might have made.
+#
+# **State.** One small JSON file for each served device tells what the kernel does not know: the
+# target's words, the directory they were given in, and of the files they name what tells them from
+# others. It is written in one piece, private to its owner, never executed, and never believed over
+# what the kernel says.
+#
+# **Who holds a disk.** A disk in use can be stopped but not deleted, and its users get errors; so
+# whoever is about to delete one asks first, and names them: processes, mounts, swap, disks on top.
+#
+# What kernels do that one has to know. Up to 6.15 a server killed after it has mapped a queue and
+# before its disk is there cannot be recovered, only deleted. Up to 6.12 START_DEV itself reads the
+# partition table; a server killed in that very moment leaves a device, and itself, that nothing
+# ends: so the kernel does not look for partitions there, partx does. Up to 6.3 STOP_DEV and
+# DEL_DEV can wait for each other: the node is seen closed before DEL_DEV is sent.
 
 
 # ---- who holds a disk -----------------------------------------------------------------------------
@@ -3282,39 +3504,6 @@ def refuse_if_held(dev_id: int) -> None:
             raise UblkError(errno.EBUSY, f"device {dev_id} is in use", f"by {', '.join(found)}",
                             f"end that first, or `ublk.py del {dev_id} --force`")
         time.sleep(0.05)
-
-
-def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int | None = None) -> None:
-    """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
-
-    With an identity, a device that is another's by now is left alone.
-    """
-    if identity is not None and not is_same(control, dev_id, identity):
-        if dev_id not in device_ids():
-            forget_state(dev_id)
-        return
-    forget_state(dev_id)
-    remedy = f"end its server, then `ublk.py del {dev_id}`"
-    try:
-        # Up to Linux 6.3 the kernel's thread that stops a disk may be left with the last reference to
-        # /dev/ublkcN, and drop it only when it has nothing else to do: given DEL_DEV, which waits for
-        # just that, it would wait for ever. So this stops the disk first and sees the node closed.
-        # And two DEL_DEV at a time would wait for each other.
-        if control.legacy:
-            fcntl.flock(control.fd, fcntl.LOCK_EX)
-            control.stop_dev(dev_id, timeout)
-            os.close(open_char(dev_id, timeout))
-        remedy = "it goes when they close it"
-        control.del_dev(dev_id, timeout)
-    except OSError as error:
-        if error.errno in (errno.ETIMEDOUT, errno.EBUSY):
-            who = ", ".join(holders(dev_id)) or "somebody"
-            raise UblkError(errno.EBUSY, f"device {dev_id} is stopped but not deleted",
-                            f"held open by {who}", remedy) from None
-        if error.errno not in (errno.ENODEV, errno.ENOENT):
-            raise
-    finally:
-        fcntl.flock(control.fd, fcntl.LOCK_UN)
 
 
 def new_identity() -> int:
@@ -3484,8 +3673,111 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
 
 
 # =================================================================================================
+# Ordinary users and containers
+# =================================================================================================
+#
+# ublk needs CAP_SYS_ADMIN, with one way around it (6.3): a device with the flag UNPRIVILEGED_DEV.
+# Anybody who may open /dev/ublk-control may add one; the driver remembers the owner, and who may
+# open /dev/ublkcN may command it. The nodes are made for root, though. It is udev that hands them
+# over, by rules that ask for the owner (`udev-rules` prints them), and until it has done so they
+# cannot be opened, so every step waits for its node. The mode is 0600: the driver lets whoever may
+# open the node stop and delete the disk, and a group is more people than the owner thinks.
+#
+# Such a disk is a less trusted one: the kernel reads no partition table from it, takes no zero
+# copy, gives no recovery, and ends a server that keeps a request for 30 seconds.
+#
+# In a container the nodes do not appear by themselves, and /proc tells of other processes than the
+# kernel means; `check` says what is missing, and what to do about it.
+
+
+def privileged() -> bool:
+    """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next(line for line in file if line.startswith("CapEff"))
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            outside = file.read().split() == ["0", "0", "4294967295"]
+    except FileNotFoundError:       # a kernel without user namespaces
+        outside = True
+    return outside and bool(int(effective.split()[1], 16) & CAP_SYS_ADMIN)
+
+
+def await_node(path: str, mode: int, pause: Callable[[float], object] = time.sleep) -> None:
+    """Wait until udev has made a device node and, for ordinary users, handed it over."""
+    if not becomes(lambda: is_usable(path, mode), NODE_TIMEOUT, pause):
+        number = errno.EACCES if os.path.exists(path) else errno.ENOENT
+        raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
+
+
+def is_usable(path: str, mode: int) -> bool:
+    """Tell whether a device node is there and may be used."""
+    # In a container a plain file may stand in its place first, for the node to be mounted upon: look
+    # for that before, or it could be the file that may be used, and the node that is there.
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode) and os.access(path, mode)
+    except OSError:
+        return False
+
+
+def set_admin(use: bool) -> None:
+    """Have this thread use its CAP_SYS_ADMIN, if it has it, or not: capset(2) is about threads."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)       # _LINUX_CAPABILITY_VERSION_3, this thread
+    sets = (ctypes.c_uint32 * 6)()                      # effective, permitted, inheritable; twice 32 bits
+    _libc.capget(header, sets)
+    sets[0] = sets[0] & ~CAP_SYS_ADMIN | sets[1] & CAP_SYS_ADMIN * use
+    _libc.capset(header, sets)
+
+
+def not_roots_alone(path: str) -> str:
+    """Return what of a path, the file or a directory above, others than root may change; or nothing."""
+    while True:
+        status = os.stat(path)
+        if status.st_uid or status.st_mode & 0o022:
+            return path
+        if path == "/":
+            return ""
+        path = os.path.dirname(path)
+
+
+def udev_word(path: str) -> str:
+    """Write a path as a word of PROGRAM in a udev rule."""
+    refuse(set(path) & set("'\"\\\n"), f"the path {path!r}", "udev cannot be told of it", "use another")
+    word = path.replace("%", "%%").replace("$", "$$")
+    return f"'{word}'" if " " in word else word
+
+
+def udev_rules() -> Iterator[str]:
+    """Yield the text of all udev rules on this machine."""
+    for directory in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d"):
+        for name in os.listdir(directory) if os.path.isdir(directory) else ():
+            try:
+                with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
+                    yield file.read()
+            except OSError:         # a directory, or not for us to read
+                continue
+
+
+# =================================================================================================
 # Command line
 # =================================================================================================
+#
+# The contract of the command line is in three sentences. What a program wants to read goes to
+# standard output, the rest to standard error: the first line of a create is the path of the disk,
+# and nothing else. The exit status is 0, 1 (it did not work) or 2 (the words make no sense). An
+# error is one line.
+#
+# A target's own options come from its class. `inspect` and `typing` tell the names, types and
+# defaults of what __init__ takes, argparse does the rest; a type that is not understood is
+# refused, rather than taken for a string. A file of the user's own is a module like any other,
+# loaded under its own name.
+#
+# A server in the background is a child process. It tells its parent through a pipe of its own; its
+# output is the caller's until the disk is there, and from then on a log beside the state file. Of
+# what the caller had open it keeps nothing. That the disk is there is told last of all, when
+# nothing can fail any more.
+#
+# Signals only leave a note, and the one loop that waits looks at it. So there is no moment in
+# which a signal could find a device half made and leave it behind.
 
 
 class Usage(Exception):
@@ -4307,35 +4599,6 @@ def checks() -> Iterator[tuple[str, str, str]]:
 
 
 PROGRAM = (os.path.realpath(sys.executable), os.path.realpath(__file__))    # what root is to run
-
-
-def not_roots_alone(path: str) -> str:
-    """Return what of a path, the file or a directory above, others than root may change; or nothing."""
-    while True:
-        status = os.stat(path)
-        if status.st_uid or status.st_mode & 0o022:
-            return path
-        if path == "/":
-            return ""
-        path = os.path.dirname(path)
-
-
-def udev_word(path: str) -> str:
-    """Write a path as a word of PROGRAM in a udev rule."""
-    refuse(set(path) & set("'\"\\\n"), f"the path {path!r}", "udev cannot be told of it", "use another")
-    word = path.replace("%", "%%").replace("$", "$$")
-    return f"'{word}'" if " " in word else word
-
-
-def udev_rules() -> Iterator[str]:
-    """Yield the text of all udev rules on this machine."""
-    for directory in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d"):
-        for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            try:
-                with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
-                    yield file.read()
-            except OSError:         # a directory, or not for us to read
-                continue
 
 
 def print_udev_rules(options: Any) -> None:
