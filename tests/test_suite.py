@@ -38,7 +38,8 @@ def test_all_that_is_left_is_taken_away_though_the_product_is_broken(control, mo
     control.add_dev(-1, 1, 4, 65536, 0)
     orphan("null", "-r", "requeue")
     Forked("null", "-q", 2).live()
-    verb("null", "--background")
+    done = verb("null", "--background")
+    assert done.status == 0, done
     here = ublk.Device(Ram())
     here.start()
     assert len(devices_left()) == 5
@@ -55,7 +56,7 @@ def test_all_that_is_left_is_taken_away_though_the_product_is_broken(control, mo
         clean_up()
         until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("ublk")])
     assert leftovers() == []
-    atexit.unregister(here.stop)
+    atexit.unregister(here.__exit__)
 
 
 @kernel
