@@ -279,6 +279,20 @@ def kernel_release() -> str:
     return ".".join(os.uname().release.split(".")[:2])
 
 
+# Kernels on which a plain create ends badly: their releases, what happens, and what mends it.
+DANGEROUS_KERNELS = (
+    # 529d4d632788 (allocate by NUMA node) without 011af85ccd87 (set tags up first): github.com zabbly/linux
+    # issue 52, kvcache-ai/AgentENV issue 20; ublk-org/ublksrv issue 174; Launchpad bug 2154635.
+    (r"6\.18\.[45](?!\d).*", "the driver crashes when a device is added", "use Linux 6.18.6 or later"),
+    (r"6\.17\.0-101[58]-azure", "the driver crashes when a device is added", "use a later one of Ubuntu's"))
+
+
+def danger() -> tuple[str, str]:
+    """Return what a new disk does to this kernel, and what mends that; two empty texts if nothing."""
+    release = os.uname().release
+    return next((row[1:] for row in DANGEROUS_KERNELS if re.fullmatch(row[0], release)), ("", ""))
+
+
 def newer_kernel(what: str, since: str) -> UblkError:
     """Return the error for what this kernel lacks, where since is the first that has it."""
     release = kernel_release()
@@ -2130,8 +2144,8 @@ class Device:
     requests when the server dies. unprivileged: an ordinary user's device; by itself for whoever lacks
     CAP_SYS_ADMIN. partition_scan: whether the kernel looks for partitions. data_path: a name in
     DATA_PATHS; by itself the fastest possible. batch: commands for many requests at a time (7.0).
-    share_memory: allow share(), not with recovery. words: what to note in the state file as target,
-    arguments and options.
+    share_memory: allow share(), not with recovery. force: even where this kernel is known to crash.
+    words: what to note in the state file as target, arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
     """
@@ -2139,10 +2153,11 @@ class Device:
     def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
                  max_io: int = 512 << 10, recovery: str | None = None, unprivileged: bool | None = None,
                  partition_scan: bool = True, data_path: str | None = None, batch: bool = False,
-                 share_memory: bool = False,
+                 share_memory: bool = False, force: bool = False,
                  words: tuple[str, list[str], dict[str, Any]] | None = None) -> None:
         self.target, self.id, self.queues, self.depth, self.max_io = target, id, queues, depth, max_io
         self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
+        self.force = force
         self.batch, self.share_memory, self.zoned = batch, share_memory, hasattr(target, "zone_size")
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         self.directory = os.getcwd()                    # where the words may name files
@@ -2213,6 +2228,8 @@ class Device:
     def start(self) -> None:
         """Create the device, serve it and wait until the disk is there. A Device lives once."""
         check_limits(self)
+        what, remedy = danger()
+        refuse(what and not self.force, f"Linux {os.uname().release}", what, f"{remedy}, or --force it")
         add = partial(self._add, params_of(self.target, self.max_io))
         live = partial(self._go_live, "start_dev")
         self._alone(self._go_up, self._take_away, add, self._serve, live, self._scan)
@@ -2381,6 +2398,7 @@ class Device:
             self._scanner = subprocess.Popen(["partx", "--add", self.path], stdin=subprocess.DEVNULL,
                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except FileNotFoundError:
+            say("note: partitions are not looked for: there is no partx(8), which is in util-linux")
             return
         becomes(self._is_scanned, NODE_TIMEOUT, self._pause)      # a handler may never return
 
@@ -3848,6 +3866,8 @@ def find_target(word: str) -> type[Target]:
         return load_target(path, name) if path and "/" not in name else load_target(word, "")
     targets = known_targets()
     if word not in targets:
+        if word.startswith("-"):
+            raise Usage(f"{word} stands where a target is expected: options come behind it")
         raise Usage(f"unknown target or command {word!r}: targets are {', '.join(sorted(targets))}, "
                     "or FILE.py:CLASS")
     return targets[word]
@@ -4105,12 +4125,13 @@ def device_parser() -> Any:
         help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
     add("-b", "--batch", action="store_true", help="commands for many requests at a time (7.0)")
     add("--no-partition-scan", action="store_true", help="do not look for partitions")
+    add("--force", action="store_true", help="create it even where this kernel is known to crash")
     add("--json", action="store_true", help="print the device as a JSON object")
     add("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
-TOLD = ("background", "json", "debug")      # options about the command, not about the disk
+TOLD = ("background", "force", "json", "debug")      # options about the command, not about the disk
 
 
 def create(words: Sequence[str]) -> int:
@@ -4135,7 +4156,8 @@ def create(words: Sequence[str]) -> int:
         device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
                         max_io=options.max_io, recovery=options.recovery, data_path=options.data_path,
                         unprivileged=options.unprivileged, batch=options.batch,
-                        partition_scan=not options.no_partition_scan, words=(words[0], args, made_by))
+                        partition_scan=not options.no_partition_scan, force=options.force,
+                        words=(words[0], args, made_by))
         device.identity = identity
         return serve(device, device.start, started)
 
@@ -4574,6 +4596,7 @@ def check(options: Any) -> int:
 
 def checks() -> Iterator[tuple[str, str, str]]:
     """Yield (what was looked at, problem or nothing, the command that mends it)."""
+    yield (f"Linux {os.uname().release}", *danger())
     try:
         Ring(2).close()
         yield "io_uring", "", ""

@@ -6,9 +6,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import stat
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +22,7 @@ from tests.support import (
     Ram,
     as_user,
     assert_error_line,
+    assert_fails,
     before,
     devices_left,
     kernel,
@@ -312,3 +316,39 @@ def test_the_partition_table_is_read_while_the_disk_starts(recovery):
         with opened(f"{disk.path}p1") as fd:
             write_at(fd, 0, b"p" * 4096)
     assert target.data[2048 * 512:2048 * 512 + 4096] == b"p" * 4096
+
+
+CRASHING = ["6.18.4", "6.18.5-200.fc43.x86_64", "6.18.4-arch1-1", "6.17.0-1015-azure", "6.17.0-1018-azure"]
+
+
+@pytest.mark.parametrize("release", CRASHING)
+def test_a_kernel_known_to_crash_is_named_and_gets_a_disk_by_force_only(run, monkeypatch, no_driver, release):
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    assert_fails(run("null"), 1, "the driver crashes when a device is added", errno.EINVAL)
+    assert_fails(run("null", "--force"), 1, "cannot open /dev/ublk-control", errno.ENOENT)
+    assert re.search(rf"{release}: the driver crashes .*: use ", run("check").out)
+
+
+@pytest.mark.parametrize("release", [
+    "6.1.0-41-amd64", "6.12.48", "6.18.3", "6.18.6", "6.18.40", "6.18.45-1", "6.17.0-1018-generic",
+    "6.17.0-10180-azure", "7.3.4"])
+def test_other_kernels_are_not_refused(run, monkeypatch, no_driver, release):
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
+    assert_fails(run("null"), 1, "cannot open /dev/ublk-control", errno.ENOENT)
+    assert f"ok       Linux {release}\n" in run("check").out
+
+
+def test_a_disk_without_partx_says_that_partitions_are_not_looked_for(monkeypatch, capfd):
+    def missing(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "partx")
+
+    monkeypatch.setattr(subprocess, "Popen", missing)
+    monkeypatch.setattr(ublk.Device, "partx_scans", True)
+    device = ublk.Device(Ram())
+    device._scan()
+    assert "there is no partx(8)" in capfd.readouterr().err
+
+
+def test_an_option_before_the_target_is_told_where_it_belongs(run):
+    done = run("--background", "null")
+    assert done.status == 2 and "--background stands where a target is expected" in done.err

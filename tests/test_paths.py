@@ -612,8 +612,31 @@ def test_no_partition_scan():
     with ublk.Device(with_partition(), partition_scan=False) as disk, ublk.Device(with_partition()) as other:
         until(lambda: os.path.exists(f"{other.path}p1"), "the partition of a disk that is scanned")
         assert not os.path.exists(f"{disk.path}p1")
-        sh(*("blockdev", "--rereadpt") if at_least("7.0") else ("partx", "--add"), disk.path)
+        sh(*("blockdev", "--rereadpt") if at_least("7.0") else ("partx", "-u"), disk.path)
         until(lambda: os.path.exists(f"{disk.path}p1"), "the partition")
+
+
+def write_table(disk):
+    """Write a partition table to a disk that is there already."""
+    with opened(disk.path) as fd:
+        write_at(fd, 0, bytes(with_partition().data[:4096]))
+
+
+@kernel
+def test_a_partition_table_that_is_written_later_is_seen_once_partx_is_told():
+    with ublk.Device(Ram(8 << 20)) as disk:
+        write_table(disk)
+        sh("partx", "-u", disk.path)
+        assert os.path.exists(f"{disk.path}p1")
+
+
+@kernel
+@before("7.0")
+def test_the_kernel_cannot_be_told_of_a_partition_table_itself():
+    with ublk.Device(Ram(8 << 20)) as disk:
+        write_table(disk)
+        done = sh("blockdev", "--rereadpt", disk.path, check=False)
+        assert done.returncode == 1 and "Invalid argument" in done.stderr
 
 
 @kernel
