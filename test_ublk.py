@@ -94,6 +94,14 @@ def test_check_says_what_to_do_about_a_missing_driver(run, monkeypatch):
     assert done.status == 1 and re.search(r"missing +ublk driver: .*modprobe ublk_drv", done.out)
 
 
+def test_check_names_the_node_that_a_container_lacks(run, monkeypatch):
+    there = {"/sys/class/misc/ublk-control": True, "/dev/ublk-control": False}
+    system_exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: there.get(str(path), system_exists(path)))
+    done = run("check")
+    assert done.status == 1 and re.search(r"missing +/dev/ublk-control: .*--device /dev/ublk-control", done.out)
+
+
 def test_check_says_what_to_do_about_a_missing_io_uring(run, monkeypatch):
     def refuses(*_):
         ctypes.set_errno(errno.EPERM)

@@ -4608,7 +4608,10 @@ def checks() -> Iterator[tuple[str, str, str]]:
     command = f"{shlex.quote(PROGRAM[0])} -I {shlex.quote(PROGRAM[1])}"
     install = (f"{command} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm control "
                "--reload && udevadm trigger (as root)")
-    if loaded:
+    if loaded and not os.path.exists("/dev/ublk-control"):
+        yield ("/dev/ublk-control", "not here, though the driver is loaded",
+               "in a container: give it the node of its host, as by `podman run --device /dev/ublk-control`")
+    elif loaded:
         usable = os.access("/dev/ublk-control", os.R_OK | os.W_OK)
         yield "/dev/ublk-control", "" if usable else "not yours to open", f"run as root, or {install}"
     if not privileged():
