@@ -99,7 +99,8 @@ def test_check_names_the_node_that_a_container_lacks(run, monkeypatch):
     system_exists = os.path.exists
     monkeypatch.setattr(os.path, "exists", lambda path: there.get(str(path), system_exists(path)))
     done = run("check")
-    assert done.status == 1 and re.search(r"missing +/dev/ublk-control: .*--device /dev/ublk-control", done.out)
+    assert done.status == 1
+    assert re.search(r"missing +/dev/ublk-control: .*--device /dev/ublk-control", done.out)
 
 
 def test_check_says_what_to_do_about_a_missing_io_uring(run, monkeypatch):
