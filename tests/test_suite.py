@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ublk
+from tests import support
 from tests.support import (
     Forked,
     Hanging,
@@ -121,12 +122,13 @@ def test_a_warning_of_the_kernel_is_trouble(text):
         assert log.trouble("test_anything") == [text]
 
 
-def test_what_is_known_of_a_kernel_is_shown_in_its_tests_and_trouble_in_others():
+def test_what_is_known_of_a_kernel_is_shown_in_its_tests_and_trouble_in_others(monkeypatch):
+    monkeypatch.setattr(support, "KNOWN_TROUBLE", [("ublk_ch_uring_cmd", "half-fetched", "so it is")])
     text = "WARNING: CPU: 0 PID: 12 at drivers/block/ublk_drv.c:1616 ublk_ch_uring_cmd+0xb6/0x160 [ublk_drv]"
     log = KernelLog(-1)
     log.lines = lambda: [text]
     with pytest.warns(UserWarning, match="ublk_ch_uring_cmd"):
-        assert log.trouble("test_killed_while_it_starts[START-lost]") == []
+        assert log.trouble("test_killed_while_it_starts[half-fetched]") == []
     assert log.trouble("test_sizes") == [text]
 
 
