@@ -284,7 +284,7 @@ DANGEROUS_KERNELS = (
     # 529d4d632788 (allocate by NUMA node) without 011af85ccd87 (set tags up first): github.com zabbly/linux
     # issue 52, kvcache-ai/AgentENV issue 20; ublk-org/ublksrv issue 174; Launchpad bug 2154635.
     (r"6\.18\.[45](?!\d).*", "the driver crashes when a device is added", "use Linux 6.18.6 or later"),
-    (r"6\.17\.0-101[58]-azure", "the driver crashes when a device is added", "use a later one of Ubuntu's"))
+    (r"6\.17\.0-101[58]-azure.*", "the driver crashes when a device is added", "use a later one of Ubuntu's"))
 
 
 def danger() -> tuple[str, str]:

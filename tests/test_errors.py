@@ -318,7 +318,8 @@ def test_the_partition_table_is_read_while_the_disk_starts(recovery):
     assert target.data[2048 * 512:2048 * 512 + 4096] == b"p" * 4096
 
 
-CRASHING = ["6.18.4", "6.18.5-200.fc43.x86_64", "6.18.4-arch1-1", "6.17.0-1015-azure", "6.17.0-1018-azure"]
+CRASHING = ["6.18.4", "6.18.5-200.fc43.x86_64", "6.18.4-arch1-1", "6.17.0-1015-azure",
+            "6.17.0-1018-azure-fde"]
 
 
 @pytest.mark.parametrize("release", CRASHING)
