@@ -87,7 +87,6 @@ from array import array
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import CoroutineType
 from typing import Any, NoReturn
 
 __version__ = "1.0"
@@ -1238,6 +1237,8 @@ ADDRESS_WORD = (48 + 8) // 8            # and ublksrv_io_cmd.addr, in 64-bit wor
 # user_data of what is not the command of a tag
 OPERATION, WAKE, FETCH, COMMIT = 1 << 32, 1 << 60, 1 << 61, 1 << 62
 
+A_MOMENT = 0.01             # seconds between looks at a queue that ends
+
 MAP_NORESERVE = 0x4000      # memory that is never used need not exist; mmap names it from Python 3.11 on
 
 # As many as the largest request has; private pages that are only read take no memory.
@@ -1262,13 +1263,16 @@ class MappedCopy:
     lasting = True          # a tag's requests all have the same memory, as it was left by the last
 
     def __init__(self, queue: Queue) -> None:
-        self.queue, self.max_io = queue, queue.max_io
+        self.queue: Any = queue
+        self.max_io = queue.max_io
+        self.views: list[memoryview] = []
+        queue.exits.callback(self.close)
         self.memory = mmap.mmap(-1, queue.depth * queue.max_io,
                                 mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         self.view = memoryview(self.memory)
+        self.views.append(self.view)
         self.written: dict[int, int] = {}   # tag -> bytes of its buffer that hold a client's data
         self.base = address_of(self.view)
-        self.views: list[Any] = []
         if self.moves:
             self.make_chains()
 
@@ -1289,7 +1293,7 @@ class MappedCopy:
         words, longs = sqes.cast("I"), sqes.cast("Q")
         self.opcodes, self.offsets = sqes[::64], longs[1::8]
         self.fds, self.lengths, self.rw_flags = words[1::16], words[6::16], words[7::16]
-        self.views = [self.opcodes, self.offsets, self.fds, self.lengths, self.rw_flags]
+        self.views += [self.opcodes, self.offsets, self.fds, self.lengths, self.rw_flags]
 
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
@@ -1345,7 +1349,7 @@ class MappedCopy:
         """Give the buffers back; a handler that still holds one keeps them alive."""
         for view in self.views:
             view.release()
-        self.view.release()
+        self.queue = None
 
 
 def failed(error: BaseException) -> int:
@@ -1355,8 +1359,9 @@ def failed(error: BaseException) -> int:
     printed by the interpreter itself, which minds no broken standard error and need import nothing;
     but once for each line that fails, or a disk that fails all its requests would fill its log.
     """
-    if isinstance(error, OSError) and error.errno and 0 < error.errno < 4096:
-        return -error.errno
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(number, int) and 0 < number < 4096:       # whoever raises it may have put anything there
+        return -number
     where = line_of(error)
     count = _bugs[where] = _bugs.get(where, 0) + 1
     if count == 1:
@@ -1386,14 +1391,23 @@ def is_short(count: int | None, buffer: memoryview) -> bool:
     return True
 
 
+def is_awaitable(outcome: object) -> bool:
+    """Tell whether a handler has not ended: it returned a coroutine, a Future or the like."""
+    return outcome is not None and hasattr(outcome, "__await__")
+
+
+async def end_of(outcome: Any) -> Any:
+    """Return what a method returns in the end."""
+    return await outcome if is_awaitable(outcome) else outcome
+
+
 async def transfer(function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview) -> None:
     """See a transfer through that began with this outcome of function(offset, buffer).
 
-    A coroutine is awaited; what was short is asked for again.
+    An awaitable is awaited; what was short is asked for again.
     """
     while True:
-        if type(outcome) is CoroutineType:
-            outcome = await outcome
+        outcome = await end_of(outcome)
         if not is_short(outcome, buffer):
             return
         offset, buffer = offset + outcome, buffer[outcome:]
@@ -1422,43 +1436,67 @@ class Queue:
         self.target: Any = device.target        # what it has beyond Target is found by hasattr()
         self.index, self.device_fd = index, device.char_fd
         self.depth, self.max_io = device.info.queue_depth, device.info.max_io_buf_bytes
-        self.descriptors = memoryview(device.descriptors[index])[:self.depth * device.desc_size]
-        words, longs = self.descriptors.cast("I"), self.descriptors.cast("Q")
-        apart = device.desc_size // 8
-        self.flags, self.sectors = words[::2 * apart], words[1::2 * apart]
-        self.requests, self.starts, self.shared_addresses = longs[::apart], longs[1::apart], longs[2::apart]
-        self.served = [-1] * self.depth
-        self._buffers: list[Any] = [()] * self.depth    # what _make_ready() made
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
-        own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
-        self.ring = Ring(own + 64)
-        self.results = self.ring.sqes.cast("i")[RESULT_WORD::16]        # of each tag's command
-        self.addresses = self.ring.sqes.cast("Q")[ADDRESS_WORD::8]
-        self._done: list[int] = []          # tags whose commit is to be submitted
-        self._appended: list[int] = []
-        self.path: Any = device.data_path(self)
-        self.ended: set[int] = set()        # tags the kernel has taken back
-        self.leaving = False
-        self.in_flight = 0                  # requests that wait for a coroutine
-        self.asked: set[int] = set()        # tags whose data were asked for (get-data) and have not come
-        self.closing = False                # requests are no longer answered
         self.mapped = hasattr(self.target, "map") and bool(device.data_path.moves)
-        self.at_rest = False                # the driver has taken the last commit
-        self.loop: Any = None               # of asyncio, where there are coroutines
-        self._new_task: Any = None          # what makes one of its tasks
-        self.answer: Any = None             # what serves a list of tags
-        self._tasks: dict[int, Any] = {}    # what serves a tag's request; asyncio itself may forget it
-        self._operations: dict[int, Operation] = {}
-        self._free_slots = list(range(own + 1, self.ring.entries))
-        self._used_slots: list[int] = []
-        self._last_operation = OPERATION
-        self._handlers = self._table()
-        self.shared = SharedCopy(self, device.shared)
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
+        self.answer: Any = None             # what serves a list of tags
+        self.served = [-1] * self.depth
+        self._buffers: list[Any] = [()] * self.depth    # what _make_ready() made
+        self._done: list[int] = []          # tags whose commit is to be submitted
+        self._appended: list[int] = []
+        self._handlers = self._table()
+        # The end of the queue.
+        self.ended: set[int] = set()        # tags the kernel has taken back
+        self._ended_before = 0              # how many they were when the loop looked last
+        self.asked: set[int] = set()        # tags whose data were asked for (get-data) and have not come
+        self.in_flight = 0                  # requests that wait for a coroutine
+        self.leaving = False                # its server is to go
+        self.closing = False                # requests are no longer answered
+        self.at_rest = False                # the driver has taken the last commit
+        # Coroutines.
+        self.loop: Any = None               # of asyncio, where there are coroutines
+        self._new_task: Any = None          # what makes one of its tasks
+        self._tasks: dict[int, Any] = {}    # what serves a tag's request; asyncio itself may forget it
+        self._operations: dict[int, Operation] = {}
+        self._last_operation = OPERATION
+        self.exits = contextlib.ExitStack()     # gives back what the queue has, the last first
+        try:
+            self._open(device)
+        except BaseException:
+            self.close()            # or who keeps the exception would keep the device's mapping, too
+            raise
+
+    def _open(self, device: Device) -> None:
+        """Get what a queue may fail to get."""
+        size = self.depth * device.desc_size
+        self._look_at(self._kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8)
+        own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
+        self.ring = Ring(own + 64)
+        self.exits.callback(self.ring.close)
+        self._free_slots = list(range(own + 1, self.ring.entries))
+        self._used_slots: list[int] = []
+        self.results = self._kept(self.ring.sqes.cast("i")[RESULT_WORD::16])        # of each tag's command
+        self.addresses = self._kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
+        self.path: Any = device.data_path(self)
+        self.shared = SharedCopy(self.shared_addresses, device.shared)
         self._wake(own, device.wake_fd)
         if has_coroutines(self.target):
             self._begin_loop()
+
+    def _look_at(self, descriptors: memoryview, apart: int) -> None:
+        """Make a view of each member of the request descriptors, which lie apart times 8 bytes apart."""
+        words, longs = self._kept(descriptors.cast("I")), self._kept(descriptors.cast("Q"))
+        self.flags = self._kept(words[::2 * apart])
+        self.sectors = self._kept(words[1::2 * apart])
+        self.requests = self._kept(longs[::apart])
+        self.starts = self._kept(longs[1::apart])
+        self.shared_addresses = self._kept(longs[2::apart])
+
+    def _kept(self, view: memoryview) -> memoryview:
+        """Have the end of the queue release a view of memory that is not its own."""
+        self.exits.callback(view.release)
+        return view
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -1489,7 +1527,7 @@ class Queue:
         """Serve until the device is stopped (every tag ends) or its server is told to go."""
         self.answer = self._answer()
         while self.loop is None and not self.is_over():
-            self.answer(self.collect(0.01 if self.ended else None))
+            self.answer(self.collect(A_MOMENT if self.ended else None))
         if self.loop is not None and not self.is_over():
             self.loop.run_forever()         # which waits by RingSelector.select()
         self._hand_in()
@@ -1497,7 +1535,17 @@ class Queue:
 
     def is_over(self) -> bool:
         """Tell whether the loop is to end."""
-        return self.leaving or bool(self.ended and self._idle())
+        if not self.ended:
+            return self.leaving
+        return self.leaving or (self._is_quiet() and self._idle())
+
+    def _is_quiet(self) -> bool:
+        """Tell whether all tags have ended, or a moment has brought no news of the others."""
+        self.commit()
+        before, self._ended_before = self._ended_before, len(self.ended)
+        if self._ended_before == self.depth:
+            return True
+        return self._ended_before == before and not self.ring.pending
 
     def _hand_in(self) -> None:
         """Have the kernel take the last commits before the ring is closed."""
@@ -1708,7 +1756,12 @@ class Queue:
 
         Good is 0, since a length of 2 GiB and more does not fit where the driver looks for the result.
         """
-        return self._end(tag, function(*arguments(flags, offset, length)), lambda _: 0)
+        def finish(outcome: object) -> int:
+            if outcome is None or isinstance(outcome, int):
+                return 0
+            raise TypeError(f"{function!r} returned {outcome!r}, from which nobody learns its end")
+
+        return self._end(tag, function(*arguments(flags, offset, length)), finish)
 
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
@@ -1765,7 +1818,7 @@ class Queue:
     def _finish_move(self, tag: int, function: Callable[..., Any], outcome: Any, offset: int,
                      buffer: memoryview, finish: Callable[[Any], int | None]) -> int | None:
         """The same, where the method was called already."""
-        while type(outcome) is not CoroutineType and is_short(outcome, buffer):
+        while not is_awaitable(outcome) and is_short(outcome, buffer):
             offset, buffer = offset + outcome, buffer[outcome:]
             outcome = function(offset, buffer[:])
         return self._end(tag, outcome, finish, function, offset, buffer)
@@ -1775,7 +1828,7 @@ class Queue:
 
         move: of what moves data the function, offset and buffer, for a part may have to be continued.
         """
-        if type(outcome) is not CoroutineType:
+        if not is_awaitable(outcome):
             return finish(outcome)
         if self.loop is None:
             self._begin_loop()
@@ -1785,11 +1838,11 @@ class Queue:
             self._tasks[tag] = task
         return None
 
-    async def _see_through(self, tag: int, coroutine: Any, finish: Callable[[Any], int | None],
+    async def _see_through(self, tag: int, awaitable: Any, finish: Callable[[Any], int | None],
                            function: Any = None, offset: int = 0, buffer: Any = None) -> None:
         """Await what serves a request, and answer it."""
         try:
-            outcome = await coroutine
+            outcome = await awaitable
             if function is not None and is_short(outcome, buffer):
                 await transfer(function, outcome, offset, buffer)
             result = finish(outcome)
@@ -1816,10 +1869,10 @@ class Queue:
     def call(self, method: Callable[..., Any], *arguments: Any) -> None:
         """Call a method of the target that may be a coroutine, and wait for its end."""
         outcome = method(*arguments)
-        if type(outcome) is CoroutineType:
+        if is_awaitable(outcome):
             if self.loop is None:
                 self._begin_loop()
-            task = self._new_task(outcome)
+            task = self._new_task(end_of(outcome))
             task.add_done_callback(lambda _: self.loop.stop())
             self.loop.run_forever()
             if task.done():
@@ -1910,29 +1963,17 @@ class Queue:
 
     def close(self) -> None:
         """Close the ring, which makes the kernel take back every parked command."""
-        if self.ring.fd < 0:
-            return
         self.closing = True
         # Memory that the kernel may still write to is never given back.
         _left_behind.extend(self._operations.values())
-        if self.mapped and self.answer is not None and not self.at_rest:
+        if self.answer is not None and self.mapped and not self.at_rest:
             _left_behind.append(self.path.memory)
-        self._operations.clear()
-        self._tasks.clear()
-        self.loop = self._new_task = self.answer = None
         # What refers to the queue here would keep it, its buffers and its target until the next
         # run of the garbage collector.
-        self._handlers.clear()
-        self._tasks.clear()
-        self._buffers.clear()
-        self.path.queue = self.shared.queue = None
-        self.path.close()
-        for view in (self.results, self.addresses):
-            view.release()
-        self.ring.close()
-        for view in (self.flags, self.sectors, self.requests, self.starts, self.shared_addresses,
-                     self.descriptors):
-            view.release()
+        for table in (self._operations, self._tasks, self._handlers, self._buffers):
+            table.clear()
+        self.loop = self._new_task = self.answer = None
+        self.exits.close()
 
 
 # What is not made ready: requests without data, durable ones, shared memory.
@@ -1952,6 +1993,10 @@ SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...
     UBLK_IO_OP_ZONE_RESET: ("zone_reset", lambda flags, offset, length: (offset,)),
     UBLK_IO_OP_ZONE_RESET_ALL: ("zone_reset_all", lambda flags, offset, length: ()),
 }
+
+
+# What is called where nobody can wait: a coroutine would never run.
+PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
 
 
 def takes_unmap(function: Any) -> bool:
@@ -2155,6 +2200,9 @@ class Device:
                  partition_scan: bool = True, data_path: str | None = None, batch: bool = False,
                  share_memory: bool = False, force: bool = False,
                  words: tuple[str, list[str], dict[str, Any]] | None = None) -> None:
+        for name in PLAIN_METHODS:
+            refuse(inspect.iscoroutinefunction(getattr(target, name, None)), f"{name}() of a target",
+                   "it is an async def, for which nobody waits", "make it a plain def")
         self.target, self.id, self.queues, self.depth, self.max_io = target, id, queues, depth, max_io
         self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
         self.force = force
@@ -2356,18 +2404,29 @@ class Device:
 
     def report(self, worker: Worker, failure: BaseException | None) -> None:
         """Hear that a worker has ended. One that failed leaves a device that is deaf: end the others too."""
-        if failure is not None:
-            number = -failed(failure)
-            if not isinstance(failure, UblkError):
-                reason = getattr(failure, "strerror", "") or f"{type(failure).__name__}: {failure}"
-                cause, failure = failure, UblkError(number, f"the server of device {self.id}", reason)
-                failure.__cause__ = cause
-            self.failure = failure
-            self._wake_workers()
-        worker.ended = True
-        if self.failure is not None and all(worker.ended for worker in self._workers):
-            self._close_files()         # the kernel fails the requests that died with a worker
-        self._end_waits()
+        try:
+            if failure is not None:
+                self.failure = failure
+                self.failure = self._named(failure)
+                self._wake_workers()
+        finally:
+            worker.ended = True
+            try:
+                if self.failure is not None and all(worker.ended for worker in self._workers):
+                    self._close_files()     # the kernel fails the requests that died with a worker
+            finally:
+                self._end_waits()
+
+    def _named(self, failure: BaseException) -> UblkError:
+        """Return what to tell of a worker's failure."""
+        if isinstance(failure, UblkError):
+            return failure
+        import traceback
+        reason = getattr(failure, "strerror", "") or traceback.format_exception_only(
+            type(failure), failure)[-1].strip()
+        error = UblkError(-failed(failure), f"the server of device {self.id}", reason)
+        error.__cause__ = failure
+        return error
 
     def last_to_leave(self, worker: Worker) -> bool:
         """Hear from a worker that its queue is served no more; tell whether all of a disk's have left."""
@@ -2872,6 +2931,7 @@ class UserCopy(MappedCopy):
         self.fd: int = self.file.fileno()
         self.abandoned = False
         self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
+        queue.exits.callback(self._close_file)
 
     def address(self, tag: int) -> int:
         return 0
@@ -2907,10 +2967,9 @@ class UserCopy(MappedCopy):
             os.dup2(null.fileno(), self.fd, inheritable=False)
         self.abandoned = True
 
-    def close(self) -> None:
+    def _close_file(self) -> None:
         if not self.abandoned:
             self.file.close()
-        super().close()
 
     def _take(self, buffer: memoryview, position: int) -> None:
         done = 0
@@ -2983,9 +3042,8 @@ class SharedCopy:
     The descriptor's address says which memory, and where in it.
     """
 
-    def __init__(self, queue: Queue, memories: dict[int, memoryview]) -> None:
-        self.queue: Any = queue
-        self.memories = memories
+    def __init__(self, addresses: memoryview, memories: dict[int, memoryview]) -> None:
+        self.addresses, self.memories = addresses, memories
 
     def room(self, tag: int, length: int) -> memoryview:
         """Return the memory a READ fills, which is its client's already, cleared."""
@@ -2998,7 +3056,7 @@ class SharedCopy:
         return self._memory(tag, length).toreadonly()
 
     def _memory(self, tag: int, length: int) -> memoryview:
-        address = self.queue.shared_addresses[tag]
+        address = self.addresses[tag]
         start = address & 0xFFFFFFFF
         return self.memories[address >> 32][start:start + length]
 
@@ -3030,6 +3088,9 @@ class BatchQueue(Queue):
         self._sent: list[bytes] = []        # those of the one that is on its way
         self._cleaning: set[int] = set()    # tags whose broken chain is being cleaned up
         super().__init__(device, index)
+
+    def _open(self, device: Device) -> None:
+        super()._open(device)
         copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
         self._tails = [struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)]
         self._elements = [b""] * self.depth
@@ -3334,7 +3395,7 @@ class RingSelector(selectors.BaseSelector):
             fd = self._unpolled.pop()
             self._poll(fd, self._keys[fd].events)
         if queue.ended and not queue.closing:
-            timeout = 0.01 if timeout is None else min(timeout, 0.01)
+            timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
         tags = queue.collect(timeout)
         if not queue.closing:
             if tags:

@@ -34,7 +34,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from types import CoroutineType
 from typing import Any, NamedTuple
 
 import ublk
@@ -338,18 +337,12 @@ async def together(*coroutines: Any) -> None:
             raise outcome
 
 
-async def served(handler: Any, *args: Any) -> Any:
-    """Return what a target's handler, coroutine or not, returns in the end."""
-    outcome = handler(*args)
-    return await outcome if type(outcome) is CoroutineType else outcome
-
-
 async def moved(handler: Any, *args: Any) -> None:
     """Have a target's handler, coroutine or not, serve a request to its end."""
     if len(args) == 2 and not isinstance(args[1], int):
         await ublk.transfer(handler, handler(*args), *args)
     else:
-        await served(handler, *args)
+        await ublk.end_of(handler(*args))
 
 
 def extent(args: Sequence[Any]) -> tuple[int, int]:
@@ -650,7 +643,7 @@ class Wrapper(Over):
         self.offer(HANDLERS, target)
 
     async def call(self, name: str, *args: Any) -> Any:
-        return await served(getattr(self.target, name), *args)
+        return await ublk.end_of(getattr(self.target, name)(*args))
 
 
 class Fault(Wrapper, ublk.Target):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import concurrent.futures
 import errno
 import gc
 import inspect
@@ -14,12 +15,13 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 import ublk
-from tests.support import HERE, fio_verify, kernel, opened, read_at, write_at
+from tests.support import HERE, fio_verify, kernel, message, opened, read_at, write_at
 
 SIZE = 16 << 20
 
@@ -537,3 +539,65 @@ def test_each_queue_has_a_loop_of_its_own():
         write_at(fd, 0, bytes(65536))
         assert len(read_at(fd, 0, 65536)) == 65536
     assert len(target.closed) == 1 and target.closed[0] in target.loops.values()
+
+
+# ---- what a handler returns ------------------------------------------------------------------------
+
+def answers_of(operation=ublk.UBLK_IO_OP_READ, **methods):
+    """Return the result of one request that a target with these methods serves."""
+    return serve(target_of(**methods), depth=1, operation=operation).answers[0][1]
+
+
+class Later:
+    """An awaitable that is no coroutine."""
+
+    ended = False
+
+    def __await__(self):
+        yield from asyncio.sleep(0.02).__await__()
+        self.ended = True
+
+
+FLUSH, WRITE = ublk.UBLK_IO_OP_FLUSH, ublk.UBLK_IO_OP_WRITE
+
+
+@pytest.mark.parametrize("operation, name, length", [
+    (FLUSH, "flush", 0), (ublk.UBLK_IO_OP_DISCARD, "discard", 0), (WRITE, "write", 4096)])
+def test_a_request_ends_after_the_awaitable_that_its_handler_returned(operation, name, length):
+    waits = Later()
+    assert answers_of(operation, **{name: lambda *_: waits}) == length and waits.ended
+
+
+def test_a_future_of_a_pool_is_awaited():
+    def flush(target):
+        future = target.future = asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.05)
+        return future
+
+    async def start(target, index):
+        pass
+    target = target_of(flush=flush, start=start)
+    assert serve(target, depth=1, operation=FLUSH).answers == [(0, 0)] and target.future.done()
+
+
+@pytest.mark.parametrize("promise", ["a text", object(), concurrent.futures.Future(), (_ for _ in "")],
+                         ids=lambda promise: type(promise).__name__)
+@pytest.mark.parametrize("operation, name", [(FLUSH, "flush"), (WRITE, "write")])
+def test_what_no_loop_can_await_is_no_success(promise, operation, name, capfd, monkeypatch):
+    monkeypatch.setattr(ublk, "_bugs", {})          # a bug is shown once a line
+    assert answers_of(operation, **{name: lambda *_: promise}) == -errno.EIO
+    assert "TypeError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["two", 0, -5, 4096, 1 << 70, None, 2.5], ids=repr)
+def test_an_error_without_a_number_of_the_kernels_is_eio(number, capfd):
+    def read(target, offset, buffer):
+        raise OSError(number, "something")
+    assert answers_of(read=read) == -errno.EIO
+
+
+@pytest.mark.parametrize("name", ublk.PLAIN_METHODS)
+def test_a_method_that_must_be_plain_is_refused_as_a_coroutine(name):
+    async def method(*_):
+        pass
+    target = target_of(**{name: method})
+    assert f"{name}() of a target: it is an async def" in message(lambda: ublk.Device(target))

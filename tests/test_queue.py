@@ -327,6 +327,47 @@ class InFile(ublk.Target):
         return 0
 
 
+def test_a_queue_serves_what_comes_while_its_tags_end():
+    """STOP_DEV ends tags one by one, and a request may still come for another."""
+    device = StandIn(Ram(), depth=3)
+    queue = NopQueue(device, rounds=2)
+    news = iter([([], {0}), ([1], set()), ([2], {1}), ([], {2})])
+
+    def collect(timeout):
+        tags, ended = next(news)
+        queue.ring.enter()
+        queue.ended |= ended
+        return tags
+    queue.collect = collect
+    queue.run()
+    queue.close()
+    device.close()
+    assert [tag for tag, _ in queue.answers] == [1, 2]
+
+
+MAKING = {"ring": (ublk, "Ring"), "memory": (ublk, "address_of"), "chains": (ublk.Ring, "prepare"),
+          "file": (ublk.os, "dup"), "table": (ublk.Ring, "register_sparse_buffers"),
+          "shared memory": (ublk, "SharedCopy"), "the last step": (ublk.Queue, "_wake")}
+
+
+@pytest.mark.parametrize("name", ublk.DATA_PATHS)
+@pytest.mark.parametrize("step", MAKING.values(), ids=MAKING)
+def test_a_queue_that_cannot_be_made_keeps_nothing(monkeypatch, name, step):
+    def fail(*_, **__):
+        raise MemoryError("no more")
+    device = StandIn(Ram())
+    device.data_path = ublk.DATA_PATHS[name]
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        patch.setattr(*step, fail)
+        try:
+            ublk.Queue(device, 0).close()
+        except MemoryError as error:            # whose traceback refers to the queue
+            device.descriptors[0].close()       # BufferError where a view of it is left
+            assert os.listdir("/proc/self/fd") == before, error
+    device.close()
+
+
 @pytest.mark.parametrize("kept", [4, 3, 2.5, 0])
 def test_only_a_whole_transfer_to_the_tags_own_buffer_is_committed(tmp_path, kept):
     """READs of 4 KiB, one a tag, on a real ring; NOPs stand in for the driver's commands."""

@@ -88,6 +88,9 @@ class Driver:
         return waiting
 
 
+SERVE = ublk.Worker.serve       # what the driver fixture replaces
+
+
 def serves(worker):
     """Serve as a Worker does, but nothing."""
     if hasattr(worker.device.target, "start"):
@@ -207,6 +210,27 @@ def test_a_worker_that_ends_while_the_disk_starts_ends_the_start(driver):
     disk = new()
     driver.happens["start_dev"] = lambda: (disk._wake_workers(), disk.wait())
     assert "it was stopped before the disk was there" in message(disk.start)
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+FAILURES = [OSError(errno.ENOMEM, "no"), OSError("no", "number"), MemoryError(), Unspeakable(), SystemExit(3)]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+@pytest.mark.parametrize("step", [(ublk, "Ring"), (ublk.MappedCopy, "make_chains"), (ublk, "SharedCopy"),
+                                  (ublk.Queue, "fetch")], ids=lambda step: step[1])
+def test_a_start_fails_of_a_queue_that_cannot_be_made(driver, monkeypatch, step, failure):
+    def fail(*_, **__):
+        raise failure
+    monkeypatch.setattr(ublk.Worker, "serve", SERVE)
+    monkeypatch.setattr(*step, fail)
+    before = os.listdir("/proc/self/fd")
+    assert "the server of device 7" in message(new(queues=2).start)
+    assert os.listdir("/proc/self/fd") == before
 
 
 # ---- down ----------------------------------------------------------------------------------------
