@@ -203,9 +203,12 @@ def test_debug_shows_the_traceback():
     assert done.status == 1 and "Traceback" in done.err and "UblkError" in done.err
 
 
-def test_a_state_directory_that_cannot_be_is_an_error_line(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["file/run", "run"])
+def test_a_state_that_cannot_be_written_is_an_error_line(tmp_path, monkeypatch, place):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path / "file" / "run"))
+    (tmp_path / "run").mkdir(0o700)
+    (tmp_path / "run" / "7.json.new").mkdir()
+    monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path / place))
     device = ublk.Device(Ram())
     device.id = 7
     with pytest.raises(OSError) as found:

@@ -958,9 +958,9 @@ class Control:
         info = ublksrv_ctrl_dev_info(
             nr_hw_queues=queues, queue_depth=depth, max_io_buf_bytes=max_io, flags=flags,
             dev_id=dev_id & 0xFFFFFFFF, ublksrv_flags=ublksrv_flags)
-        whose = "a device" if dev_id < 0 else f"device {dev_id}"
+        what = "cannot create a device" if dev_id < 0 else f"cannot create device {dev_id}"
         try:
-            self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=f"cannot create {whose}")
+            self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=what)
         except UblkError as error:
             if error.errno == errno.EPERM:      # which kernels that know the flag do not answer to it
                 require(flags & UBLK_F_UNPRIVILEGED_DEV)
@@ -1000,14 +1000,17 @@ class Control:
         return params
 
     def get_dev_info(self, dev_id: int) -> Any:
-        """GET_DEV_INFO2 (6.3), or GET_DEV_INFO where the kernel lacks it."""
+        """GET_DEV_INFO2 (6.3), or GET_DEV_INFO where the kernel lacks it or the device its node."""
         info = ublksrv_ctrl_dev_info()
         try:
             self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info, what=f"device {dev_id}")
         except UblkError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOENT):
                 raise
-            self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info, what=f"device {dev_id}")
+            try:
+                self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info, what=f"device {dev_id}")
+            except UblkError as other:          # an ordinary user's device has no other way
+                raise (error if error.errno == errno.ENOENT else other) from None
         return info
 
     def get_queue_affinity(self, dev_id: int, queue: int) -> set[int]:
@@ -2254,6 +2257,11 @@ class Device:
         return self._control
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"device {self.id}" if self.id >= 0 else "a new device"
+
+    @property
     def path(self) -> str:
         """The block device, /dev/ublkbN."""
         return f"/dev/ublkb{self.id}"
@@ -2298,9 +2306,8 @@ class Device:
 
     def _go_up(self, undo: Callable[[], None], *steps: Callable[[], object]) -> None:
         """Take the steps to a disk. If one fails, undo them, and raise what it failed of."""
-        what = f"device {self.id}"
         if self.state is not NEW:       # START_DEV after STOP_DEV on one open node crashes older kernels
-            raise UblkError(errno.EALREADY, what, "this Device was started before", "make a new Device")
+            raise UblkError(errno.EALREADY, self.name, "this Device was started before", "make a new Device")
         self.control.enough = partial(self.wait, 0)
         self.state = STARTING
         atexit.register(self.__exit__, SystemExit)
@@ -2316,7 +2323,7 @@ class Device:
             try:
                 undo()
             except UblkError as left:
-                say(f"{what} is left behind: {left}")
+                say(f"{self.name} is left behind: {left}")
             raise cause from cause.__cause__
 
     def _cause(self) -> BaseException:
@@ -2325,7 +2332,7 @@ class Device:
             return self.failure
         number = errno.EINTR if self.interrupted else errno.ENODEV
         reason = f"{self.interrupted or 'it was stopped'} before the disk was there"
-        return UblkError(number, f"device {self.id}", reason, "see `ublk.py list`")
+        return UblkError(number, self.name, reason, "see `ublk.py list`")
 
     def _pause(self, seconds: float) -> None:
         """Sleep, unless the end comes: then raise why."""
@@ -2397,7 +2404,7 @@ class Device:
             try:
                 worker.start()
             except RuntimeError as error:
-                raise UblkError(errno.EAGAIN, f"the server of device {self.id}", str(error),
+                raise UblkError(errno.EAGAIN, f"the server of {self.name}", str(error),
                                 "allow more threads (ulimit -u, pids.max)") from None
         while not all(worker.fetched for worker in self._workers):
             self._pause(0.005)
@@ -2424,7 +2431,7 @@ class Device:
         import traceback
         reason = getattr(failure, "strerror", "") or traceback.format_exception_only(
             type(failure), failure)[-1].strip()
-        error = UblkError(-failed(failure), f"the server of device {self.id}", reason)
+        error = UblkError(-failed(failure), f"the server of {self.name}", reason)
         error.__cause__ = failure
         return error
 
@@ -2486,7 +2493,7 @@ class Device:
 
     def _adopt(self) -> None:
         """Take over what the kernel knows of the device, once it is ready for a new server."""
-        what = f"cannot recover device {self.id}"
+        what = f"cannot recover {self.name}"
         self.info = self.control.get_dev_info(self.id)
         self.identity = self.info.ublksrv_flags
         refuse(not self.info.flags & UBLK_F_USER_RECOVERY, what, "it was not made to be recovered",
@@ -2587,7 +2594,7 @@ class Device:
                 self._follow(size)
                 save_state(self)            # where `resize` looks for the answer
             except OSError as error:        # no reason to take a disk away
-                say(f"device {self.id}: {error_line(error)}")
+                say(f"{self.name}: {error_line(error)}")
 
     def _follow(self, size: int) -> None:
         try:
@@ -2596,12 +2603,12 @@ class Device:
             self.size = size
         except Exception as error:
             self.refused, self.refusal = size, error_line(error)
-            say(f"device {self.id}: the target cannot have {size} bytes: {self.refusal}")
+            say(f"{self.name}: the target cannot have {size} bytes: {self.refusal}")
             save_state(self)            # before the disk changes, for then `resize` looks there
             try:
                 self.control.update_size(self.id, self.size)
             except UblkError as left:
-                say(f"device {self.id} keeps a size its target does not have: {left}")
+                say(f"{self.name} keeps a size its target does not have: {left}")
                 self.size = size        # not to try again for ever
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
@@ -2611,7 +2618,7 @@ class Device:
         call it, but those of the handlers. Raises UblkError (EBUSY) that names who still holds the disk
         open: the device goes when they close it.
         """
-        refuse(threading.current_thread() in self._workers, f"device {self.id}",
+        refuse(threading.current_thread() in self._workers, self.name,
                "a handler cannot wait for its own end", "call interrupt() there, and stop() elsewhere")
         self.interrupt("stopped")
         self._alone(self._take_away, timeout)
@@ -2648,7 +2655,7 @@ class Device:
             self.control.stop_dev(self.id, timeout)
         except UblkError as error:
             if error.errno == errno.ETIMEDOUT:
-                say(f"device {self.id}: a handler does not return, its requests fail now")
+                say(f"{self.name}: a handler does not return, its requests fail now")
             elif error.errno not in (errno.ENODEV, errno.ENOENT):       # it is gone, or its node is
                 raise
 
@@ -2833,7 +2840,8 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int |
         if control.legacy:
             fcntl.flock(control.fd, fcntl.LOCK_EX)
             control.stop_dev(dev_id, timeout)
-            os.close(open_char(dev_id, timeout))
+            with contextlib.suppress(FileNotFoundError):
+                os.close(open_char(dev_id, timeout))
         remedy = "it goes when they close it"
         control.del_dev(dev_id, timeout)
     except OSError as error:
@@ -2841,7 +2849,9 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int |
             who = ", ".join(holders(dev_id)) or "somebody"
             raise UblkError(errno.EBUSY, f"device {dev_id} is stopped but not deleted",
                             f"held open by {who}", remedy) from None
-        if error.errno not in (errno.ENODEV, errno.ENOENT):
+        # Without its node it may be about to go, by somebody else's command; or nobody can command it.
+        if error.errno != errno.ENODEV and not (
+                error.errno == errno.ENOENT and becomes(partial(is_gone, control, dev_id), GRACE)):
             raise
     finally:
         fcntl.flock(control.fd, fcntl.LOCK_UN)
@@ -3601,6 +3611,15 @@ def is_same(control: Control, dev_id: int, identity: int) -> bool:
         return error.errno != errno.ENODEV
 
 
+def is_gone(control: Control, dev_id: int) -> bool:
+    """Tell whether there is no device of this number."""
+    try:
+        control.get_dev_info(dev_id)
+    except UblkError as error:
+        return error.errno == errno.ENODEV
+    return False
+
+
 # ---- the state file: what `list` and `recover` need to know of a served device -------------------
 
 
@@ -3630,19 +3649,20 @@ def save_state(device: Device) -> None:
              "options": options, "cwd": device.directory, "pid": os.getpid(), "follows": device.follows,
              "files": [file_identity(os.path.join(device.directory, path)) for path in device.target.files],
              "size": device.size, "refused": device.refused, "refusal": device.refusal}
-    directory, path = run_dir(), state_path(device.id)
+    path, remedy = state_path(device.id), "set UBLK_RUN_DIR to a directory of yours"
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        os.makedirs(run_dir(), mode=0o700, exist_ok=True)
+        status = os.lstat(run_dir())
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise UblkError(errno.EPERM, f"state directory {run_dir()}", "others may write there",
+                            f"{remedy} with mode 0700")
+        with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
+            json.dump(state, file)
+        os.rename(f"{path}.new", path)
     except OSError as error:
-        raise UblkError(error.errno or errno.EIO, f"state directory {directory}",
-                        remedy="set UBLK_RUN_DIR to a directory of yours") from None
-    status = os.lstat(directory)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise UblkError(errno.EPERM, f"state directory {directory}", "others may write there",
-                        "set UBLK_RUN_DIR to a directory of yours with mode 0700")
-    with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
-        json.dump(state, file)
-    os.rename(f"{path}.new", path)
+        if isinstance(error, UblkError):
+            raise
+        raise UblkError(error.errno or errno.EIO, f"state file {path}", remedy=remedy) from None
 
 
 def file_identity(path: str) -> list[Any]:
@@ -4464,22 +4484,27 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
     """Serve a device anew, with the target its state file names or, without one, words do."""
     with Control() as control:              # a device that is not there or not ours is the first news
         identity = control.get_dev_info(dev_id).ublksrv_flags
+    what = f"cannot recover device {dev_id}"
+    remedy = f"name its target: `ublk.py recover {dev_id} --target TARGET ...`"
     state = {} if words else load_state(dev_id, identity)
     words = words or ([state["target"], *state["args"]] if state else [])
     if not words:
-        raise UblkError(errno.ENOENT, f"cannot recover device {dev_id}",
-                        f"there is no state file {state_path(dev_id)} of it",
-                        f"name its target: `ublk.py recover {dev_id} --target TARGET ...`")
+        raise UblkError(errno.ENOENT, what, f"there is no state file {state_path(dev_id)} of it", remedy)
     try:
         os.chdir(state.get("cwd", "."))     # where the target's words may name files
     except (OSError, ValueError):
-        raise UblkError(errno.ENOENT, f"cannot recover device {dev_id}",
-                        f"it was created in {state['cwd']}, which is gone",
-                        f"name its target: `ublk.py recover {dev_id} --target TARGET ...`") from None
-    check_files(f"cannot recover device {dev_id}", state.get("files", []))
+        gone = f"it was created in {state['cwd']}, which is gone"
+        raise UblkError(errno.ENOENT, what, gone, remedy) from None
+    check_files(what, state.get("files", []))
     options = state.get("options", {})
-    target = target_maker(words, bool(options.get("read_only")))()
-    device = Device(target, id=dev_id, words=(words[0], list(words[1:]), options))
+    try:
+        make = target_maker(words, bool(options.get("read_only")))
+    except Usage as error:
+        if not state:
+            raise
+        raise UblkError(errno.EINVAL, what, f"its state file names no target of a command: {error}",
+                        f"have the program that made it recover it, or {remedy}") from None
+    device = Device(make(), id=dev_id, words=(words[0], list(words[1:]), options))
     serve(device, device.resume, started)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -43,6 +44,7 @@ from tests.support import (
     state_of,
     target_file,
     until,
+    verb,
     write_at,
 )
 
@@ -558,6 +560,44 @@ def test_recover_from_python(backing):
             assert read_at(fd, 4096, 4096) == (b"python" * 2048)[:4096]
     assert devices_left() == []
     assert backing.read_bytes()[4096:4102] == b"python"
+
+
+@kernel
+def test_a_disk_of_a_program_is_recovered_by_that_program_or_by_words(run, run_dir):
+    disk = orphan("null", "-r", "requeue")
+    file = run_dir / f"{disk.id}.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target": "Mine"}))
+    assert_fails(run("recover", disk.id), 1, "have the program that made it recover it, or name its target: "
+                 f"`ublk.py recover {disk.id} --target TARGET ...`", errno.EINVAL)
+    assert state_of(disk.id) == "QUIESCED"
+    assert verb("del", disk.id).status == 0
+
+
+@kernel
+def test_a_device_without_its_node_is_listed_and_deleted(run):
+    disk = orphan("null", "-r", "requeue")
+    os.unlink(f"/dev/ublkc{disk.id}")
+    assert [row["state"] for row in json.loads(run("list", "--json").out)] == ["QUIESCED"]
+    assert verb("del", disk.id).status == 0
+    assert devices_left() == []
+
+
+@kernel
+@since("6.3")
+def test_an_ordinary_users_device_without_its_node_is_not_said_to_be_gone(run):
+    """The driver takes no command for it that does not name its node, not even from root."""
+    with ublk.Control() as control:
+        number = control.add_dev(-1, 1, 4, 65536, ublk.UBLK_F_UNPRIVILEGED_DEV).dev_id
+        node = f"/dev/ublkc{number}"
+        until(lambda: os.path.exists(node), "the node")
+        number_of_node = os.stat(node).st_rdev
+        os.unlink(node)
+        try:
+            assert_fails(run("del", number), 1, node, errno.ENOENT)
+        finally:
+            os.mknod(node, 0o600 | stat.S_IFCHR, number_of_node)
+            control.get_dev_info(number)
+            control.del_dev(number)
 
 
 @kernel
