@@ -6,8 +6,7 @@
 
     class Ram(ublk.Target):
         def __init__(self, size):
-            self.size = size
-            self.data = bytearray(size)
+            self.size = size self.data = bytearray(size)
         def read(self, offset, buffer):            # buffer: a writable memoryview to fill
             buffer[:] = self.data[offset:offset + len(buffer)]
         def write(self, offset, buffer):           # buffer: a read-only memoryview
@@ -18,29 +17,29 @@
 
 or, from the shell: ``python ublk.py null --size 1G``.
 
-How ublk works
---------------
-The kernel driver ``ublk_drv`` turns a process into a disk. It has three kinds of device node:
+How ublk works -------------- The kernel driver ``ublk_drv`` turns a process
+into a disk. It has three kinds of device node:
 
     /dev/ublk-control   the *control plane*: create, start, stop and delete devices
     /dev/ublkcN         the *data plane* of device N: the server (this program) talks to it
     /dev/ublkbN         the disk itself: file systems, ``dd`` and databases talk to it
 
-Both planes are spoken over io_uring, with its command ``IORING_OP_URING_CMD``. A life in brief:
+Both planes are spoken over io_uring, with its command ``IORING_OP_URING_CMD``.
+A life in brief:
 
     ADD_DEV  ->  SET_PARAMS  ->  open and mmap /dev/ublkcN  ->  FETCH every tag  ->  START_DEV
-    ... requests ...
-    STOP_DEV (every tag ends with ENODEV)  ->  close /dev/ublkcN  ->  DEL_DEV
+    ... requests ... STOP_DEV (every tag ends with ENODEV)  ->  close
+    /dev/ublkcN  ->  DEL_DEV
 
-A device has *queues*; a queue has *tags*, one for each request it can carry at a time. The server
-parks one command per tag in the kernel. When a client reads or writes, the parked command of a
-free tag completes: that is the news "tag 7 has a request". What is wanted stands in a descriptor,
-in memory the driver shares through mmap. The server does the work and sends the next command for
-the tag, COMMIT_AND_FETCH_REQ: it hands in the result *and* parks the tag again, so that each
-request costs half a system call or less.
+A device has *queues*; a queue has *tags*, one for each request it can carry at
+a time. The server parks one command per tag in the kernel. When a client reads
+or writes, the parked command of a free tag completes: that is the news "tag 7
+has a request". What is wanted stands in a descriptor, in memory the driver
+shares through mmap. The server does the work and sends the next command for the
+tag, COMMIT_AND_FETCH_REQ: it hands in the result *and* parks the tag again, so
+that each request costs half a system call or less.
 
-Words used throughout
----------------------
+Words used throughout ---------------------
     tag      the number of a request slot in its queue, 0 to depth - 1
     SQE      submission queue entry: 64 bytes in which io_uring is asked for an operation
     CQE      completion queue entry: 16 bytes in which io_uring answers
@@ -48,11 +47,13 @@ Words used throughout
     target   the Python object behind the disk
     server   the process that serves a device; each queue has a thread of its own
 
-The file reads from top to bottom, like a book: each chapter opens with an essay, and whoever reads
-only the essays knows ublk. Kernel ABI, io_uring, control plane; then one disk, the plain way, whole;
-then what adds to it: the other data paths, asyncio, servers that die, ordinary users and containers;
-and the command line. It needs Linux 6.0 or later and nothing but the standard library. Sources: the
-kernel's Documentation/block/ublk.rst, include/uapi/linux/ublk_cmd.h and io_uring.h.
+The file reads from top to bottom, like a book: each chapter opens with an
+essay, and whoever reads only the essays knows ublk. Kernel ABI, io_uring,
+control plane; then one disk, the plain way, whole; then what adds to it: the
+other data paths, asyncio, servers that die, ordinary users and containers; and
+the command line. It needs Linux 6.0 or later and nothing but the standard
+library. Sources: the kernel's Documentation/block/ublk.rst,
+include/uapi/linux/ublk_cmd.h and io_uring.h.
 """
 
 from __future__ import annotations
@@ -99,11 +100,12 @@ PAGE_SIZE = mmap.PAGESIZE
 # Errors
 # =================================================================================================
 #
-# Whoever reads an error wants to know three things: what failed, why, and what to do about it.
-# UblkError carries all three and prints them in one line, whatever the error passes through on its
-# way. It is an OSError, so that `error.errno` and `except OSError` mean what they mean everywhere
-# else in Python. Nothing in this file prints and goes on where somebody asked for something: what
-# cannot be had is raised, to be caught by who knows better.
+# Whoever reads an error wants to know three things: what failed, why, and what
+# to do about it. UblkError carries all three and prints them in one line,
+# whatever the error passes through on its way. It is an OSError, so that
+# `error.errno` and `except OSError` mean what they mean everywhere else in
+# Python. Nothing in this file prints and goes on where somebody asked for
+# something: what cannot be had is raised, to be caught by who knows better.
 
 
 class UblkError(OSError):
@@ -121,9 +123,13 @@ class UblkError(OSError):
     def __str__(self) -> str:
         number = self.errno or 0
         # errno 95 has two names; block devices know it by this one
-        name = "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, "ERROR")
+        name = (
+            "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, "ERROR")
+        )
         text = f"{self.what}: {self.reason} ({self.errno} {name})"
-        return " ".join(f"{text}: {self.remedy}".splitlines() if self.remedy else text.splitlines())
+        return " ".join(
+            f"{text}: {self.remedy}".splitlines() if self.remedy else text.splitlines()
+        )
 
 
 def say(text: str) -> None:
@@ -138,34 +144,39 @@ def say(text: str) -> None:
 # Kernel ABI: include/uapi/linux/ublk_cmd.h of Linux 7.3
 # =================================================================================================
 #
-# What follows is the kernel's header in Python: what a program and the driver have agreed upon.
-# There are three kinds of things in it. *Features* are the bits of a mask with which a device is
-# asked for; each kernel knows some of them. *Commands* are numbers, one set for the control node
-# and one for the device's own. *Structures* are the layouts of what is passed along.
+# What follows is the kernel's header in Python: what a program and the driver
+# have agreed upon. There are three kinds of things in it. *Features* are the
+# bits of a mask with which a device is asked for; each kernel knows some of
+# them. *Commands* are numbers, one set for the control node and one for the
+# device's own. *Structures* are the layouts of what is passed along.
 #
-# The names are the kernel's own, so that they can be looked up in its source and found again in
-# what others write. What the header does not say stands beside them: since which release a kernel
-# knows a thing, what it means in a few words, and which features need or exclude each other.
-# `ublk.py features` prints this table, the errors about what a kernel lacks are made from it, and
+# The names are the kernel's own, so that they can be looked up in its source
+# and found again in what others write. What the header does not say stands
+# beside them: since which release a kernel knows a thing, what it means in a
+# few words, and which features need or exclude each other. `ublk.py features`
+# prints this table, the errors about what a kernel lacks are made from it, and
 # a test compares every number with the header.
 #
-# Compatibility goes both ways. A newer kernel has features that this file has no name for: they
-# are shown as BIT_21, and never asked for. An older one drops the bits it does not know *without
-# an error*: ADD_DEV answers with the flags that were granted, and only who compares them with what
-# was wanted learns that recovery, say, is not to be had. The same is true of parameters: each
-# kernel takes the kinds it knows and forgets the others, so they are read back.
+# Compatibility goes both ways. A newer kernel has features that this file has
+# no name for: they are shown as BIT_21, and never asked for. An older one drops
+# the bits it does not know *without an error*: ADD_DEV answers with the flags
+# that were granted, and only who compares them with what was wanted learns that
+# recovery, say, is not to be had. The same is true of parameters: each kernel
+# takes the kinds it knows and forgets the others, so they are read back.
 #
-# The numbers of commands come in two forms. Up to Linux 6.3 they were bare (0x04); since 6.4 they
-# are encoded the way ioctl numbers are: a direction, the size of the argument, the letter 'u' and
-# the number. Newer kernels can be built without the old form, the oldest do not know the new one,
-# so a server has to find out which of them it talks to.
+# The numbers of commands come in two forms. Up to Linux 6.3 they were bare
+# (0x04); since 6.4 they are encoded the way ioctl numbers are: a direction, the
+# size of the argument, the letter 'u' and the number. Newer kernels can be
+# built without the old form, the oldest do not know the new one, so a server
+# has to find out which of them it talks to.
 
 
 class Feature(int):
     """A feature flag of a device: the number is its mask.
 
-    since is the first kernel that has it; needs are flags that must come with it (one of them is
-    enough), excludes those that must not. unused says why this server never asks for it.
+    since is the first kernel that has it; needs are flags that must come with
+    it (one of them is enough), excludes those that must not. unused says why
+    this server never asks for it.
     """
 
     name = ""
@@ -173,8 +184,15 @@ class Feature(int):
     def __new__(cls, bit: int, *_: object, **__: object) -> Feature:
         return super().__new__(cls, 1 << bit)
 
-    def __init__(self, bit: int, since: str, meaning: str, needs: int = 0, excludes: int = 0,
-                 unused: str = "") -> None:
+    def __init__(
+        self,
+        bit: int,
+        since: str,
+        meaning: str,
+        needs: int = 0,
+        excludes: int = 0,
+        unused: str = "",
+    ) -> None:
         self.bit, self.since, self.meaning = bit, since, meaning
         self.needs, self.excludes, self.unused = needs, excludes, unused
 
@@ -200,49 +218,104 @@ def table_of(kind: Any, prefix: str) -> Any:
     """Return all constants of this kind, after naming each as it is called here, less the prefix."""
     table = {name: row for name, row in globals().items() if isinstance(row, kind)}
     for name, row in table.items():
-        row.name = name[len(prefix):]
+        row.name = name[len(prefix) :]
     return tuple(table.values())
 
 
-UBLK_F_SUPPORT_ZERO_COPY = Feature(0, "6.15", "request pages can be registered as fixed buffers of a ring")
+UBLK_F_SUPPORT_ZERO_COPY = Feature(
+    0, "6.15", "request pages can be registered as fixed buffers of a ring"
+)
 UBLK_F_URING_CMD_COMP_IN_TASK = Feature(
-    1, "6.0", "completions run in the server's task; the driver sets it",
-    unused="it is the only way there has ever been")
-UBLK_F_NEED_GET_DATA = Feature(2, "6.0", "the server names the buffer of a write after the write arrived",
-                               excludes=UBLK_F_SUPPORT_ZERO_COPY)
+    1,
+    "6.0",
+    "completions run in the server's task; the driver sets it",
+    unused="it is the only way there has ever been",
+)
+UBLK_F_NEED_GET_DATA = Feature(
+    2,
+    "6.0",
+    "the server names the buffer of a write after the write arrived",
+    excludes=UBLK_F_SUPPORT_ZERO_COPY,
+)
 UBLK_F_USER_RECOVERY = Feature(3, "6.1", "the disk outlives its server and waits for a new one")
-UBLK_F_USER_RECOVERY_REISSUE = Feature(4, "6.1", "requests the dead server held are sent to the new one",
-                                       needs=UBLK_F_USER_RECOVERY)
-UBLK_F_UNPRIVILEGED_DEV = Feature(5, "6.3", "created, owned and served by an ordinary user",
-                                  excludes=UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_RECOVERY)
+UBLK_F_USER_RECOVERY_REISSUE = Feature(
+    4,
+    "6.1",
+    "requests the dead server held are sent to the new one",
+    needs=UBLK_F_USER_RECOVERY,
+)
+UBLK_F_UNPRIVILEGED_DEV = Feature(
+    5,
+    "6.3",
+    "created, owned and served by an ordinary user",
+    excludes=UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_RECOVERY,
+)
 UBLK_F_CMD_IOCTL_ENCODE = Feature(
-    6, "6.4", "commands are encoded like ioctls; the driver sets it",
-    unused="whether GET_FEATURES is answered tells the same before there is a device")
-UBLK_F_USER_COPY = Feature(7, "6.5", "the server moves data with pread and pwrite on /dev/ublkcN",
-                           excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
-UBLK_F_ZONED = Feature(8, "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY)
+    6,
+    "6.4",
+    "commands are encoded like ioctls; the driver sets it",
+    unused="whether GET_FEATURES is answered tells the same before there is a device",
+)
+UBLK_F_USER_COPY = Feature(
+    7,
+    "6.5",
+    "the server moves data with pread and pwrite on /dev/ublkcN",
+    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA,
+)
+UBLK_F_ZONED = Feature(
+    8, "6.6", "a zoned disk", needs=UBLK_F_USER_COPY | UBLK_F_SUPPORT_ZERO_COPY
+)
 UBLK_F_USER_RECOVERY_FAIL_IO = Feature(
-    9, "6.13", "without a server the disk fails requests, not queues them",
-    needs=UBLK_F_USER_RECOVERY, excludes=UBLK_F_USER_RECOVERY_REISSUE)
+    9,
+    "6.13",
+    "without a server the disk fails requests, not queues them",
+    needs=UBLK_F_USER_RECOVERY,
+    excludes=UBLK_F_USER_RECOVERY_REISSUE,
+)
 UBLK_F_UPDATE_SIZE = Feature(10, "6.16", "the size of a live disk can change")
-UBLK_F_AUTO_BUF_REG = Feature(11, "6.16", "the driver registers request pages with the ring by itself",
-                              excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA)
-UBLK_F_QUIESCE = Feature(12, "6.16", "a healthy server can be detached without an error",
-                         needs=UBLK_F_USER_RECOVERY)
-UBLK_F_PER_IO_DAEMON = Feature(13, "6.16", "each tag may have a task of its own; the driver sets it",
-                               unused="a queue has one thread for all its tags")
-UBLK_F_BUF_REG_OFF_DAEMON = Feature(14, "6.17", "any task may register request pages; the driver sets it",
-                                    unused="the thread that fetches a request also serves it")
-UBLK_F_BATCH_IO = Feature(15, "7.0", "one command fetches or commits many requests",
-                          excludes=UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON)
-UBLK_F_INTEGRITY = Feature(16, "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY)
-UBLK_F_SAFE_STOP_DEV = Feature(17, "7.0", "a disk can be stopped only if unused; the driver sets it")
+UBLK_F_AUTO_BUF_REG = Feature(
+    11,
+    "6.16",
+    "the driver registers request pages with the ring by itself",
+    excludes=UBLK_F_UNPRIVILEGED_DEV | UBLK_F_NEED_GET_DATA,
+)
+UBLK_F_QUIESCE = Feature(
+    12, "6.16", "a healthy server can be detached without an error", needs=UBLK_F_USER_RECOVERY
+)
+UBLK_F_PER_IO_DAEMON = Feature(
+    13,
+    "6.16",
+    "each tag may have a task of its own; the driver sets it",
+    unused="a queue has one thread for all its tags",
+)
+UBLK_F_BUF_REG_OFF_DAEMON = Feature(
+    14,
+    "6.17",
+    "any task may register request pages; the driver sets it",
+    unused="the thread that fetches a request also serves it",
+)
+UBLK_F_BATCH_IO = Feature(
+    15,
+    "7.0",
+    "one command fetches or commits many requests",
+    excludes=UBLK_F_NEED_GET_DATA | UBLK_F_PER_IO_DAEMON,
+)
+UBLK_F_INTEGRITY = Feature(
+    16, "7.0", "requests carry protection information", needs=UBLK_F_USER_COPY
+)
+UBLK_F_SAFE_STOP_DEV = Feature(
+    17, "7.0", "a disk can be stopped only if unused; the driver sets it"
+)
 UBLK_F_NO_AUTO_PART_SCAN = Feature(18, "7.0", "no partition scan when the disk starts")
 UBLK_F_SHMEM_ZC = Feature(
-    19, "7.1", "clients' direct I/O from memory shared with the server is not copied")
+    19, "7.1", "clients' direct I/O from memory shared with the server is not copied"
+)
 UBLK_F_IO_DESC_SIZE = Feature(
-    20, "7.3", "request descriptors may be larger than 24 bytes",
-    unused="nothing lies behind these 24 yet; a device that has it is served all the same")
+    20,
+    "7.3",
+    "request descriptors may be larger than 24 bytes",
+    unused="nothing lies behind these 24 yet; a device that has it is served all the same",
+)
 
 UBLK_CMD_GET_QUEUE_AFFINITY = Command(0x01, "6.0", changes=False)
 UBLK_CMD_GET_DEV_INFO = Command(0x02, "6.0", changes=False)
@@ -278,34 +351,58 @@ def kernel_release() -> str:
     return ".".join(os.uname().release.split(".")[:2])
 
 
-# Kernels on which a plain create ends badly: their releases, what happens, and what mends it.
+# Kernels on which a plain create ends badly: their releases, what happens, and
+# what mends it.
 DANGEROUS_KERNELS = (
-    # 529d4d632788 (allocate by NUMA node) without 011af85ccd87 (set tags up first): github.com zabbly/linux
-    # issue 52, kvcache-ai/AgentENV issue 20; ublk-org/ublksrv issue 174; Launchpad bug 2154635.
-    (r"6\.18\.[45](?!\d).*", "the driver crashes when a device is added", "use Linux 6.18.6 or later"),
-    (r"6\.17\.0-101[58]-azure.*", "the driver crashes when a device is added", "use a later one of Ubuntu's"))
+    # 529d4d632788 (allocate by NUMA node) without 011af85ccd87 (set tags up
+    # first): github.com zabbly/linux issue 52, kvcache-ai/AgentENV issue 20;
+    # ublk-org/ublksrv issue 174; Launchpad bug 2154635.
+    (
+        r"6\.18\.[45](?!\d).*",
+        "the driver crashes when a device is added",
+        "use Linux 6.18.6 or later",
+    ),
+    (
+        r"6\.17\.0-101[58]-azure.*",
+        "the driver crashes when a device is added",
+        "use a later one of Ubuntu's",
+    ),
+)
 
 
 def danger() -> tuple[str, str]:
     """Return what a new disk does to this kernel, and what mends that; two empty texts if nothing."""
     release = os.uname().release
-    return next((row[1:] for row in DANGEROUS_KERNELS if re.fullmatch(row[0], release)), ("", ""))
+    return next(
+        (row[1:] for row in DANGEROUS_KERNELS if re.fullmatch(row[0], release)), ("", "")
+    )
 
 
 def newer_kernel(what: str, since: str) -> UblkError:
     """Return the error for what this kernel lacks, where since is the first that has it."""
     release = kernel_release()
-    old = [int(number) for number in release.split(".")] < [int(number) for number in since.split(".")]
-    return UblkError(errno.EOPNOTSUPP, what, f"needs Linux {since}, this is {release}" if old else
-                     f"this Linux {release} is built without it", "do without it, or use another kernel")
+    old = [int(number) for number in release.split(".")] < [
+        int(number) for number in since.split(".")
+    ]
+    return UblkError(
+        errno.EOPNOTSUPP,
+        what,
+        f"needs Linux {since}, this is {release}"
+        if old
+        else f"this Linux {release} is built without it",
+        "do without it, or use another kernel",
+    )
 
 
 def explanations(table: str) -> dict[tuple[Command | None, int], tuple[str, str]]:
     """Read lines of ``commands errno reason -> remedy`` into {(command, errno): (reason, remedy)}."""
     commands = {"any": None, **{command.name: command for command in COMMANDS}}
     rows = (line.split(maxsplit=2) for line in table.strip().splitlines())
-    return {(commands[name], getattr(errno, number)): " ".join(text.split()).partition(" -> ")[::2]
-            for names, number, text in rows for name in names.split(",")}
+    return {
+        (commands[name], getattr(errno, number)): " ".join(text.split()).partition(" -> ")[::2]
+        for names, number, text in rows
+        for name in names.split(",")
+    }
 
 
 # Why a command fails, and what to do
@@ -360,9 +457,16 @@ UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO = rang
 STATES = ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
 
 # Commands of the data plane, encoded; their low byte is the legacy opcode.
-(UBLK_U_IO_FETCH_REQ, UBLK_U_IO_COMMIT_AND_FETCH_REQ, UBLK_U_IO_NEED_GET_DATA, UBLK_U_IO_REGISTER_IO_BUF,
- UBLK_U_IO_UNREGISTER_IO_BUF, UBLK_U_IO_PREP_IO_CMDS, UBLK_U_IO_COMMIT_IO_CMDS,
- UBLK_U_IO_FETCH_IO_CMDS) = range(0xC0107520, 0xC0107528)
+(
+    UBLK_U_IO_FETCH_REQ,
+    UBLK_U_IO_COMMIT_AND_FETCH_REQ,
+    UBLK_U_IO_NEED_GET_DATA,
+    UBLK_U_IO_REGISTER_IO_BUF,
+    UBLK_U_IO_UNREGISTER_IO_BUF,
+    UBLK_U_IO_PREP_IO_CMDS,
+    UBLK_U_IO_COMMIT_IO_CMDS,
+    UBLK_U_IO_FETCH_IO_CMDS,
+) = range(0xC0107520, 0xC0107528)
 UBLK_IO_RES_OK, UBLK_IO_RES_NEED_GET_DATA, UBLK_IO_RES_ABORT = 0, 1, -errno.ENODEV
 
 # Operations of a request: the low byte of ublksrv_io_desc.op_flags.
@@ -372,8 +476,17 @@ UBLK_IO_OP_ZONE_OPEN, UBLK_IO_OP_ZONE_CLOSE, UBLK_IO_OP_ZONE_FINISH = 10, 11, 12
 UBLK_IO_OP_ZONE_APPEND, UBLK_IO_OP_ZONE_RESET_ALL, UBLK_IO_OP_ZONE_RESET = 13, 14, 15
 
 # Flags of a request: bits of the same word.
-UBLK_IO_F_FAILFAST_DEV, UBLK_IO_F_FAILFAST_TRANSPORT, UBLK_IO_F_FAILFAST_DRIVER = 1 << 8, 1 << 9, 1 << 10
-UBLK_IO_F_META, UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_F_SWAP = 1 << 11, 1 << 13, 1 << 15, 1 << 16
+UBLK_IO_F_FAILFAST_DEV, UBLK_IO_F_FAILFAST_TRANSPORT, UBLK_IO_F_FAILFAST_DRIVER = (
+    1 << 8,
+    1 << 9,
+    1 << 10,
+)
+UBLK_IO_F_META, UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_F_SWAP = (
+    1 << 11,
+    1 << 13,
+    1 << 15,
+    1 << 16,
+)
 UBLK_IO_F_NEED_REG_BUF, UBLK_IO_F_INTEGRITY, UBLK_IO_F_SHMEM_ZC = 1 << 17, 1 << 18, 1 << 19
 
 # Limits and address spaces of /dev/ublkcN.
@@ -381,12 +494,22 @@ UBLK_MAX_QUEUE_DEPTH, UBLK_MAX_NR_QUEUES = 4096, 4096
 UBLKSRV_IO_BUF_OFFSET, UBLKSRV_IO_INTEGRITY_FLAG = 1 << 31, 1 << 62
 UBLK_IO_BUF_BITS, UBLK_TAG_BITS = 25, 16
 UBLK_TAG_OFF, UBLK_QID_OFF = UBLK_IO_BUF_BITS, UBLK_IO_BUF_BITS + UBLK_TAG_BITS
-UBLK_BATCH_F_HAS_ZONE_LBA, UBLK_BATCH_F_HAS_BUF_ADDR, UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK = 1, 2, 4
+UBLK_BATCH_F_HAS_ZONE_LBA, UBLK_BATCH_F_HAS_BUF_ADDR, UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK = (
+    1,
+    2,
+    4,
+)
 UBLK_AUTO_BUF_REG_FALLBACK, UBLK_SHMEM_BUF_READ_ONLY = 1, 1
 UBLK_ATTR_READ_ONLY, UBLK_ATTR_ROTATIONAL, UBLK_ATTR_VOLATILE_CACHE, UBLK_ATTR_FUA = 1, 2, 4, 8
 
-C_TYPES: dict[str, Any] = {"u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32,
-                           "u64": ctypes.c_uint64, "s32": ctypes.c_int32, "s64": ctypes.c_int64}
+C_TYPES: dict[str, Any] = {
+    "u8": ctypes.c_uint8,
+    "u16": ctypes.c_uint16,
+    "u32": ctypes.c_uint32,
+    "u64": ctypes.c_uint64,
+    "s32": ctypes.c_int32,
+    "s64": ctypes.c_int64,
+}
 
 
 def structure(name: str, members: str) -> Any:
@@ -400,93 +523,148 @@ def structure(name: str, members: str) -> Any:
 
 
 ublksrv_ctrl_cmd = structure(
-    "ublksrv_ctrl_cmd", "u32 dev_id, u16 queue_id len, u64 addr data[1], u16 dev_path_len pad, "
-    "u32 reserved")
+    "ublksrv_ctrl_cmd",
+    "u32 dev_id, u16 queue_id len, u64 addr data[1], u16 dev_path_len pad, u32 reserved",
+)
 ublksrv_ctrl_dev_info = structure(
-    "ublksrv_ctrl_dev_info", "u16 nr_hw_queues queue_depth state io_desc_size, u32 max_io_buf_bytes "
+    "ublksrv_ctrl_dev_info",
+    "u16 nr_hw_queues queue_depth state io_desc_size, u32 max_io_buf_bytes "
     "dev_id, s32 ublksrv_pid, u32 pad1, u64 flags ublksrv_flags, u32 owner_uid owner_gid, "
-    "u64 reserved1 reserved2")
+    "u64 reserved1 reserved2",
+)
 ublksrv_io_desc = structure("ublksrv_io_desc", "u32 op_flags nr_sectors, u64 start_sector addr")
 ublksrv_io_cmd = structure("ublksrv_io_cmd", "u16 q_id tag, s32 result, u64 addr")
 ublk_elem_header = structure("ublk_elem_header", "u16 tag buf_index, s32 result")
-ublk_batch_io = structure("ublk_batch_io", "u16 q_id flags nr_elem, u8 elem_bytes reserved, u64 reserved2")
-ublk_auto_buf_reg = structure("ublk_auto_buf_reg", "u16 index, u8 flags reserved0, u32 reserved1")
+ublk_batch_io = structure(
+    "ublk_batch_io", "u16 q_id flags nr_elem, u8 elem_bytes reserved, u64 reserved2"
+)
+ublk_auto_buf_reg = structure(
+    "ublk_auto_buf_reg", "u16 index, u8 flags reserved0, u32 reserved1"
+)
 ublk_shmem_buf_reg = structure("ublk_shmem_buf_reg", "u64 addr len, u32 flags reserved")
 blk_zone = structure(
-    "blk_zone", "u64 start len wp, u8 type cond non_seq reset resv[4], u64 capacity, u8 reserved[24]")
+    "blk_zone",
+    "u64 start len wp, u8 type cond non_seq reset resv[4], u64 capacity, u8 reserved[24]",
+)
 ublk_param_basic = structure(
-    "ublk_param_basic", "u32 attrs, u8 logical_bs_shift physical_bs_shift io_opt_shift io_min_shift, "
-    "u32 max_sectors chunk_sectors, u64 dev_sectors virt_boundary_mask")
+    "ublk_param_basic",
+    "u32 attrs, u8 logical_bs_shift physical_bs_shift io_opt_shift io_min_shift, "
+    "u32 max_sectors chunk_sectors, u64 dev_sectors virt_boundary_mask",
+)
 ublk_param_discard = structure(
-    "ublk_param_discard", "u32 discard_alignment discard_granularity max_discard_sectors "
-    "max_write_zeroes_sectors, u16 max_discard_segments reserved0")
-ublk_param_devt = structure("ublk_param_devt", "u32 char_major char_minor disk_major disk_minor")
+    "ublk_param_discard",
+    "u32 discard_alignment discard_granularity max_discard_sectors "
+    "max_write_zeroes_sectors, u16 max_discard_segments reserved0",
+)
+ublk_param_devt = structure(
+    "ublk_param_devt", "u32 char_major char_minor disk_major disk_minor"
+)
 ublk_param_zoned = structure(
-    "ublk_param_zoned", "u32 max_open_zones max_active_zones max_zone_append_sectors, u8 reserved[20]")
+    "ublk_param_zoned",
+    "u32 max_open_zones max_active_zones max_zone_append_sectors, u8 reserved[20]",
+)
 ublk_param_dma_align = structure("ublk_param_dma_align", "u32 alignment, u8 pad[4]")
 ublk_param_segment = structure(
-    "ublk_param_segment", "u64 seg_boundary_mask, u32 max_segment_size, u16 max_segments, u8 pad[2]")
+    "ublk_param_segment",
+    "u64 seg_boundary_mask, u32 max_segment_size, u16 max_segments, u8 pad[2]",
+)
 ublk_param_integrity = structure(
-    "ublk_param_integrity", "u32 flags, u16 max_integrity_segments, "
-    "u8 interval_exp metadata_size pi_offset csum_type tag_size pad[5]")
+    "ublk_param_integrity",
+    "u32 flags, u16 max_integrity_segments, "
+    "u8 interval_exp metadata_size pi_offset csum_type tag_size pad[5]",
+)
 ublk_params = structure(
-    "ublk_params", "u32 len types, ublk_param_basic basic, ublk_param_discard discard, "
+    "ublk_params",
+    "u32 len types, ublk_param_basic basic, ublk_param_discard discard, "
     "ublk_param_devt devt, ublk_param_zoned zoned, ublk_param_dma_align dma, ublk_param_segment seg, "
-    "ublk_param_integrity integrity")
-# Parameter type -> its name and the first kernel that knows it; older ones drop it silently.
-PARAM_TYPES = {1 << bit: row for bit, row in enumerate((
-    ("BASIC", "6.0"), ("DISCARD", "6.0"), ("DEVT", "6.3"), ("ZONED", "6.6"), ("DMA_ALIGN", "6.15"),
-    ("SEGMENT", "6.15"), ("INTEGRITY", "7.0")))}
-(UBLK_PARAM_TYPE_BASIC, UBLK_PARAM_TYPE_DISCARD, UBLK_PARAM_TYPE_DEVT, UBLK_PARAM_TYPE_ZONED,
- UBLK_PARAM_TYPE_DMA_ALIGN, UBLK_PARAM_TYPE_SEGMENT, UBLK_PARAM_TYPE_INTEGRITY) = PARAM_TYPES
-# linux/fs.h: what the metadata of blocks is good for, and which checksum is in it
+    "ublk_param_integrity integrity",
+)
+# Parameter type -> its name and the first kernel that knows it; older ones drop
+# it silently.
+PARAM_TYPES = {
+    1 << bit: row
+    for bit, row in enumerate(
+        (
+            ("BASIC", "6.0"),
+            ("DISCARD", "6.0"),
+            ("DEVT", "6.3"),
+            ("ZONED", "6.6"),
+            ("DMA_ALIGN", "6.15"),
+            ("SEGMENT", "6.15"),
+            ("INTEGRITY", "7.0"),
+        )
+    )
+}
+(
+    UBLK_PARAM_TYPE_BASIC,
+    UBLK_PARAM_TYPE_DISCARD,
+    UBLK_PARAM_TYPE_DEVT,
+    UBLK_PARAM_TYPE_ZONED,
+    UBLK_PARAM_TYPE_DMA_ALIGN,
+    UBLK_PARAM_TYPE_SEGMENT,
+    UBLK_PARAM_TYPE_INTEGRITY,
+) = PARAM_TYPES
+# linux/fs.h: what the metadata of blocks is good for, and which checksum is in
+# it
 LBMD_PI_CAP_INTEGRITY, LBMD_PI_CAP_REFTAG = 1, 2
-LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC64_NVME = 0, 1, 2, 4
+LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC64_NVME = (
+    0,
+    1,
+    2,
+    4,
+)
 
 
 # =================================================================================================
 # io_uring: include/uapi/linux/io_uring.h, and rings by raw system call
 # =================================================================================================
 #
-# io_uring is a way of asking the kernel for things without a system call for each of them. Program
-# and kernel share two rings in memory. Into the *submission queue* the program writes what it
-# wants, entries of 64 bytes (SQEs): an operation, a descriptor, an offset, an address, a length,
-# and 64 bits of its own, `user_data`. In the *completion queue* it finds what became of it,
-# entries of 16 bytes (CQEs): the `user_data` again, and a result, which is what the system call
-# would have returned, or a negative errno. Completions come in any order.
+# io_uring is a way of asking the kernel for things without a system call for
+# each of them. Program and kernel share two rings in memory. Into the
+# *submission queue* the program writes what it wants, entries of 64 bytes
+# (SQEs): an operation, a descriptor, an offset, an address, a length, and 64
+# bits of its own, `user_data`. In the *completion queue* it finds what became
+# of it, entries of 16 bytes (CQEs): the `user_data` again, and a result, which
+# is what the system call would have returned, or a negative errno. Completions
+# come in any order.
 #
-# Each ring has a head and a tail. Who puts something in moves the tail, who takes it out moves the
-# head; neither ever writes the other's word. So the numbers in shared memory are the truth about
-# what has been taken, and this file keeps no count of its own beside them: a signal's handler may
-# raise an exception between any two lines of Python, and a count that is written down after the
-# system call would then be wrong for good.
+# Each ring has a head and a tail. Who puts something in moves the tail, who
+# takes it out moves the head; neither ever writes the other's word. So the
+# numbers in shared memory are the truth about what has been taken, and this
+# file keeps no count of its own beside them: a signal's handler may raise an
+# exception between any two lines of Python, and a count that is written down
+# after the system call would then be wrong for good.
 #
-# There is one system call, io_uring_enter(). It hands in what stands in the submission queue and,
-# if asked to, waits until so many completions are there. That both happen at once is what makes
-# ublk fast: a server hands in the results of the last requests and gets the next ones in one call.
-# Traps that this class is made for:
+# There is one system call, io_uring_enter(). It hands in what stands in the
+# submission queue and, if asked to, waits until so many completions are there.
+# That both happen at once is what makes ublk fast: a server hands in the
+# results of the last requests and gets the next ones in one call. Traps that
+# this class is made for:
 #
-#   - The call may take fewer entries than were offered. Those left stay in the queue for the next
-#     call.
-#   - If it took any, an error of the wait is hidden; whoever waited looks whether something has
-#     come.
-#   - The kernel has done with an SQE once the call has returned it as taken. What an SQE *points
-#     to* is another matter: that memory is the kernel's until the CQE has come, whatever happens
-#     to the program's interest in it.
-#   - SQEs can be linked (IOSQE_IO_LINK): each begins when the one before has ended well, and
-#     "well" means with its whole length, so a short read breaks the chain. A chain is cut where a
-#     submission ends.
-#   - With DEFER_TASKRUN, completions are only written while the ring's own thread is in
-#     io_uring_enter(). That is quick, and it means that no barrier between processors is needed,
-#     which Python would not have. It also means that the one thread that made a ring must use it:
-#     the kernel refuses others.
+#   - The call may take fewer entries than were offered. Those left stay in the
+#     queue for the next call.
+#   - If it took any, an error of the wait is hidden; whoever waited looks
+#     whether something has come.
+#   - The kernel has done with an SQE once the call has returned it as taken.
+#     What an SQE *points to* is another matter: that memory is the kernel's
+#     until the CQE has come, whatever happens to the program's interest in it.
+#   - SQEs can be linked (IOSQE_IO_LINK): each begins when the one before has
+#     ended well, and "well" means with its whole length, so a short read breaks
+#     the chain. A chain is cut where a submission ends.
+#   - With DEFER_TASKRUN, completions are only written while the ring's own
+#     thread is in io_uring_enter(). That is quick, and it means that no barrier
+#     between processors is needed, which Python would not have. It also means
+#     that the one thread that made a ring must use it: the kernel refuses
+#     others.
 #
-# There is no wrapper in the standard library, so this is done by hand: three system calls through
-# ctypes, the two rings through mmap, and memoryviews cast to words in place of C's pointers to
-# volatile. An SQE's fields are stored one by one, by struct; for what repeats the SQE is kept, and
-# only the words that change are written anew.
+# There is no wrapper in the standard library, so this is done by hand: three
+# system calls through ctypes, the two rings through mmap, and memoryviews cast
+# to words in place of C's pointers to volatile. An SQE's fields are stored one
+# by one, by struct; for what repeats the SQE is kept, and only the words that
+# change are written anew.
 
-# These three have the same numbers on every architecture that Python runs on but alpha.
+# These three have the same numbers on every architecture that Python runs on
+# but alpha.
 SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register = 425, 426, 427
 
 IORING_SETUP_CQSIZE, IORING_SETUP_CLAMP, IORING_SETUP_SUBMIT_ALL = 1 << 3, 1 << 4, 1 << 7
@@ -503,29 +681,42 @@ IORING_OP_FALLOCATE, IORING_OP_READ, IORING_OP_WRITE = 17, 22, 23
 IORING_OP_SEND, IORING_OP_RECV, IORING_OP_URING_CMD = 26, 27, 46
 IORING_FSYNC_DATASYNC, IORING_URING_CMD_MULTISHOT, IORING_RSRC_REGISTER_SPARSE = 1, 2, 1
 IOSQE_IO_LINK, IOSQE_BUFFER_SELECT, IOSQE_CQE_SKIP_SUCCESS = 1 << 2, 1 << 5, 1 << 6
-RWF_DSYNC = 2                   # linux/fs.h: the write ends when it is durable
+RWF_DSYNC = 2  # linux/fs.h: the write ends when it is durable
 
 io_sqring_offsets = structure(
-    "io_sqring_offsets", "u32 head tail ring_mask ring_entries flags dropped array resv1, u64 user_addr")
+    "io_sqring_offsets",
+    "u32 head tail ring_mask ring_entries flags dropped array resv1, u64 user_addr",
+)
 io_cqring_offsets = structure(
-    "io_cqring_offsets", "u32 head tail ring_mask ring_entries overflow cqes flags resv1, u64 user_addr")
+    "io_cqring_offsets",
+    "u32 head tail ring_mask ring_entries overflow cqes flags resv1, u64 user_addr",
+)
 io_uring_params = structure(
-    "io_uring_params", "u32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd "
-    "resv[3], io_sqring_offsets sq_off, io_cqring_offsets cq_off")
-# Unions are named by the member used here: off may be cmd_op, rw_flags any other flags.
+    "io_uring_params",
+    "u32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd "
+    "resv[3], io_sqring_offsets sq_off, io_cqring_offsets cq_off",
+)
+# Unions are named by the member used here: off may be cmd_op, rw_flags any
+# other flags.
 io_uring_sqe = structure(
-    "io_uring_sqe", "u8 opcode flags, u16 ioprio, s32 fd, u64 off addr, u32 len rw_flags, u64 user_data, "
-    "u16 buf_index personality, s32 file_index, u8 cmd[16]")
+    "io_uring_sqe",
+    "u8 opcode flags, u16 ioprio, s32 fd, u64 off addr, u32 len rw_flags, u64 user_data, "
+    "u16 buf_index personality, s32 file_index, u8 cmd[16]",
+)
 io_uring_cqe = structure("io_uring_cqe", "u64 user_data, s32 res, u32 flags")
 io_uring_getevents_arg = structure(
-    "io_uring_getevents_arg", "u64 sigmask, u32 sigmask_sz min_wait_usec, u64 ts")
-io_uring_rsrc_register = structure("io_uring_rsrc_register", "u32 nr flags, u64 resv2 data tags")
+    "io_uring_getevents_arg", "u64 sigmask, u32 sigmask_sz min_wait_usec, u64 ts"
+)
+io_uring_rsrc_register = structure(
+    "io_uring_rsrc_register", "u32 nr flags, u64 resv2 data tags"
+)
 io_uring_buf_reg = structure(
-    "io_uring_buf_reg", "u64 ring_addr, u32 ring_entries, u16 bgid flags, u64 resv[3]")
+    "io_uring_buf_reg", "u64 ring_addr, u32 ring_entries, u16 bgid flags, u64 resv[3]"
+)
 timespec = structure("timespec", "s64 tv_sec tv_nsec")
 
-_libc = ctypes.CDLL(None, use_errno=True)        # CDLL, not PyDLL: it drops the GIL while waiting
-_syscall = _libc.syscall        # without argtypes: ready-made c_long are passed on in half the time
+_libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: it drops the GIL while waiting
+_syscall = _libc.syscall  # without argtypes: ready-made c_long are passed on in half the time
 _syscall.restype = ctypes.c_long
 
 
@@ -537,10 +728,14 @@ def syscall(number: int, *args: int) -> int:
     return result
 
 
-_get_buffer, _release_buffer = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
+_get_buffer, _release_buffer = (
+    ctypes.pythonapi.PyObject_GetBuffer,
+    ctypes.pythonapi.PyBuffer_Release,
+)
 _get_buffer.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int]
 _release_buffer.argtypes = [ctypes.c_void_p]
-_Py_buffer = ctypes.c_void_p * 11       # CPython's Py_buffer begins with the address and is no larger
+# CPython's Py_buffer begins with the address and is no larger
+_Py_buffer = ctypes.c_void_p * 11
 
 
 def address_of(buffer: Any) -> int:
@@ -552,7 +747,7 @@ def address_of(buffer: Any) -> int:
     return address
 
 
-LOOKS = 20      # some ten microseconds
+LOOKS = 20  # some ten microseconds
 
 # io_uring_sqe up to file_index, as one record
 SQE = struct.Struct("=BBHiQQIIQHHi")
@@ -561,48 +756,66 @@ SQE = struct.Struct("=BBHiQQIIQHHi")
 class Ring:
     """An io_uring: a queue of requests to the kernel and a queue of its answers, in shared memory.
 
-    entries: the number of SQEs, rounded up by the kernel to a power of two (32768 at most).
-    cq_entries: the number of CQEs, at least entries; twice entries by default.
-    sqe128: SQEs of 128 bytes, which control commands need.
-    shared: several threads use it (one at a time, the caller sees to that). Otherwise only the
-    thread that created it may, and completions wait until that thread enters the kernel, which is
-    the quickest way there is (SINGLE_ISSUER since 6.0, DEFER_TASKRUN since 6.1).
+    entries: the number of SQEs, rounded up by the kernel to a power of two
+    (32768 at most). cq_entries: the number of CQEs, at least entries; twice
+    entries by default. sqe128: SQEs of 128 bytes, which control commands need.
+    shared: several threads use it (one at a time, the caller sees to that).
+    Otherwise only the thread that created it may, and completions wait until
+    that thread enters the kernel, which is the quickest way there is
+    (SINGLE_ISSUER since 6.0, DEFER_TASKRUN since 6.1).
 
-    Unlike most users of io_uring this one fills an SQE slot once and submits it again and again:
-    push(slot) only writes its number into the index array through which the kernel finds SQEs.
+    Unlike most users of io_uring this one fills an SQE slot once and submits it
+    again and again: push(slot) only writes its number into the index array
+    through which the kernel finds SQEs.
 
     Raises UblkError: ENOSYS, EPERM where io_uring is not to be had, ENOMEM.
     """
 
-    def __init__(self, entries: int, cq_entries: int = 0, sqe128: bool = False,
-                 shared: bool = False) -> None:
+    def __init__(
+        self, entries: int, cq_entries: int = 0, sqe128: bool = False, shared: bool = False
+    ) -> None:
         params = self._setup(entries, max(cq_entries, 2 * entries), sqe128, shared)
         self.entries, self.sqe_size = params.sq_entries, 128 if sqe128 else 64
         sq, cq = params.sq_off, params.cq_off
         size = max(sq.array + 4 * params.sq_entries, cq.cqes + 16 * params.cq_entries)
         # FEAT_SINGLE_MMAP (5.4): both rings lie in one mapping
         self._rings = mmap.mmap(self.fd, size, offset=IORING_OFF_SQ_RING)
-        self._sqe_map = mmap.mmap(self.fd, params.sq_entries * self.sqe_size, offset=IORING_OFF_SQES)
+        self._sqe_map = mmap.mmap(
+            self.fd, params.sq_entries * self.sqe_size, offset=IORING_OFF_SQES
+        )
         self.sqes = memoryview(self._sqe_map)
         self._ring_bytes = memoryview(self._rings)
-        words = self._words = self._ring_bytes[:size & ~3].cast("I")
+        words = self._words = self._ring_bytes[: size & ~3].cast("I")
         self._sq_head_at, self._sq_tail_at = sq.head // 4, sq.tail // 4
         self._cq_head_at, self._cq_tail_at = cq.head // 4, cq.tail // 4
-        self._array = words[sq.array // 4:sq.array // 4 + params.sq_entries]
-        cqes = self._ring_bytes[cq.cqes:cq.cqes + 16 * params.cq_entries]
+        self._array = words[sq.array // 4 : sq.array // 4 + params.sq_entries]
+        cqes = self._ring_bytes[cq.cqes : cq.cqes + 16 * params.cq_entries]
         self._cq64, self._cq32 = cqes.cast("Q"), cqes.cast("i")
-        self._views = [self.sqes, self._array, self._cq64, self._cq32, cqes, words, self._ring_bytes]
+        self._views = [
+            self.sqes,
+            self._array,
+            self._cq64,
+            self._cq32,
+            cqes,
+            words,
+            self._ring_bytes,
+        ]
         self._sq_mask, self._cq_mask = params.sq_entries - 1, params.cq_entries - 1
-        self._tail = 0                  # SQEs pushed
+        self._tail = 0  # SQEs pushed
         self._was_cut = False
         self._timeout = timespec()
         self._wait_arg = io_uring_getevents_arg()
         self._to_submit, self._to_wait_for = ctypes.c_long(), ctypes.c_long()
         self._enter = partial(
-            _syscall, ctypes.c_long(SYS_io_uring_enter), ctypes.c_long(self.fd), self._to_submit,
-            self._to_wait_for, ctypes.c_long(IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG),
+            _syscall,
+            ctypes.c_long(SYS_io_uring_enter),
+            ctypes.c_long(self.fd),
+            self._to_submit,
+            self._to_wait_for,
+            ctypes.c_long(IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG),
             ctypes.c_long(ctypes.addressof(self._wait_arg)),
-            ctypes.c_long(ctypes.sizeof(self._wait_arg)))
+            ctypes.c_long(ctypes.sizeof(self._wait_arg)),
+        )
 
     def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> Any:
         """Create the ring with the best flags this kernel takes; an unknown flag is EINVAL."""
@@ -613,27 +826,55 @@ class Ring:
             params = io_uring_params(flags=base | extra, cq_entries=cq_entries)
             try:
                 fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
-                self._file = open(fd, "rb", buffering=0)    # which closes what nobody refers to any more
+                # Which closes what nobody refers to any more
+                self._file = open(fd, "rb", buffering=0)
                 self.fd = fd
                 return params
             except OSError as error:
                 number = error.errno or errno.EIO
             if number != errno.EINVAL:
                 break
-        remedy = {errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0 (or the container's "
-                               "seccomp profile)",
-                  errno.ENOSYS: "use a kernel built with CONFIG_IO_URING",
-                  errno.ENOMEM: "raise the limit of locked memory (ulimit -l)"}.get(number, "")
+        remedy = {
+            errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0 (or the container's "
+            "seccomp profile)",
+            errno.ENOSYS: "use a kernel built with CONFIG_IO_URING",
+            errno.ENOMEM: "raise the limit of locked memory (ulimit -l)",
+        }.get(number, "")
         raise UblkError(number, "cannot create an io_uring", remedy=remedy)
 
-    def prepare(self, slot: int, opcode: int, fd: int = -1, off: int = 0, addr: int = 0,
-                length: int = 0, rw_flags: int = 0, user_data: int = 0, flags: int = 0,
-                buf_index: int = 0, cmd: bytes = b"") -> None:
+    def prepare(
+        self,
+        slot: int,
+        opcode: int,
+        fd: int = -1,
+        off: int = 0,
+        addr: int = 0,
+        length: int = 0,
+        rw_flags: int = 0,
+        user_data: int = 0,
+        flags: int = 0,
+        buf_index: int = 0,
+        cmd: bytes = b"",
+    ) -> None:
         """Fill SQE slot; the names are the fields of io_uring_sqe."""
         at = slot * self.sqe_size
-        SQE.pack_into(self.sqes, at, opcode, flags, 0, fd, off, addr, length, rw_flags, user_data,
-                      buf_index, 0, 0)
-        self.sqes[at + 48:at + self.sqe_size] = cmd.ljust(self.sqe_size - 48, b"\0")
+        SQE.pack_into(
+            self.sqes,
+            at,
+            opcode,
+            flags,
+            0,
+            fd,
+            off,
+            addr,
+            length,
+            rw_flags,
+            user_data,
+            buf_index,
+            0,
+            0,
+        )
+        self.sqes[at + 48 : at + self.sqe_size] = cmd.ljust(self.sqe_size - 48, b"\0")
 
     def push(self, slot: int) -> None:
         """Queue SQE slot for the next enter()."""
@@ -649,19 +890,21 @@ class Ring:
         else:
             fits = self.entries - start
             self._array[start:] = array("I", slots[:fits])
-            self._array[:end - self.entries] = array("I", slots[fits:])
+            self._array[: end - self.entries] = array("I", slots[fits:])
         self._tail += len(slots)
 
     def enter(self, min_complete: int = 0, timeout: float | None = None) -> bool:
         """Submit what was pushed and wait for min_complete CQEs, for timeout seconds at most.
 
-        Returns False when the time ran out or a signal came first. Raises OSError for anything
-        the kernel holds against the ring itself.
+        Returns False when the time ran out or a signal came first. Raises
+        OSError for anything the kernel holds against the ring itself.
         """
         if timeout is None:
             self._wait_arg.ts = 0
         else:
-            self._timeout.tv_sec, self._timeout.tv_nsec = divmod(int(max(timeout, 0) * 1e9), 10**9)
+            self._timeout.tv_sec, self._timeout.tv_nsec = divmod(
+                int(max(timeout, 0) * 1e9), 10**9
+            )
             self._wait_arg.ts = ctypes.addressof(self._timeout)
         self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
         offered = self.pending
@@ -678,15 +921,16 @@ class Ring:
         number = ctypes.get_errno()
         if number in (errno.EINTR, errno.ETIME):
             return False
-        if number in (errno.EBUSY, errno.EAGAIN):       # completions must be taken first
+        if number in (errno.EBUSY, errno.EAGAIN):  # completions must be taken first
             return True
         raise OSError(number, os.strerror(number))
 
     def _look_for_cut(self) -> None:
         """End the ring's use where the kernel took only the first part of a chain.
 
-        That happens where it has no memory for more. It begins the part as if it were all; the rest
-        would be begun by the next system call, no matter how the part ended.
+        That happens where it has no memory for more. It begins the part as if
+        it were all; the rest would be begun by the next system call, no matter
+        how the part ended.
         """
         last = self._array[(self._words[self._sq_head_at] - 1) & self._sq_mask]
         flags = self.sqes[last * self.sqe_size + 1]
@@ -697,8 +941,8 @@ class Ring:
     def wait(self, timeout: float | None = None) -> None:
         """Submit what was pushed and wait for a CQE, for timeout seconds at most.
 
-        Looks LOOKS times before it goes to sleep: waking costs far more than the next request of a
-        busy client takes to come.
+        Looks LOOKS times before it goes to sleep: waking costs far more than
+        the next request of a busy client takes to come.
         """
         for _ in range(1 if timeout == 0 else LOOKS):
             self.enter()
@@ -714,11 +958,13 @@ class Ring:
         if head == tail:
             return [], []
         if first < last:
-            data = self._cq64[2 * first:2 * last:2].tolist()
-            results = self._cq32[4 * first + 2:4 * last:4].tolist()
+            data = self._cq64[2 * first : 2 * last : 2].tolist()
+            results = self._cq32[4 * first + 2 : 4 * last : 4].tolist()
         else:
-            data = self._cq64[2 * first::2].tolist() + self._cq64[:2 * last:2].tolist()
-            results = self._cq32[4 * first + 2::4].tolist() + self._cq32[2:4 * last:4].tolist()
+            data = self._cq64[2 * first :: 2].tolist() + self._cq64[: 2 * last : 2].tolist()
+            results = (
+                self._cq32[4 * first + 2 :: 4].tolist() + self._cq32[2 : 4 * last : 4].tolist()
+            )
         self._words[self._cq_head_at] = tail
         return data, results
 
@@ -726,7 +972,9 @@ class Ring:
         """The same as a list of (user_data, result, flags)."""
         head, tail = self._words[self._cq_head_at], self._words[self._cq_tail_at]
         slots = [(head + n) & self._cq_mask for n in range((tail - head) & 0xFFFFFFFF)]
-        cqes = [(self._cq64[2 * at], self._cq32[4 * at + 2], self._cq32[4 * at + 3]) for at in slots]
+        cqes = [
+            (self._cq64[2 * at], self._cq32[4 * at + 2], self._cq32[4 * at + 3]) for at in slots
+        ]
         self._words[self._cq_head_at] = tail
         return cqes
 
@@ -743,8 +991,8 @@ class Ring:
     def pending(self) -> int:
         """How many SQEs were pushed that the kernel has not taken yet.
 
-        The kernel's own count is asked: one of ours would be wrong once a signal handler raises
-        between its system call and our counting.
+        The kernel's own count is asked: one of ours would be wrong once a
+        signal handler raises between its system call and our counting.
         """
         return (self._tail - self._words[self._sq_head_at]) & 0xFFFFFFFF
 
@@ -764,10 +1012,11 @@ class Ring:
 # Control plane: commands to /dev/ublk-control
 # =================================================================================================
 #
-# A device's life is a handful of commands, sent through the ring as IORING_OP_URING_CMD: an
-# operation whose meaning is the driver's own. The payload, ublksrv_ctrl_cmd, lies in the SQE
-# itself, which must therefore be of the large kind (128 bytes, IORING_SETUP_SQE128); it names the
-# device, and where a structure lies that goes along or comes back.
+# A device's life is a handful of commands, sent through the ring as
+# IORING_OP_URING_CMD: an operation whose meaning is the driver's own. The
+# payload, ublksrv_ctrl_cmd, lies in the SQE itself, which must therefore be of
+# the large kind (128 bytes, IORING_SETUP_SQE128); it names the device, and
+# where a structure lies that goes along or comes back.
 #
 #     ADD_DEV     asks for a device, its queues, depth, largest request and features; the answer
 #                 says what was granted. Now there is /dev/ublkcN.
@@ -779,48 +1028,55 @@ class Ring:
 #                 parked command.
 #     DEL_DEV     takes /dev/ublkcN away, too, and waits until nobody has either of the nodes open.
 #
-# Other commands look (GET_DEV_INFO, GET_PARAMS, GET_FEATURES), change a living disk (UPDATE_SIZE)
-# or hand it from one server to the next (START_USER_RECOVERY, END_USER_RECOVERY, QUIESCE_DEV; see
-# "When servers die").
+# Other commands look (GET_DEV_INFO, GET_PARAMS, GET_FEATURES), change a living
+# disk (UPDATE_SIZE) or hand it from one server to the next
+# (START_USER_RECOVERY, END_USER_RECOVERY, QUIESCE_DEV; see "When servers die").
 #
-# What to beware of. Commands *wait*: START_DEV for the server, STOP_DEV for its handlers, DEL_DEV
-# for anybody who has a node open, itself included, and while one waits others wait for it, as the
-# driver has one lock for each device and, for adding and deleting, one for all. So each has a
-# limit of time here, after which it is cancelled, and nobody sends STOP_DEV from the thread that
-# has to answer the last requests. A signal does not interrupt a command: it is carried out by a
-# thread of the kernel's; io_uring's own ASYNC_CANCEL does. What may not end even then keeps its
-# memory for ever (`_left_behind`), because the kernel may still write there.
+# What to beware of. Commands *wait*: START_DEV for the server, STOP_DEV for its
+# handlers, DEL_DEV for anybody who has a node open, itself included, and while
+# one waits others wait for it, as the driver has one lock for each device and,
+# for adding and deleting, one for all. So each has a limit of time here, after
+# which it is cancelled, and nobody sends STOP_DEV from the thread that has to
+# answer the last requests. A signal does not interrupt a command: it is carried
+# out by a thread of the kernel's; io_uring's own ASYNC_CANCEL does. What may
+# not end even then keeps its memory for ever (`_left_behind`), because the
+# kernel may still write there.
 #
-# Who may do what: any of this needs CAP_SYS_ADMIN, unless the device is an ordinary user's own.
-# Then the command carries the path of /dev/ublkcN in front of its payload, and the driver looks
-# whether the caller may open that.
+# Who may do what: any of this needs CAP_SYS_ADMIN, unless the device is an
+# ordinary user's own. Then the command carries the path of /dev/ublkcN in front
+# of its payload, and the driver looks whether the caller may open that.
 
 MAX_DEVICES = 1 << 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_left_behind: list[Any] = []    # buffers of commands that would not end: the kernel may still write there
-COMMAND_TIMEOUT = 60.0      # seconds; the kernel answers in milliseconds unless a server hangs
+# Buffers of commands that would not end: the kernel may still write there
+_left_behind: list[Any] = []
+COMMAND_TIMEOUT = 60.0  # seconds; the kernel answers in milliseconds unless a server hangs
 
 
 class Control:
     """The control plane: one method for each control command.
 
-    features: the mask GET_FEATURES reports, or None before Linux 6.5.
-    legacy: this kernel has only the bare opcodes of Linux 6.0 to 6.3.
+    features: the mask GET_FEATURES reports, or None before Linux 6.5. legacy:
+    this kernel has only the bare opcodes of Linux 6.0 to 6.3.
 
     enough: tells whether nobody waits for an answer any more.
 
-    Every method raises UblkError with the kernel's errno, and ETIMEDOUT when a command does not
-    end in time or it is enough: it is then cancelled and, where the kernel cannot cancel it, left
-    behind with its buffers kept alive. A signal whose handler raises cancels it, too. One Control
-    may be used by several threads.
+    Every method raises UblkError with the kernel's errno, and ETIMEDOUT when a
+    command does not end in time or it is enough: it is then cancelled and,
+    where the kernel cannot cancel it, left behind with its buffers kept alive.
+    A signal whose handler raises cancels it, too. One Control may be used by
+    several threads.
     """
 
     def __init__(self) -> None:
         try:
             self.fd = os.open("/dev/ublk-control", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise UblkError(error.errno or errno.EIO, "cannot open /dev/ublk-control",
-                            remedy="see `ublk.py check`") from None
+            raise UblkError(
+                error.errno or errno.EIO,
+                "cannot open /dev/ublk-control",
+                remedy="see `ublk.py check`",
+            ) from None
         try:
             self.ring = Ring(64, sqe128=True, shared=True)
         except BaseException:
@@ -829,7 +1085,7 @@ class Control:
         self._lock = threading.Lock()
         self.enough: Callable[[], bool] = bool
         self._token = 0
-        self._buffers: dict[int, Any] = {}      # what pending commands point at, by token
+        self._buffers: dict[int, Any] = {}  # what pending commands point at, by token
         self._results: dict[int, int] = {}
         self._unprivileged: set[int] = set()
         self.legacy, self.features = False, None
@@ -841,7 +1097,8 @@ class Control:
     def _knows_encoded(self) -> bool:
         """Tell whether the driver, which lacks GET_FEATURES, has encoded opcodes all the same (6.4).
 
-        It then finds fault with an ADD_DEV that says nothing; an older one looks for its device.
+        It then finds fault with an ADD_DEV that says nothing; an older one
+        looks for its device.
         """
         try:
             self._run(UBLK_CMD_ADD_DEV, -1)
@@ -865,33 +1122,50 @@ class Control:
 
     # ---- how a command is sent -----------------------------------------------------------------
 
-    def _run(self, command: Command, dev_id: int, payload: Any = None, data: int = 0, what: str = "",
-             timeout: float = COMMAND_TIMEOUT) -> int:
+    def _run(
+        self,
+        command: Command,
+        dev_id: int,
+        payload: Any = None,
+        data: int = 0,
+        what: str = "",
+        timeout: float = COMMAND_TIMEOUT,
+    ) -> int:
         """Send one command; payload (a ctypes object) is sent and then filled with the answer."""
         what = what or command.name + (f" of device {dev_id}" if dev_id != -1 else "")
-        if not -1 <= dev_id < MAX_DEVICES:      # cut to 32 bits it would mean another device
+        if not -1 <= dev_id < MAX_DEVICES:  # cut to 32 bits it would mean another device
             raise explain(command, errno.ENODEV, what)
         path = self._path(command, dev_id)
         content = path + (b"" if payload is None else bytes(payload))
         buffer = ctypes.create_string_buffer(content)
         header = ublksrv_ctrl_cmd(
-            dev_id=dev_id & 0xFFFFFFFF, queue_id=0xFFFF, len=len(content), dev_path_len=len(path),
-            addr=ctypes.addressof(buffer) if content else 0, data=(data,))
+            dev_id=dev_id & 0xFFFFFFFF,
+            queue_id=0xFFFF,
+            len=len(content),
+            dev_path_len=len(path),
+            addr=ctypes.addressof(buffer) if content else 0,
+            data=(data,),
+        )
         with self._lock:
             result = self._send(command, header, buffer, timeout)
         if result < 0:
             raise explain(command, -result, what)
         if payload is not None:
-            ctypes.memmove(ctypes.addressof(payload), buffer.raw[len(path):], ctypes.sizeof(payload))
+            ctypes.memmove(
+                ctypes.addressof(payload), buffer.raw[len(path) :], ctypes.sizeof(payload)
+            )
         if isinstance(payload, ublksrv_ctrl_dev_info):
             unprivileged = payload.flags & UBLK_F_UNPRIVILEGED_DEV
-            (self._unprivileged.add if unprivileged else self._unprivileged.discard)(payload.dev_id)
+            (self._unprivileged.add if unprivileged else self._unprivileged.discard)(
+                payload.dev_id
+            )
         return result
 
     def _path(self, command: Command, dev_id: int) -> bytes:
         """Return the device path the kernel wants in front of the payload (6.3).
 
-        It checks the permission of whoever commands an unprivileged device by this node's.
+        It checks the permission of whoever commands an unprivileged device by
+        this node's.
         """
         if command == UBLK_CMD_GET_DEV_INFO2 or dev_id in self._unprivileged:
             if command not in (UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO):
@@ -901,11 +1175,16 @@ class Control:
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float) -> int:
         if self.enough():
             return -errno.ECANCELED
-        token = self._token + 1         # what _submit() gives it, which a signal's handler may leave
+        token = self._token + 1  # what _submit() gives it, which a signal's handler may leave
         ended = False
         try:
-            self._submit(IORING_OP_URING_CMD, self.fd, bytes(header), buffer,
-                         off=int(command) if self.legacy else command.encoded)
+            self._submit(
+                IORING_OP_URING_CMD,
+                self.fd,
+                bytes(header),
+                buffer,
+                off=int(command) if self.legacy else command.encoded,
+            )
             ended = self._await(token, timeout, self.enough)
         finally:
             if not ended:
@@ -918,8 +1197,15 @@ class Control:
         self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
         self._await(token, 2.0)
 
-    def _submit(self, opcode: int, fd: int = -1, cmd: bytes = b"", buffer: Any = None, off: int = 0,
-                addr: int = 0) -> int:
+    def _submit(
+        self,
+        opcode: int,
+        fd: int = -1,
+        cmd: bytes = b"",
+        buffer: Any = None,
+        off: int = 0,
+        addr: int = 0,
+    ) -> int:
         self._token += 1
         self._buffers[self._token] = buffer
         slot = self._token % self.ring.entries
@@ -948,21 +1234,35 @@ class Control:
         self._run(UBLK_CMD_GET_FEATURES, -1, mask)
         return mask.value
 
-    def add_dev(self, dev_id: int, queues: int, depth: int, max_io: int, flags: int,
-                ublksrv_flags: int = 0) -> Any:
+    def add_dev(
+        self,
+        dev_id: int,
+        queues: int,
+        depth: int,
+        max_io: int,
+        flags: int,
+        ublksrv_flags: int = 0,
+    ) -> Any:
         """ADD_DEV: create /dev/ublkcN; dev_id -1 takes the first free number.
 
-        max_io is the largest request in bytes. Returns what the kernel made of it: queues are
-        limited to the number of CPUs and unknown or impossible flags are cleared without a word.
+        max_io is the largest request in bytes. Returns what the kernel made of
+        it: queues are limited to the number of CPUs and unknown or impossible
+        flags are cleared without a word.
         """
         info = ublksrv_ctrl_dev_info(
-            nr_hw_queues=queues, queue_depth=depth, max_io_buf_bytes=max_io, flags=flags,
-            dev_id=dev_id & 0xFFFFFFFF, ublksrv_flags=ublksrv_flags)
+            nr_hw_queues=queues,
+            queue_depth=depth,
+            max_io_buf_bytes=max_io,
+            flags=flags,
+            dev_id=dev_id & 0xFFFFFFFF,
+            ublksrv_flags=ublksrv_flags,
+        )
         what = "cannot create a device" if dev_id < 0 else f"cannot create device {dev_id}"
         try:
             self._run(UBLK_CMD_ADD_DEV, dev_id, info, what=what)
         except UblkError as error:
-            if error.errno == errno.EPERM:      # which kernels that know the flag do not answer to it
+            # Which kernels that know the flag do not answer to it
+            if error.errno == errno.EPERM:
                 require(flags & UBLK_F_UNPRIVILEGED_DEV)
             raise
         return info
@@ -977,7 +1277,8 @@ class Control:
 
     def start_dev(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """START_DEV: show the disk. Waits until every tag is fetched; up to Linux 6.12 also until
-        the partition table is read, so the queues must serve already. pid opened /dev/ublkcN."""
+        the partition table is read, so the queues must serve already. pid
+        opened /dev/ublkcN."""
         self._run(UBLK_CMD_START_DEV, dev_id, data=pid, timeout=timeout)
 
     def stop_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
@@ -1009,7 +1310,7 @@ class Control:
                 raise
             try:
                 self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info, what=f"device {dev_id}")
-            except UblkError as other:          # an ordinary user's device has no other way
+            except UblkError as other:  # an ordinary user's device has no other way
                 raise (error if error.errno == errno.ENOENT else other) from None
         return info
 
@@ -1023,7 +1324,9 @@ class Control:
         """START_USER_RECOVERY (6.1): make a device whose server is gone ready for a new one."""
         self._run(UBLK_CMD_START_USER_RECOVERY, dev_id)
 
-    def end_user_recovery(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT) -> None:
+    def end_user_recovery(
+        self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT
+    ) -> None:
         """END_USER_RECOVERY (6.1): go on with a new server, all of whose tags are fetched."""
         self._run(UBLK_CMD_END_USER_RECOVERY, dev_id, data=pid, timeout=timeout)
 
@@ -1039,8 +1342,9 @@ class Control:
     def reg_buf(self, dev_id: int, address: int, length: int, read_only: bool = False) -> int:
         """REG_BUF (7.1): share memory of this process with clients; returns its index."""
         flags = UBLK_SHMEM_BUF_READ_ONLY if read_only else 0
-        return self._run(UBLK_CMD_REG_BUF, dev_id,
-                         ublk_shmem_buf_reg(addr=address, len=length, flags=flags))
+        return self._run(
+            UBLK_CMD_REG_BUF, dev_id, ublk_shmem_buf_reg(addr=address, len=length, flags=flags)
+        )
 
     def unreg_buf(self, dev_id: int, index: int) -> None:
         """UNREG_BUF (7.1): take the shared memory with this index back."""
@@ -1060,52 +1364,60 @@ def device_ids() -> list[int]:
 # One disk, the plain way
 # =================================================================================================
 #
-# Now a disk. This chapter has all that the simplest one needs, from the object that holds the
-# bytes to the last clean-up: Target, MappedCopy, Queue, Worker, Device. What comes after it adds
-# to this and can be left out at first.
+# Now a disk. This chapter has all that the simplest one needs, from the object
+# that holds the bytes to the last clean-up: Target, MappedCopy, Queue, Worker,
+# Device. What comes after it adds to this and can be left out at first.
 #
-# **A request's way.** A client reads 4 KiB from /dev/ublkb0. The block layer gives the request a
-# free *tag* of one of the device's queues and hands it to the driver. The driver writes into the
-# tag's descriptor what is wanted (operation, first sector, number of sectors) and completes the
-# command that the server had parked for that tag. The server's io_uring_enter() returns. It finds
-# the tag in the CQE, reads the descriptor, calls `target.read(offset, buffer)`, and writes into
-# the tag's SQE how many bytes there are. With the next io_uring_enter() that SQE,
-# COMMIT_AND_FETCH_REQ, ends the request, copies the buffer to the client's pages and parks the tag
-# again: all in one entry.
+# **A request's way.** A client reads 4 KiB from /dev/ublkb0. The block layer
+# gives the request a free *tag* of one of the device's queues and hands it to
+# the driver. The driver writes into the tag's descriptor what is wanted
+# (operation, first sector, number of sectors) and completes the command that
+# the server had parked for that tag. The server's io_uring_enter() returns. It
+# finds the tag in the CQE, reads the descriptor, calls `target.read(offset,
+# buffer)`, and writes into the tag's SQE how many bytes there are. With the
+# next io_uring_enter() that SQE, COMMIT_AND_FETCH_REQ, ends the request, copies
+# the buffer to the client's pages and parks the tag again: all in one entry.
 #
-#     FETCH -> parked -> a request: ours -> COMMIT_AND_FETCH -> parked -> ... -> ENODEV: the end
+#     FETCH -> parked -> a request: ours -> COMMIT_AND_FETCH -> parked -> ... ->
+#     ENODEV: the end
 #
-# A tag is either the kernel's or ours, never both: while it is parked we leave its descriptor and
-# its buffer alone, and while it is ours the driver waits. That is all the synchronisation there
-# is, and why a queue needs no locks.
+# A tag is either the kernel's or ours, never both: while it is parked we leave
+# its descriptor and its buffer alone, and while it is ours the driver waits.
+# That is all the synchronisation there is, and why a queue needs no locks.
 #
-# **Queues and threads.** Each queue has a ring, and a thread of its own that makes the ring, uses
-# it and closes it. The thread sleeps in io_uring_enter(), in which Python's global lock is
-# released. A target with several queues is called by several threads at once; without
-# free-threaded Python they take turns.
+# **Queues and threads.** Each queue has a ring, and a thread of its own that
+# makes the ring, uses it and closes it. The thread sleeps in io_uring_enter(),
+# in which Python's global lock is released. A target with several queues is
+# called by several threads at once; without free-threaded Python they take
+# turns.
 #
-# **The rules of the data path.** They are the kernel's, and each has cost somebody data:
+# **The rules of the data path.** They are the kernel's, and each has cost
+# somebody data:
 #
-#   - A result that is not negative counts as success for the whole request, whatever its value,
-#     wherever the driver does not copy itself. A handler that moved only a part is called again
-#     for the rest; what moved nothing is EIO.
-#   - What a handler did not fill must not be sent, or a client would read what another client's
-#     request had left in the buffer. So a buffer is cleared before a READ.
-#   - FLUSH means that all writes that have ended are durable. A disk whose target cannot do that
-#     says so by not offering FLUSH at all, and FUA is offered only where a single write can be
-#     made durable.
-#   - Whatever goes wrong in a handler, the request ends: an OSError with its own errno, anything
-#     else with EIO.
+#   - A result that is not negative counts as success for the whole request,
+#     whatever its value, wherever the driver does not copy itself. A handler
+#     that moved only a part is called again for the rest; what moved nothing is
+#     EIO.
+#   - What a handler did not fill must not be sent, or a client would read what
+#     another client's request had left in the buffer. So a buffer is cleared
+#     before a READ.
+#   - FLUSH means that all writes that have ended are durable. A disk whose
+#     target cannot do that says so by not offering FLUSH at all, and FUA is
+#     offered only where a single write can be made durable.
+#   - Whatever goes wrong in a handler, the request ends: an OSError with its
+#     own errno, anything else with EIO.
 #
-# **From nothing to a disk, and back.** ADD_DEV, SET_PARAMS, open and map /dev/ublkcN, a thread for
-# each queue, FETCH for every tag, START_DEV. On the way back STOP_DEV comes first, while the
-# threads still serve: it waits for the requests they have, then ends every parked command with
-# ENODEV, by which the threads know that they are to leave. Only when they have, and every
-# descriptor and mapping of /dev/ublkcN is gone, DEL_DEV can end. A start that fails in the middle
-# goes the same way back. The order matters more than it seems: START_DEV after STOP_DEV on one
-# open node crashes kernels before 7.3, so a Device lives once; and a thread that dies with a tag
-# in its hands leaves a queue that is deaf, so the others are told to leave, too, and the kernel
-# fails what the dead one had.
+# **From nothing to a disk, and back.** ADD_DEV, SET_PARAMS, open and map
+# /dev/ublkcN, a thread for each queue, FETCH for every tag, START_DEV. On the
+# way back STOP_DEV comes first, while the threads still serve: it waits for the
+# requests they have, then ends every parked command with ENODEV, by which the
+# threads know that they are to leave. Only when they have, and every descriptor
+# and mapping of /dev/ublkcN is gone, DEL_DEV can end. A start that fails in the
+# middle goes the same way back. The order matters more than it seems: START_DEV
+# after STOP_DEV on one open node crashes kernels before 7.3, so a Device lives
+# once; and a thread that dies with a tag in its hands leaves a queue that is
+# deaf, so the others are told to leave, too, and the kernel fails what the dead
+# one had.
 
 
 class Target:
@@ -1127,25 +1439,28 @@ class Target:
         start(index)                    called in each thread that serves a queue, before its first request
         close()                         the disk is gone
         map(offset, length, write)      return (fd, position) where these bytes lie in a file: the
-                                        kernel moves them. read and write are called where it fails,
-                                        with user copy and for memory shared with clients
+                                        kernel moves them. read and write are called where it fails, with user
+                                        copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
-    and, for a zoned disk, with attributes zone_size, max_append (bytes), max_open_zones and
-    max_active_zones:
+    and, for a zoned disk, with attributes zone_size, max_append (bytes),
+    max_open_zones and max_active_zones:
         report_zones(offset, count)     return a list of blk_zone
         zone_append(offset, buffer)     write where the zone's data ends; return where that was
-        zone_open, zone_close, zone_finish, zone_reset (each of offset), zone_reset_all()
-    and, for a disk that keeps metadata_size bytes beside each block, its checksum (a name in
-    CHECKSUMS) made and verified by the kernel (7.0):
+        zone_open, zone_close, zone_finish, zone_reset (each of offset),
+        zone_reset_all()
+    and, for a disk that keeps metadata_size bytes beside each block, its
+    checksum (a name in CHECKSUMS) made and verified by the kernel (7.0):
         read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the data;
                                         all ones (0xFF) for blocks never written: check nothing
         write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
 
-    Each of the others but resized, map and answer may be an ``async def``: each queue then runs an
-    asyncio loop, whose ring also does uring_read and the like. A close() that is one runs on the loop
-    of the queue that ends last. The value returned is None, or for read and write the number of bytes
-    moved: what is short is asked for again. An OSError reaches the client as its errno; any other
-    exception is a bug: it is printed with its traceback and the client gets EIO.
+    Each of the others but resized, map and answer may be an ``async def``: each
+    queue then runs an asyncio loop, whose ring also does uring_read and the
+    like. A close() that is one runs on the loop of the queue that ends last.
+    The value returned is None, or for read and write the number of bytes moved:
+    what is short is asked for again. An OSError reaches the client as its
+    errno; any other exception is a bug: it is printed with its traceback and
+    the client gets EIO.
     """
 
     size: int = 0
@@ -1153,15 +1468,16 @@ class Target:
     physical_block_size: int = 4096
     read_only: bool = False
     rotational: bool = False
-    discard_granularity: int = 0        # bytes; 0: one block
-    boundary: int = 0                   # bytes; no read or write crosses a multiple of it; 0: none
-    dma_alignment: int = 0              # bytes; of clients' memory in direct I/O; 0: the driver's 4
-    max_segments: int = 0               # pieces of memory in one request; 0: any number
-    max_segment_size: int = 0           # bytes; 0: any
-    metadata_size: int = 0              # bytes beside each block
-    checksum: str = "crc"               # in these: "crc", "ip", "crc64" or "none"
-    files: Sequence[str] = ()           # paths of files it is made of: a recovered disk must find the same
-    once: Sequence[str] = ()            # options that are not for a server that recovers the disk
+    discard_granularity: int = 0  # bytes; 0: one block
+    boundary: int = 0  # bytes; no read or write crosses a multiple of it; 0: none
+    dma_alignment: int = 0  # bytes; of clients' memory in direct I/O; 0: the driver's 4
+    max_segments: int = 0  # pieces of memory in one request; 0: any number
+    max_segment_size: int = 0  # bytes; 0: any
+    metadata_size: int = 0  # bytes beside each block
+    checksum: str = "crc"  # in these: "crc", "ip", "crc64" or "none"
+    # Paths of files it is made of: a recovered disk must find the same
+    files: Sequence[str] = ()
+    once: Sequence[str] = ()  # options that are not for a server that recovers the disk
 
     def read(self, offset: int, buffer: memoryview) -> Any:
         """Fill buffer with the bytes at offset."""
@@ -1206,7 +1522,11 @@ class Null(Target):
 
     def _prepare(self, queue: Queue, tag: int) -> None:
         """Make an answer; a read must not see what was written under its tag before."""
-        path, operation, length = queue.path, queue.flags[tag] & 0xFF, queue.sectors[tag] * SECTOR
+        path, operation, length = (
+            queue.path,
+            queue.flags[tag] & 0xFF,
+            queue.sectors[tag] * SECTOR,
+        )
         queue.prepare(tag, length if operation <= UBLK_IO_OP_WRITE else 0)
         if operation == UBLK_IO_OP_WRITE:
             path.written[tag] = max(length, path.written.get(tag, 0))
@@ -1231,50 +1551,59 @@ class Null(Target):
         """Everything is zero already."""
 
 
-IO_CMD = struct.Struct("=HHiQ")         # ublksrv_io_cmd
-IO_DESC = struct.Struct("=IIQQ")        # ublksrv_io_desc
-BATCH_IO = struct.Struct("=HHHBBQ")     # ublk_batch_io
-ELEMENT = struct.Struct("=HHi")         # ublk_elem_header
-RESULT_WORD = (48 + 4) // 4             # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
-ADDRESS_WORD = (48 + 8) // 8            # and ublksrv_io_cmd.addr, in 64-bit words
+IO_CMD = struct.Struct("=HHiQ")  # ublksrv_io_cmd
+IO_DESC = struct.Struct("=IIQQ")  # ublksrv_io_desc
+BATCH_IO = struct.Struct("=HHHBBQ")  # ublk_batch_io
+ELEMENT = struct.Struct("=HHi")  # ublk_elem_header
+RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
+ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
 # user_data of what is not the command of a tag
 OPERATION, WAKE, FETCH, COMMIT = 1 << 32, 1 << 60, 1 << 61, 1 << 62
 
-A_MOMENT = 0.01             # seconds between looks at a queue that ends
+A_MOMENT = 0.01  # seconds between looks at a queue that ends
 
-MAP_NORESERVE = 0x4000      # memory that is never used need not exist; mmap names it from Python 3.11 on
+# Memory that is never used need not exist; mmap names it from Python 3.11 on
+MAP_NORESERVE = 0x4000
 
-# As many as the largest request has; private pages that are only read take no memory.
+# As many as the largest request has; private pages that are only read take no
+# memory.
 ZEROES = memoryview(mmap.mmap(-1, 1 << UBLK_IO_BUF_BITS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class MappedCopy:
     """The data path of every kernel: the driver copies to and from a buffer of ours per tag.
 
-    What a client wrote lies in the buffer when the request arrives; what it is to read is taken
-    from there when the request is committed. Pages of the buffers exist only once they are used.
+    What a client wrote lies in the buffer when the request arrives; what it is
+    to read is taken from there when the request is committed. Pages of the
+    buffers exist only once they are used.
 
-    A target whose map() says where the data lives never touches it: the transfer between buffer and
-    file and the commit go to the kernel as one chain, and the next thing heard of the tag is its next
-    request. A transfer that fails or is short breaks the chain, and the target's methods serve.
+    A target whose map() says where the data lives never touches it: the
+    transfer between buffer and file and the commit go to the kernel as one
+    chain, and the next thing heard of the tag is its next request. A transfer
+    that fails or is short breaks the chain, and the target's methods serve.
     """
 
     summary = "the kernel copies to and from our buffers"
-    features: int = 0       # the flags of a device with this data path
-    stages = 1              # SQEs a request needs besides the command of its tag
-    moves: int = IORING_OP_READ     # what moves a READ's data; a WRITE's is the next; 0: only Python does
-    lasting = True          # a tag's requests all have the same memory, as it was left by the last
+    features: int = 0  # the flags of a device with this data path
+    stages = 1  # SQEs a request needs besides the command of its tag
+    # What moves a READ's data; a WRITE's is the next; 0: only Python does
+    moves: int = IORING_OP_READ
+    lasting = True  # a tag's requests all have the same memory, as it was left by the last
 
     def __init__(self, queue: Queue) -> None:
         self.queue: Any = queue
         self.max_io = queue.max_io
         self.views: list[memoryview] = []
         queue.exits.callback(self.close)
-        self.memory = mmap.mmap(-1, queue.depth * queue.max_io,
-                                mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        self.memory = mmap.mmap(
+            -1,
+            queue.depth * queue.max_io,
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
+        )
         self.view = memoryview(self.memory)
         self.views.append(self.view)
-        self.written: dict[int, int] = {}   # tag -> bytes of its buffer that hold a client's data
+        # Tag -> bytes of its buffer that hold a client's data
+        self.written: dict[int, int] = {}
         self.base = address_of(self.view)
         if self.moves:
             self.make_chains()
@@ -1288,11 +1617,18 @@ class MappedCopy:
         ring, depth = self.queue.ring, self.queue.depth
         flags = self.queue.link_last if self.stages == 1 else Queue.link_last
         for tag in range(depth):
-            ring.prepare(depth + tag, self.moves, addr=self.address(tag), user_data=depth + tag,
-                         buf_index=tag, flags=flags)
+            ring.prepare(
+                depth + tag,
+                self.moves,
+                addr=self.address(tag),
+                user_data=depth + tag,
+                buf_index=tag,
+                flags=flags,
+            )
         commits = bool(self.queue.link_last)
         self.chains = [self.chain(depth, tag) + (tag,) * commits for tag in range(depth)]
-        sqes = ring.sqes[depth * 64:2 * depth * 64]     # in a view they lie 64 bytes from each other
+        # In a view they lie 64 bytes from each other
+        sqes = ring.sqes[depth * 64 : 2 * depth * 64]
         words, longs = sqes.cast("I"), sqes.cast("Q")
         self.opcodes, self.offsets = sqes[::64], longs[1::8]
         self.fds, self.lengths, self.rw_flags = words[1::16], words[6::16], words[7::16]
@@ -1323,7 +1659,7 @@ class MappedCopy:
     def buffer(self, tag: int, length: int) -> memoryview:
         """Return the tag's own memory, as it is."""
         start = tag * self.max_io
-        return self.view[start:start + length]
+        return self.view[start : start + length]
 
     def room(self, tag: int, length: int) -> memoryview:
         """Return the buffer a READ fills, cleared of what an earlier request left there."""
@@ -1339,7 +1675,7 @@ class MappedCopy:
         """Have a READ return zeroes, where all that happened to the tag is noted in written."""
         start, dirty = tag * self.max_io, self.written.pop(tag, 0)
         if dirty:
-            self.view[start:start + dirty] = ZEROES[:dirty]
+            self.view[start : start + dirty] = ZEROES[:dirty]
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
@@ -1358,12 +1694,14 @@ class MappedCopy:
 def failed(error: BaseException) -> int:
     """Return the negative errno a client gets for an exception in a handler.
 
-    An OSError brings its own; anything else is a bug of the target: EIO, and a traceback. It is
-    printed by the interpreter itself, which minds no broken standard error and need import nothing;
-    but once for each line that fails, or a disk that fails all its requests would fill its log.
+    An OSError brings its own; anything else is a bug of the target: EIO, and a
+    traceback. It is printed by the interpreter itself, which minds no broken
+    standard error and need import nothing; but once for each line that fails,
+    or a disk that fails all its requests would fill its log.
     """
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(number, int) and 0 < number < 4096:       # whoever raises it may have put anything there
+    # Whoever raises it may have put anything there
+    if isinstance(number, int) and 0 < number < 4096:
         return -number
     where = line_of(error)
     count = _bugs[where] = _bugs.get(where, 0) + 1
@@ -1374,7 +1712,7 @@ def failed(error: BaseException) -> int:
     return -errno.EIO
 
 
-_bugs: dict[tuple[str, int], int] = {}      # how often an exception came from a line
+_bugs: dict[tuple[str, int], int] = {}  # how often an exception came from a line
 
 
 def line_of(error: BaseException) -> tuple[str, int]:
@@ -1382,7 +1720,9 @@ def line_of(error: BaseException) -> tuple[str, int]:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("?", 0)
+    return (
+        (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("?", 0)
+    )
 
 
 def is_short(count: int | None, buffer: memoryview) -> bool:
@@ -1404,7 +1744,9 @@ async def end_of(outcome: Any) -> Any:
     return await outcome if is_awaitable(outcome) else outcome
 
 
-async def transfer(function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview) -> None:
+async def transfer(
+    function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview
+) -> None:
     """See a transfer through that began with this outcome of function(offset, buffer).
 
     An awaitable is awaited; what was short is asked for again.
@@ -1420,8 +1762,9 @@ async def transfer(function: Callable[..., Any], outcome: Any, offset: int, buff
 class Queue:
     """One hardware queue of a device: its ring, its request descriptors and the loop that serves it.
 
-    It must be made, used and closed by one thread. Slot t of the ring is the command of tag t, all
-    filled once: to answer a request is to store its result in the SQE and push the slot.
+    It must be made, used and closed by one thread. Slot t of the ring is the
+    command of tag t, all filled once: to answer a request is to store its
+    result in the SQE and push the slot.
 
     For a target's answer() method, which gets a list of tags with new requests:
         flags, sectors, starts      of each tag's request: operation and flags, sectors, first sector
@@ -1433,53 +1776,58 @@ class Queue:
         served                      for each tag the one of requests it was prepared for, or -1
     """
 
-    link_last = IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS      # flags of a chain's last own SQE
+    link_last = IOSQE_IO_LINK | IOSQE_CQE_SKIP_SUCCESS  # flags of a chain's last own SQE
 
     def __init__(self, device: Device, index: int) -> None:
-        self.target: Any = device.target        # what it has beyond Target is found by hasattr()
+        self.target: Any = device.target  # what it has beyond Target is found by hasattr()
         self.index, self.device_fd = index, device.char_fd
         self.depth, self.max_io = device.info.queue_depth, device.info.max_io_buf_bytes
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         self.mapped = hasattr(self.target, "map") and bool(device.data_path.moves)
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
-        self.answer: Any = None             # what serves a list of tags
+        self.answer: Any = None  # what serves a list of tags
         self.served = [-1] * self.depth
-        self._buffers: list[Any] = [()] * self.depth    # what _make_ready() made
-        self._done: list[int] = []          # tags whose commit is to be submitted
+        self._buffers: list[Any] = [()] * self.depth  # what _make_ready() made
+        self._done: list[int] = []  # tags whose commit is to be submitted
         self._appended: list[int] = []
         self._handlers = self._table()
         # The end of the queue.
-        self.ended: set[int] = set()        # tags the kernel has taken back
-        self._ended_before = 0              # how many they were when the loop looked last
-        self.asked: set[int] = set()        # tags whose data were asked for (get-data) and have not come
-        self.in_flight = 0                  # requests that wait for a coroutine
-        self.leaving = False                # its server is to go
-        self.closing = False                # requests are no longer answered
-        self.at_rest = False                # the driver has taken the last commit
+        self.ended: set[int] = set()  # tags the kernel has taken back
+        self._ended_before = 0  # how many they were when the loop looked last
+        # Tags whose data were asked for (get-data) and have not come
+        self.asked: set[int] = set()
+        self.in_flight = 0  # requests that wait for a coroutine
+        self.leaving = False  # its server is to go
+        self.closing = False  # requests are no longer answered
+        self.at_rest = False  # the driver has taken the last commit
         # Coroutines.
-        self.loop: Any = None               # of asyncio, where there are coroutines
-        self._new_task: Any = None          # what makes one of its tasks
-        self._tasks: dict[int, Any] = {}    # what serves a tag's request; asyncio itself may forget it
+        self.loop: Any = None  # of asyncio, where there are coroutines
+        self._new_task: Any = None  # what makes one of its tasks
+        # What serves a tag's request; asyncio itself may forget it
+        self._tasks: dict[int, Any] = {}
         self._operations: dict[int, Operation] = {}
         self._last_operation = OPERATION
-        self.exits = contextlib.ExitStack()     # gives back what the queue has, the last first
+        self.exits = contextlib.ExitStack()  # gives back what the queue has, the last first
         try:
             self._open(device)
         except BaseException:
-            self.close()            # or who keeps the exception would keep the device's mapping, too
+            self.close()  # or who keeps the exception would keep the device's mapping, too
             raise
 
     def _open(self, device: Device) -> None:
         """Get what a queue may fail to get."""
         size = self.depth * device.desc_size
-        self._look_at(self._kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8)
-        own = (1 + device.data_path.stages) * self.depth    # SQE slots with a fixed use
+        self._look_at(
+            self._kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8
+        )
+        own = (1 + device.data_path.stages) * self.depth  # SQE slots with a fixed use
         self.ring = Ring(own + 64)
         self.exits.callback(self.ring.close)
         self._free_slots = list(range(own + 1, self.ring.entries))
         self._used_slots: list[int] = []
-        self.results = self._kept(self.ring.sqes.cast("i")[RESULT_WORD::16])        # of each tag's command
+        # Of each tag's command
+        self.results = self._kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
         self.addresses = self._kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
         self.path: Any = device.data_path(self)
         self.shared = SharedCopy(self.shared_addresses, device.shared)
@@ -1490,8 +1838,8 @@ class Queue:
     def _look_at(self, descriptors: memoryview, apart: int) -> None:
         """Make a view of each member of the request descriptors, which lie apart times 8 bytes apart."""
         words, longs = self._kept(descriptors.cast("I")), self._kept(descriptors.cast("Q"))
-        self.flags = self._kept(words[::2 * apart])
-        self.sectors = self._kept(words[1::2 * apart])
+        self.flags = self._kept(words[:: 2 * apart])
+        self.sectors = self._kept(words[1 :: 2 * apart])
         self.requests = self._kept(longs[::apart])
         self.starts = self._kept(longs[1::apart])
         self.shared_addresses = self._kept(longs[2::apart])
@@ -1506,25 +1854,42 @@ class Queue:
     def fetch(self) -> None:
         """Park a command for every tag: from now on requests arrive.
 
-        All go to the kernel in one system call, because it cannot take back half of them.
+        All go to the kernel in one system call, because it cannot take back
+        half of them.
         """
         path = self.path
         for tag in range(self.depth):
-            self.command(tag, tag, UBLK_U_IO_FETCH_REQ, path.address(tag), path.sqe_address(tag))
+            self.command(
+                tag, tag, UBLK_U_IO_FETCH_REQ, path.address(tag), path.sqe_address(tag)
+            )
         self.ring.push_all(range(self.depth))
         while self.ring.pending:
             self.ring.enter()
         for tag in range(self.depth):
-            self.command(tag, tag, UBLK_U_IO_COMMIT_AND_FETCH_REQ, path.address(tag), path.sqe_address(tag))
+            self.command(
+                tag,
+                tag,
+                UBLK_U_IO_COMMIT_AND_FETCH_REQ,
+                path.address(tag),
+                path.sqe_address(tag),
+            )
 
-    def command(self, slot: int, tag: int, opcode: int, addr: int, sqe_addr: int = 0,
-                flags: int = 0) -> None:
+    def command(
+        self, slot: int, tag: int, opcode: int, addr: int, sqe_addr: int = 0, flags: int = 0
+    ) -> None:
         """Fill SQE slot with a command for a tag; its CQE will carry the number of the slot, or of
         the tag where the CQE means a request."""
         request = opcode not in (UBLK_U_IO_REGISTER_IO_BUF, UBLK_U_IO_UNREGISTER_IO_BUF)
-        self.ring.prepare(slot, IORING_OP_URING_CMD, self.device_fd, opcode & self.opcodes,
-                          sqe_addr, user_data=tag if request else slot, flags=flags,
-                          cmd=IO_CMD.pack(self.index, tag, 0, addr))
+        self.ring.prepare(
+            slot,
+            IORING_OP_URING_CMD,
+            self.device_fd,
+            opcode & self.opcodes,
+            sqe_addr,
+            user_data=tag if request else slot,
+            flags=flags,
+            cmd=IO_CMD.pack(self.index, tag, 0, addr),
+        )
 
     def run(self) -> None:
         """Serve until the device is stopped (every tag ends) or its server is told to go."""
@@ -1532,7 +1897,7 @@ class Queue:
         while self.loop is None and not self.is_over():
             self.answer(self.collect(A_MOMENT if self.ended else None))
         if self.loop is not None and not self.is_over():
-            self.loop.run_forever()         # which waits by RingSelector.select()
+            self.loop.run_forever()  # which waits by RingSelector.select()
         self._hand_in()
         self.closing = True
 
@@ -1566,7 +1931,12 @@ class Queue:
 
     def _answer_by_handler(self, tags: list[int]) -> None:
         """Have the target's methods serve; a READ or WRITE like the tag's last one with no ado."""
-        requests, served, starts, buffers = self.requests, self.served, self.starts, self._buffers
+        requests, served, starts, buffers = (
+            self.requests,
+            self.served,
+            self.starts,
+            self._buffers,
+        )
         read, write = self.target.read, self.target.write
         ended: list[int] = []
         for tag in tags:
@@ -1584,7 +1954,7 @@ class Queue:
                     ended.append(tag)
                 else:
                     self._go_on(tag, write if blank is None else read, outcome, buffer)
-            except BaseException as error:      # even SystemExit: a client waits for an answer
+            except BaseException as error:  # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
         self.repeat(ended)
 
@@ -1600,8 +1970,11 @@ class Queue:
         self.prepare(tag, length)
         return True
 
-    def _go_on(self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview) -> None:
+    def _go_on(
+        self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview
+    ) -> None:
         """See a READ or WRITE through that was made ready: a coroutine, or a part."""
+
         def finish(_: object) -> None:
             self.repeat([tag])
 
@@ -1620,13 +1993,15 @@ class Queue:
                 self.handle(tag)
                 continue
             try:
-                fd, position = where(self.starts[tag] * SECTOR, length, flags & 0xFF == UBLK_IO_OP_WRITE)
+                fd, position = where(
+                    self.starts[tag] * SECTOR, length, flags & 0xFF == UBLK_IO_OP_WRITE
+                )
                 if requests[tag] != served[tag] or fd != path.fds[tag]:
                     path.transfer(tag, flags, fd, length)
-                if position >> 63:              # all bits set mean the file's own position, which is none
+                if position >> 63:  # all bits set mean the file's own position, which is none
                     raise OverflowError(f"{position} is no position in a file")
-                path.offsets[tag] = position    # neither view takes what is no such number
-            except BaseException as error:      # even SystemExit: a client waits for an answer
+                path.offsets[tag] = position  # neither view takes what is no such number
+            except BaseException as error:  # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
                 continue
             chains += path.chains[tag]
@@ -1667,7 +2042,8 @@ class Queue:
         elif result == UBLK_IO_RES_ABORT:
             self.ended.add(user_data)
         elif result == -errno.EINVAL and self.mapped and self.served[user_data] != -1:
-            # The thread that made the transfer made the commit, too, not this one: before 6.7 an error.
+            # The thread that made the transfer made the commit, too, not this one:
+            # before 6.7 an error.
             self.served[user_data] = -1
             self._done.append(user_data)
         else:
@@ -1682,8 +2058,9 @@ class Queue:
     def _idle(self) -> bool:
         """Tell, once tags have ended, whether nothing is left to do.
 
-        STOP_DEV ends every tag. QUIESCE_DEV ends only those that were idle: requests that were ours
-        by then must still be served, and no CQE will tell that the last commit was taken.
+        STOP_DEV ends every tag. QUIESCE_DEV ends only those that were idle:
+        requests that were ours by then must still be served, and no CQE will
+        tell that the last commit was taken.
         """
         if self.in_flight or self.asked:
             return False
@@ -1693,14 +2070,19 @@ class Queue:
     def _has_requests(self) -> bool:
         """Ask the driver whether it waits for a commit that is the end of some chain.
 
-        A registration of pages, on a ring that has no table for them, fails for an idle tag with EBUSY,
-        for one with a request in another way.
+        A registration of pages, on a ring that has no table for them, fails for
+        an idle tag with EBUSY, for one with a request in another way.
         """
         tags = [tag for tag in range(self.depth) if tag not in self.ended]
         ring = Ring(self.depth)
         for tag in tags:
-            ring.prepare(tag, IORING_OP_URING_CMD, self.device_fd, UBLK_U_IO_REGISTER_IO_BUF & self.opcodes,
-                         cmd=IO_CMD.pack(self.index, tag, 0, 0))
+            ring.prepare(
+                tag,
+                IORING_OP_URING_CMD,
+                self.device_fd,
+                UBLK_U_IO_REGISTER_IO_BUF & self.opcodes,
+                cmd=IO_CMD.pack(self.index, tag, 0, 0),
+            )
         ring.push_all(tags)
         ring.enter(len(tags))
         _, results = ring.reap()
@@ -1712,8 +2094,9 @@ class Queue:
         flags = self.flags[tag]
         try:
             result = self._handlers[flags & 0xFF](
-                tag, flags, self.starts[tag] * SECTOR, self.sectors[tag] * SECTOR)
-        except BaseException as error:      # even SystemExit: a client waits for an answer
+                tag, flags, self.starts[tag] * SECTOR, self.sectors[tag] * SECTOR
+            )
+        except BaseException as error:  # even SystemExit: a client waits for an answer
             result = failed(error)
         if result is not None:
             self.complete(tag, result)
@@ -1739,7 +2122,10 @@ class Queue:
         """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
         table: list[Callable[[int, int, int, int], int | None]] = [self._unsupported] * 256
         table[UBLK_IO_OP_READ], table[UBLK_IO_OP_WRITE] = self._read, self._write
-        table[UBLK_IO_OP_REPORT_ZONES], table[UBLK_IO_OP_ZONE_APPEND] = self._report, self._append
+        table[UBLK_IO_OP_REPORT_ZONES], table[UBLK_IO_OP_ZONE_APPEND] = (
+            self._report,
+            self._append,
+        )
         for operation, (name, arguments) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
                 function = getattr(self.target, name)
@@ -1753,23 +2139,36 @@ class Queue:
     def _unsupported(self, tag: int, flags: int, offset: int, length: int) -> int:
         return -errno.EOPNOTSUPP
 
-    def _simple(self, function: Callable[..., Any], arguments: Callable[[int, int, int], Any],
-                tag: int, flags: int, offset: int, length: int) -> int | None:
+    def _simple(
+        self,
+        function: Callable[..., Any],
+        arguments: Callable[[int, int, int], Any],
+        tag: int,
+        flags: int,
+        offset: int,
+        length: int,
+    ) -> int | None:
         """Serve a request without data: its result is only good or bad.
 
-        Good is 0, since a length of 2 GiB and more does not fit where the driver looks for the result.
+        Good is 0, since a length of 2 GiB and more does not fit where the
+        driver looks for the result.
         """
+
         def finish(outcome: object) -> int:
             if outcome is None or isinstance(outcome, int):
                 return 0
-            raise TypeError(f"{function!r} returned {outcome!r}, from which nobody learns its end")
+            raise TypeError(
+                f"{function!r} returned {outcome!r}, from which nobody learns its end"
+            )
 
         return self._end(tag, function(*arguments(flags, offset, length)), finish)
 
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
         buffer = path.room(tag, length)
-        return self._move(tag, self.target.read, offset, buffer, lambda _: path.give(tag, buffer))
+        return self._move(
+            tag, self.target.read, offset, buffer, lambda _: path.give(tag, buffer)
+        )
 
     def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
@@ -1804,7 +2203,9 @@ class Queue:
             self.appended(tag, position // SECTOR)
             return length
 
-        return self._end(tag, self.target.zone_append(offset, self.path.data(tag, length)), landed)
+        return self._end(
+            tag, self.target.zone_append(offset, self.path.data(tag, length)), landed
+        )
 
     def appended(self, tag: int, sector: int) -> None:
         """Note where the data of a ZONE_APPEND landed: its COMMIT says so, and no other may."""
@@ -1813,23 +2214,41 @@ class Queue:
 
     # ---- coroutines ------------------------------------------------------------------------------
 
-    def _move(self, tag: int, function: Callable[..., Any], offset: int, buffer: memoryview,
-              finish: Callable[[Any], int]) -> int | None:
+    def _move(
+        self,
+        tag: int,
+        function: Callable[..., Any],
+        offset: int,
+        buffer: memoryview,
+        finish: Callable[[Any], int],
+    ) -> int | None:
         """Have a method move all of a buffer's data; return finish(None), now or later."""
-        return self._finish_move(tag, function, function(offset, buffer[:]), offset, buffer, finish)
+        return self._finish_move(
+            tag, function, function(offset, buffer[:]), offset, buffer, finish
+        )
 
-    def _finish_move(self, tag: int, function: Callable[..., Any], outcome: Any, offset: int,
-                     buffer: memoryview, finish: Callable[[Any], int | None]) -> int | None:
+    def _finish_move(
+        self,
+        tag: int,
+        function: Callable[..., Any],
+        outcome: Any,
+        offset: int,
+        buffer: memoryview,
+        finish: Callable[[Any], int | None],
+    ) -> int | None:
         """The same, where the method was called already."""
         while not is_awaitable(outcome) and is_short(outcome, buffer):
             offset, buffer = offset + outcome, buffer[outcome:]
             outcome = function(offset, buffer[:])
         return self._end(tag, outcome, finish, function, offset, buffer)
 
-    def _end(self, tag: int, outcome: Any, finish: Callable[[Any], int | None], *move: Any) -> int | None:
+    def _end(
+        self, tag: int, outcome: Any, finish: Callable[[Any], int | None], *move: Any
+    ) -> int | None:
         """Return finish(outcome), the result of a request, or None where a coroutine has to end first.
 
-        move: of what moves data the function, offset and buffer, for a part may have to be continued.
+        move: of what moves data the function, offset and buffer, for a part may
+        have to be continued.
         """
         if not is_awaitable(outcome):
             return finish(outcome)
@@ -1841,15 +2260,22 @@ class Queue:
             self._tasks[tag] = task
         return None
 
-    async def _see_through(self, tag: int, awaitable: Any, finish: Callable[[Any], int | None],
-                           function: Any = None, offset: int = 0, buffer: Any = None) -> None:
+    async def _see_through(
+        self,
+        tag: int,
+        awaitable: Any,
+        finish: Callable[[Any], int | None],
+        function: Any = None,
+        offset: int = 0,
+        buffer: Any = None,
+    ) -> None:
         """Await what serves a request, and answer it."""
         try:
             outcome = await awaitable
             if function is not None and is_short(outcome, buffer):
                 await transfer(function, outcome, offset, buffer)
             result = finish(outcome)
-        except BaseException as error:      # even SystemExit: a client waits for an answer
+        except BaseException as error:  # even SystemExit: a client waits for an answer
             result = None if self.closing else failed(error)
         self.in_flight -= 1
         self._tasks.pop(tag, None)
@@ -1859,11 +2285,13 @@ class Queue:
     def _begin_loop(self) -> None:
         """Have an asyncio loop wait with the ring."""
         import asyncio
+
         selector = RingSelector(self)
         self.loop = asyncio.SelectorEventLoop(selector)
         self._new_task = self.loop.create_task
         eager = getattr(asyncio, "eager_task_factory", None)
-        if eager is not None:       # since Python 3.12: a task that need not wait ends where it begins
+        # Since Python 3.12: a task that need not wait ends where it begins
+        if eager is not None:
             self.loop.set_task_factory(eager)
             task: Any = asyncio.Task
             self._new_task = partial(task, loop=self.loop, eager_start=True)
@@ -1881,8 +2309,16 @@ class Queue:
             if task.done():
                 task.result()
 
-    def begin(self, operation: Operation, opcode: int, fd: int, off: int = 0, addr: int = 0,
-              length: int = 0, rw_flags: int = 0) -> int:
+    def begin(
+        self,
+        operation: Operation,
+        opcode: int,
+        fd: int,
+        off: int = 0,
+        addr: int = 0,
+        length: int = 0,
+        rw_flags: int = 0,
+    ) -> int:
         """Put an operation on the ring; return its number."""
         slot = self._free_slot()
         number = self._last_operation + 1
@@ -1896,11 +2332,13 @@ class Queue:
 
     def cancel(self, number: int) -> None:
         """Have the kernel end an operation, which it may do already, soon or never."""
-        self.ring.prepare(self._free_slot(), IORING_OP_ASYNC_CANCEL, addr=number, user_data=OPERATION)
+        self.ring.prepare(
+            self._free_slot(), IORING_OP_ASYNC_CANCEL, addr=number, user_data=OPERATION
+        )
         slot = self._free_slots.pop()
         self._used_slots.append(slot)
         self.ring.push(slot)
-        self.ring.enter()       # or its descriptor could become another file's before it is begun
+        self.ring.enter()  # or its descriptor could become another file's before it is begun
 
     def _free_slot(self) -> int:
         """Return a slot for an SQE of an operation."""
@@ -1927,7 +2365,7 @@ class Queue:
             self.leaving = True
             return
         operation = self._operations.pop(user_data, None)
-        if operation is not None:       # else nobody is interested any more
+        if operation is not None:  # else nobody is interested any more
             operation.end(result)
 
     def forget(self, number: int) -> None:
@@ -1950,6 +2388,7 @@ class Queue:
         if self.loop is None:
             return
         import asyncio
+
         deadline = time.monotonic() + LAST_WORDS
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
@@ -1958,7 +2397,7 @@ class Queue:
             self.loop.run_until_complete(asyncio.wait(tasks, timeout=LAST_WORDS))
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         for operation in self._operations.values():
-            operation.future = None         # which could call the loop
+            operation.future = None  # which could call the loop
         self.loop.close()
         del _here.queue
         while self._operations and time.monotonic() < deadline:
@@ -1971,8 +2410,8 @@ class Queue:
         _left_behind.extend(self._operations.values())
         if self.answer is not None and self.mapped and not self.at_rest:
             _left_behind.append(self.path.memory)
-        # What refers to the queue here would keep it, its buffers and its target until the next
-        # run of the garbage collector.
+        # What refers to the queue here would keep it, its buffers and its
+        # target until the next run of the garbage collector.
         for table in (self._operations, self._tasks, self._handlers, self._buffers):
             table.clear()
         self.loop = self._new_task = self.answer = None
@@ -1981,15 +2420,19 @@ class Queue:
 
 # What is not made ready: requests without data, durable ones, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
-# What map() is not asked for: requests without data, those with pages of no slot, shared memory.
+# What map() is not asked for: requests without data, those with pages of no
+# slot, shared memory.
 NOT_BY_MAP = 0xFE | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY | UBLK_IO_F_SHMEM_ZC
 
-# Requests without data: the target's method, and its arguments made of flags, offset and length.
+# Requests without data: the target's method, and its arguments made of flags,
+# offset and length.
 SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...]]]] = {
     UBLK_IO_OP_FLUSH: ("flush", lambda flags, offset, length: ()),
     UBLK_IO_OP_DISCARD: ("discard", lambda flags, offset, length: (offset, length)),
     UBLK_IO_OP_WRITE_ZEROES: (
-        "write_zeroes", lambda flags, offset, length: (offset, length, not flags & UBLK_IO_F_NOUNMAP)),
+        "write_zeroes",
+        lambda flags, offset, length: (offset, length, not flags & UBLK_IO_F_NOUNMAP),
+    ),
     UBLK_IO_OP_ZONE_OPEN: ("zone_open", lambda flags, offset, length: (offset,)),
     UBLK_IO_OP_ZONE_CLOSE: ("zone_close", lambda flags, offset, length: (offset,)),
     UBLK_IO_OP_ZONE_FINISH: ("zone_finish", lambda flags, offset, length: (offset,)),
@@ -2012,30 +2455,40 @@ def takes_unmap(function: Any) -> bool:
 
 
 PR_SET_IO_FLUSHER, CAP_SYS_ADMIN = 57, 1 << 21
-MAX_DISCARD = 1 << 30           # bytes a single discard or write-zeroes may cover
-NODE_TIMEOUT = 10.0             # seconds udev has to make a device node usable
-STOP_TIMEOUT = 30.0             # seconds the handlers have to end what they are doing
-SERVER_TIMEOUT = 15.0           # seconds the kernel may take to notice that a server is gone
-PASSING = 3.0                   # seconds somebody may look at a disk without being taken for its user
-LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")   # at every disk, for what is on it
-GRACE = 2.0                     # seconds a worker has to leave its loop when told to
+MAX_DISCARD = 1 << 30  # bytes a single discard or write-zeroes may cover
+NODE_TIMEOUT = 10.0  # seconds udev has to make a device node usable
+STOP_TIMEOUT = 30.0  # seconds the handlers have to end what they are doing
+SERVER_TIMEOUT = 15.0  # seconds the kernel may take to notice that a server is gone
+PASSING = 3.0  # seconds somebody may look at a disk without being taken for its user
+# At every disk, for what is on it
+LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")
+GRACE = 2.0  # seconds a worker has to leave its loop when told to
 
-# What a Device has come to. It goes up from NEW to LIVE, leaving ADDING and ADDED out where it recovers a
-# disk, and down to GONE from wherever it is; from LIVE by ADDED, once its server has ended.
+# What a Device has come to. It goes up from NEW to LIVE, leaving ADDING and
+# ADDED out where it recovers a disk, and down to GONE from wherever it is; from
+# LIVE by ADDED, once its server has ended.
 NEW = "new"
-STARTING = "starting"           # it has asked the kernel for nothing that lasts
-ADDING = "adding"               # the kernel was asked for a device: its identity tells whether it is there
-ADDED = "added"                 # the device is there, and ours to delete
-LIVE = "live"                   # so is the disk, and its target's close() is due
-GONE = "gone"                   # the device is gone, or is not ours any more
+STARTING = "starting"  # it has asked the kernel for nothing that lasts
+ADDING = "adding"  # the kernel was asked for a device: its identity tells whether it is there
+ADDED = "added"  # the device is there, and ours to delete
+LIVE = "live"  # so is the disk, and its target's close() is due
+GONE = "gone"  # the device is gone, or is not ours any more
 
-RECOVERY_MODES = {None: 0, "requeue": UBLK_F_USER_RECOVERY,
-                  "reissue": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
-                  "fail": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO}
+RECOVERY_MODES = {
+    None: 0,
+    "requeue": UBLK_F_USER_RECOVERY,
+    "reissue": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE,
+    "fail": UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO,
+}
 
-# Name of a checksum -> its number, and how many bytes of metadata a block must have for it.
-CHECKSUMS = {"none": (LBMD_PI_CSUM_NONE, 1), "ip": (LBMD_PI_CSUM_IP, 8),
-             "crc": (LBMD_PI_CSUM_CRC16_T10DIF, 8), "crc64": (LBMD_PI_CSUM_CRC64_NVME, 16)}
+# Name of a checksum -> its number, and how many bytes of metadata a block must
+# have for it.
+CHECKSUMS = {
+    "none": (LBMD_PI_CSUM_NONE, 1),
+    "ip": (LBMD_PI_CSUM_IP, 8),
+    "crc": (LBMD_PI_CSUM_CRC16_T10DIF, 8),
+    "crc64": (LBMD_PI_CSUM_CRC64_NVME, 16),
+}
 
 
 def refuse(wrong: object, what: str, reason: str, remedy: str = "choose another") -> None:
@@ -2046,22 +2499,28 @@ def refuse(wrong: object, what: str, reason: str, remedy: str = "choose another"
 
 def pick(table: dict[Any, Any], what: str, name: object) -> Any:
     """Return the row called name; UblkError (EINVAL) that tells all names where there is none."""
-    refuse(name not in table, f"{what} {name!r}", "there is none so called",
-           f"choose one of {', '.join(filter(None, table))}")
+    refuse(
+        name not in table,
+        f"{what} {name!r}",
+        "there is none so called",
+        f"choose one of {', '.join(filter(None, table))}",
+    )
     return table[name]
 
 
 def check_limits(device: Device) -> None:
     """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
     for name, value, least, most in (
-            ("id", device.id, -1, MAX_DEVICES - 1), ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
-            ("depth", device.depth, 1 + device.batch, UBLK_MAX_QUEUE_DEPTH),
-            ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
-            ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
-            ("size", device.target.size, SECTOR, (1 << 63) - 1),
-            ("dma alignment", device.target.dma_alignment, 0, PAGE_SIZE),
-            ("max_segments", device.target.max_segments, 0, (1 << 16) - 1),
-            ("max_segment_size", device.target.max_segment_size or 4096, 4096, (1 << 32) - 1)):
+        ("id", device.id, -1, MAX_DEVICES - 1),
+        ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
+        ("depth", device.depth, 1 + device.batch, UBLK_MAX_QUEUE_DEPTH),
+        ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
+        ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
+        ("size", device.target.size, SECTOR, (1 << 63) - 1),
+        ("dma alignment", device.target.dma_alignment, 0, PAGE_SIZE),
+        ("max_segments", device.target.max_segments, 0, (1 << 16) - 1),
+        ("max_segment_size", device.target.max_segment_size or 4096, 4096, (1 << 32) - 1),
+    ):
         fits = isinstance(value, int) and least <= value <= most
         refuse(not fits, f"{name} {value}", f"not a number from {least} to {most}")
 
@@ -2070,22 +2529,41 @@ def params_of(target: Any, max_io: int) -> Any:
     """Return the parameters of a disk, max_io in bytes; UblkError (EINVAL) for a size none can have."""
     block, physical = target.block_size, max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
-    refuse(target.size % block, f"size {target.size}",
-           f"not a positive multiple of the block size {block}", "choose another size")
-    flushes, fua, discards, zeroes, zoned = (hasattr(target, name) for name in (
-        "flush", "write_fua", "discard", "write_zeroes", "zone_size"))
-    attrs = (UBLK_ATTR_READ_ONLY * bool(target.read_only) | UBLK_ATTR_ROTATIONAL * bool(target.rotational)
-             | UBLK_ATTR_VOLATILE_CACHE * flushes | UBLK_ATTR_FUA * (flushes and fua))
-    params = ublk_params(types=UBLK_PARAM_TYPE_BASIC, basic=ublk_param_basic(
-        attrs=attrs, logical_bs_shift=block.bit_length() - 1,
-        physical_bs_shift=physical.bit_length() - 1, io_min_shift=physical.bit_length() - 1,
-        max_sectors=max_io // SECTOR, dev_sectors=target.size // SECTOR,
-        chunk_sectors=(target.zone_size if zoned else target.boundary) // SECTOR))
+    refuse(
+        target.size % block,
+        f"size {target.size}",
+        f"not a positive multiple of the block size {block}",
+        "choose another size",
+    )
+    flushes, fua, discards, zeroes, zoned = (
+        hasattr(target, name)
+        for name in ("flush", "write_fua", "discard", "write_zeroes", "zone_size")
+    )
+    attrs = (
+        UBLK_ATTR_READ_ONLY * bool(target.read_only)
+        | UBLK_ATTR_ROTATIONAL * bool(target.rotational)
+        | UBLK_ATTR_VOLATILE_CACHE * flushes
+        | UBLK_ATTR_FUA * (flushes and fua)
+    )
+    params = ublk_params(
+        types=UBLK_PARAM_TYPE_BASIC,
+        basic=ublk_param_basic(
+            attrs=attrs,
+            logical_bs_shift=block.bit_length() - 1,
+            physical_bs_shift=physical.bit_length() - 1,
+            io_min_shift=physical.bit_length() - 1,
+            max_sectors=max_io // SECTOR,
+            dev_sectors=target.size // SECTOR,
+            chunk_sectors=(target.zone_size if zoned else target.boundary) // SECTOR,
+        ),
+    )
     if zoned:
         params.types |= UBLK_PARAM_TYPE_ZONED
         params.zoned = ublk_param_zoned(
-            max_open_zones=target.max_open_zones, max_active_zones=target.max_active_zones,
-            max_zone_append_sectors=min(target.max_append, max_io) // SECTOR)
+            max_open_zones=target.max_open_zones,
+            max_active_zones=target.max_active_zones,
+            max_zone_append_sectors=min(target.max_append, max_io) // SECTOR,
+        )
     if target.dma_alignment:
         params.types |= UBLK_PARAM_TYPE_DMA_ALIGN
         params.dma.alignment = target.dma_alignment - 1
@@ -2100,21 +2578,31 @@ def params_of(target: Any, max_io: int) -> Any:
     if discards or zeroes:
         params.types |= UBLK_PARAM_TYPE_DISCARD
         params.discard = ublk_param_discard(
-            discard_granularity=target.discard_granularity or block, max_discard_segments=1,
+            discard_granularity=target.discard_granularity or block,
+            max_discard_segments=1,
             max_discard_sectors=MAX_DISCARD // SECTOR * discards,
-            max_write_zeroes_sectors=MAX_DISCARD // SECTOR * zeroes)
+            max_write_zeroes_sectors=MAX_DISCARD // SECTOR * zeroes,
+        )
     return params
 
 
 def integrity_of(target: Any) -> Any:
     """Return the parameters of a disk's metadata: the kernel's tuple first, then what clients like."""
     number, least = pick(CHECKSUMS, "checksum", target.checksum)
-    refuse(not least <= target.metadata_size <= 255, f"metadata of {target.metadata_size} bytes",
-           f"not a number from {least} to 255, as {target.checksum} wants it")
-    refuse(hasattr(target, "zone_size"), "metadata on a zoned disk", "not supported", "do without")
+    refuse(
+        not least <= target.metadata_size <= 255,
+        f"metadata of {target.metadata_size} bytes",
+        f"not a number from {least} to 255, as {target.checksum} wants it",
+    )
+    refuse(
+        hasattr(target, "zone_size"), "metadata on a zoned disk", "not supported", "do without"
+    )
     return ublk_param_integrity(
-        flags=LBMD_PI_CAP_INTEGRITY | (LBMD_PI_CAP_REFTAG if number else 0), csum_type=number,
-        interval_exp=target.block_size.bit_length() - 1, metadata_size=target.metadata_size)
+        flags=LBMD_PI_CAP_INTEGRITY | (LBMD_PI_CAP_REFTAG if number else 0),
+        csum_type=number,
+        interval_exp=target.block_size.bit_length() - 1,
+        metadata_size=target.metadata_size,
+    )
 
 
 class Worker(threading.Thread):
@@ -2124,11 +2612,12 @@ class Worker(threading.Thread):
         super().__init__(name=f"ublk{device.id}q{index}", daemon=True)
         self.device, self.index, self.cpus = device, index, cpus
         self.queue: Queue | None = None
-        self.fetched = self.left = self.ended = self.given_up = False      # how far it has come
-        self._closes = threading.Lock()                                     # taken by who closes the queue
+        self.fetched = self.left = self.ended = self.given_up = False  # how far it has come
+        self._closes = threading.Lock()  # taken by who closes the queue
 
     def run(self) -> None:
-        # Signals are for the main thread: one that a worker takes may not wake it.
+        # Signals are for the main thread: one that a worker takes may not wake
+        # it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         failure = None
         try:
@@ -2174,7 +2663,7 @@ class Worker(threading.Thread):
 
     def give_up(self) -> None:
         """Wait for its end, then take the requests from a handler that does not return: they fail."""
-        if self.ident is None:          # it could not be started
+        if self.ident is None:  # it could not be started
             return
         self.join(GRACE)
         if self.queue is not None and self._closes.acquire(blocking=False):
@@ -2186,53 +2675,83 @@ class Worker(threading.Thread):
 class Device:
     """A disk and its server. ``with Device(target) as disk:`` is LIVE inside and gone after.
 
-    target: the Target behind it. id: the N of /dev/ublkbN; -1: the first that is free. queues: hardware
-    queues, each with a worker of its own. depth: requests each carries at a time. max_io: the largest
-    request in bytes. recovery: None, "requeue", "reissue" or "fail": what becomes of the disk and its
-    requests when the server dies. unprivileged: an ordinary user's device; by itself for whoever lacks
-    CAP_SYS_ADMIN. partition_scan: whether the kernel looks for partitions. data_path: a name in
-    DATA_PATHS; by itself the fastest possible. batch: commands for many requests at a time (7.0).
-    share_memory: allow share(), not with recovery. force: even where this kernel is known to crash.
-    words: what to note in the state file as target, arguments and options.
+    target: the Target behind it. id: the N of /dev/ublkbN; -1: the first that
+    is free. queues: hardware queues, each with a worker of its own. depth:
+    requests each carries at a time. max_io: the largest request in bytes.
+    recovery: None, "requeue", "reissue" or "fail": what becomes of the disk and
+    its requests when the server dies. unprivileged: an ordinary user's device;
+    by itself for whoever lacks CAP_SYS_ADMIN. partition_scan: whether the
+    kernel looks for partitions. data_path: a name in DATA_PATHS; by itself the
+    fastest possible. batch: commands for many requests at a time (7.0).
+    share_memory: allow share(), not with recovery. force: even where this
+    kernel is known to crash. words: what to note in the state file as target,
+    arguments and options.
 
     Raises UblkError when the kernel refuses; nothing is left behind then.
     """
 
-    def __init__(self, target: Target, *, id: int = -1, queues: int = 1, depth: int = 128,
-                 max_io: int = 512 << 10, recovery: str | None = None, unprivileged: bool | None = None,
-                 partition_scan: bool = True, data_path: str | None = None, batch: bool = False,
-                 share_memory: bool = False, force: bool = False,
-                 words: tuple[str, list[str], dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        id: int = -1,
+        queues: int = 1,
+        depth: int = 128,
+        max_io: int = 512 << 10,
+        recovery: str | None = None,
+        unprivileged: bool | None = None,
+        partition_scan: bool = True,
+        data_path: str | None = None,
+        batch: bool = False,
+        share_memory: bool = False,
+        force: bool = False,
+        words: tuple[str, list[str], dict[str, Any]] | None = None,
+    ) -> None:
         for name in PLAIN_METHODS:
-            refuse(inspect.iscoroutinefunction(getattr(target, name, None)), f"{name}() of a target",
-                   "it is an async def, for which nobody waits", "make it a plain def")
-        self.target, self.id, self.queues, self.depth, self.max_io = target, id, queues, depth, max_io
+            refuse(
+                inspect.iscoroutinefunction(getattr(target, name, None)),
+                f"{name}() of a target",
+                "it is an async def, for which nobody waits",
+                "make it a plain def",
+            )
+        self.target, self.id, self.queues, self.depth, self.max_io = (
+            target,
+            id,
+            queues,
+            depth,
+            max_io,
+        )
         self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
         self.force = force
-        self.batch, self.share_memory, self.zoned = batch, share_memory, hasattr(target, "zone_size")
+        self.batch, self.share_memory, self.zoned = (
+            batch,
+            share_memory,
+            hasattr(target, "zone_size"),
+        )
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
-        self.directory = os.getcwd()                    # where the words may name files
+        self.directory = os.getcwd()  # where the words may name files
         self.words = words or (type(target).__name__, [], {})
-        self.follows = False                            # whether somebody calls follow_size() again and again
-        self.size = self.refused = 0                    # the disk's, and what the target could not have
+        self.follows = False  # whether somebody calls follow_size() again and again
+        self.size = self.refused = 0  # the disk's, and what the target could not have
         self.refusal = ""
-        self.identity = new_identity()                  # what tells it from any other of its number
+        self.identity = new_identity()  # what tells it from any other of its number
         self.info = ublksrv_ctrl_dev_info()
         self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
         self.descriptors: list[mmap.mmap] = []
-        self.shared: dict[int, memoryview] = {}         # memory shared with clients, by its index
+        self.shared: dict[int, memoryview] = {}  # memory shared with clients, by its index
         self.failure: BaseException | None = None
-        self.interrupted = ""                           # why it is to end, where somebody has said so
+        self.interrupted = ""  # why it is to end, where somebody has said so
         self.state = NEW
         self._control: Control | None = None
         self._workers: list[Worker] = []
-        self._scanner: Any = None                       # the process that looks for partitions
-        self._lock = threading.Lock()                   # held for a moment, while workers end
-        self._life = threading.RLock()                  # held by the one thread that changes the state
-        self._changing = False                          # whether it does
-        # Free once the end has come. A lock may be released by a signal's handler; an Event or a Condition
-        # may not be touched by one, nor be left by an exception that it raises.
+        self._scanner: Any = None  # the process that looks for partitions
+        self._lock = threading.Lock()  # held for a moment, while workers end
+        self._life = threading.RLock()  # held by the one thread that changes the state
+        self._changing = False  # whether it does
+        # Free once the end has come. A lock may be released by a signal's
+        # handler; an Event or a Condition may not be touched by one, nor be
+        # left by an exception that it raises.
         self._over = threading.Lock()
         self._over.acquire()
 
@@ -2247,7 +2766,7 @@ class Device:
         except UblkError as error:
             if kind is None:
                 raise
-            say(str(error))             # what went wrong first matters more
+            say(str(error))  # what went wrong first matters more
 
     @property
     def control(self) -> Control:
@@ -2269,10 +2788,14 @@ class Device:
     @property
     def partx_scans(self) -> bool:
         """Whether partx looks for partitions instead of the kernel, which does so quietly since 7.0."""
-        # Up to 6.x it reads them inside START_DEV. If the server is killed in that moment, START_DEV
-        # never ends, nor does anything else about the device. No disk is scanned that a thread
-        # without CAP_SYS_ADMIN serves, an ordinary user's never; so the threads fetch without it.
-        return not self.unprivileged and not (self.control.features or 0) & UBLK_F_NO_AUTO_PART_SCAN
+        # Up to 6.x it reads them inside START_DEV. If the server is killed in
+        # that moment, START_DEV never ends, nor does anything else about the
+        # device. No disk is scanned that a thread without CAP_SYS_ADMIN serves,
+        # an ordinary user's never; so the threads fetch without it.
+        return (
+            not self.unprivileged
+            and not (self.control.features or 0) & UBLK_F_NO_AUTO_PART_SCAN
+        )
 
     @property
     def desc_size(self) -> int:
@@ -2285,7 +2808,12 @@ class Device:
         """Create the device, serve it and wait until the disk is there. A Device lives once."""
         check_limits(self)
         what, remedy = danger()
-        refuse(what and not self.force, f"Linux {os.uname().release}", what, f"{remedy}, or --force it")
+        refuse(
+            what and not self.force,
+            f"Linux {os.uname().release}",
+            what,
+            f"{remedy}, or --force it",
+        )
         add = partial(self._add, params_of(self.target, self.max_io))
         live = partial(self._go_live, "start_dev")
         self._alone(self._go_up, self._take_away, add, self._serve, live, self._scan)
@@ -2293,7 +2821,8 @@ class Device:
     def _alone(self, change: Callable[..., None], *words: Any) -> None:
         """Change the state; every other thread that would has to wait.
 
-        Nothing is done where a signal's handler comes in between: what it has interrupted goes on.
+        Nothing is done where a signal's handler comes in between: what it has
+        interrupted goes on.
         """
         with self._life:
             if self._changing:
@@ -2306,12 +2835,15 @@ class Device:
 
     def _go_up(self, undo: Callable[[], None], *steps: Callable[[], object]) -> None:
         """Take the steps to a disk. If one fails, undo them, and raise what it failed of."""
-        if self.state is not NEW:       # START_DEV after STOP_DEV on one open node crashes older kernels
-            raise UblkError(errno.EALREADY, self.name, "this Device was started before", "make a new Device")
+        # START_DEV after STOP_DEV on one open node crashes older kernels
+        if self.state is not NEW:
+            raise UblkError(
+                errno.EALREADY, self.name, "this Device was started before", "make a new Device"
+            )
         self.control.enough = partial(self.wait, 0)
         self.state = STARTING
         atexit.register(self.__exit__, SystemExit)
-        _served.add(self)               # before a target's start() can fork
+        _served.add(self)  # before a target's start() can fork
         try:
             for step in steps:
                 step()
@@ -2344,18 +2876,21 @@ class Device:
         flags = self._flags()
         check_flags(flags, self.control.features)
         self.state = ADDING
-        self.info = self.control.add_dev(self.id, self.queues, self.depth, self.max_io, flags, self.identity)
+        self.info = self.control.add_dev(
+            self.id, self.queues, self.depth, self.max_io, flags, self.identity
+        )
         self.id = self.info.dev_id
         self.state = ADDED
-        forget_state(self.id)       # of an earlier device of that number, and its log
+        forget_state(self.id)  # of an earlier device of that number, and its log
         self.size = self.target.size
-        save_state(self)            # first of all, for who cleans up should this server die at once
+        save_state(self)  # first of all, for who cleans up should this server die at once
         require(flags & ~self.info.flags)
         await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK, self._pause)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
         lost = params.types & ~self.control.get_params(self.id).types
-        lost &= ~UBLK_PARAM_TYPE_DMA_ALIGN      # unknown where there is no zero copy: nobody needs it
+        # Unknown where there is no zero copy: nobody needs it
+        lost &= ~UBLK_PARAM_TYPE_DMA_ALIGN
         for kind, (name, since) in PARAM_TYPES.items():
             if lost & kind:
                 raise newer_kernel(f"parameters {name}", since)
@@ -2363,20 +2898,32 @@ class Device:
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
         known = self.control.features or 0
-        refuse(self.unprivileged and privileged(), "an unprivileged device",
-               "this process has CAP_SYS_ADMIN", "run as an ordinary user, or without -p")
+        refuse(
+            self.unprivileged and privileged(),
+            "an unprivileged device",
+            "this process has CAP_SYS_ADMIN",
+            "run as an ordinary user, or without -p",
+        )
         path = pick(DATA_PATHS, "data path", self.path_name or self._best_path(known))
         flags = path.features | pick(RECOVERY_MODES, "recovery", self.recovery)
         # The kernel would tell of memory that the next server does not have.
-        refuse(self.share_memory and self.recovery, "a disk that outlives its server",
-               "not possible with shared memory", "choose one of them")
+        refuse(
+            self.share_memory and self.recovery,
+            "a disk that outlives its server",
+            "not possible with shared memory",
+            "choose one of them",
+        )
         for feature, wanted in (
-                (UBLK_F_ZONED, self.zoned), (UBLK_F_BATCH_IO, self.batch),
-                (UBLK_F_SHMEM_ZC, self.share_memory), (UBLK_F_INTEGRITY, self.target.metadata_size),
-                (UBLK_F_UNPRIVILEGED_DEV, self.unprivileged),
-                # With batches it fails what arrives meanwhile (seen on 7.3), which it is there to avoid.
-                (UBLK_F_QUIESCE & known, self.recovery and not self.batch),
-                (UBLK_F_NO_AUTO_PART_SCAN & known, not self.partition_scan)):
+            (UBLK_F_ZONED, self.zoned),
+            (UBLK_F_BATCH_IO, self.batch),
+            (UBLK_F_SHMEM_ZC, self.share_memory),
+            (UBLK_F_INTEGRITY, self.target.metadata_size),
+            (UBLK_F_UNPRIVILEGED_DEV, self.unprivileged),
+            # With batches it fails what arrives meanwhile (seen on 7.3), which it
+            # is there to avoid.
+            (UBLK_F_QUIESCE & known, self.recovery and not self.batch),
+            (UBLK_F_NO_AUTO_PART_SCAN & known, not self.partition_scan),
+        ):
             flags |= feature if wanted else 0
         return flags
 
@@ -2390,12 +2937,16 @@ class Device:
 
     def _serve(self) -> None:
         """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
-        self.data_path = next(path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0)
+        self.data_path = next(
+            path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
+        )
         self.char_fd = open_char(self.id, pause=self._pause)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
-        size, apart = (-(-depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE      # in whole pages
-                       for depth in (self.info.queue_depth, UBLK_MAX_QUEUE_DEPTH))
+        size, apart = (
+            -(-depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE  # in whole pages
+            for depth in (self.info.queue_depth, UBLK_MAX_QUEUE_DEPTH)
+        )
         for index in range(count):
             self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
@@ -2404,8 +2955,12 @@ class Device:
             try:
                 worker.start()
             except RuntimeError as error:
-                raise UblkError(errno.EAGAIN, f"the server of {self.name}", str(error),
-                                "allow more threads (ulimit -u, pids.max)") from None
+                raise UblkError(
+                    errno.EAGAIN,
+                    f"the server of {self.name}",
+                    str(error),
+                    "allow more threads (ulimit -u, pids.max)",
+                ) from None
         while not all(worker.fetched for worker in self._workers):
             self._pause(0.005)
 
@@ -2420,7 +2975,7 @@ class Device:
             worker.ended = True
             try:
                 if self.failure is not None and all(worker.ended for worker in self._workers):
-                    self._close_files()     # the kernel fails the requests that died with a worker
+                    self._close_files()  # the kernel fails the requests that died with a worker
             finally:
                 self._end_waits()
 
@@ -2429,8 +2984,11 @@ class Device:
         if isinstance(failure, UblkError):
             return failure
         import traceback
-        reason = getattr(failure, "strerror", "") or traceback.format_exception_only(
-            type(failure), failure)[-1].strip()
+
+        reason = (
+            getattr(failure, "strerror", "")
+            or traceback.format_exception_only(type(failure), failure)[-1].strip()
+        )
         error = UblkError(-failed(failure), f"the server of {self.name}", reason)
         error.__cause__ = failure
         return error
@@ -2460,13 +3018,20 @@ class Device:
         if not self.partx_scans or self.zoned or not self.partition_scan:
             return
         import subprocess
+
         try:
-            self._scanner = subprocess.Popen(["partx", "--add", self.path], stdin=subprocess.DEVNULL,
-                                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._scanner = subprocess.Popen(
+                ["partx", "--add", self.path],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
         except FileNotFoundError:
-            say("note: partitions are not looked for: there is no partx(8), which is in util-linux")
+            say(
+                "note: partitions are not looked for: there is no partx(8), which is in util-linux"
+            )
             return
-        becomes(self._is_scanned, NODE_TIMEOUT, self._pause)      # a handler may never return
+        becomes(self._is_scanned, NODE_TIMEOUT, self._pause)  # a handler may never return
 
     def _is_scanned(self) -> bool:
         """Tell whether partx has ended, or never began."""
@@ -2478,9 +3043,10 @@ class Device:
     def recover(cls, id: int, target: Target, **options: Any) -> Device:
         """Serve a device whose server is gone, and return it LIVE; options are those of Device().
 
-        Waits until the kernel has noticed the old server's end. Nothing about the disk changes:
-        the target must be at least as large. Raises UblkError: ENODEV, EBUSY where its server
-        lives, EINVAL where it was not made to be recovered; the disk stays as it is then.
+        Waits until the kernel has noticed the old server's end. Nothing about
+        the disk changes: the target must be at least as large. Raises
+        UblkError: ENODEV, EBUSY where its server lives, EINVAL where it was not
+        made to be recovered; the disk stays as it is then.
         """
         device = cls(target, id=id, **options)
         device.resume()
@@ -2496,19 +3062,35 @@ class Device:
         what = f"cannot recover {self.name}"
         self.info = self.control.get_dev_info(self.id)
         self.identity = self.info.ublksrv_flags
-        refuse(not self.info.flags & UBLK_F_USER_RECOVERY, what, "it was not made to be recovered",
-               f"delete it (`ublk.py del {self.id}`) and create it with -r")
+        refuse(
+            not self.info.flags & UBLK_F_USER_RECOVERY,
+            what,
+            "it was not made to be recovered",
+            f"delete it (`ublk.py del {self.id}`) and create it with -r",
+        )
         params = self.control.get_params(self.id)
-        basic, kept, given = params.basic, params.integrity.metadata_size, self.target.metadata_size
-        refuse(given != kept, what, f"the target has {given} bytes of metadata beside a block, "
-               f"the disk {kept}", "give it the target it had")
+        basic, kept, given = (
+            params.basic,
+            params.integrity.metadata_size,
+            self.target.metadata_size,
+        )
+        refuse(
+            given != kept,
+            what,
+            f"the target has {given} bytes of metadata beside a block, the disk {kept}",
+            "give it the target it had",
+        )
         size, self.target.block_size = basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
         self.size = size
         if self.target.size != size and hasattr(self.target, "resized"):
             self.target.resized(size)
         else:
-            refuse(self.target.size < size, what, f"the target has {self.target.size} bytes, "
-                   f"the disk {size}", "give it a target as large as the disk")
+            refuse(
+                self.target.size < size,
+                what,
+                f"the target has {self.target.size} bytes, the disk {size}",
+                "give it a target as large as the disk",
+            )
         self._await_end_of_server(what)
         save_state(self)
 
@@ -2517,14 +3099,18 @@ class Device:
         begun, told = time.monotonic(), False
         while True:
             info = self.control.get_dev_info(self.id)
-            refuse(info.state == UBLK_S_DEV_DEAD, what, "it is stopped",
-                   f"delete it: `ublk.py del {self.id}`")
+            refuse(
+                info.state == UBLK_S_DEV_DEAD,
+                what,
+                "it is stopped",
+                f"delete it: `ublk.py del {self.id}`",
+            )
             waited, lives = time.monotonic() - begun, alive(info.ublksrv_pid)
             try:
                 if info.state != UBLK_S_DEV_LIVE:
                     return self.control.start_user_recovery(self.id)
             except UblkError as error:
-                if error.errno == errno.EINVAL:     # up to 6.15: prepared by an earlier attempt
+                if error.errno == errno.EINVAL:  # up to 6.15: prepared by an earlier attempt
                     return None
                 if error.errno != errno.EBUSY or waited > SERVER_TIMEOUT:
                     raise
@@ -2532,7 +3118,9 @@ class Device:
                 raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
             if waited > 1.0 and not lives and not told:
                 told = True
-                say(f"waiting for the kernel to notice that the server of device {self.id} is gone")
+                say(
+                    f"waiting for the kernel to notice that the server of device {self.id} is gone"
+                )
             self._pause(0.02)
 
     # ---- the end ---------------------------------------------------------------------------------
@@ -2545,13 +3133,14 @@ class Device:
         return over
 
     def _end_waits(self) -> None:
-        with contextlib.suppress(RuntimeError):     # they have ended before
+        with contextlib.suppress(RuntimeError):  # they have ended before
             self._over.release()
 
     def interrupt(self, reason: str) -> None:
         """Have wait() return, and a start() that is under way fail for this reason.
 
-        All that a signal's handler may do with a Device; whoever waits then has to stop() it.
+        All that a signal's handler may do with a Device; whoever waits then has
+        to stop() it.
         """
         self.interrupted = self.interrupted or reason
         self._end_waits()
@@ -2559,8 +3148,9 @@ class Device:
     def share(self, memory: mmap.mmap, read_only: bool = False) -> int:
         """Share memory with clients (7.1): direct I/O from and to these pages is not copied.
 
-        memory: a mapping of a memfd that clients map too, whole pages. read_only: only for their
-        writes. Returns its index for unshare(). Raises UblkError; needs share_memory=True.
+        memory: a mapping of a memfd that clients map too, whole pages.
+        read_only: only for their writes. Returns its index for unshare().
+        Raises UblkError; needs share_memory=True.
         """
         view = memoryview(memory)
         index = self.control.reg_buf(self.id, address_of(view), len(view), read_only)
@@ -2575,12 +3165,13 @@ class Device:
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16).
 
-        Raises UblkError: EOPNOTSUPP before that, EINVAL for a size the disk cannot have.
+        Raises UblkError: EOPNOTSUPP before that, EINVAL for a size the disk
+        cannot have.
         """
         check_new_size(self.control, self.id, size)
         grows, resized = size > self.target.size, getattr(self.target, "resized", bool)
         if grows:
-            resized(size)               # before the first request for what is new
+            resized(size)  # before the first request for what is new
         self.control.update_size(self.id, size)
         if not grows:
             resized(size)
@@ -2592,8 +3183,8 @@ class Device:
         if size not in (0, self.size):
             try:
                 self._follow(size)
-                save_state(self)            # where `resize` looks for the answer
-            except OSError as error:        # no reason to take a disk away
+                save_state(self)  # where `resize` looks for the answer
+            except OSError as error:  # no reason to take a disk away
                 say(f"{self.name}: {error_line(error)}")
 
     def _follow(self, size: int) -> None:
@@ -2604,22 +3195,27 @@ class Device:
         except Exception as error:
             self.refused, self.refusal = size, error_line(error)
             say(f"{self.name}: the target cannot have {size} bytes: {self.refusal}")
-            save_state(self)            # before the disk changes, for then `resize` looks there
+            save_state(self)  # before the disk changes, for then `resize` looks there
             try:
                 self.control.update_size(self.id, self.size)
             except UblkError as left:
                 say(f"{self.name} keeps a size its target does not have: {left}")
-                self.size = size        # not to try again for ever
+                self.size = size  # not to try again for ever
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
 
-        Handlers get timeout seconds to end what they are doing, then their requests fail. Any thread may
-        call it, but those of the handlers. Raises UblkError (EBUSY) that names who still holds the disk
-        open: the device goes when they close it.
+        Handlers get timeout seconds to end what they are doing, then their
+        requests fail. Any thread may call it, but those of the handlers. Raises
+        UblkError (EBUSY) that names who still holds the disk open: the device
+        goes when they close it.
         """
-        refuse(threading.current_thread() in self._workers, self.name,
-               "a handler cannot wait for its own end", "call interrupt() there, and stop() elsewhere")
+        refuse(
+            threading.current_thread() in self._workers,
+            self.name,
+            "a handler cannot wait for its own end",
+            "call interrupt() there, and stop() elsewhere",
+        )
         self.interrupt("stopped")
         self._alone(self._take_away, timeout)
 
@@ -2630,7 +3226,9 @@ class Device:
     def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
         """Go down to GONE. What a KeyboardInterrupt keeps from it is done the next time."""
         try:
-            if self.state in (ADDED, LIVE) and any(worker.is_alive() for worker in self._workers):
+            if self.state in (ADDED, LIVE) and any(
+                worker.is_alive() for worker in self._workers
+            ):
                 self._stop_disk(timeout)
         finally:
             self._let_go(self._delete)
@@ -2642,7 +3240,8 @@ class Device:
             if self.state is LIVE:
                 self.state = ADDED
                 close = getattr(self.target, "close", bool)
-                if not inspect.iscoroutinefunction(close):      # else the last queue's loop has done it
+                # Else the last queue's loop has done it
+                if not inspect.iscoroutinefunction(close):
                     close()
         finally:
             delete()
@@ -2656,7 +3255,7 @@ class Device:
         except UblkError as error:
             if error.errno == errno.ETIMEDOUT:
                 say(f"{self.name}: a handler does not return, its requests fail now")
-            elif error.errno not in (errno.ENODEV, errno.ENOENT):       # it is gone, or its node is
+            elif error.errno not in (errno.ENODEV, errno.ENOENT):  # it is gone, or its node is
                 raise
 
     def _end_server(self) -> None:
@@ -2674,7 +3273,7 @@ class Device:
                 clean_up(self.identity)
             if self.state is ADDED:
                 delete(self.control, self.id, identity=self.identity)
-        except UblkError:           # told once is enough
+        except UblkError:  # told once is enough
             self._forget()
             raise
 
@@ -2687,7 +3286,8 @@ class Device:
 
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
-        self._life, self._lock = threading.RLock(), threading.Lock()    # another thread may have had them
+        # Another thread may have had them
+        self._life, self._lock = threading.RLock(), threading.Lock()
         for worker in self._workers:
             if worker.queue is not None:
                 worker.queue.close()
@@ -2721,7 +3321,8 @@ def _disown_all() -> None:
         device.disown()
 
 
-# A child that a program forks for purposes of its own would keep DEL_DEV waiting for its copies.
+# A child that a program forks for purposes of its own would keep DEL_DEV
+# waiting for its copies.
 os.register_at_fork(after_in_child=_disown_all)
 
 
@@ -2739,10 +3340,18 @@ def check_flags(flags: int, known: int | None) -> None:
     for feature in FEATURES:
         if flags & feature:
             what, other = f"{feature.name} ({feature.meaning})", flags & feature.excludes
-            refuse(feature.needs and not flags & feature.needs, what,
-                   "not possible without " + " or ".join(flag_names(feature.needs)), "")
-            refuse(other, what, "the kernel does not allow it together with "
-                   + " and ".join(flag_names(other)), "choose one of them")
+            refuse(
+                feature.needs and not flags & feature.needs,
+                what,
+                "not possible without " + " or ".join(flag_names(feature.needs)),
+                "",
+            )
+            refuse(
+                other,
+                what,
+                "the kernel does not allow it together with " + " and ".join(flag_names(other)),
+                "choose one of them",
+            )
     if known is not None:
         require(flags & ~known)
 
@@ -2759,9 +3368,17 @@ def check_new_size(control: Control, dev_id: int, size: int) -> None:
     require(UBLK_F_UPDATE_SIZE & ~(control.features or 0))
     params = control.get_params(dev_id)
     block = 1 << params.basic.logical_bs_shift
-    refuse(params.types & UBLK_PARAM_TYPE_ZONED, f"device {dev_id}", "a zoned disk keeps its size", "")
-    refuse(not 0 < size < 1 << 63 or size % block, f"size {size}",
-           f"not a positive multiple of the block size {block}")
+    refuse(
+        params.types & UBLK_PARAM_TYPE_ZONED,
+        f"device {dev_id}",
+        "a zoned disk keeps its size",
+        "",
+    )
+    refuse(
+        not 0 < size < 1 << 63 or size % block,
+        f"size {size}",
+        f"not a positive multiple of the block size {block}",
+    )
 
 
 def disk_size(dev_id: int) -> int:
@@ -2773,8 +3390,9 @@ def disk_size(dev_id: int) -> int:
         return 0
 
 
-def becomes(condition: Callable[[], bool], seconds: float,
-            pause: Callable[[float], object] = time.sleep) -> bool:
+def becomes(
+    condition: Callable[[], bool], seconds: float, pause: Callable[[float], object] = time.sleep
+) -> bool:
     """Wait for a condition, so many seconds at most; tell whether it is true."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -2784,8 +3402,9 @@ def becomes(condition: Callable[[], bool], seconds: float,
     return True
 
 
-def open_char(dev_id: int, timeout: float = SERVER_TIMEOUT,
-              pause: Callable[[float], object] = time.sleep) -> int:
+def open_char(
+    dev_id: int, timeout: float = SERVER_TIMEOUT, pause: Callable[[float], object] = time.sleep
+) -> int:
     """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it."""
     deadline = time.monotonic() + timeout
     while True:
@@ -2809,19 +3428,24 @@ def map_descriptors(char_fd: int, dev_id: int, size: int, offset: int) -> mmap.m
 
 def served_already(dev_id: int) -> UblkError:
     """Make the error for a device that the driver does not let us serve."""
-    return UblkError(errno.EBUSY, f"cannot serve device {dev_id}",
-                     "it has a server, or lost one halfway, which no Linux before 6.16 forgets",
-                     f"end that server, or delete the device: `ublk.py del {dev_id}`")
+    return UblkError(
+        errno.EBUSY,
+        f"cannot serve device {dev_id}",
+        "it has a server, or lost one halfway, which no Linux before 6.16 forgets",
+        f"end that server, or delete the device: `ublk.py del {dev_id}`",
+    )
 
 
 def io_flusher() -> None:
     """Keep this thread's memory allocations from waiting for disks, ours among them (Linux 5.6)."""
-    # It needs CAP_SYS_RESOURCE, and without it there is only the small risk left that reclaiming
-    # memory waits for the disk that waits for memory.
+    # It needs CAP_SYS_RESOURCE, and without it there is only the small risk
+    # left that reclaiming memory waits for the disk that waits for memory.
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
-def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int | None = None) -> None:
+def delete(
+    control: Control, dev_id: int, timeout: float = 10.0, identity: int | None = None
+) -> None:
     """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
 
     With an identity, a device that is another's by now is left alone.
@@ -2833,9 +3457,10 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int |
     forget_state(dev_id)
     remedy = f"end its server, then `ublk.py del {dev_id}`"
     try:
-        # Up to Linux 6.3 the kernel's thread that stops a disk may be left with the last reference to
-        # /dev/ublkcN, and drop it only when it has nothing else to do: given DEL_DEV, which waits for
-        # just that, it would wait for ever. So this stops the disk first and sees the node closed.
+        # Up to Linux 6.3 the kernel's thread that stops a disk may be left with
+        # the last reference to /dev/ublkcN, and drop it only when it has
+        # nothing else to do: given DEL_DEV, which waits for just that, it would
+        # wait for ever. So this stops the disk first and sees the node closed.
         # And two DEL_DEV at a time would wait for each other.
         if control.legacy:
             fcntl.flock(control.fd, fcntl.LOCK_EX)
@@ -2847,11 +3472,17 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int |
     except OSError as error:
         if error.errno in (errno.ETIMEDOUT, errno.EBUSY):
             who = ", ".join(holders(dev_id)) or "somebody"
-            raise UblkError(errno.EBUSY, f"device {dev_id} is stopped but not deleted",
-                            f"held open by {who}", remedy) from None
-        # Without its node it may be about to go, by somebody else's command; or nobody can command it.
+            raise UblkError(
+                errno.EBUSY,
+                f"device {dev_id} is stopped but not deleted",
+                f"held open by {who}",
+                remedy,
+            ) from None
+        # Without its node it may be about to go, by somebody else's command; or
+        # nobody can command it.
         if error.errno != errno.ENODEV and not (
-                error.errno == errno.ENOENT and becomes(partial(is_gone, control, dev_id), GRACE)):
+            error.errno == errno.ENOENT and becomes(partial(is_gone, control, dev_id), GRACE)
+        ):
             raise
     finally:
         fcntl.flock(control.fd, fcntl.LOCK_UN)
@@ -2861,47 +3492,53 @@ def delete(control: Control, dev_id: int, timeout: float = 10.0, identity: int |
 # The other data paths
 # =================================================================================================
 #
-# In the plain way a byte is copied once by the driver, between the client's pages and the server's
-# buffer, and often a second time, between that buffer and wherever the target keeps it. Here are
-# the ways around. Each is a class with the methods of MappedCopy, and each is asked for by a
-# feature of the device.
+# In the plain way a byte is copied once by the driver, between the client's
+# pages and the server's buffer, and often a second time, between that buffer
+# and wherever the target keeps it. Here are the ways around. Each is a class
+# with the methods of MappedCopy, and each is asked for by a feature of the
+# device.
 #
 #     get-data        a WRITE is announced first, and its data come once the server has said where
 #                     to put them
 #     user copy       the server copies when it likes, by pread and pwrite on /dev/ublkcN (6.5)
 #     zero copy       the server puts the request's pages into its ring's table of buffers, from
-#                     where READ_FIXED and WRITE_FIXED move the data between them and any file:
-#                     nobody copies (6.15)
+#                     where READ_FIXED and WRITE_FIXED move the data between them and any
+#                     file: nobody copies (6.15)
 #     auto zero copy  the driver puts them there and takes them out by itself (6.16)
 #
-# Which one is quickest depends on the target. If the bytes are made in Python, they have to be
-# copied, and the plain way is best. If they lie in a file, `map(offset, length, write)` says
-# where, and the kernel moves them, on all paths but user copy, while Python only passes numbers
-# on: a request is then a *chain* of linked SQEs, ending with the tag's COMMIT. Only what goes
-# wrong is heard of (IOSQE_CQE_SKIP_SUCCESS): a stage that fails cancels what is behind it, the
-# commit first of all, and the request is served anew by the target's own methods. The result in
-# the COMMIT says "all of it" before anything has moved; that is safe only because a short transfer
-# breaks the link.
+# Which one is quickest depends on the target. If the bytes are made in Python,
+# they have to be copied, and the plain way is best. If they lie in a file,
+# `map(offset, length, write)` says where, and the kernel moves them, on all
+# paths but user copy, while Python only passes numbers on: a request is then a
+# *chain* of linked SQEs, ending with the tag's COMMIT. Only what goes wrong is
+# heard of (IOSQE_CQE_SKIP_SUCCESS): a stage that fails cancels what is behind
+# it, the commit first of all, and the request is served anew by the target's
+# own methods. The result in the COMMIT says "all of it" before anything has
+# moved; that is safe only because a short transfer breaks the link.
 #
-# With the last three the driver does not look at the result but for its sign: the first rule of
-# the plain way counts double. And whoever may still touch a request's pages must be gone before
-# its tag is parked again, for then they belong to somebody else: a handler that returns too late
-# finds /dev/null in place of /dev/ublkcN.
+# With the last three the driver does not look at the result but for its sign:
+# the first rule of the plain way counts double. And whoever may still touch a
+# request's pages must be gone before its tag is parked again, for then they
+# belong to somebody else: a handler that returns too late finds /dev/null in
+# place of /dev/ublkcN.
 #
-# *Batches* (7.0) change how commands travel, not what they mean. In place of one SQE for each tag
-# there is one for many: COMMIT_IO_CMDS with a list of results, and FETCH_IO_CMDS, which stays in
-# the kernel and fills buffers with the tags that have news, again and again. Which is why
-# BatchQueue replaces how tags are fetched and committed and nothing else.
+# *Batches* (7.0) change how commands travel, not what they mean. In place of
+# one SQE for each tag there is one for many: COMMIT_IO_CMDS with a list of
+# results, and FETCH_IO_CMDS, which stays in the kernel and fills buffers with
+# the tags that have news, again and again. Which is why BatchQueue replaces how
+# tags are fetched and committed and nothing else.
 #
-# *Shared memory* (7.1): a client's direct I/O from pages that it shares with the server is not
-# copied at all, the descriptor says where they are. *Metadata* (INTEGRITY, 7.0): some bytes beside
-# each block, which travel by user copy.
+# *Shared memory* (7.1): a client's direct I/O from pages that it shares with
+# the server is not copied at all, the descriptor says where they are.
+# *Metadata* (INTEGRITY, 7.0): some bytes beside each block, which travel by
+# user copy.
 
 
 class NeedGetData(MappedCopy):
     """As before, but a write arrives twice: first the news, then, once asked for, its data.
 
-    A server could choose the buffer in between; this one always has the tag's own.
+    A server could choose the buffer in between; this one always has the tag's
+    own.
     """
 
     summary = "as --copy, but a write's data is asked for after its news"
@@ -2911,22 +3548,29 @@ class NeedGetData(MappedCopy):
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
         for tag in range(queue.depth):
-            queue.command(2 * queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
+            queue.command(
+                2 * queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag)
+            )
 
     def ask(self, tag: int) -> None:
         """Ask for the data of a WRITE."""
         queue, slot = self.queue, 2 * self.queue.depth + tag
-        # The driver puts the address asked for into the descriptor, also where that says which of the
-        # memory shared with clients has the data: it is to say so again.
-        queue.addresses[slot] = queue.shared_addresses[tag] \
-            if queue.flags[tag] & UBLK_IO_F_SHMEM_ZC else self.address(tag)
+        # The driver puts the address asked for into the descriptor, also where
+        # that says which of the memory shared with clients has the data: it is
+        # to say so again.
+        queue.addresses[slot] = (
+            queue.shared_addresses[tag]
+            if queue.flags[tag] & UBLK_IO_F_SHMEM_ZC
+            else self.address(tag)
+        )
         queue.ring.push(slot)
 
 
 class UserCopy(MappedCopy):
     """The server copies: pread and pwrite on /dev/ublkcN reach the pages of a request.
 
-    Where in the file a request lies is told by its queue and tag, see position().
+    Where in the file a request lies is told by its queue and tag, see
+    position().
     """
 
     summary = "the server copies, with pread and pwrite on /dev/ublkcN (6.5)"
@@ -2936,7 +3580,8 @@ class UserCopy(MappedCopy):
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
-        # A descriptor of the path's own: its number stays its own as long as somebody might use it.
+        # A descriptor of the path's own: its number stays its own as long as
+        # somebody might use it.
         self.file: Any = open(os.dup(queue.device_fd), "r+b", buffering=0)
         self.fd: int = self.file.fileno()
         self.abandoned = False
@@ -2971,8 +3616,9 @@ class UserCopy(MappedCopy):
         self._put(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
 
     def abandon(self) -> None:
-        # The device lets go of its file only when all descriptors are closed, and a late handler would
-        # write into whatever file had the number then. /dev/null has it until the path is forgotten.
+        # The device lets go of its file only when all descriptors are closed,
+        # and a late handler would write into whatever file had the number then.
+        # /dev/null has it until the path is forgotten.
         with open(os.devnull, "r+b", buffering=0) as null:
             os.dup2(null.fileno(), self.fd, inheritable=False)
         self.abandoned = True
@@ -3003,8 +3649,9 @@ def some(count: int) -> int:
 class AutoZeroCopy(UserCopy):
     """No copy: the driver puts the pages of a request into slot `tag` of the ring's buffer table.
 
-    READ_FIXED and WRITE_FIXED move data between them and any file; COMMIT takes them out again.
-    What needs the bytes in Python, or breaks a chain, is served by user copy.
+    READ_FIXED and WRITE_FIXED move data between them and any file; COMMIT takes
+    them out again. What needs the bytes in Python, or breaks a chain, is served
+    by user copy.
     """
 
     summary = "nobody copies: the kernel registers a request's pages with the ring (6.16)"
@@ -3017,7 +3664,7 @@ class AutoZeroCopy(UserCopy):
         queue.ring.register_sparse_buffers(queue.depth)
 
     def sqe_address(self, tag: int) -> int:
-        return tag | UBLK_AUTO_BUF_REG_FALLBACK << 16       # struct ublk_auto_buf_reg
+        return tag | UBLK_AUTO_BUF_REG_FALLBACK << 16  # struct ublk_auto_buf_reg
 
 
 class ZeroCopy(AutoZeroCopy):
@@ -3068,7 +3715,7 @@ class SharedCopy:
     def _memory(self, tag: int, length: int) -> memoryview:
         address = self.addresses[tag]
         start = address & 0xFFFFFFFF
-        return self.memories[address >> 32][start:start + length]
+        return self.memories[address >> 32][start : start + length]
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """There is nothing left to hand over; return the length in bytes."""
@@ -3077,32 +3724,40 @@ class SharedCopy:
 
 # What the command line and Device call the data paths, best first.
 DATA_PATHS: dict[str, type[MappedCopy]] = {
-    "auto-zero-copy": AutoZeroCopy, "zero-copy": ZeroCopy, "user-copy": UserCopy,
-    "get-data": NeedGetData, "copy": MappedCopy}
+    "auto-zero-copy": AutoZeroCopy,
+    "zero-copy": ZeroCopy,
+    "user-copy": UserCopy,
+    "get-data": NeedGetData,
+    "copy": MappedCopy,
+}
 
 
 class BatchQueue(Queue):
     """A queue with BATCH_IO (7.0): one command fetches for a whole queue, one commits many requests.
 
-    PREP_IO_CMDS parks all tags. FETCH_IO_CMDS is multishot: whenever requests arrive, the kernel
-    writes their tags as 16-bit numbers into the next of our provided buffers and posts a CQE that
-    names it. COMMIT_IO_CMDS takes an array of elements: tag, buffer index and result in one 64-bit
-    word, then the buffer's address in mapped copy, then the sector of an append on a zoned disk.
+    PREP_IO_CMDS parks all tags. FETCH_IO_CMDS is multishot: whenever requests
+    arrive, the kernel writes their tags as 16-bit numbers into the next of our
+    provided buffers and posts a CQE that names it. COMMIT_IO_CMDS takes an
+    array of elements: tag, buffer index and result in one 64-bit word, then the
+    buffer's address in mapped copy, then the sector of an append on a zoned
+    disk.
     """
 
-    BUFFERS, TAGS_EACH = 64, 128        # provided buffers, and how many tags go into each
-    link_last = 0                       # a chain has no COMMIT at its end: its last CQE is needed
+    BUFFERS, TAGS_EACH = 64, 128  # provided buffers, and how many tags go into each
+    link_last = 0  # a chain has no COMMIT at its end: its last CQE is needed
 
     def __init__(self, device: Device, index: int) -> None:
-        self._pending: list[bytes] = []     # elements for the next commit
-        self._sent: list[bytes] = []        # those of the one that is on its way
-        self._cleaning: set[int] = set()    # tags whose broken chain is being cleaned up
+        self._pending: list[bytes] = []  # elements for the next commit
+        self._sent: list[bytes] = []  # those of the one that is on its way
+        self._cleaning: set[int] = set()  # tags whose broken chain is being cleaned up
         super().__init__(device, index)
 
     def _open(self, device: Device) -> None:
         super()._open(device)
         copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
-        self._tails = [struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)]
+        self._tails = [
+            struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)
+        ]
         self._elements = [b""] * self.depth
         self.element_size = 8 * (1 + copies + device.zoned)
         self._prep_slot, self._fetch_slot = self._free_slots.pop(), self._free_slots.pop()
@@ -3113,7 +3768,7 @@ class BatchQueue(Queue):
         size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
         self.memory = mmap.mmap(-1, size)
         self._base = address_of(self.memory)
-        self._tags_at = self.BUFFERS * 16       # behind the ring of that many entries
+        self._tags_at = self.BUFFERS * 16  # behind the ring of that many entries
         self._elements_at = self._tags_at + self.BUFFERS * self.TAGS_EACH * 2
         view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
         self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
@@ -3124,8 +3779,14 @@ class BatchQueue(Queue):
     def _offer(self, number: int) -> None:
         """Give a buffer (back) to the kernel. The ring's tail overlays the end of its first entry."""
         address = self._base + self._tags_at + number * self.TAGS_EACH * 2
-        struct.pack_into("=QIH", self.memory, self._buffer_tail % self.BUFFERS * 16, address,
-                         self.TAGS_EACH * 2, number)
+        struct.pack_into(
+            "=QIH",
+            self.memory,
+            self._buffer_tail % self.BUFFERS * 16,
+            address,
+            self.TAGS_EACH * 2,
+            number,
+        )
         self._buffer_tail = (self._buffer_tail + 1) & 0xFFFF
         struct.pack_into("=H", self.memory, 14, self._buffer_tail)
 
@@ -3135,15 +3796,21 @@ class BatchQueue(Queue):
         self._send(UBLK_U_IO_PREP_IO_CMDS)
         while self._sent:
             self.collect()
-        self._pending.clear()           # it takes all or none, and counts none
+        self._pending.clear()  # it takes all or none, and counts none
         self._fetch_again()
         self.ring.enter()
 
     def _fetch_again(self) -> None:
-        self.ring.prepare(self._fetch_slot, IORING_OP_URING_CMD, self.device_fd,
-                          UBLK_U_IO_FETCH_IO_CMDS, rw_flags=IORING_URING_CMD_MULTISHOT,
-                          user_data=FETCH, flags=IOSQE_BUFFER_SELECT,
-                          cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0))
+        self.ring.prepare(
+            self._fetch_slot,
+            IORING_OP_URING_CMD,
+            self.device_fd,
+            UBLK_U_IO_FETCH_IO_CMDS,
+            rw_flags=IORING_URING_CMD_MULTISHOT,
+            user_data=FETCH,
+            flags=IOSQE_BUFFER_SELECT,
+            cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0),
+        )
         self.ring.push(self._fetch_slot)
 
     def complete(self, tag: int, result: int) -> None:
@@ -3171,16 +3838,24 @@ class BatchQueue(Queue):
     def _send(self, opcode: int) -> None:
         """Have all pending elements committed (or prepared) by the next enter()."""
         elements = b"".join(self._pending)
-        self.memory[self._elements_at:self._elements_at + len(elements)] = elements
+        self.memory[self._elements_at : self._elements_at + len(elements)] = elements
         self._sent, self._pending = self._pending, []
         self.ring.prepare(
-            self._prep_slot, IORING_OP_URING_CMD, self.device_fd, opcode,
-            self._base + self._elements_at, len(elements), user_data=COMMIT,
-            cmd=BATCH_IO.pack(self.index, self._flags, len(self._sent), self.element_size, 0, 0))
+            self._prep_slot,
+            IORING_OP_URING_CMD,
+            self.device_fd,
+            opcode,
+            self._base + self._elements_at,
+            len(elements),
+            user_data=COMMIT,
+            cmd=BATCH_IO.pack(
+                self.index, self._flags, len(self._sent), self.element_size, 0, 0
+            ),
+        )
         self.ring.push(self._prep_slot)
 
     def commit(self) -> None:
-        if self._pending and not self._sent:    # one at a time: they share slot and memory
+        if self._pending and not self._sent:  # one at a time: they share slot and memory
             self._send(UBLK_U_IO_COMMIT_IO_CMDS)
 
     def collect(self, timeout: float | None = None) -> list[int]:
@@ -3203,7 +3878,7 @@ class BatchQueue(Queue):
         if flags & IORING_CQE_F_BUFFER:
             number = flags >> IORING_CQE_BUFFER_SHIFT
             start = self._tags_at + number * self.TAGS_EACH * 2
-            tags = array("H", self.memory[start:start + max(result, 0)]).tolist()
+            tags = array("H", self.memory[start : start + max(result, 0)]).tolist()
             self._offer(number)
         if result == UBLK_IO_RES_ABORT:
             self.ended.add(-1)
@@ -3221,7 +3896,7 @@ class BatchQueue(Queue):
         """See to it that every element was taken: those behind a failed one were not."""
         if result < 0:
             raise UblkError(-result, f"queue {self.index} cannot commit")
-        self._pending = self._sent[result // self.element_size:] + self._pending
+        self._pending = self._sent[result // self.element_size :] + self._pending
         self._sent = []
 
     def _answer_by_map(self, tags: list[int]) -> int:
@@ -3234,7 +3909,7 @@ class BatchQueue(Queue):
         return self.at_rest
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
-        if tag in self._cleaning:           # not the end of a chain: its request was served otherwise
+        if tag in self._cleaning:  # not the end of a chain: its request was served otherwise
             self._cleaning.remove(tag)
             return
         self.in_flight -= 1
@@ -3251,23 +3926,27 @@ class BatchQueue(Queue):
 # asyncio on the ring
 # =================================================================================================
 #
-# A handler that waits, for a file, a server, a lock, must not keep the other requests of its queue
-# waiting. Python's answer is asyncio: handlers are coroutines, and a loop goes on with each when
-# that for which it waits has come. The loop sleeps in its *selector*, which knows the descriptors
-# that somebody waits for. Usually that is epoll; here it is the queue's ring. Requests,
-# descriptors, timers and operations of the ring itself thus all end the same system call, in one
-# thread, and whatever works in asyncio works here: streams, TLS, locks, TaskGroups, to_thread.
+# A handler that waits, for a file, a server, a lock, must not keep the other
+# requests of its queue waiting. Python's answer is asyncio: handlers are
+# coroutines, and a loop goes on with each when that for which it waits has
+# come. The loop sleeps in its *selector*, which knows the descriptors that
+# somebody waits for. Usually that is epoll; here it is the queue's ring.
+# Requests, descriptors, timers and operations of the ring itself thus all end
+# the same system call, in one thread, and whatever works in asyncio works here:
+# streams, TLS, locks, TaskGroups, to_thread.
 #
-# Two rules. Memory that an operation uses belongs to the kernel until its CQE has come: a task
-# that is cancelled has the operation cancelled and goes on only when that has ended, or the kernel
-# could write into what is another request's buffer by then. And a descriptor's number is used only
-# while it is open: what was asked for under it is begun, by an enter(), before anybody is told
-# that it ended.
+# Two rules. Memory that an operation uses belongs to the kernel until its CQE
+# has come: a task that is cancelled has the operation cancelled and goes on
+# only when that has ended, or the kernel could write into what is another
+# request's buffer by then. And a descriptor's number is used only while it is
+# open: what was asked for under it is begun, by an enter(), before anybody is
+# told that it ended.
 #
-# A queue of a target without coroutines never comes here, and never imports asyncio.
+# A queue of a target without coroutines never comes here, and never imports
+# asyncio.
 
-LAST_WORDS = 1.0        # seconds that tasks have to end when their queue does
-_here = threading.local()       # .queue: the one whose loop runs in this thread
+LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
+_here = threading.local()  # .queue: the one whose loop runs in this thread
 
 
 def has_coroutines(target: Any) -> bool:
@@ -3292,13 +3971,22 @@ class Operation:
             self.future.set_result(result)
 
 
-async def operate(opcode: int, fd: int, off: int = 0, buffer: Any = None, fills: bool = False,
-                  addr: int = 0, length: int = 0, rw_flags: int = 0) -> int:
+async def operate(
+    opcode: int,
+    fd: int,
+    off: int = 0,
+    buffer: Any = None,
+    fills: bool = False,
+    addr: int = 0,
+    length: int = 0,
+    rw_flags: int = 0,
+) -> int:
     """Have the kernel do something on the ring of the queue that we run on; return its result (>= 0).
 
     Raises OSError with the kernel's errno. fills: it writes to the buffer.
     """
     import asyncio
+
     memory = None
     if buffer is not None:
         memory = memory_of(buffer, fills)
@@ -3327,7 +4015,7 @@ async def operate(opcode: int, fd: int, off: int = 0, buffer: Any = None, fills:
 
 def memory_of(buffer: Any, fills: bool) -> memoryview:
     """Return a buffer's bytes. While that view exists it can neither go nor be resized."""
-    view = memoryview(buffer).cast("B")         # TypeError where they do not lie in one piece
+    view = memoryview(buffer).cast("B")  # TypeError where they do not lie in one piece
     if fills and view.readonly:
         raise TypeError("a buffer to be filled must be writable")
     if len(view) >= 1 << 32:
@@ -3368,14 +4056,15 @@ def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]
 class RingSelector(selectors.BaseSelector):
     """What an asyncio loop waits with: the ring of a queue.
 
-    A descriptor that is registered has a POLL_ADD on the ring. That ends when it is ready; the next
-    select() begins another, which ends at once if it is ready still, as asyncio expects.
+    A descriptor that is registered has a POLL_ADD on the ring. That ends when
+    it is ready; the next select() begins another, which ends at once if it is
+    ready still, as asyncio expects.
     """
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
         self._keys: dict[Any, selectors.SelectorKey] = {}
-        self._polls: dict[int, int] = {}            # fd -> number of its POLL_ADD
+        self._polls: dict[int, int] = {}  # fd -> number of its POLL_ADD
         self._unpolled: set[int] = set()
         self._ready: list[tuple[selectors.SelectorKey, int]] = []
 
@@ -3421,7 +4110,9 @@ class RingSelector(selectors.BaseSelector):
             mask |= select.POLLIN
         if events & selectors.EVENT_WRITE:
             mask |= select.POLLOUT
-        self._polls[fd] = self.queue.begin(Poll(self, fd), IORING_OP_POLL_ADD, fd, rw_flags=mask)
+        self._polls[fd] = self.queue.begin(
+            Poll(self, fd), IORING_OP_POLL_ADD, fd, rw_flags=mask
+        )
 
     def polled(self, fd: int, result: int) -> None:
         """Hear of the end of a POLL_ADD: the events that came, or an error, which is for all to see."""
@@ -3458,44 +4149,51 @@ class Poll(Operation):
 # When servers die
 # =================================================================================================
 #
-# A disk is more fragile than a file: its server is a process, and processes die, of a bug, of a
-# signal, of an upgrade. By default the disk dies with it: the driver notices that /dev/ublkcN was
-# closed, fails the requests that were under way, and the device is DEAD, to be deleted. With
-# recovery (6.1) it waits for a new server instead:
+# A disk is more fragile than a file: its server is a process, and processes
+# die, of a bug, of a signal, of an upgrade. By default the disk dies with it:
+# the driver notices that /dev/ublkcN was closed, fails the requests that were
+# under way, and the device is DEAD, to be deleted. With recovery (6.1) it waits
+# for a new server instead:
 #
 #     requeue   requests that a server had when it died fail with EIO; those that come later wait
 #     reissue   they are given to the next server again, and nobody notices but by the time it
-#               took; so a target must bear to be asked the same twice, which is true of reads and
-#               writes and of appends to zones is not
+#               took; so a target must bear to be asked the same twice, which is true
+#               of reads and writes and of appends to zones is not
 #     fail      what comes while there is no server fails at once (6.13)
 #
 #     LIVE -- server gone -> QUIESCED or FAIL_IO
 #       -- START_USER_RECOVERY, FETCH of every tag, END_USER_RECOVERY -> LIVE
 #
-# QUIESCE_DEV (6.16) does the same with a living server: it takes the idle tags away, the server
-# ends what it has, leaves, and the next one, of a newer version say, takes over. A restart, then,
-# is a recovery, and who starts the same words for the same number again gets it: systemd's
-# Restart=on-failure is all the supervision a disk needs.
+# QUIESCE_DEV (6.16) does the same with a living server: it takes the idle tags
+# away, the server ends what it has, leaves, and the next one, of a newer
+# version say, takes over. A restart, then, is a recovery, and who starts the
+# same words for the same number again gets it: systemd's Restart=on-failure is
+# all the supervision a disk needs.
 #
-# **Identity.** All of this is dangerous in one way: a number is not a device. Number 3 may have
-# been deleted and given to another image while nobody looked, and whoever "recovers" it with the
-# first image destroys the second's file system under its clients' hands. So each device gets 64
-# random bits, which the driver keeps in `ublksrv_flags` and hands back. They are compared before a
-# state file is believed and before anything is deleted that somebody else might have made.
+# **Identity.** All of this is dangerous in one way: a number is not a device.
+# Number 3 may have been deleted and given to another image while nobody looked,
+# and whoever "recovers" it with the first image destroys the second's file
+# system under its clients' hands. So each device gets 64 random bits, which the
+# driver keeps in `ublksrv_flags` and hands back. They are compared before a
+# state file is believed and before anything is deleted that somebody else might
+# have made.
 #
-# **State.** One small JSON file for each served device tells what the kernel does not know: the
-# target's words, the directory they were given in, and of the files they name what tells them from
-# others. It is written in one piece, private to its owner, never executed, and never believed over
-# what the kernel says.
+# **State.** One small JSON file for each served device tells what the kernel
+# does not know: the target's words, the directory they were given in, and of
+# the files they name what tells them from others. It is written in one piece,
+# private to its owner, never executed, and never believed over what the kernel
+# says.
 #
-# **Who holds a disk.** A disk in use can be stopped but not deleted, and its users get errors; so
-# whoever is about to delete one asks first, and names them: processes, mounts, swap, disks on top.
+# **Who holds a disk.** A disk in use can be stopped but not deleted, and its
+# users get errors; so whoever is about to delete one asks first, and names
+# them: processes, mounts, swap, disks on top.
 #
-# What kernels do that one has to know. Up to 6.15 a server killed after it has mapped a queue and
-# before its disk is there cannot be recovered, only deleted. Up to 6.12 START_DEV itself reads the
-# partition table; a server killed in that very moment leaves a device, and itself, that nothing
-# ends: so the kernel does not look for partitions there, partx does. Up to 6.3 STOP_DEV and
-# DEL_DEV can wait for each other: the node is seen closed before DEL_DEV is sent.
+# What kernels do that one has to know. Up to 6.15 a server killed after it has
+# mapped a queue and before its disk is there cannot be recovered, only deleted.
+# Up to 6.12 START_DEV itself reads the partition table; a server killed in that
+# very moment leaves a device, and itself, that nothing ends: so the kernel does
+# not look for partitions there, partx does. Up to 6.3 STOP_DEV and DEL_DEV can
+# wait for each other: the node is seen closed before DEL_DEV is sent.
 
 
 # ---- who holds a disk -----------------------------------------------------------------------------
@@ -3503,9 +4201,12 @@ class Poll(Operation):
 
 def holders(dev_id: int) -> list[str]:
     """Return who uses /dev/ublkbN or one of its partitions, as far as we may see: programs that have it
-    open (this one included), mounts in any namespace, swap, and the disks that are built upon it."""
+    open (this one included), mounts in any namespace, swap, and the disks that
+    are built upon it."""
     disk = f"ublkb{dev_id}"
-    partitions = [name for name in children(f"/sys/block/{disk}") if name.startswith(f"{disk}p")]
+    partitions = [
+        name for name in children(f"/sys/block/{disk}") if name.startswith(f"{disk}p")
+    ]
     return [*openers(disk), *mounts(disk), *swaps(disk), *disks_above(disk, partitions)]
 
 
@@ -3575,23 +4276,33 @@ def swaps(disk: str) -> Iterator[str]:
 
 def disks_above(disk: str, partitions: Sequence[str]) -> Iterator[str]:
     """Yield the disks that are built upon a disk or its partitions: LVM, dm, md, loop."""
-    for directory in (f"/sys/block/{disk}", *(f"/sys/block/{disk}/{name}" for name in partitions)):
+    for directory in (
+        f"/sys/block/{disk}",
+        *(f"/sys/block/{disk}/{name}" for name in partitions),
+    ):
         for name in children(f"{directory}/holders"):
             title = "".join(lines_of(f"/sys/block/{name}/dm/name"))
             yield f"{name} ({title})" if title else name
     for name in children("/sys/block"):
-        if any(is_node_of(line, disk) for line in lines_of(f"/sys/block/{name}/loop/backing_file")):
+        if any(
+            is_node_of(line, disk) for line in lines_of(f"/sys/block/{name}/loop/backing_file")
+        ):
             yield name
 
 
 def refuse_if_held(dev_id: int) -> None:
     """Raise UblkError (EBUSY) that names who uses a disk. Who has it open for a moment only is given
-    that moment; udev and partx, which look at every disk, would wait for ever for one without a server."""
+    that moment; udev and partx, which look at every disk, would wait for ever
+    for one without a server."""
     deadline = time.monotonic() + PASSING
     while found := [name for name in holders(dev_id) if not name.startswith(LOOKERS)]:
         if time.monotonic() > deadline:
-            raise UblkError(errno.EBUSY, f"device {dev_id} is in use", f"by {', '.join(found)}",
-                            f"end that first, or `ublk.py del {dev_id} --force`")
+            raise UblkError(
+                errno.EBUSY,
+                f"device {dev_id} is in use",
+                f"by {', '.join(found)}",
+                f"end that first, or `ublk.py del {dev_id} --force`",
+            )
         time.sleep(0.05)
 
 
@@ -3603,7 +4314,8 @@ def new_identity() -> int:
 def is_same(control: Control, dev_id: int, identity: int) -> bool:
     """Tell whether a device is the one with this identity, which the driver keeps for its server.
 
-    One that is there and tells nothing of itself, as its node is gone or not yet ours, is taken for it.
+    One that is there and tells nothing of itself, as its node is gone or not
+    yet ours, is taken for it.
     """
     try:
         return bool(control.get_dev_info(dev_id).ublksrv_flags == identity)
@@ -3643,19 +4355,40 @@ def log_path(dev_id: int) -> str:
 def save_state(device: Device) -> None:
     """Write the state file of a device atomically, in a directory where nobody else can write."""
     import json
+
     target, args, options = device.words
     args = [word for word in args if word not in device.target.once]
-    state = {"id": device.id, "identity": f"{device.identity:016x}", "target": target, "args": args,
-             "options": options, "cwd": device.directory, "pid": os.getpid(), "follows": device.follows,
-             "files": [file_identity(os.path.join(device.directory, path)) for path in device.target.files],
-             "size": device.size, "refused": device.refused, "refusal": device.refusal}
+    state = {
+        "id": device.id,
+        "identity": f"{device.identity:016x}",
+        "target": target,
+        "args": args,
+        "options": options,
+        "cwd": device.directory,
+        "pid": os.getpid(),
+        "follows": device.follows,
+        "files": [
+            file_identity(os.path.join(device.directory, path)) for path in device.target.files
+        ],
+        "size": device.size,
+        "refused": device.refused,
+        "refusal": device.refusal,
+    }
     path, remedy = state_path(device.id), "set UBLK_RUN_DIR to a directory of yours"
     try:
         os.makedirs(run_dir(), mode=0o700, exist_ok=True)
         status = os.lstat(run_dir())
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise UblkError(errno.EPERM, f"state directory {run_dir()}", "others may write there",
-                            f"{remedy} with mode 0700")
+        if (
+            not stat.S_ISDIR(status.st_mode)
+            or status.st_uid != os.geteuid()
+            or status.st_mode & 0o022
+        ):
+            raise UblkError(
+                errno.EPERM,
+                f"state directory {run_dir()}",
+                "others may write there",
+                f"{remedy} with mode 0700",
+            )
         with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
             json.dump(state, file)
         os.rename(f"{path}.new", path)
@@ -3681,10 +4414,18 @@ def check_files(what: str, files: Any) -> None:
             _, *number_now, size_now = file_identity(path)
         except OSError as error:
             raise UblkError(error.errno or errno.ENOENT, f"{what}: {path}") from None
-        refuse(number != number_now, what, f"{path} is another file than it was made of",
-               "put that one back, or name its target with --target")
-        refuse(size_now < size, what, f"{path} is shorter than it was",
-               "restore it, or name its target with --target")
+        refuse(
+            number != number_now,
+            what,
+            f"{path} is another file than it was made of",
+            "put that one back, or name its target with --target",
+        )
+        refuse(
+            size_now < size,
+            what,
+            f"{path} is shorter than it was",
+            "restore it, or name its target with --target",
+        )
 
 
 def private(path: str, flags: int) -> int:
@@ -3695,9 +4436,11 @@ def private(path: str, flags: int) -> int:
 def load_state(dev_id: int, identity: int | None = None) -> dict[str, Any]:
     """Return the state of a device; empty if there is none or, with a warning, none to be believed.
 
-    The state of a device with another identity is of one that had the same number before.
+    The state of a device with another identity is of one that had the same
+    number before.
     """
     import json
+
     path = state_path(dev_id)
     try:
         with open(path, encoding="utf-8", opener=private) as file:
@@ -3710,7 +4453,9 @@ def load_state(dev_id: int, identity: int | None = None) -> dict[str, Any]:
         if identity is not None and state.get("identity") != f"{identity:016x}":
             raise ValueError("the state of another device, which had the same number")
         words = [state.get("target"), state.get("cwd"), *state.get("args", [None])]
-        if not isinstance(state.get("args"), list) or not all(isinstance(word, str) for word in words):
+        if not isinstance(state.get("args"), list) or not all(
+            isinstance(word, str) for word in words
+        ):
             raise ValueError("it names no target")
         return state
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -3744,7 +4489,8 @@ def stale_states(ids: Sequence[int]) -> list[int]:
 def geometry(control: Control, dev_id: int) -> tuple[int, int]:
     """Return the size of a disk and of its blocks in bytes; 0, 0 while the driver does not tell.
 
-    It does not while it removes or detaches a disk, which a handler may hold up.
+    It does not while it removes or detaches a disk, which a handler may hold
+    up.
     """
     try:
         basic = control.get_params(dev_id, timeout=2.0).basic
@@ -3761,32 +4507,44 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
     size, block = geometry(control, dev_id)
     state = load_state(dev_id, info.ublksrv_flags)
     return {
-        "id": dev_id, "path": f"/dev/ublkb{dev_id}", "char_path": f"/dev/ublkc{dev_id}",
+        "id": dev_id,
+        "path": f"/dev/ublkb{dev_id}",
+        "char_path": f"/dev/ublkc{dev_id}",
         "state": STATES[info.state] if info.state < len(STATES) else str(info.state),
-        "target": state.get("target"), "args": state.get("args"),
-        "size": size, "block_size": block,
-        "queues": info.nr_hw_queues, "depth": info.queue_depth,
-        "max_io_bytes": info.max_io_buf_bytes, "flags": flag_names(info.flags),
+        "target": state.get("target"),
+        "args": state.get("args"),
+        "size": size,
+        "block_size": block,
+        "queues": info.nr_hw_queues,
+        "depth": info.queue_depth,
+        "max_io_bytes": info.max_io_buf_bytes,
+        "flags": flag_names(info.flags),
         "pid": info.ublksrv_pid if alive(info.ublksrv_pid) else -1,
-        "owner_uid": info.owner_uid, "owner_gid": info.owner_gid}
+        "owner_uid": info.owner_uid,
+        "owner_gid": info.owner_gid,
+    }
 
 
 # =================================================================================================
 # Ordinary users and containers
 # =================================================================================================
 #
-# ublk needs CAP_SYS_ADMIN, with one way around it (6.3): a device with the flag UNPRIVILEGED_DEV.
-# Anybody who may open /dev/ublk-control may add one; the driver remembers the owner, and who may
-# open /dev/ublkcN may command it. The nodes are made for root, though. It is udev that hands them
-# over, by rules that ask for the owner (`udev-rules` prints them), and until it has done so they
-# cannot be opened, so every step waits for its node. The mode is 0600: the driver lets whoever may
-# open the node stop and delete the disk, and a group is more people than the owner thinks.
+# ublk needs CAP_SYS_ADMIN, with one way around it (6.3): a device with the flag
+# UNPRIVILEGED_DEV. Anybody who may open /dev/ublk-control may add one; the
+# driver remembers the owner, and who may open /dev/ublkcN may command it. The
+# nodes are made for root, though. It is udev that hands them over, by rules
+# that ask for the owner (`udev-rules` prints them), and until it has done so
+# they cannot be opened, so every step waits for its node. The mode is 0600: the
+# driver lets whoever may open the node stop and delete the disk, and a group is
+# more people than the owner thinks.
 #
-# Such a disk is a less trusted one: the kernel reads no partition table from it, takes no zero
-# copy, gives no recovery, and ends a server that keeps a request for 30 seconds.
+# Such a disk is a less trusted one: the kernel reads no partition table from
+# it, takes no zero copy, gives no recovery, and ends a server that keeps a
+# request for 30 seconds.
 #
-# In a container the nodes do not appear by themselves, and /proc tells of other processes than the
-# kernel means; `check` says what is missing, and what to do about it.
+# In a container the nodes do not appear by themselves, and /proc tells of other
+# processes than the kernel means; `check` says what is missing, and what to do
+# about it.
 
 
 def privileged() -> bool:
@@ -3796,7 +4554,7 @@ def privileged() -> bool:
     try:
         with open("/proc/self/uid_map", encoding="ascii") as file:
             outside = file.read().split() == ["0", "0", "4294967295"]
-    except FileNotFoundError:       # a kernel without user namespaces
+    except FileNotFoundError:  # a kernel without user namespaces
         outside = True
     return outside and bool(int(effective.split()[1], 16) & CAP_SYS_ADMIN)
 
@@ -3810,8 +4568,9 @@ def await_node(path: str, mode: int, pause: Callable[[float], object] = time.sle
 
 def is_usable(path: str, mode: int) -> bool:
     """Tell whether a device node is there and may be used."""
-    # In a container a plain file may stand in its place first, for the node to be mounted upon: look
-    # for that before, or it could be the file that may be used, and the node that is there.
+    # In a container a plain file may stand in its place first, for the node to
+    # be mounted upon: look for that before, or it could be the file that may be
+    # used, and the node that is there.
     try:
         return not stat.S_ISREG(os.stat(path).st_mode) and os.access(path, mode)
     except OSError:
@@ -3820,8 +4579,8 @@ def is_usable(path: str, mode: int) -> bool:
 
 def set_admin(use: bool) -> None:
     """Have this thread use its CAP_SYS_ADMIN, if it has it, or not: capset(2) is about threads."""
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)       # _LINUX_CAPABILITY_VERSION_3, this thread
-    sets = (ctypes.c_uint32 * 6)()                      # effective, permitted, inheritable; twice 32 bits
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits
     _libc.capget(header, sets)
     sets[0] = sets[0] & ~CAP_SYS_ADMIN | sets[1] & CAP_SYS_ADMIN * use
     _libc.capset(header, sets)
@@ -3840,7 +4599,12 @@ def not_roots_alone(path: str) -> str:
 
 def udev_word(path: str) -> str:
     """Write a path as a word of PROGRAM in a udev rule."""
-    refuse(set(path) & set("'\"\\\n"), f"the path {path!r}", "udev cannot be told of it", "use another")
+    refuse(
+        set(path) & set("'\"\\\n"),
+        f"the path {path!r}",
+        "udev cannot be told of it",
+        "use another",
+    )
     word = path.replace("%", "%%").replace("$", "$$")
     return f"'{word}'" if " " in word else word
 
@@ -3850,9 +4614,11 @@ def udev_rules() -> Iterator[str]:
     for directory in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d"):
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             try:
-                with open(os.path.join(directory, name), encoding="utf-8", errors="replace") as file:
+                with open(
+                    os.path.join(directory, name), encoding="utf-8", errors="replace"
+                ) as file:
                     yield file.read()
-            except OSError:         # a directory, or not for us to read
+            except OSError:  # a directory, or not for us to read
                 continue
 
 
@@ -3860,23 +4626,25 @@ def udev_rules() -> Iterator[str]:
 # Command line
 # =================================================================================================
 #
-# The contract of the command line is in three sentences. What a program wants to read goes to
-# standard output, the rest to standard error: the first line of a create is the path of the disk,
-# and nothing else. The exit status is 0, 1 (it did not work) or 2 (the words make no sense). An
-# error is one line.
+# The contract of the command line is in three sentences. What a program wants
+# to read goes to standard output, the rest to standard error: the first line of
+# a create is the path of the disk, and nothing else. The exit status is 0, 1
+# (it did not work) or 2 (the words make no sense). An error is one line.
 #
-# A target's own options come from its class. `inspect` and `typing` tell the names, types and
-# defaults of what __init__ takes, argparse does the rest; a type that is not understood is
-# refused, rather than taken for a string. A file of the user's own is a module like any other,
-# loaded under its own name.
+# A target's own options come from its class. `inspect` and `typing` tell the
+# names, types and defaults of what __init__ takes, argparse does the rest; a
+# type that is not understood is refused, rather than taken for a string. A file
+# of the user's own is a module like any other, loaded under its own name.
 #
-# A server in the background is a child process. It tells its parent through a pipe of its own; its
-# output is the caller's until the disk is there, and from then on a log beside the state file. Of
-# what the caller had open it keeps nothing. That the disk is there is told last of all, when
-# nothing can fail any more.
+# A server in the background is a child process. It tells its parent through a
+# pipe of its own; its output is the caller's until the disk is there, and from
+# then on a log beside the state file. Of what the caller had open it keeps
+# nothing. That the disk is there is told last of all, when nothing can fail any
+# more.
 #
-# Signals only leave a note, and the one loop that waits looks at it. So there is no moment in
-# which a signal could find a device half made and leave it behind.
+# Signals only leave a note, and the one loop that waits looks at it. So there
+# is no moment in which a signal could find a device half made and leave it
+# behind.
 
 
 class Usage(Exception):
@@ -3892,7 +4660,8 @@ def parse_size(text: str) -> int:
     if found:
         whole, fraction, unit = found.group(1), found.group(2) or "", found.group(3) or ""
         shift = 10 * " KMGT".index(unit.upper() or " ")
-        size, rest = divmod(int(whole + fraction) << shift, 10 ** len(fraction))    # exact, as floats are not
+        # Exact, as floats are not
+        size, rest = divmod(int(whole + fraction) << shift, 10 ** len(fraction))
         if not rest:
             return size
     raise ValueError(f"{text!r} is not a whole number of bytes, such as 4096, 512K or 1GiB")
@@ -3908,22 +4677,24 @@ def format_size(size: int) -> str:
 
 # ---- words into targets ---------------------------------------------------------------------------
 #
-# A target's constructor is its command line. What it takes is asked of inspect.signature(), what
-# type each parameter has of typing.get_type_hints(), and argparse does the rest:
+# A target's constructor is its command line. What it takes is asked of
+# inspect.signature(), what type each parameter has of typing.get_type_hints(),
+# and argparse does the rest:
 #
 #     def __init__(self, path, *, size: Size, retries: int = 3, verbose: bool = True)
 #
 #     ublk.py ./mine.py disk.img --size 1G --retries 5 --no-verbose
 #
-# Parameters that may be given by position are words, those after the star are options. A parameter
-# that is a Target takes all the words that remain. A type that is not understood is refused: a
-# string in place of what was asked for would be found out by the disk's data.
+# Parameters that may be given by position are words, those after the star are
+# options. A parameter that is a Target takes all the words that remain. A type
+# that is not understood is refused: a string in place of what was asked for
+# would be found out by the disk's data.
 
 
 def companion() -> Any:
     """Return the module ublk_targets when it lies beside this file, else None."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    if folder not in sys.path:          # as in `python -I`
+    if folder not in sys.path:  # as in `python -I`
         sys.path.append(folder)
     try:
         return importlib.import_module("ublk_targets")
@@ -3936,8 +4707,11 @@ def companion() -> Any:
 def known_targets() -> dict[str, type[Target]]:
     """Return the targets that may be named on the command line, by name."""
     names = {"Null": Null, **vars(companion() or object)}
-    return {name.lower(): item for name, item in names.items()
-            if isinstance(item, type) and issubclass(item, Target) and item is not Target}
+    return {
+        name.lower(): item
+        for name, item in names.items()
+        if isinstance(item, type) and issubclass(item, Target) and item is not Target
+    }
 
 
 def find_target(word: str) -> type[Target]:
@@ -3949,8 +4723,10 @@ def find_target(word: str) -> type[Target]:
     if word not in targets:
         if word.startswith("-"):
             raise Usage(f"{word} stands where a target is expected: options come behind it")
-        raise Usage(f"unknown target or command {word!r}: targets are {', '.join(sorted(targets))}, "
-                    "or FILE.py:CLASS")
+        raise Usage(
+            f"unknown target or command {word!r}: targets are {', '.join(sorted(targets))}, "
+            "or FILE.py:CLASS"
+        )
     return targets[word]
 
 
@@ -3961,13 +4737,20 @@ def load_target(path: str, name: str) -> type[Target]:
     except OSError as error:
         raise UblkError(error.errno or errno.EIO, f"cannot load {path}") from error
     module = run_file(path, source)
-    classes = {key: item for key, item in vars(module).items() if isinstance(item, type)
-               and issubclass(item, Target) and item.__module__ == module.__name__}
+    classes = {
+        key: item
+        for key, item in vars(module).items()
+        if isinstance(item, type)
+        and issubclass(item, Target)
+        and item.__module__ == module.__name__
+    }
     if name in classes:
         return classes[name]
     if not name and len(classes) == 1:
         return classes.popitem()[1]
-    found = f"it has no Target class {name}" if name else f"it has {len(classes)} Target classes"
+    found = (
+        f"it has no Target class {name}" if name else f"it has {len(classes)} Target classes"
+    )
     remedy = f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target"
     raise UblkError(errno.EINVAL, f"cannot load {path}", found, remedy)
 
@@ -3975,21 +4758,27 @@ def load_target(path: str, name: str) -> type[Target]:
 def run_file(path: str, source: bytes) -> Any:
     """Run a file of the user's as a module, and return that.
 
-    Its name has a dot, so that it takes the place of no module that can be imported. It is compiled
-    here, because a compiled copy that is kept may be that of the file before it was edited.
+    Its name has a dot, so that it takes the place of no module that can be
+    imported. It is compiled here, because a compiled copy that is kept may be
+    that of the file before it was edited.
     """
     name = os.path.basename(path)
     module = types.ModuleType(name)
     module.__file__ = os.path.abspath(path)
-    sys.modules[name] = module          # where dataclasses look for the names in annotations
+    sys.modules[name] = module  # where dataclasses look for the names in annotations
     sys.path.insert(0, os.path.dirname(module.__file__))
     try:
-        with contextlib.redirect_stdout(sys.stderr):    # what the file prints is no answer of ours
+        # What the file prints is no answer of ours
+        with contextlib.redirect_stdout(sys.stderr):
             exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UblkError(errno.EINVAL, f"cannot load {path}", f"{type(error).__name__}: {error}",
-                        "mend the file") from error
+        raise UblkError(
+            errno.EINVAL,
+            f"cannot load {path}",
+            f"{type(error).__name__}: {error}",
+            "mend the file",
+        ) from error
     return module
 
 
@@ -4016,21 +4805,32 @@ def make_parser(program: str, **options: Any) -> argparse.ArgumentParser:
 
 # type of a parameter -> what reads its word
 READERS: dict[Any, Callable[[str], Any]] = {
-    int: whole_number, Size: number_of_bytes, float: float, str: str, Path: Path, Any: str, object: str}
+    int: whole_number,
+    Size: number_of_bytes,
+    float: float,
+    str: str,
+    Path: Path,
+    Any: str,
+    object: str,
+}
 LISTS = {list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable}
 
 
 def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
     """Return name -> (parameter, its type) of a target's constructor.
 
-    What has no annotation is of the type of its default; a size is a Size. Raises UblkError (EINVAL)
-    for annotations that name what does not exist.
+    What has no annotation is of the type of its default; a size is a Size.
+    Raises UblkError (EINVAL) for annotations that name what does not exist.
     """
     try:
         hints = typing.get_type_hints(cls.__init__)
     except Exception as error:
-        raise UblkError(errno.EINVAL, f"annotations of {cls.__name__}", f"{type(error).__name__}: {error}",
-                        "mend them") from error
+        raise UblkError(
+            errno.EINVAL,
+            f"annotations of {cls.__name__}",
+            f"{type(error).__name__}: {error}",
+            "mend them",
+        ) from error
     found = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         kind = hints.get(name) or implied_type(name, parameter.default)
@@ -4056,7 +4856,8 @@ def without_none(kind: Any) -> Any:
     return others[0] if is_union and len(others) == 1 else kind
 
 
-UNIONS = {typing.Union, getattr(types, "UnionType", typing.Union)}      # T | None has its own, from 3.10
+# T | None has its own, from 3.10
+UNIONS = {typing.Union, getattr(types, "UnionType", typing.Union)}
 
 
 def reading(kind: Any, name: str) -> dict[str, Any]:
@@ -4077,12 +4878,17 @@ def reading(kind: Any, name: str) -> dict[str, Any]:
         of = [one for one in typing.get_args(kind) if one is not Ellipsis] or [str]
         if len(of) == 1 and of[0] in READERS:
             return {"type": READERS[of[0]], "nargs": "+"}
-    raise UblkError(errno.EINVAL, f"parameter {name}", f"words cannot become {kind!r}",
-                    "use bool, int, float, str, Path, Size, Enum, Literal, a list of these, or Target")
+    raise UblkError(
+        errno.EINVAL,
+        f"parameter {name}",
+        f"words cannot become {kind!r}",
+        "use bool, int, float, str, Path, Size, Enum, Literal, a list of these, or Target",
+    )
 
 
 def choice(values: dict[str, Any]) -> Callable[[str], Any]:
     """Return a reader of the words that name these values."""
+
     def read(text: str) -> Any:
         if text.lower() in values:
             return values[text.lower()]
@@ -4092,18 +4898,23 @@ def choice(values: dict[str, Any]) -> Callable[[str], Any]:
     return read
 
 
-def target_parser(cls: type[Target], word: str, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+def target_parser(
+    cls: type[Target], word: str, words: Sequence[str] = ()
+) -> argparse.ArgumentParser:
     """Make a command line parser of a target's constructor.
 
-    A parameter that could be a word is an option where these words name it as one. What is not given
-    is None, or an empty list: the constructor knows its defaults. Lines ``name: text`` of the class's
-    docstring are the help.
+    A parameter that could be a word is an option where these words name it as
+    one. What is not given is None, or an empty list: the constructor knows its
+    defaults. Lines ``name: text`` of the class's docstring are the help.
     """
     named = {given.partition("=")[0] for given in words}
     text = inspect.getdoc(cls) or ""
     helps = dict(line.strip().partition(": ")[::2] for line in text.splitlines())
-    parser = make_parser(f"ublk.py {word}", description=text.split("\n\n")[0],
-                         epilog="Device options: see `ublk.py --help`.")
+    parser = make_parser(
+        f"ublk.py {word}",
+        description=text.split("\n\n")[0],
+        epilog="Device options: see `ublk.py --help`.",
+    )
     for name, (parameter, kind) in parameters(cls).items():
         extra = {**reading(kind, name), "help": help_of(helps.get(name, ""), parameter.default)}
         option = "--" + name.replace("_", "-")
@@ -4132,14 +4943,16 @@ def help_of(text: str, default: Any) -> str:
 def target_maker(words: Sequence[str], read_only: bool = False) -> Callable[[], Target]:
     """Read the words that name a target and its arguments; return what makes it. Raises UblkError.
 
-    read_only: what the target is told before it opens anything, if it takes a parameter of that name.
+    read_only: what the target is told before it opens anything, if it takes a
+    parameter of that name.
     """
     if not words:
         raise Usage("a target is missing")
     word, *rest = words
     cls = find_target(word)
     read = vars(target_parser(cls, word, rest).parse_args(rest))
-    values = {name: value for name, value in read.items() if value not in (None, [])}   # what was given
+    # What was given
+    values = {name: value for name, value in read.items() if value not in (None, [])}
     for name, (_, kind) in parameters(cls).items():
         if isinstance(kind, type) and issubclass(kind, Target):
             values[name] = target_maker(read[name], read_only)
@@ -4174,10 +4987,15 @@ def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
         raise
     except OSError as error:
         named = f" {error.filename}" if error.filename else ""
-        raise UblkError(error.errno or errno.EIO, f"target {word}{named}",
-                        (error.strerror or str(error)).lower()) from error
+        raise UblkError(
+            error.errno or errno.EIO,
+            f"target {word}{named}",
+            (error.strerror or str(error)).lower(),
+        ) from error
     except (Exception, SystemExit) as error:
-        raise UblkError(errno.EINVAL, f"target {word}", f"{type(error).__name__}: {error}") from error
+        raise UblkError(
+            errno.EINVAL, f"target {word}", f"{type(error).__name__}: {error}"
+        ) from error
 
 
 # ---- create -------------------------------------------------------------------------------------
@@ -4185,34 +5003,60 @@ def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
 
 def device_parser() -> Any:
     """Make the parser of the options every target takes."""
-    parser = make_parser("ublk.py", usage="ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]", add_help=False)
+    parser = make_parser(
+        "ublk.py", usage="ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]", add_help=False
+    )
     add = parser.add_argument
-    add("-n", "--id", type=int, default=-1, help="the N of /dev/ublkbN; default: the first free")
+    add(
+        "-n", "--id", type=int, default=-1, help="the N of /dev/ublkbN; default: the first free"
+    )
     add("-q", "--queues", type=int, default=1, help="hardware queues (1)")
     add("-d", "--depth", type=int, default=128, help="requests in flight per queue (128)")
     add("--max-io", type=number_of_bytes, default=512 << 10, help="largest request (512K)")
     add("--block-size", type=number_of_bytes, help="logical block size (the target's)")
     add("--read-only", action="store_true", help="refuse writes")
     add("--background", action="store_true", help="return when the block device is usable")
-    add("-r", "--recovery", choices=("requeue", "reissue", "fail"),
-        help="what becomes of requests when the server dies; the disk then outlives it")
+    add(
+        "-r",
+        "--recovery",
+        choices=("requeue", "reissue", "fail"),
+        help="what becomes of requests when the server dies; the disk then outlives it",
+    )
     paths = parser.add_mutually_exclusive_group()
-    for path, *names in (("user-copy", "-u", "--user-copy"), ("zero-copy", "-z", "--zero-copy"),
-                         ("get-data", "-g", "--need-get-data"), ("auto-zero-copy", "--auto-zero-copy"),
-                         ("copy", "--copy")):
-        paths.add_argument(*names, dest="data_path", action="store_const", const=path,
-                           help=DATA_PATHS[path].summary)
-    add("-p", "--unprivileged", action="store_const", const=True,
-        help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)")
+    for path, *names in (
+        ("user-copy", "-u", "--user-copy"),
+        ("zero-copy", "-z", "--zero-copy"),
+        ("get-data", "-g", "--need-get-data"),
+        ("auto-zero-copy", "--auto-zero-copy"),
+        ("copy", "--copy"),
+    ):
+        paths.add_argument(
+            *names,
+            dest="data_path",
+            action="store_const",
+            const=path,
+            help=DATA_PATHS[path].summary,
+        )
+    add(
+        "-p",
+        "--unprivileged",
+        action="store_const",
+        const=True,
+        help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)",
+    )
     add("-b", "--batch", action="store_true", help="commands for many requests at a time (7.0)")
     add("--no-partition-scan", action="store_true", help="do not look for partitions")
-    add("--force", action="store_true", help="create it even where this kernel is known to crash")
+    add(
+        "--force",
+        action="store_true",
+        help="create it even where this kernel is known to crash",
+    )
     add("--json", action="store_true", help="print the device as a JSON object")
     add("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
-TOLD = ("background", "force", "json", "debug")      # options about the command, not about the disk
+TOLD = ("background", "force", "json", "debug")  # options about the command, not about the disk
 
 
 def create(words: Sequence[str]) -> int:
@@ -4230,15 +5074,27 @@ def create(words: Sequence[str]) -> int:
             return recover_from_state(options.id, started)
         target = make()
         if options.block_size is not None:
-            refuse(SECTOR <= options.block_size < target.block_size, f"block size {options.block_size}",
-                   f"less than the target's own, {target.block_size}")
+            refuse(
+                SECTOR <= options.block_size < target.block_size,
+                f"block size {options.block_size}",
+                f"less than the target's own, {target.block_size}",
+            )
             target.block_size = options.block_size
         target.read_only = target.read_only or options.read_only
-        device = Device(target, id=options.id, queues=options.queues, depth=options.depth,
-                        max_io=options.max_io, recovery=options.recovery, data_path=options.data_path,
-                        unprivileged=options.unprivileged, batch=options.batch,
-                        partition_scan=not options.no_partition_scan, force=options.force,
-                        words=(words[0], args, made_by))
+        device = Device(
+            target,
+            id=options.id,
+            queues=options.queues,
+            depth=options.depth,
+            max_io=options.max_io,
+            recovery=options.recovery,
+            data_path=options.data_path,
+            unprivileged=options.unprivileged,
+            batch=options.batch,
+            partition_scan=not options.no_partition_scan,
+            force=options.force,
+            words=(words[0], args, made_by),
+        )
         device.identity = identity
         return serve(device, device.start, started)
 
@@ -4248,25 +5104,28 @@ def create(words: Sequence[str]) -> int:
 def waits_for(dev_id: int, made_by: dict[str, Any]) -> bool:
     """Tell whether a device has lost its server and was made by the same words in the same directory.
 
-    Then to create it is to recover it: so whatever starts a server again (systemd does, with
-    Restart=on-failure) needs no other words for it.
+    Then to create it is to recover it: so whatever starts a server again
+    (systemd does, with Restart=on-failure) needs no other words for it.
     """
     if dev_id not in device_ids():
         return False
     with Control() as control:
         info = control.get_dev_info(dev_id)
     state = load_state(dev_id, info.ublksrv_flags)
-    lost = info.state == UBLK_S_DEV_LIVE and not alive(info.ublksrv_pid)    # which the kernel will notice
+    # Which the kernel will notice
+    lost = info.state == UBLK_S_DEV_LIVE and not alive(info.ublksrv_pid)
     waits = lost or info.state in (UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO)
     return waits and state.get("options") == made_by and state["cwd"] == os.getcwd()
 
 
-def launch(run: Callable[[Started], None], options: Any, inherited: Sequence[int], identity: int = 0) -> int:
+def launch(
+    run: Callable[[Started], None], options: Any, inherited: Sequence[int], identity: int = 0
+) -> int:
     """Run a server, with --background in another process; identity is that of a device it may create."""
     started = Started(options)
     if options.background:
         return in_background(run, started, inherited, identity)
-    sys.stdout = sys.stderr             # where a target may print what it likes
+    sys.stdout = sys.stderr  # where a target may print what it likes
     try:
         run(started)
     finally:
@@ -4277,7 +5136,8 @@ def launch(run: Callable[[Started], None], options: Any, inherited: Sequence[int
 class Started:
     """Tells whoever waits for a disk that it is there, on standard output, and then a parent process.
 
-    The parent reads a pipe: ``live``, or ``failed`` once standard error has been told why.
+    The parent reads a pipe: ``live``, or ``failed`` once standard error has
+    been told why.
     """
 
     def __init__(self, options: Any) -> None:
@@ -4294,13 +5154,18 @@ class Started:
     def live(self, device: Device) -> None:
         """The disk is there: tell its path, or with --json all about it, and what the kernel made of it."""
         if device.unprivileged:
-            say("note: a disk of an ordinary user has no partitions and no recovery, and a request that "
-                "takes 30 seconds ends its server")
+            say(
+                "note: a disk of an ordinary user has no partitions and no recovery, and a request that "
+                "takes 30 seconds ends its server"
+            )
         if device.info.nr_hw_queues < device.queues:
-            say(f"note: {device.info.nr_hw_queues} queues, one for each processor, not {device.queues}")
+            say(
+                f"note: {device.info.nr_hw_queues} queues, one for each processor, not {device.queues}"
+            )
         text = device.path
         if self.json:
             import json
+
             text = json.dumps(describe(device.control, device.id))
         if self.news < 0:
             print(text, file=self.out, flush=True)
@@ -4327,21 +5192,23 @@ def on_signals(action: Any) -> None:
 
 def serve(device: Device, start: Callable[[], object], started: Started) -> None:
     """Serve a device until a signal takes it away or somebody else stops or detaches it."""
+
     def note(number: int, frame: Any) -> None:
         device.interrupt(f"ended by {signal.Signals(number).name}")
 
     on_signals(note)
     device.follows = True
     start()
-    with device:                # whatever happens now, the disk does not stay behind without a server
+    with device:  # whatever happens now, the disk does not stay behind without a server
         try:
             started.live(device)
         except BaseException:
             if start == device.resume:
-                device.detach()         # but one that was there before waits for another
+                device.detach()  # but one that was there before waits for another
             raise
         notify(f"READY=1\nSTATUS=serving {device.path}")
-        # Not without end: a signal that comes just before a wait for ever would not end it.
+        # Not without end: a signal that comes just before a wait for ever would
+        # not end it.
         pause = min(watchdog() / 2 or 1.0, 1.0)
         while not device.wait(pause):
             notify("WATCHDOG=1")
@@ -4368,18 +5235,20 @@ def notify(message: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         import socket
+
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             try:
                 peer = f"\0{address[1:]}" if address[0] == "@" else address
                 channel.sendto(message.encode(), socket.MSG_DONTWAIT, peer)
-            except OSError:         # nobody listens, or reads: no reason to take a disk away
+            except OSError:  # nobody listens, or reads: no reason to take a disk away
                 pass
 
 
 def open_descriptors() -> list[int]:
     """Return the descriptors this process has open, but for the three standard ones."""
     fds = map(int, os.listdir("/proc/self/fd"))
-    return [fd for fd in fds if fd > 2 and is_open(fd)]     # the listing's own is there, and closed
+    # The listing's own is there, and closed
+    return [fd for fd in fds if fd > 2 and is_open(fd)]
 
 
 def is_open(fd: int) -> bool:
@@ -4391,14 +5260,17 @@ def is_open(fd: int) -> bool:
     return True
 
 
-def in_background(run: Callable[[Started], None], started: Started, inherited: Sequence[int],
-                  identity: int) -> int:
+def in_background(
+    run: Callable[[Started], None], started: Started, inherited: Sequence[int], identity: int
+) -> int:
     """Serve in a child process; return when the disk is usable or with the child's own error.
 
-    The child keeps our output until the disk is there, and nothing else of what whoever called us had
-    open. It tells its news through a pipe of its own. No program that it starts inherits either.
+    The child keeps our output until the disk is there, and nothing else of what
+    whoever called us had open. It tells its news through a pipe of its own. No
+    program that it starts inherits either.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # ignored, it would leave us nothing to wait for
+    # Ignored, it would leave us nothing to wait for
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     reader, started.news = os.pipe()
     child = os.fork()
     if child == 0:
@@ -4422,9 +5294,12 @@ def in_background(run: Callable[[Started], None], started: Started, inherited: S
     clean_up(identity)
     if news == "failed":
         return code
-    raise UblkError(errno.ECHILD, "the server died before the disk was there",
-                    f"killed by signal {-code}" if code < 0 else f"exit status {code}",
-                    "" if -code in STOP_SIGNALS else "see the kernel's log")
+    raise UblkError(
+        errno.ECHILD,
+        "the server died before the disk was there",
+        f"killed by signal {-code}" if code < 0 else f"exit status {code}",
+        "" if -code in STOP_SIGNALS else "see the kernel's log",
+    )
 
 
 def pass_on(number: int, process: int) -> None:
@@ -4436,8 +5311,9 @@ def pass_on(number: int, process: int) -> None:
 def hear(reader: int, end: int) -> str:
     """Return the line a process tells through a pipe, or what it told of one before its end (a pidfd)."""
     text = b""
-    while not text.endswith(b"\n"):        # a helper that it has started may keep the pipe open
-        # Not without end: a signal that comes just before would not be passed on.
+    while not text.endswith(b"\n"):  # a helper that it has started may keep the pipe open
+        # Not without end: a signal that comes just before would not be passed
+        # on.
         ready = select.select([reader, end], [], [], 1.0)[0]
         piece = os.read(reader, 1 << 16) if reader in ready else b""
         if ready and not piece:
@@ -4464,7 +5340,7 @@ def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
     status, sys.stdout = 0, sys.stderr
     try:
         run(started)
-    except SystemExit as end:       # of the parser of a target's words, which has told why
+    except SystemExit as end:  # of the parser of a target's words, which has told why
         status = 2 if end.code else 0
     except BaseException as error:
         if not isinstance(error, Usage):
@@ -4476,22 +5352,24 @@ def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
             if status:
                 started.tell("failed")
             sys.stdout.flush()
-        finally:                    # its reader may be gone
+        finally:  # its reader may be gone
             os._exit(status)
 
 
 def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ()) -> None:
     """Serve a device anew, with the target its state file names or, without one, words do."""
-    with Control() as control:              # a device that is not there or not ours is the first news
+    with Control() as control:  # a device that is not there or not ours is the first news
         identity = control.get_dev_info(dev_id).ublksrv_flags
     what = f"cannot recover device {dev_id}"
     remedy = f"name its target: `ublk.py recover {dev_id} --target TARGET ...`"
     state = {} if words else load_state(dev_id, identity)
     words = words or ([state["target"], *state["args"]] if state else [])
     if not words:
-        raise UblkError(errno.ENOENT, what, f"there is no state file {state_path(dev_id)} of it", remedy)
+        raise UblkError(
+            errno.ENOENT, what, f"there is no state file {state_path(dev_id)} of it", remedy
+        )
     try:
-        os.chdir(state.get("cwd", "."))     # where the target's words may name files
+        os.chdir(state.get("cwd", "."))  # where the target's words may name files
     except (OSError, ValueError):
         gone = f"it was created in {state['cwd']}, which is gone"
         raise UblkError(errno.ENOENT, what, gone, remedy) from None
@@ -4502,8 +5380,12 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
     except Usage as error:
         if not state:
             raise
-        raise UblkError(errno.EINVAL, what, f"its state file names no target of a command: {error}",
-                        f"have the program that made it recover it, or {remedy}") from None
+        raise UblkError(
+            errno.EINVAL,
+            what,
+            f"its state file names no target of a command: {error}",
+            f"have the program that made it recover it, or {remedy}",
+        ) from None
     device = Device(make(), id=dev_id, words=(words[0], list(words[1:]), options))
     serve(device, device.resume, started)
 
@@ -4511,13 +5393,15 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
 # ---- the other commands -----------------------------------------------------------------------
 
 
-# What a device of other users or other containers answers, or one that was just deleted.
+# What a device of other users or other containers answers, or one that was just
+# deleted.
 NOT_OURS = (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENODEV)
 
 
 def list_devices(options: Any) -> None:
     """Print all devices, or one."""
     import json
+
     with Control() as control:
         rows = []
         for dev_id in device_ids() if options.id is None else [options.id]:
@@ -4529,17 +5413,46 @@ def list_devices(options: Any) -> None:
                 if error.errno not in NOT_OURS:
                     say(str(error))
     for dev_id in stale_states(device_ids()):
-        say(f"{state_path(dev_id)} is left of a device that is gone: `ublk.py del {dev_id}` removes it")
+        say(
+            f"{state_path(dev_id)} is left of a device that is gone: `ublk.py del {dev_id}` removes it"
+        )
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    set_by_driver = [feature.name for feature in FEATURES if feature.meaning.endswith("driver sets it")]
-    print_table([("ID", "STATE", "TARGET", "SIZE", "BLOCK", "QUEUES", "DEPTH", "PID", "OWNER", "FLAGS"),
-                 *((row["id"], row["state"], " ".join([row["target"] or "?", *(row["args"] or [])]),
-                    format_size(row["size"]), row["block_size"], row["queues"], row["depth"],
-                    row["pid"], f"{row['owner_uid']}:{row['owner_gid']}",
-                    ",".join(name for name in row["flags"] if name not in set_by_driver) or "-")
-                   for row in rows)])
+    set_by_driver = [
+        feature.name for feature in FEATURES if feature.meaning.endswith("driver sets it")
+    ]
+    print_table(
+        [
+            (
+                "ID",
+                "STATE",
+                "TARGET",
+                "SIZE",
+                "BLOCK",
+                "QUEUES",
+                "DEPTH",
+                "PID",
+                "OWNER",
+                "FLAGS",
+            ),
+            *(
+                (
+                    row["id"],
+                    row["state"],
+                    " ".join([row["target"] or "?", *(row["args"] or [])]),
+                    format_size(row["size"]),
+                    row["block_size"],
+                    row["queues"],
+                    row["depth"],
+                    row["pid"],
+                    f"{row['owner_uid']}:{row['owner_gid']}",
+                    ",".join(name for name in row["flags"] if name not in set_by_driver) or "-",
+                )
+                for row in rows
+            ),
+        ]
+    )
 
 
 def print_table(rows: Sequence[tuple[object, ...]]) -> None:
@@ -4552,15 +5465,17 @@ def print_table(rows: Sequence[tuple[object, ...]]) -> None:
 
 def printable(text: str) -> str:
     """Escape what would not be seen as it is: newlines, escape sequences, what is not UTF-8."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-                   for letter in text)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def stop_device(options: Any) -> None:
     """Stop a disk; its device stays until `del`.
 
-    A device without a disk is left alone: a server may be about to start it, and START_DEV after
-    STOP_DEV on one open node crashes kernels before 7.3.
+    A device without a disk is left alone: a server may be about to start it,
+    and START_DEV after STOP_DEV on one open node crashes kernels before 7.3.
     """
     with Control() as control:
         info = control.get_dev_info(options.id)
@@ -4574,7 +5489,8 @@ def stop_device(options: Any) -> None:
 def delete_devices(options: Any) -> int:
     """Stop and delete devices; a state file that has no device any more is removed.
 
-    A disk that somebody uses is refused before anything is done to it, unless forced.
+    A disk that somebody uses is refused before anything is done to it, unless
+    forced.
     """
     if options.all == bool(options.id):
         raise Usage("del needs one or more ids, or --all")
@@ -4597,19 +5513,31 @@ def delete_devices(options: Any) -> int:
 def recover(options: Any) -> int:
     """Start a new server for a device."""
     inherited = open_descriptors()
-    return launch(lambda started: recover_from_state(options.id, started, options.target), options, inherited)
+    return launch(
+        lambda started: recover_from_state(options.id, started, options.target),
+        options,
+        inherited,
+    )
 
 
 def quiesce(options: Any) -> None:
     """Detach the server of a device; the disk keeps its clients waiting for `recover`."""
-    refuse(not 0 <= options.timeout < 1e6, f"timeout {options.timeout}", "not a number of seconds")
+    refuse(
+        not 0 <= options.timeout < 1e6, f"timeout {options.timeout}", "not a number of seconds"
+    )
     with Control() as control:
         require(UBLK_F_QUIESCE & ~(control.features or 0))
         control.get_dev_info(options.id)
         control.quiesce_dev(options.id, options.timeout)
-        if not becomes(lambda: control.get_dev_info(options.id).state != UBLK_S_DEV_LIVE, SERVER_TIMEOUT):
-            raise UblkError(errno.ETIMEDOUT, f"device {options.id}", "its server does not leave",
-                            "end it, then `ublk.py recover` the device")
+        if not becomes(
+            lambda: control.get_dev_info(options.id).state != UBLK_S_DEV_LIVE, SERVER_TIMEOUT
+        ):
+            raise UblkError(
+                errno.ETIMEDOUT,
+                f"device {options.id}",
+                "its server does not leave",
+                "end it, then `ublk.py recover` the device",
+            )
 
 
 def resize(options: Any) -> None:
@@ -4620,8 +5548,12 @@ def resize(options: Any) -> None:
         state = load_state(options.id, info.ublksrv_flags)
         served = alive(info.ublksrv_pid)
         check_new_size(control, options.id, options.size)
-        refuse(served and state and not state.get("follows"), what, "a program serves it, and is not asked",
-               "have that program call Device.resize()")
+        refuse(
+            served and state and not state.get("follows"),
+            what,
+            "a program serves it, and is not asked",
+            "have that program call Device.resize()",
+        )
         before, _ = geometry(control, options.id)
         control.update_size(options.id, options.size)
         if served and options.size != before:
@@ -4631,23 +5563,32 @@ def resize(options: Any) -> None:
 def await_server(control: Control, dev_id: int, size: int, identity: int) -> None:
     """Wait until a server has followed to the disk's new size; UblkError if its target cannot.
 
-    It says so in its state file. Where we do not see that, as it is another user's, the server has
-    followed if the disk keeps its size: it looks at it every second, and changes it back if it cannot.
+    It says so in its state file. Where we do not see that, as it is another
+    user's, the server has followed if the disk keeps its size: it looks at it
+    every second, and changes it back if it cannot.
     """
     what, begun = f"cannot resize device {dev_id}", time.monotonic()
-    while time.monotonic() < begun + SERVER_TIMEOUT and alive(control.get_dev_info(dev_id).ublksrv_pid):
+    while time.monotonic() < begun + SERVER_TIMEOUT and alive(
+        control.get_dev_info(dev_id).ublksrv_pid
+    ):
         now, _ = geometry(control, dev_id)
         state = load_state(dev_id, identity)
         unseen = not state and time.monotonic() > begun + 3.0
         if state.get("size") == size:
             return
         reason = state.get("refusal") if state.get("refused") == size else ""
-        refuse(now not in (0, size), what, f"its target cannot have {size} bytes",
-               reason or "see what its server says")
+        refuse(
+            now not in (0, size),
+            what,
+            f"its target cannot have {size} bytes",
+            reason or "see what its server says",
+        )
         if unseen:
             return
         time.sleep(0.05)
-    raise UblkError(errno.ETIMEDOUT, what, "its server does not tell whether it follows", "see what it says")
+    raise UblkError(
+        errno.ETIMEDOUT, what, "its server does not tell whether it follows", "see what it says"
+    )
 
 
 def show_features(options: Any) -> None:
@@ -4655,27 +5596,48 @@ def show_features(options: Any) -> None:
     with Control() as control:
         mask = control.features
     rows: list[dict[str, Any]] = [
-        {"bit": feature.bit, "name": feature.name, "since": feature.since, "meaning": feature.meaning,
-         "supported": bool(mask & feature) if mask is not None else None} for feature in FEATURES]
-    rows += [{"bit": int(name[4:]), "name": name, "since": "", "meaning": "newer than this program",
-              "supported": True} for name in flag_names((mask or 0) & ~sum(FEATURES))]
+        {
+            "bit": feature.bit,
+            "name": feature.name,
+            "since": feature.since,
+            "meaning": feature.meaning,
+            "supported": bool(mask & feature) if mask is not None else None,
+        }
+        for feature in FEATURES
+    ]
+    rows += [
+        {
+            "bit": int(name[4:]),
+            "name": name,
+            "since": "",
+            "meaning": "newer than this program",
+            "supported": True,
+        }
+        for name in flag_names((mask or 0) & ~sum(FEATURES))
+    ]
     if options.json:
         import json
+
         print(json.dumps(rows, indent=2))
         return
     if mask is None:
         say("this kernel cannot tell (GET_FEATURES needs Linux 6.5)")
     answers = {True: "yes", False: "no", None: "?"}
     for row in rows:
-        print(f"{row['bit']:>3}  {row['name']:<23} {answers[row['supported']]:<4} "
-              f"{row['since']:<5} {row['meaning']}")
+        print(
+            f"{row['bit']:>3}  {row['name']:<23} {answers[row['supported']]:<4} "
+            f"{row['since']:<5} {row['meaning']}"
+        )
 
 
 def check(options: Any) -> int:
     """Say what is missing on this machine, and the command that mends it."""
     failures = 0
     for name, problem, remedy in checks():
-        print(f"{'missing' if problem else 'ok':<8} {name}" + (f": {problem}: {remedy}" if problem else ""))
+        print(
+            f"{'missing' if problem else 'ok':<8} {name}"
+            + (f": {problem}: {remedy}" if problem else "")
+        )
         failures += bool(problem)
     return 1 if failures else 0
 
@@ -4688,29 +5650,46 @@ def checks() -> Iterator[tuple[str, str, str]]:
         yield "io_uring", "", ""
     except UblkError as error:
         yield "io_uring", error.reason, error.remedy
-    loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists("/dev/ublk-control")
-    yield ("ublk driver", "" if loaded else "not loaded",
-           "modprobe ublk_drv (where there is none: install a kernel with CONFIG_BLK_DEV_UBLK)")
+    loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists(
+        "/dev/ublk-control"
+    )
+    yield (
+        "ublk driver",
+        "" if loaded else "not loaded",
+        "modprobe ublk_drv (where there is none: install a kernel with CONFIG_BLK_DEV_UBLK)",
+    )
     command = f"{shlex.quote(PROGRAM[0])} -I {shlex.quote(PROGRAM[1])}"
-    install = (f"{command} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm control "
-               "--reload && udevadm trigger (as root)")
+    install = (
+        f"{command} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm control "
+        "--reload && udevadm trigger (as root)"
+    )
     if loaded and not os.path.exists("/dev/ublk-control"):
-        yield ("/dev/ublk-control", "not here, though the driver is loaded",
-               "in a container: give it the node of its host, as by `podman run --device /dev/ublk-control`")
+        yield (
+            "/dev/ublk-control",
+            "not here, though the driver is loaded",
+            "in a container: give it the node of its host, as by `podman run --device /dev/ublk-control`",
+        )
     elif loaded:
         usable = os.access("/dev/ublk-control", os.R_OK | os.W_OK)
-        yield "/dev/ublk-control", "" if usable else "not yours to open", f"run as root, or {install}"
+        yield (
+            "/dev/ublk-control",
+            "" if usable else "not yours to open",
+            f"run as root, or {install}",
+        )
     if not privileged():
         rules = any("udev-owner %k" in text for text in udev_rules())
         yield "udev rules", "" if rules else "ordinary users get no device nodes", install
     parent = run_dir()
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
-    yield (f"state directory {run_dir()}", "" if os.access(parent, os.W_OK) else "not writable",
-           "set UBLK_RUN_DIR to a directory of yours")
+    yield (
+        f"state directory {run_dir()}",
+        "" if os.access(parent, os.W_OK) else "not writable",
+        "set UBLK_RUN_DIR to a directory of yours",
+    )
 
 
-PROGRAM = (os.path.realpath(sys.executable), os.path.realpath(__file__))    # what root is to run
+PROGRAM = (os.path.realpath(sys.executable), os.path.realpath(__file__))  # what root is to run
 
 
 def print_udev_rules(options: Any) -> None:
@@ -4718,15 +5697,23 @@ def print_udev_rules(options: Any) -> None:
     for path in PROGRAM:
         others = not_roots_alone(path)
         if others:
-            raise UblkError(errno.EPERM, f"root is to run {path}", f"not root alone may change {others}",
-                            "copy it to where only root can write, and use the system's Python")
+            raise UblkError(
+                errno.EPERM,
+                f"root is to run {path}",
+                f"not root alone may change {others}",
+                "copy it to where only root can write, and use the system's Python",
+            )
     python, program = map(udev_word, PROGRAM)
-    print(f"""\
-# Ordinary users may create ublk devices, and get the nodes of those they created, for them alone.
-# root runs the command below at every new device: keep that file where only root can write.
+    print(
+        f"""\
+# Ordinary users may create ublk devices, and get the nodes of those they
+# created, for them alone. root runs the command below at every new device: keep
+# that file where only root can write.
 KERNEL=="ublk-control", MODE="0666", OPTIONS+="static_node=ublk-control"
 KERNEL=="ublk[bc][0-9]*", ACTION=="add|change", PROGRAM="{python} -I {program} udev-owner %k", \\
-  OWNER="%c{{1}}", GROUP="%c{{2}}", MODE="0600"\n""", end="")
+  OWNER="%c{{1}}", GROUP="%c{{2}}", MODE="0600"\n""",
+        end="",
+    )
 
 
 def udev_owner(options: Any) -> int:
@@ -4747,8 +5734,12 @@ def replay(words: Sequence[str]) -> int:
     """Rebuild a recorded disk; the companion, which records, knows how."""
     module = companion()
     if module is None:
-        raise UblkError(errno.ENOENT, "cannot replay", "ublk_targets.py is not here",
-                        "put it beside ublk.py")
+        raise UblkError(
+            errno.ENOENT,
+            "cannot replay",
+            "ublk_targets.py is not here",
+            "put it beside ublk.py",
+        )
     return module.replay(words)
 
 
@@ -4757,23 +5748,58 @@ ID = {"id": {"type": int}}
 # name -> function, help, arguments (None: it parses its words itself)
 VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any]] | None]] = {
     "list": (list_devices, "show devices", {"id": {"type": int, "nargs": "?"}, "--json": FLAG}),
-    "stop": (stop_device, "take a disk away",
-             {**ID, "--if-unused": {**FLAG, "help": "only where nobody has it open"}}),
-    "del": (delete_devices, "stop and delete devices",
-            {"id": {"type": int, "nargs": "*"}, "--all": FLAG,
-             "--force": {**FLAG, "help": "also a disk that somebody uses"}}),
-    "recover": (recover, "start a new server for a disk whose server is gone", {
-        **ID, "--background": FLAG, "--json": FLAG,
-        "--target": {"nargs": "...", "default": [], "metavar": "TARGET [TARGET ARGS]",
-                     "help": "instead of what the state file names"}}),
-    "quiesce": (quiesce, "detach a disk's server for another to `recover` it, without an error",
-                {**ID, "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"}}),
-    "resize": (resize, "change the size of a live disk", {**ID, "size": {"type": number_of_bytes}}),
+    "stop": (
+        stop_device,
+        "take a disk away",
+        {**ID, "--if-unused": {**FLAG, "help": "only where nobody has it open"}},
+    ),
+    "del": (
+        delete_devices,
+        "stop and delete devices",
+        {
+            "id": {"type": int, "nargs": "*"},
+            "--all": FLAG,
+            "--force": {**FLAG, "help": "also a disk that somebody uses"},
+        },
+    ),
+    "recover": (
+        recover,
+        "start a new server for a disk whose server is gone",
+        {
+            **ID,
+            "--background": FLAG,
+            "--json": FLAG,
+            "--target": {
+                "nargs": "...",
+                "default": [],
+                "metavar": "TARGET [TARGET ARGS]",
+                "help": "instead of what the state file names",
+            },
+        },
+    ),
+    "quiesce": (
+        quiesce,
+        "detach a disk's server for another to `recover` it, without an error",
+        {**ID, "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"}},
+    ),
+    "resize": (
+        resize,
+        "change the size of a live disk",
+        {**ID, "size": {"type": number_of_bytes}},
+    ),
     "features": (show_features, "show what this kernel offers", {"--json": FLAG}),
     "check": (check, "say what is missing on this machine", {}),
     "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", {}),
-    "udev-owner": (udev_owner, "used by these rules: print the owner of a device node", {"node": {}}),
-    "replay": (replay, "rebuild a recorded disk as it was at a given moment (target record)", None),
+    "udev-owner": (
+        udev_owner,
+        "used by these rules: print the owner of a device node",
+        {"node": {}},
+    ),
+    "replay": (
+        replay,
+        "rebuild a recorded disk as it was at a given moment (target record)",
+        None,
+    ),
 }
 
 
@@ -4791,8 +5817,10 @@ def run_verb(words: Sequence[str]) -> int:
 
 def print_help() -> None:
     """Print the overview of the command line."""
-    print("usage: ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]\n       ublk.py COMMAND ...\n\ntargets "
-          "(`ublk.py TARGET --help` tells more):")
+    print(
+        "usage: ublk.py TARGET [TARGET ARGS] [DEVICE OPTIONS]\n       ublk.py COMMAND ...\n\ntargets "
+        "(`ublk.py TARGET --help` tells more):"
+    )
     for name, cls in sorted(known_targets().items()):
         print(f"  {name:<12} {(cls.__doc__ or '').splitlines()[0]}")
     print("  FILE.py:CLASS  a Target of your own\n\ncommands:")
@@ -4804,7 +5832,7 @@ def print_help() -> None:
 def open_standard_descriptors() -> None:
     """Have 0 to 2 open, as the void: or the next file would be what everybody writes messages to."""
     while not all(map(is_open, range(3))):
-        os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
     if sys.stdout is None:
@@ -4814,12 +5842,12 @@ def open_standard_descriptors() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 1 (it failed) or 2 (wrong usage)."""
     open_standard_descriptors()
-    if os.environ.get("UBLK_RUN_DIR"):      # also for a server that leaves its directory
+    if os.environ.get("UBLK_RUN_DIR"):  # also for a server that leaves its directory
         os.environ["UBLK_RUN_DIR"] = run_dir()
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["add"]:        # what other ublk tools say
+    if words[:1] == ["add"]:  # what other ublk tools say
         words = words[1:]
-    sys.modules.setdefault("ublk", sys.modules[__name__])   # what a target's file imports is us
+    sys.modules.setdefault("ublk", sys.modules[__name__])  # what a target's file imports is us
     try:
         if words[:1] == ["--version"]:
             print(f"ublk.py {__version__}")
@@ -4831,7 +5859,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Usage as error:
         say(error_line(error))
         return 2
-    except BrokenPipeError:         # whoever reads has enough
+    except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (OSError, KeyboardInterrupt) as error:
@@ -4844,7 +5872,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def error_line(error: BaseException) -> str:
     """Return the one line that standard error gets of a failure."""
     if isinstance(error, OSError) and not isinstance(error, UblkError):
-        error = UblkError(error.errno or errno.EIO, str(error.filename or "a system call failed"))
+        error = UblkError(
+            error.errno or errno.EIO, str(error.filename or "a system call failed")
+        )
     text = str(error) or f"ended by {type(error).__name__}"
     return " ".join(text.splitlines())
 

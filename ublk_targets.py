@@ -6,9 +6,10 @@
     zoned     a disk of zones, in memory or a file     nbd       what an NBD server serves
     fault     another target that fails and stalls     record    another target, with a log to replay
 
-Lying beside ublk.py, this file adds these names to its command line: ``ublk.py loop disk.img``.
-The parameters of a class are its arguments there: positional ones are words, keyword-only ones
-options, described by the lines ``name: text`` of its docstring.
+Lying beside ublk.py, this file adds these names to its command line: ``ublk.py
+loop disk.img``. The parameters of a class are its arguments there: positional
+ones are words, keyword-only ones options, described by the lines ``name: text``
+of its docstring.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ import ublk
 from ublk import refuse
 
 PAGE_SIZE = mmap.PAGESIZE
-PIECE = 1 << 20                             # bytes that are copied or written at once
+PIECE = 1 << 20  # bytes that are copied or written at once
 
 # linux/falloc.h and linux/fs.h
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
 BLKDISCARD, BLKSSZGET, BLKPBSZGET = 0x1277, 0x1268, 0x127B
 
 HOLE = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)      # what fallocate(2) fails with, which is no fault
+# What fallocate(2) fails with, which is no fault
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
@@ -93,26 +95,34 @@ def clear(fd: int, offset: int, length: int) -> None:
             write_all(fd, ublk.ZEROES[:count], at)
 
 
-COMPLEMENT = bytes(range(255, -1, -1))      # new byte for each byte: 255 minus it
+COMPLEMENT = bytes(range(255, -1, -1))  # new byte for each byte: 255 minus it
 
 
 class Ram(ublk.Target):
     """Keep the disk in memory; it is gone when the server ends.
 
-    The metadata of its blocks, if it keeps any, lie complemented in memory of their own: what was never
-    written there reads as zeroes, so it means all ones, and to the kernel these mean a block never written.
+    The metadata of its blocks, if it keeps any, lie complemented in memory of
+    their own: what was never written there reads as zeroes, so it means all
+    ones, and to the kernel these mean a block never written.
 
-    size: size of the disk
-    metadata_size: bytes kept beside each block, for the checksum that the kernel makes and verifies (7.0)
-    checksum: which one: crc, ip, crc64 or none
+    size: size of the disk metadata_size: bytes kept beside each block, for the
+    checksum that the kernel makes and verifies (7.0) checksum: which one: crc,
+    ip, crc64 or none
     """
 
-    processes = True            # forked later they see the same disk: memory of a file is shared
+    processes = True  # forked later they see the same disk: memory of a file is shared
     metadata_fd = -1
 
-    def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30), metadata_size: int = 0,
-                 checksum: str = "crc") -> None:
-        refuse(size <= 0 or size % self.block_size, f"ram of {size} bytes", "not a multiple of 512")
+    def __init__(
+        self,
+        *,
+        size: ublk.Size = ublk.Size(1 << 30),
+        metadata_size: int = 0,
+        checksum: str = "crc",
+    ) -> None:
+        refuse(
+            size <= 0 or size % self.block_size, f"ram of {size} bytes", "not a multiple of 512"
+        )
         self.size = size
         self.fd = os.memfd_create("ram")
         weakref.finalize(self, os.close, self.fd)
@@ -138,7 +148,8 @@ class Ram(ublk.Target):
 
     def read(self, offset: int, buffer: memoryview) -> None:
         end = offset + len(buffer)
-        if end > len(self.view):        # the disk has grown: no request is for what lies behind its end
+        # The disk has grown: no request is for what lies behind its end
+        if end > len(self.view):
             self.reach(end)
         buffer[:] = self.view[offset:end]
 
@@ -149,7 +160,7 @@ class Ram(ublk.Target):
         self.view[offset:end] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        clear(self.fd, offset, length)          # which gives pages back
+        clear(self.fd, offset, length)  # which gives pages back
         if self.metadata_fd >= 0:
             clear(self.metadata_fd, self.metadata_at(offset), self.metadata_at(length))
 
@@ -165,7 +176,9 @@ class Ram(ublk.Target):
         buffer[:] = data.ljust(len(buffer), b"\0").translate(COMPLEMENT)
 
     def write_metadata(self, offset: int, buffer: memoryview) -> None:
-        write_all(self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset))
+        write_all(
+            self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset)
+        )
 
 
 class Mapped:
@@ -175,7 +188,7 @@ class Mapped:
 
     def read(self, offset: int, buffer: memoryview) -> int:
         fd, at = self.map(offset, len(buffer), False)
-        return os.preadv(fd, [buffer], at)          # 0 where the file was cut: EIO
+        return os.preadv(fd, [buffer], at)  # 0 where the file was cut: EIO
 
     def write(self, offset: int, buffer: memoryview) -> int:
         fd, at = self.map(offset, len(buffer), True)
@@ -189,23 +202,23 @@ class Mapped:
 class Loop(Mapped, ublk.Target):
     """Serve a file or a block device as a disk. A file that may not be written to makes a read-only one.
 
-    path: the file or block device
-    direct: transfer around the page cache (O_DIRECT)
-    read_only: open it for reading only
+    path: the file or block device direct: transfer around the page cache
+    (O_DIRECT) read_only: open it for reading only
     """
 
     def __init__(self, path: str, *, direct: bool = False, read_only: bool = False) -> None:
         self.path, self.is_block, self.files = path, is_block(path), [path]
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0, read_only)
-        self.opened = weakref.finalize(self, os.close, self.fd)     # ends at the latest with the object
+        # Ends at the latest with the object
+        self.opened = weakref.finalize(self, os.close, self.fd)
         self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
         self.dma_alignment = memory_alignment(self.fd) if direct else 0
         if not self.read_only and self._can_discard():
-            self.discard = self._discard        # an attribute: not every backing has it
+            self.discard = self._discard  # an attribute: not every backing has it
 
     def close(self) -> None:
         self.opened()
-        self.fd = -1                            # the number may become another file's
+        self.fd = -1  # the number may become another file's
 
     def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
         """Say in which file, and where in it, these bytes of the disk are."""
@@ -216,7 +229,7 @@ class Loop(Mapped, ublk.Target):
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, else convert to zeroes, else write them."""
-        for mode in (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE)[0 if unmap else 1:]:
+        for mode in (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE)[0 if unmap else 1 :]:
             try:
                 await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
                 return
@@ -256,14 +269,20 @@ class Loop(Mapped, ublk.Target):
 def is_block(path: str) -> bool:
     """Tell a block device from a file; raise UblkError for what is neither."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
-    refuse(kind not in (stat.S_IFBLK, stat.S_IFREG), path, "neither a file nor a block device", "name one")
+    refuse(
+        kind not in (stat.S_IFBLK, stat.S_IFREG),
+        path,
+        "neither a file nor a block device",
+        "name one",
+    )
     return kind == stat.S_IFBLK
 
 
 def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[int, bool]:
     """Open a file or block device; return its descriptor and whether it is only for reading.
 
-    A device to be written to is taken exclusively, so that nobody mounts it meanwhile.
+    A device to be written to is taken exclusively, so that nobody mounts it
+    meanwhile.
     """
     exclusive = os.O_EXCL if is_block(path) else 0
     try:
@@ -276,7 +295,9 @@ def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[in
         return os.open(path, flags | os.O_RDONLY), True
     except OSError as error:
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            raise wrong(path, "its file system has no direct I/O", "leave --direct out") from None
+            raise wrong(
+                path, "its file system has no direct I/O", "leave --direct out"
+            ) from None
         raise
 
 
@@ -293,13 +314,17 @@ def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
         liked = max(unit, 4096)
     size = os.lseek(fd, 0, os.SEEK_END)
     refuse(size == 0, path, "it is empty", f"give it a size: truncate -s 1G {path}")
-    refuse(size % unit, path, f"its size {size} is not a multiple of {unit}",
-           f"make it one: truncate -s {-(-size // unit) * unit} {path}")
+    refuse(
+        size % unit,
+        path,
+        f"its size {size} is not a multiple of {unit}",
+        f"make it one: truncate -s {-(-size // unit) * unit} {path}",
+    )
     return size, unit, min(liked, PAGE_SIZE)
 
 
-STATX_DIOALIGN, AT_EMPTY_PATH = 0x2000, 0x1000      # linux/stat.h, linux/fcntl.h
-STATX = struct.Struct("=I148xI100x")                # stx_mask and stx_dio_mem_align of struct statx
+STATX_DIOALIGN, AT_EMPTY_PATH = 0x2000, 0x1000  # linux/stat.h, linux/fcntl.h
+STATX = struct.Struct("=I148xI100x")  # stx_mask and stx_dio_mem_align of struct statx
 
 
 def memory_alignment(fd: int) -> int:
@@ -332,6 +357,7 @@ def direct_unit(fd: int, path: str) -> int:
 async def together(*coroutines: Any) -> None:
     """Run coroutines side by side until all have ended, also where one fails; then raise what it raised."""
     import asyncio
+
     for outcome in await asyncio.gather(*coroutines, return_exceptions=True):
         if isinstance(outcome, BaseException):
             raise outcome
@@ -354,19 +380,47 @@ def extent(args: Sequence[Any]) -> tuple[int, int]:
 # What a target may define: handlers of requests, and all else
 CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
 WITH_DATA = CHANGES[:2]
-HANDLERS = ("read", *CHANGES, "zone_append", "zone_open", "zone_close", "zone_finish", "zone_reset",
-            "zone_reset_all")
-PROPERTIES = ("size", "block_size", "physical_block_size", "boundary", "read_only", "rotational",
-              "discard_granularity", "max_segments", "max_segment_size",
-              "zone_size", "max_open_zones", "max_active_zones", "max_append",
-              "metadata_size", "checksum", "read_metadata", "write_metadata",
-              "report_zones", "resized", "start", "close", "once", "files")
+HANDLERS = (
+    "read",
+    *CHANGES,
+    "zone_append",
+    "zone_open",
+    "zone_close",
+    "zone_finish",
+    "zone_reset",
+    "zone_reset_all",
+)
+PROPERTIES = (
+    "size",
+    "block_size",
+    "physical_block_size",
+    "boundary",
+    "read_only",
+    "rotational",
+    "discard_granularity",
+    "max_segments",
+    "max_segment_size",
+    "zone_size",
+    "max_open_zones",
+    "max_active_zones",
+    "max_append",
+    "metadata_size",
+    "checksum",
+    "read_metadata",
+    "write_metadata",
+    "report_zones",
+    "resized",
+    "start",
+    "close",
+    "once",
+    "files",
+)
 
 
 class Over:
     """A part of targets over others: they serve the requests that all of these do."""
 
-    call: Callable[..., Any]        # gets a handler's name and its arguments, returns what it would
+    call: Callable[..., Any]  # gets a handler's name and its arguments, returns what it would
 
     def offer(self, names: Sequence[str], *targets: ublk.Target) -> None:
         """Have call() serve the requests of these names that all of the targets serve."""
@@ -377,33 +431,52 @@ class Over:
 
 def distinct(paths: Sequence[str]) -> Sequence[str]:
     """Return the files of a disk; raise UblkError where one is named twice."""
-    refuse(len({os.path.realpath(path) for path in paths}) < len(paths),
-           " ".join(paths), "one file or device is named twice", "name different ones")
+    refuse(
+        len({os.path.realpath(path) for path in paths}) < len(paths),
+        " ".join(paths),
+        "one file or device is named twice",
+        "name different ones",
+    )
     return paths
 
 
 class Stripe(Over, Mapped, ublk.Target):
     """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
 
-    The kernel lets no read or write cross from one chunk into the next, so each goes to one file.
+    The kernel lets no read or write cross from one chunk into the next, so each
+    goes to one file.
 
-    paths: the files or block devices
-    chunk: how much lies on one before it goes on on the next
-    direct: transfer around the page cache (O_DIRECT)
-    read_only: open them for reading only
+    paths: the files or block devices chunk: how much lies on one before it goes
+    on on the next direct: transfer around the page cache (O_DIRECT) read_only:
+    open them for reading only
     """
 
-    def __init__(self, *paths: str, chunk: ublk.Size = ublk.Size(64 << 10), direct: bool = False,
-                 read_only: bool = False) -> None:
-        legs = self.legs = [Loop(path, direct=direct, read_only=read_only) for path in distinct(paths)]
+    def __init__(
+        self,
+        *paths: str,
+        chunk: ublk.Size = ublk.Size(64 << 10),
+        direct: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        legs = self.legs = [
+            Loop(path, direct=direct, read_only=read_only) for path in distinct(paths)
+        ]
         self.files = paths
         self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
         self.dma_alignment = max(leg.dma_alignment for leg in legs)
-        refuse(chunk <= 0 or chunk % self.block_size, f"chunk of {chunk} bytes",
-               f"not a multiple of the block size {self.block_size}")
+        refuse(
+            chunk <= 0 or chunk % self.block_size,
+            f"chunk of {chunk} bytes",
+            f"not a multiple of the block size {self.block_size}",
+        )
         least = min(legs, key=lambda leg: leg.size)
-        refuse(least.size < chunk, least.path, f"smaller than a chunk of {chunk} bytes", "take a smaller one")
+        refuse(
+            least.size < chunk,
+            least.path,
+            f"smaller than a chunk of {chunk} bytes",
+            "take a smaller one",
+        )
         self.size = least.size // chunk * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
         self.offer(("flush", "discard", "write_zeroes"), *legs)
@@ -430,7 +503,9 @@ class Stripe(Over, Mapped, ublk.Target):
             return await together(*[leg.flush() for leg in self.legs])
         offset, length, *how = args
         spans = self.spans(offset, length)
-        return await together(*[getattr(leg, name)(at, count, *how) for leg, at, count in spans])
+        return await together(
+            *[getattr(leg, name)(at, count, *how) for leg, at, count in spans]
+        )
 
     def close(self) -> None:
         for leg in self.legs:
@@ -471,30 +546,35 @@ def have_alone(disk: Loop, path: str, read_only: bool) -> None:
         raise ublk.UblkError(errno.EBUSY, path, "another server uses it") from None
 
 
-COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")     # size, block size, boot id
-COW_UNIT = 64 << 10                             # header and marks fill whole pages of any machine
-BASE, OURS, KEPT = b"\0", b"\1", b"\2"          # marks of blocks: see Cow
+COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")  # size, block size, boot id
+COW_UNIT = 64 << 10  # header and marks fill whole pages of any machine
+BASE, OURS, KEPT = b"\0", b"\1", b"\2"  # marks of blocks: see Cow
 
 
 class Cow(ublk.Target):
     """A writable overlay over a base that stays as it is (copy on write).
 
-    What is written goes to the same place of the overlay, a sparse file, and then the block's mark,
-    a byte, becomes OURS. Data first, mark second: no kill can make a block of garbage visible. As a
-    loss of power may reorder the two, OURS counts only until the machine is started anew. A flush
-    makes the data durable and then the marks KEPT, which count for ever. No mark ever goes back:
-    zeroes and discarded blocks become holes of the overlay.
+    What is written goes to the same place of the overlay, a sparse file, and
+    then the block's mark, a byte, becomes OURS. Data first, mark second: no
+    kill can make a block of garbage visible. As a loss of power may reorder the
+    two, OURS counts only until the machine is started anew. A flush makes the
+    data durable and then the marks KEPT, which count for ever. No mark ever
+    goes back: zeroes and discarded blocks become holes of the overlay.
 
-    base: the file or block device that is read
-    overlay: the file that takes the changes; made if it is not there; delete it to discard them
-    commit: first write the changes of earlier times into the base, and start with none
+    base: the file or block device that is read overlay: the file that takes the
+    changes; made if it is not there; delete it to discard them commit: first
+    write the changes of earlier times into the base, and start with none
     read_only: open both for reading only
     """
 
-    once = ("--commit",)        # a server that recovers the disk leaves its changes where they are
+    once = ("--commit",)  # a server that recovers the disk leaves its changes where they are
 
-    def __init__(self, base: str, overlay: str, *, commit: bool = False, read_only: bool = False) -> None:
-        refuse(commit and read_only, "--commit", "it writes to the base", "leave --read-only out")
+    def __init__(
+        self, base: str, overlay: str, *, commit: bool = False, read_only: bool = False
+    ) -> None:
+        refuse(
+            commit and read_only, "--commit", "it writes to the base", "leave --read-only out"
+        )
         distinct([base, overlay])
         is_block(base)
         self.files = [base, overlay]
@@ -508,9 +588,9 @@ class Cow(ublk.Target):
                 file.truncate(self.data_at + self.size)
         self.top, self.path = Loop(overlay, read_only=read_only), overlay
         self.read_only = read_only
-        self.lost = False                                   # what is marked OURS counts for nothing
+        self.lost = False  # what is marked OURS counts for nothing
         self.fd, self.lock = self.top.fd, threading.Lock()
-        self.fresh: set[tuple[int, int]] = set()            # blocks, from and to, that are to be KEPT
+        self.fresh: set[tuple[int, int]] = set()  # blocks, from and to, that are to be KEPT
         self._open()
         if commit:
             self._commit()
@@ -522,11 +602,22 @@ class Cow(ublk.Target):
             boot = file.read(36)
         header = COW_HEADER.pack(self.size, self.grain, boot)
         size, grain, last_boot = self.size, self.grain, boot
-        if any(os.pread(self.fd, len(header), 0)):          # else it is new, or was killed as it was made
+        # Else it is new, or was killed as it was made
+        if any(os.pread(self.fd, len(header), 0)):
             size, grain, last_boot = COW_HEADER.read(self.fd, self.path)
-        refuse((size, grain) != (self.size, self.grain), self.path, f"made for a base of {size} bytes in "
-               f"blocks of {grain}, this one has {self.size} in {self.grain}", "name its own base")
-        refuse(self.top.size != self.data_at + size, self.path, "its end is missing", "restore or delete it")
+        refuse(
+            (size, grain) != (self.size, self.grain),
+            self.path,
+            f"made for a base of {size} bytes in "
+            f"blocks of {grain}, this one has {self.size} in {self.grain}",
+            "name its own base",
+        )
+        refuse(
+            self.top.size != self.data_at + size,
+            self.path,
+            "its end is missing",
+            "restore or delete it",
+        )
         if self.read_only:
             self.lost = last_boot != boot
             return
@@ -549,7 +640,11 @@ class Cow(ublk.Target):
     def runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into (whether the overlay has it, offset, length)."""
         for run in re.finditer(b"\0+|[^\0]+", self._marks(self.blocks(offset, length))):
-            yield run[0][:1] != BASE, offset + run.start() * self.grain, len(run[0]) * self.grain
+            yield (
+                run[0][:1] != BASE,
+                offset + run.start() * self.grain,
+                len(run[0]) * self.grain,
+            )
 
     def _marks(self, blocks: slice) -> bytes:
         """Return the marks of blocks. A mapping would be quicker, and kill us: a full tmpfs has no page
@@ -577,7 +672,7 @@ class Cow(ublk.Target):
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         for ours, at, length in self.runs(offset, len(buffer)):
-            piece = buffer[at - offset:][:length]
+            piece = buffer[at - offset :][:length]
             if ours:
                 await moved(partial(self._read, self.fd), self.data_at + at, piece)
             else:
@@ -605,7 +700,7 @@ class Cow(ublk.Target):
         await self.top.flush()
         self._keep(fresh)
         await self.top.flush()
-        with self.lock:                         # no sooner: a flush beside this one must do them, too
+        with self.lock:  # no sooner: a flush beside this one must do them, too
             self.fresh -= fresh
 
     def _commit(self) -> None:
@@ -632,6 +727,7 @@ class Cow(ublk.Target):
 # Targets over another target
 # =================================================================================================
 
+
 class Wrapper(Over):
     """A part of targets over one other: they offer what it offers, no more and no less."""
 
@@ -649,44 +745,74 @@ class Wrapper(Over):
 class Fault(Wrapper, ublk.Target):
     """Make another target fail, stall or lie.
 
-    What happens: --error, --delay, --jitter, --torn, --lost, --hang. When: --on, --range, --after,
-    --rate; a request must pass them all. Several faults are wrapped in each other: ``fault --on
-    read --error EIO --rate 0.01 fault --delay 5ms loop disk.img``. A disk that is full after 100M:
-    ``fault --on write --after 100M --error ENOSPC``; one slow sector: ``fault --range 1M --delay 2s``.
+    What happens: --error, --delay, --jitter, --torn, --lost, --hang. When:
+    --on, --range, --after, --rate; a request must pass them all. Several faults
+    are wrapped in each other: ``fault --on read --error EIO --rate 0.01 fault
+    --delay 5ms loop disk.img``. A disk that is full after 100M: ``fault --on
+    write --after 100M --error ENOSPC``; one slow sector: ``fault --range 1M
+    --delay 2s``.
 
-    on: operations, with commas between: read, write, flush, discard, write_zeroes (all of them)
-    range: only requests that touch this sector or these bytes, such as 1M or 1M-2M
-    after: only once so many bytes were written
-    rate: only this share of the requests, at random (1)
-    error: fail with this errno, such as EIO
-    delay: take so much longer, such as 10ms
-    jitter: and up to so much more, at random
-    torn: of a write, do only a part from its beginning, at random
-    lost: report success and do nothing: a flush that lies, a write that never happened
-    hang: wait until --control says otherwise
-    control: a file that may appear and change meanwhile: its words replace all options above
-    seed: makes the same random choices again (1)
-    target: the target that is to fail, with its own arguments
+    on: operations, with commas between: read, write, flush, discard,
+    write_zeroes (all of them) range: only requests that touch this sector or
+    these bytes, such as 1M or 1M-2M after: only once so many bytes were written
+    rate: only this share of the requests, at random (1) error: fail with this
+    errno, such as EIO delay: take so much longer, such as 10ms jitter: and up
+    to so much more, at random torn: of a write, do only a part from its
+    beginning, at random lost: report success and do nothing: a flush that lies,
+    a write that never happened hang: wait until --control says otherwise
+    control: a file that may appear and change meanwhile: its words replace all
+    options above seed: makes the same random choices again (1) target: the
+    target that is to fail, with its own arguments
     """
 
-    def __init__(self, target: ublk.Target, *, on: str = "", range: str = "",
-                 after: ublk.Size = ublk.Size(0), rate: float = 1.0, error: str = "",
-                 delay: str = "0", jitter: str = "0", torn: bool = False, lost: bool = False,
-                 hang: bool = False, control: str = "", seed: int = 1) -> None:
+    def __init__(
+        self,
+        target: ublk.Target,
+        *,
+        on: str = "",
+        range: str = "",
+        after: ublk.Size = ublk.Size(0),
+        rate: float = 1.0,
+        error: str = "",
+        delay: str = "0",
+        jitter: str = "0",
+        torn: bool = False,
+        lost: bool = False,
+        hang: bool = False,
+        control: str = "",
+        seed: int = 1,
+    ) -> None:
         super().__init__(target)
         self.on = on.split(",") if on else HANDLERS
-        refuse(not set(self.on) <= set(HANDLERS), f"--on {on}", "no such operation",
-               f"there are {', '.join(HANDLERS)}")
-        refuse(error not in ("", *errno.errorcode.values()), f"--error {error}", "there is no such errno",
-               "take one such as EIO")
-        refuse(not 0 <= rate <= 1, f"--rate {rate}", "not a share from 0 to 1", "write 0.01 for one in 100")
+        refuse(
+            not set(self.on) <= set(HANDLERS),
+            f"--on {on}",
+            "no such operation",
+            f"there are {', '.join(HANDLERS)}",
+        )
+        refuse(
+            error not in ("", *errno.errorcode.values()),
+            f"--error {error}",
+            "there is no such errno",
+            "take one such as EIO",
+        )
+        refuse(
+            not 0 <= rate <= 1,
+            f"--rate {rate}",
+            "not a share from 0 to 1",
+            "write 0.01 for one in 100",
+        )
         self.range, self.after, self.rate = span(range) if range else None, after, rate
-        self.error, self.delay, self.jitter = getattr(errno, error, 0), seconds(delay), seconds(jitter)
+        self.error, self.delay, self.jitter = (
+            getattr(errno, error, 0),
+            seconds(delay),
+            seconds(jitter),
+        )
         self.torn, self.lost, self.hang = torn, lost, hang
         self.control = os.path.abspath(control) if control else ""
         self.random, self.written = random.Random(seed), 0
-        self.seen: Any = None           # what the control file was when it was last read
-        self.rule = self                # whose options hold; another's once the control file is there
+        self.seen: Any = None  # what the control file was when it was last read
+        self.rule = self  # whose options hold; another's once the control file is there
 
     async def call(self, name: str, *args: Any) -> Any:
         self.look()
@@ -699,7 +825,7 @@ class Fault(Wrapper, ublk.Target):
         """Tell whether a request may be struck."""
         if written < self.after or name.replace("_fua", "") not in self.on:
             return False
-        if self.range is None or not args:      # a flush is of no range
+        if self.range is None or not args:  # a flush is of no range
             return self.range is None
         offset, length = extent(args)
         start, end = self.range
@@ -714,6 +840,7 @@ class Fault(Wrapper, ublk.Target):
     async def strike(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
         """Serve a request late, in part, not at all or with an error."""
         import asyncio
+
         if rule.delay or rule.jitter or rule.hang:
             await asyncio.sleep(rule.delay + rule.jitter * self.random.random())
         while rule.hang and self.rule is rule:
@@ -762,7 +889,12 @@ def span(text: str) -> tuple[int, int]:
     with suppress(ValueError):
         start = ublk.parse_size(first)
         end = ublk.parse_size(last) if last else start + ublk.SECTOR
-    refuse(start >= end, f"--range {text}", "not a range of bytes", "write 1M-2M, or 1M for a sector")
+    refuse(
+        start >= end,
+        f"--range {text}",
+        "not a range of bytes",
+        "write 1M-2M, or 1M for a sector",
+    )
     return start, end
 
 
@@ -771,8 +903,13 @@ def seconds(text: str) -> float:
     unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
     number = -1.0
     with suppress(ValueError):
-        number = float(text[:len(text) - len(unit)])
-    refuse(not 0 <= number < 1e9, f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
+        number = float(text[: len(text) - len(unit)])
+    refuse(
+        not 0 <= number < 1e9,
+        f"time {text}",
+        "not a number with ms, us or s",
+        "write 10ms or 1.5s",
+    )
     return number * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
 
 
@@ -783,26 +920,41 @@ def seconds(text: str) -> float:
 # The NBD protocol: github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
 NBD_OPTION_MAGIC, NBD_OPTION_REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
 NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY = 7, 8
-NBD_REP_ACK, NBD_REP_ERROR, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = 1, 1 << 31, 1 << 31 | 5, 1 << 31 | 6
+NBD_REP_ACK, NBD_REP_ERROR, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = (
+    1,
+    1 << 31,
+    1 << 31 | 5,
+    1 << 31 | 6,
+)
 NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
 NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL = 1 << 1, 1 << 4
 NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = range(5)
 NBD_CMD_WRITE_ZEROES = 6
 NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE = 1, 2
-# What a server may offer: the handler, the bit of its flags that says so, command and flag to ask for it
-NBD_OFFERS = {"flush": (1 << 2, NBD_CMD_FLUSH, 0), "write_fua": (1 << 3, NBD_CMD_WRITE, NBD_CMD_FLAG_FUA),
-              "discard": (1 << 5, NBD_CMD_TRIM, 0), "write_zeroes": (1 << 6, NBD_CMD_WRITE_ZEROES, 0)}
-NBD_REQUEST = struct.Struct(">IHHQQI")      # magic, flags, command, cookie, offset, length
-NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
+# What a server may offer: the handler, the bit of its flags that says so,
+# command and flag to ask for it
+NBD_OFFERS = {
+    "flush": (1 << 2, NBD_CMD_FLUSH, 0),
+    "write_fua": (1 << 3, NBD_CMD_WRITE, NBD_CMD_FLAG_FUA),
+    "discard": (1 << 5, NBD_CMD_TRIM, 0),
+    "write_zeroes": (1 << 6, NBD_CMD_WRITE_ZEROES, 0),
+}
+NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
+NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = (
+    0x25609513,
+    0x67446698,
+    0x668E33EF,
+)
 NBD_REPLY_FLAG_DONE = 1
 NBD_REPLY_NONE, NBD_REPLY_DATA, NBD_REPLY_HOLE, NBD_REPLY_ERROR = 0, 1, 2, 1 << 15
 NBD_TLS = "let a local `nbdkit nbd` or stunnel speak it"
-NBD_HANDSHAKE = 5.0                         # seconds a server has for all of it
+NBD_HANDSHAKE = 5.0  # seconds a server has for all of it
 
 
 def nbd_address(uri: str) -> tuple[Any, str]:
     """Take an NBD URI apart: (a path or (host, port), name of the export). Raises UblkError."""
     from urllib.parse import parse_qs, unquote, urlsplit
+
     try:
         parts = urlsplit(uri)
         path, export = parse_qs(parts.query).get("socket"), unquote(parts.path[1:])
@@ -810,18 +962,22 @@ def nbd_address(uri: str) -> tuple[Any, str]:
             return (parts.hostname, parts.port or 10809), export
         if parts.scheme == "nbd+unix" and path:
             return path[0], export
-    except ValueError as error:             # of a port that is none
+    except ValueError as error:  # of a port that is none
         raise wrong(uri, str(error)) from None
     if parts.scheme.startswith("nbds"):
         raise wrong(uri, "TLS is not spoken here", NBD_TLS)
-    raise wrong(repr(uri), "not an NBD address",
-                "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+    raise wrong(
+        repr(uri),
+        "not an NBD address",
+        "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH",
+    )
 
 
 class NbdConnection:
     """A connection to an NBD server: made, which may block, once hands are shaken.
 
-    It knows of the export its size, flags (NBD_FLAG_*), smallest and largest request.
+    It knows of the export its size, flags (NBD_FLAG_*), smallest and largest
+    request.
     """
 
     def __init__(self, uri: str) -> None:
@@ -838,29 +994,50 @@ class NbdConnection:
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._shake_hands(export.encode())
             self.socket.settimeout(None)
-        except ValueError as error:             # a name that no host, path or export can have
+        except ValueError as error:  # a name that no host, path or export can have
             self.socket.close()
             raise wrong(repr(uri), str(error)) from None
         except OSError as error:
             self.socket.close()
             if isinstance(error, ublk.UblkError):
                 raise
-            number = errno.ETIMEDOUT if isinstance(error, socket.timeout) else error.errno or errno.EINVAL
-            number = number if number > 0 else errno.EHOSTUNREACH       # names not found are negative
-            raise ublk.UblkError(number, uri, error.strerror or str(error),
-                                 "see whether the server runs there") from None
+            number = (
+                errno.ETIMEDOUT
+                if isinstance(error, socket.timeout)
+                else error.errno or errno.EINVAL
+            )
+            # Names not found are negative
+            number = number if number > 0 else errno.EHOSTUNREACH
+            raise ublk.UblkError(
+                number, uri, error.strerror or str(error), "see whether the server runs there"
+            ) from None
 
     def _shake_hands(self, export: bytes) -> None:
         """Agree on structured replies if we can, and on the export; learn what it is like."""
-        refuse(self._take(8) != b"NBDMAGIC", self.uri, "no NBD server answers there", "name another")
+        refuse(
+            self._take(8) != b"NBDMAGIC",
+            self.uri,
+            "no NBD server answers there",
+            "name another",
+        )
         magic, flags = struct.unpack(">QH", self._take(10))
-        refuse(magic != NBD_OPTION_MAGIC or not flags & 1, self.uri,
-               "the server speaks only the old style of NBD", "use a newer server")
+        refuse(
+            magic != NBD_OPTION_MAGIC or not flags & 1,
+            self.uri,
+            "the server speaks only the old style of NBD",
+            "use a newer server",
+        )
         self.socket.sendall(struct.pack(">I", flags & 3))
         for kind, _ in self._option(NBD_OPT_STRUCTURED_REPLY, b""):
-            refuse(kind == NBD_REP_ERR_TLS_REQD, self.uri,
-                   "the server demands TLS, which is not spoken here", NBD_TLS)
-        wish = struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
+            refuse(
+                kind == NBD_REP_ERR_TLS_REQD,
+                self.uri,
+                "the server demands TLS, which is not spoken here",
+                NBD_TLS,
+            )
+        wish = (
+            struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
+        )
         for kind, data in self._option(NBD_OPT_GO, wish):
             if kind & NBD_REP_ERROR:
                 text = data.decode(errors="replace") or f"error {kind & 0xFFFF}"
@@ -878,8 +1055,12 @@ class NbdConnection:
         kind = 0
         while not kind & NBD_REP_ERROR:
             magic, of, kind, length = struct.unpack(">QIII", self._take(20))
-            refuse(magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16, self.uri,
-                   "the server does not keep to the protocol", "use another")
+            refuse(
+                magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16,
+                self.uri,
+                "the server does not keep to the protocol",
+                "use another",
+            )
             payload = self._take(length)
             if kind == NBD_REP_ACK:
                 return
@@ -910,12 +1091,14 @@ class NbdRequest:
 
     def __init__(self, cookie: int, command: int, flags: int, offset: int, what: Any) -> None:
         self.cookie = cookie
-        self.done: Any = None                       # the future of whoever waits
+        self.done: Any = None  # the future of whoever waits
         self.offset, self.length = extent((offset, what))
-        self.head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
+        self.head = NBD_REQUEST.pack(
+            NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length
+        )
         self.data = what if command == NBD_CMD_WRITE else b""
         self.room = what if command == NBD_CMD_READ else memoryview(b"")
-        self.error = self.filled = 0            # what the reply said so far
+        self.error = self.filled = 0  # what the reply said so far
 
     def end(self, error: int) -> None:
         """Wake whoever waits, if nobody has made it give up."""
@@ -926,37 +1109,43 @@ class NbdRequest:
 class Nbd(ublk.Target):
     """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
 
-    It gets all requests at once. When the connection is lost, a new one is made and gets the
-    requests that had no reply yet.
+    It gets all requests at once. When the connection is lost, a new one is made
+    and gets the requests that had no reply yet.
 
-    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
-    timeout: requests fail when the server is silent or away for so long (60s)
+    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH timeout:
+    requests fail when the server is silent or away for so long (60s)
     """
 
     def __init__(self, uri: str, *, timeout: str = "60s") -> None:
         self.uri, self.timeout = uri, seconds(timeout)
         server = self.connection = NbdConnection(uri)
-        refuse(server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE, uri,
-               f"its block size {server.minimum} is not possible here")
+        refuse(
+            server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE,
+            uri,
+            f"its block size {server.minimum} is not possible here",
+        )
         self.block_size = max(ublk.SECTOR, server.minimum)
         self.size = server.size // self.block_size * self.block_size
         self.maximum = server.maximum // self.block_size * self.block_size
-        refuse(not self.size or not self.maximum, uri,
-               f"its size {server.size} or largest request {server.maximum} is no block")
+        refuse(
+            not self.size or not self.maximum,
+            uri,
+            f"its size {server.size} or largest request {server.maximum} is no block",
+        )
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
         self.rotational = bool(server.flags & NBD_FLAG_ROTATIONAL)
         for name, (bit, command, flags) in NBD_OFFERS.items():
             if server.flags & bit:
                 setattr(self, name, partial(self.ask, command, flags))
-        self.pending: dict[int, NbdRequest] = {}        # by cookie
+        self.pending: dict[int, NbdRequest] = {}  # by cookie
         self.outbox: list[NbdRequest] = []
         self.tasks: set[Any] = set()
         self.buffer = memoryview(bytearray(1 << 18))
-        self.inbox = self.buffer[:0]                    # received, but not yet understood
+        self.inbox = self.buffer[:0]  # received, but not yet understood
         self.cookie = 0
         self.running = self.sending = self.told = False
-        self.heard = 0.0                                # when the last reply came
-        self.met = 0.0                                  # when the connection was made
+        self.heard = 0.0  # when the last reply came
+        self.met = 0.0  # when the connection was made
 
     def start(self, index: int) -> None:
         """See that there is one queue: its ring carries the connection."""
@@ -977,20 +1166,26 @@ class Nbd(ublk.Target):
 
     # ---- requests ------------------------------------------------------------------------------
 
-    # Three tasks run beside them: _send empties the outbox, _receive takes the replies and makes a
-    # new connection when it has to, _watch ends a connection on which nothing comes.
+    # Three tasks run beside them: _send empties the outbox, _receive takes the
+    # replies and makes a new connection when it has to, _watch ends a
+    # connection on which nothing comes.
 
-    async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0, unmap: bool = True) -> int:
+    async def ask(
+        self, command: int, flags: int, offset: int = 0, what: Any = 0, unmap: bool = True
+    ) -> int:
         """Have the server do something with a buffer or a length; return how much. Raises OSError."""
         if not unmap:
             flags |= NBD_CMD_FLAG_NO_HOLE
         if not isinstance(what, int):
-            what = what[:self.maximum]
+            what = what[: self.maximum]
         if not self.pending:
             self.heard = time.monotonic()
         import asyncio
+
         self.cookie += 1
-        request = self.pending[self.cookie] = NbdRequest(self.cookie, command, flags, offset, what)
+        request = self.pending[self.cookie] = NbdRequest(
+            self.cookie, command, flags, offset, what
+        )
         request.done = asyncio.get_running_loop().create_future()
         self.outbox.append(request)
         if not self.running:
@@ -1008,6 +1203,7 @@ class Nbd(ublk.Target):
     def _beside(self, coroutine: Any) -> None:
         """Start one of them; asyncio itself may forget a task that nobody else knows."""
         import asyncio
+
         task = asyncio.get_running_loop().create_task(coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -1017,9 +1213,13 @@ class Nbd(ublk.Target):
         try:
             while self.outbox:
                 batch, self.outbox = self.outbox[:32], self.outbox[32:]
-                left = memoryview(b"".join(part for asked in batch for part in (asked.head, asked.data)))
+                left = memoryview(
+                    b"".join(part for asked in batch for part in (asked.head, asked.data))
+                )
                 while left:
-                    sent = await ublk.uring_send(self.connection.socket.fileno(), left, socket.MSG_NOSIGNAL)
+                    sent = await ublk.uring_send(
+                        self.connection.socket.fileno(), left, socket.MSG_NOSIGNAL
+                    )
                     left = left[sent:]
         except OSError:
             self.connection.hang_up()
@@ -1028,6 +1228,7 @@ class Nbd(ublk.Target):
     async def _watch(self) -> None:
         """End a connection that is silent while requests wait: another may fare better."""
         import asyncio
+
         while True:
             await asyncio.sleep(min(1.0, self.timeout / 8))
             if self.pending and time.monotonic() - max(self.heard, self.met) > self.timeout / 3:
@@ -1044,13 +1245,14 @@ class Nbd(ublk.Target):
     async def _reconnect(self, error: OSError) -> None:
         """Once there are requests make a new connection, however long it takes, and send them there."""
         import asyncio
+
         while True:
             await asyncio.sleep(0.2)
             if self.sending or not self.pending:
                 continue
             if not self.told:
                 ublk.say(f"{self.uri}: connection lost: {error}")
-            self.told = True                # until a reply comes
+            self.told = True  # until a reply comes
             if time.monotonic() - self.heard > self.timeout:
                 self._give_up(error)
                 continue
@@ -1101,7 +1303,7 @@ class Nbd(ublk.Target):
         magic, flags, kind, cookie = struct.unpack(">IHHQ", await self._bytes(16))
         request = self.pending.get(cookie)
         if request and magic == NBD_SIMPLE_REPLY_MAGIC:
-            request.error = flags << 16 | kind      # one number in their place
+            request.error = flags << 16 | kind  # one number in their place
             if not request.error:
                 await self._fill(request.room)
                 request.filled = len(request.room)
@@ -1110,7 +1312,9 @@ class Nbd(ublk.Target):
             if not flags & NBD_REPLY_FLAG_DONE:
                 return
         else:
-            raise OSError(errno.EPROTO, "the server sent no reply to any request but something else")
+            raise OSError(
+                errno.EPROTO, "the server sent no reply to any request but something else"
+            )
         self._end(request)
 
     async def _chunk(self, request: NbdRequest, kind: int, length: int) -> None:
@@ -1123,18 +1327,20 @@ class Nbd(ublk.Target):
             count = int.from_bytes(await self._bytes(length - 8), "big") if hole else length - 8
             if not 0 <= start <= start + count <= len(request.room):
                 raise OSError(errno.EPROTO, "the server sent data nobody asked for")
-            if not request.filled:              # nothing of an earlier request may show between chunks
+            if not request.filled:  # nothing of an earlier request may show between chunks
                 request.room[:] = bytes(len(request.room))
             if not hole:
-                await self._fill(request.room[start:start + count])
+                await self._fill(request.room[start : start + count])
             request.filled += count
         elif kind != NBD_REPLY_NONE or length:
-            raise OSError(errno.EPROTO, f"the server sent a chunk of type {kind} with {length} bytes")
+            raise OSError(
+                errno.EPROTO, f"the server sent a chunk of type {kind} with {length} bytes"
+            )
 
     def _end(self, request: NbdRequest) -> None:
         """The reply to a request is complete."""
         error = request.error
-        if error == errno.ESHUTDOWN:                # NBD has it mean: ask again, elsewhere
+        if error == errno.ESHUTDOWN:  # NBD has it mean: ask again, elsewhere
             raise OSError(error, "the server is shutting down")
         if not error and request.filled != len(request.room):
             error = errno.EIO
@@ -1149,12 +1355,14 @@ class Nbd(ublk.Target):
 
 # linux/blkzoned.h
 BLK_ZONE_TYPE_CONVENTIONAL, BLK_ZONE_TYPE_SEQWRITE_REQ = 1, 2
-BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN = range(4)
+BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN = (
+    range(4)
+)
 BLK_ZONE_COND_CLOSED, BLK_ZONE_COND_FULL = 4, 14
 IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
 IS_ACTIVE = (*IS_OPEN, BLK_ZONE_COND_CLOSED)
-ZONED_HEADER = Sealed(b"ublkzon2", "QQQ", "a zoned disk")   # size, zone size, conventional
-ZONE_TABLE_AT = 4096                            # of each zone: how much is written, in 8 bytes
+ZONED_HEADER = Sealed(b"ublkzon2", "QQQ", "a zoned disk")  # size, zone size, conventional
+ZONE_TABLE_AT = 4096  # of each zone: how much is written, in 8 bytes
 
 
 def zone_data_at(zones: int) -> int:
@@ -1168,7 +1376,7 @@ class Zone:
     def __init__(self, number: int, size: int, written: int) -> None:
         self.number, self.start, self.end = number, number * size, (number + 1) * size
         self.wp = self.start + written
-        self.resumed = True         # nothing was written since the server started
+        self.resumed = True  # nothing was written since the server started
         self.settle()
 
     def settle(self) -> None:
@@ -1180,24 +1388,31 @@ class Zone:
 class Zoned(ublk.Target):
     """A host-managed zoned disk: a zone is written from its start to its end and reset as a whole.
 
-    It lies in a file: a header, how much of each zone is written, then the data. A file that is
-    there knows its sizes.
+    It lies in a file: a header, how much of each zone is written, then the
+    data. A file that is there knows its sizes.
 
-    file: keep it in this file; made if it is not there (in memory)
-    size: size of a new disk
-    zone_size: size of its zones, a power of two
-    conventional: so many zones at its start may be written anywhere
-    max_open: so many zones may be open at once (0: any number)
-    max_active: so many may be open or closed, that is, written in part (0: any number)
-    read_only: open the file for reading only
+    file: keep it in this file; made if it is not there (in memory) size: size
+    of a new disk zone_size: size of its zones, a power of two conventional: so
+    many zones at its start may be written anywhere max_open: so many zones may
+    be open at once (0: any number) max_active: so many may be open or closed,
+    that is, written in part (0: any number) read_only: open the file for
+    reading only
     """
 
     block_size = 4096
     max_append = 1 << 20
 
-    def __init__(self, *, file: str = "", size: ublk.Size = ublk.Size(1 << 30),
-                 zone_size: ublk.Size = ublk.Size(16 << 20), conventional: int = 0,
-                 max_open: int = 0, max_active: int = 0, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        file: str = "",
+        size: ublk.Size = ublk.Size(1 << 30),
+        zone_size: ublk.Size = ublk.Size(16 << 20),
+        conventional: int = 0,
+        max_open: int = 0,
+        max_active: int = 0,
+        read_only: bool = False,
+    ) -> None:
         self.read_only = read_only
         self.max_open_zones, self.max_active_zones = max_open, max_active
         self.lock = threading.Lock()
@@ -1212,20 +1427,32 @@ class Zoned(ublk.Target):
         self.disk = Loop(self.path, read_only=read_only)
         self.close = self.disk.close
         have_alone(self.disk, self.path, read_only)
-        self.size, self.zone_size, self.conventional = ZONED_HEADER.read(self.disk.fd, self.path)
+        self.size, self.zone_size, self.conventional = ZONED_HEADER.read(
+            self.disk.fd, self.path
+        )
         self.data_at = zone_data_at(self.size // self.zone_size)
-        refuse(self.disk.size != self.data_at + self.size, self.path,
-               f"damaged: not {self.data_at + self.size} bytes long", "restore it")
+        refuse(
+            self.disk.size != self.data_at + self.size,
+            self.path,
+            f"damaged: not {self.data_at + self.size} bytes long",
+            "restore it",
+        )
         self.zones = self._load_zones()
 
     # ---- the file ----------------------------------------------------------------------------------
 
     def _make(self, size: int, zone_size: int, conventional: int) -> None:
         """Make the file of a new disk."""
-        refuse(zone_size < self.block_size or zone_size & zone_size - 1, f"--zone-size {zone_size}",
-               "not a power of two from 4096 up")
-        refuse(size % zone_size or not 0 <= conventional * zone_size < size, f"--size {size}",
-               f"not {conventional} zones of {zone_size} bytes and more")
+        refuse(
+            zone_size < self.block_size or zone_size & zone_size - 1,
+            f"--zone-size {zone_size}",
+            "not a power of two from 4096 up",
+        )
+        refuse(
+            size % zone_size or not 0 <= conventional * zone_size < size,
+            f"--size {size}",
+            f"not {conventional} zones of {zone_size} bytes and more",
+        )
         with open(self.path, "wb") as file:
             file.write(ZONED_HEADER.pack(size, zone_size, conventional))
             file.truncate(zone_data_at(size // zone_size) + size)
@@ -1233,12 +1460,18 @@ class Zoned(ublk.Target):
     def _load_zones(self) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""
         table = os.pread(self.disk.fd, 8 * self.size // self.zone_size, ZONE_TABLE_AT)
-        zones = [Zone(number, self.zone_size, written)
-                 for number, written in enumerate(memoryview(table).cast("Q"))]
+        zones = [
+            Zone(number, self.zone_size, written)
+            for number, written in enumerate(memoryview(table).cast("Q"))
+        ]
         for zone in zones:
-            refuse(zone.wp > zone.end or zone.wp % self.block_size, self.path,
-                   f"damaged: the write pointer of zone {zone.number}", "restore it")
-        for zone in zones[:self.conventional]:
+            refuse(
+                zone.wp > zone.end or zone.wp % self.block_size,
+                self.path,
+                f"damaged: the write pointer of zone {zone.number}",
+                "restore it",
+            )
+        for zone in zones[: self.conventional]:
             zone.cond = BLK_ZONE_COND_NOT_WP
         return zones
 
@@ -1254,7 +1487,9 @@ class Zoned(ublk.Target):
     def _make_open(self, zone: Zone, cond: int) -> None:
         """Open a zone if the limits allow; one that is open only by the way may be closed for it."""
         if zone.cond not in IS_OPEN:
-            active = [other for other in self.zones if other.cond in IS_ACTIVE and other is not zone]
+            active = [
+                other for other in self.zones if other.cond in IS_ACTIVE and other is not zone
+            ]
             if 0 < self.max_active_zones <= len(active):
                 raise OSError(errno.EOVERFLOW, "too many active zones")
             opened = [other for other in active if other.cond in IS_OPEN]
@@ -1269,10 +1504,19 @@ class Zoned(ublk.Target):
     def report_zones(self, offset: int, count: int) -> list[ublk.blk_zone]:
         """Describe zones from offset on, in sectors."""
         first, length = offset // self.zone_size, self.zone_size // ublk.SECTOR
-        return [ublk.blk_zone(
-            start=zone.start // ublk.SECTOR, len=length, capacity=length, wp=zone.wp // ublk.SECTOR,
-            cond=zone.cond, type=BLK_ZONE_TYPE_CONVENTIONAL if zone.cond == BLK_ZONE_COND_NOT_WP
-            else BLK_ZONE_TYPE_SEQWRITE_REQ) for zone in self.zones[first:first + count]]
+        return [
+            ublk.blk_zone(
+                start=zone.start // ublk.SECTOR,
+                len=length,
+                capacity=length,
+                wp=zone.wp // ublk.SECTOR,
+                cond=zone.cond,
+                type=BLK_ZONE_TYPE_CONVENTIONAL
+                if zone.cond == BLK_ZONE_COND_NOT_WP
+                else BLK_ZONE_TYPE_SEQWRITE_REQ,
+            )
+            for zone in self.zones[first : first + count]
+        ]
 
     def zone_open(self, offset: int) -> None:
         with self.lock:
@@ -1298,7 +1542,7 @@ class Zoned(ublk.Target):
             self._move_pointer(zone, zone.start)
 
     async def zone_reset_all(self) -> None:
-        for zone in self.zones[self.conventional:]:
+        for zone in self.zones[self.conventional :]:
             await self.zone_reset(zone.start)
 
     # ---- data ------------------------------------------------------------------------------------
@@ -1336,12 +1580,19 @@ class Zoned(ublk.Target):
 
     def _was_done(self, zone: Zone, offset: int, buffer: memoryview) -> bool:
         """Tell a write that was done by a server that was killed before it could say so."""
-        return (zone.resumed and offset + len(buffer) == zone.wp
-                and os.pread(self.disk.fd, len(buffer), self.data_at + offset) == buffer)
+        return (
+            zone.resumed
+            and offset + len(buffer) == zone.wp
+            and os.pread(self.disk.fd, len(buffer), self.data_at + offset) == buffer
+        )
 
     def _move_pointer(self, zone: Zone, position: int) -> None:
         """Note in the file, then in memory, how far a zone is written."""
-        write_all(self.disk.fd, struct.pack("Q", position - zone.start), ZONE_TABLE_AT + 8 * zone.number)
+        write_all(
+            self.disk.fd,
+            struct.pack("Q", position - zone.start),
+            ZONE_TABLE_AT + 8 * zone.number,
+        )
         zone.wp, zone.resumed = position, False
         if zone.wp in (zone.start, zone.end):
             zone.settle()
@@ -1351,34 +1602,40 @@ class Zoned(ublk.Target):
 # Recording a disk, and crashing it afterwards
 # =================================================================================================
 
-LOG_HEADER = Sealed(b"ublklog2", "Q", "a log of the target record")     # size of the disk
-ENTRY = Sealed(b"entr", "IQQI", "an entry")     # kind, offset, length, CRC-32 of the data, which follow
+LOG_HEADER = Sealed(b"ublklog2", "Q", "a log of the target record")  # size of the disk
+# Kind, offset, length, CRC-32 of the data, which follow
+ENTRY = Sealed(b"entr", "IQQI", "an entry")
 
 
 class Record(Wrapper, ublk.Target):
     """Log every change of another target, in the order the changes were done, with all data.
 
-    `ublk.py replay LOG` makes from it the disk as it was after any of them. An entry is written
-    once the target has done its work and before the client hears of it. A log that is there is
-    continued: delete it before you record a disk that starts afresh.
+    `ublk.py replay LOG` makes from it the disk as it was after any of them. An
+    entry is written once the target has done its work and before the client
+    hears of it. A log that is there is continued: delete it before you record a
+    disk that starts afresh.
 
-    log: the file for the log
-    target: the target to be recorded, with its own arguments
+    log: the file for the log target: the target to be recorded, with its own
+    arguments
     """
 
     def __init__(self, log: str, target: ublk.Target) -> None:
         super().__init__(target)
         refuse(hasattr(target, "zone_size"), "record", "a zoned disk cannot be recorded")
-        self.offer(["flush"])       # of interest even where the target needs none
+        self.offer(["flush"])  # of interest even where the target needs none
         self.lock = threading.Lock()
         self.log = open(log, "r+b" if os.path.exists(log) else "x+b", buffering=0)
         if not os.path.getsize(log):
             self.log.write(LOG_HEADER.pack(self.size))
-        size, = LOG_HEADER.read(self.log.fileno(), log)
-        refuse(size != self.size, log, f"the log of a disk of {size} bytes, this one has {self.size}",
-               "name another file")
+        (size,) = LOG_HEADER.read(self.log.fileno(), log)
+        refuse(
+            size != self.size,
+            log,
+            f"the log of a disk of {size} bytes, this one has {self.size}",
+            "name another file",
+        )
         self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size)
-        self.log.truncate(self.end)             # without an entry the server was killed in
+        self.log.truncate(self.end)  # without an entry the server was killed in
         self.log.seek(self.end)
 
     def resized(self, size: int) -> None:
@@ -1433,7 +1690,9 @@ def entries(log: Any) -> Iterator[Entry]:
             return
         fields = ENTRY.unpack(os.pread(log.fileno(), ENTRY.size, end))
         if not fields or fields[0] >= len(CHANGES):
-            raise wrong(log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}")
+            raise wrong(
+                log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}"
+            )
         kind, offset, length, crc = fields
         end += ENTRY.size + (length if CHANGES[kind] in WITH_DATA else 0)
         if end > limit:
@@ -1446,7 +1705,11 @@ def apply(log: Any, entry: Entry, disk: Any) -> None:
     if entry.kind in WITH_DATA:
         data = os.pread(log.fileno(), entry.length, entry.end - entry.length)
         if zlib.crc32(data) != entry.crc:
-            raise wrong(log.name, f"entry {entry.number} is damaged", f"replay it --to {entry.number - 1}")
+            raise wrong(
+                log.name,
+                f"entry {entry.number} is damaged",
+                f"replay it --to {entry.number - 1}",
+            )
         write_all(disk.fileno(), data, entry.offset)
     elif entry.kind != "flush":
         clear(disk.fileno(), entry.offset, entry.length)
@@ -1460,22 +1723,38 @@ def replay(argv: Sequence[str]) -> int:
     add("disk", nargs="?", help="the disk image to make; without it the entries are shown")
     add("--base", help="what the disk contained when the recording began (nothing)")
     add("--to", type=int, metavar="N", help="stop after this entry (the last)")
-    add("--check", metavar="COMMAND", help="for each crash point run a shell command on a copy of the "
-        "disk, {} in it being the copy's path; stop where it fails")
-    add("--from", type=int, default=0, dest="start", metavar="N",
-        help="check no crash before this entry, such as the last of mkfs")
+    add(
+        "--check",
+        metavar="COMMAND",
+        help="for each crash point run a shell command on a copy of the "
+        "disk, {} in it being the copy's path; stop where it fails",
+    )
+    add(
+        "--from",
+        type=int,
+        default=0,
+        dest="start",
+        metavar="N",
+        help="check no crash before this entry, such as the last of mkfs",
+    )
     add("--every", choices=("flush", "entry"), default="flush", help="crash points (flush)")
-    add("--lose", type=int, metavar="SEED", help="at a crash lose about half of what was not flushed, "
-        "at random")
+    add(
+        "--lose",
+        type=int,
+        metavar="SEED",
+        help="at a crash lose about half of what was not flushed, at random",
+    )
     options = parser.parse_args(argv)
     if (options.check and not options.disk) or (options.to or 0) < 0:
         parser.error("--check needs a disk image to make, and --to no less than 0")
     with open(options.log, "rb") as log:
-        size, = LOG_HEADER.read(log.fileno(), log.name)
+        (size,) = LOG_HEADER.read(log.fileno(), log.name)
         wanted = itertools.islice(entries(log), options.to)
         if not options.disk:
             for entry in wanted:
-                print(f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}")
+                print(
+                    f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}"
+                )
             return 0
         with open(options.disk, "x+b") as disk:
             if options.base:
@@ -1491,7 +1770,8 @@ def replay(argv: Sequence[str]) -> int:
 def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -> int:
     """Check the disk after each crash point; tell the first bad one and keep its disk.
 
-    disk has what no crash takes back: a crash is a copy of it with some or all of the rest.
+    disk has what no crash takes back: a crash is a copy of it with some or all
+    of the rest.
     """
     path, points, chance = f"{disk.name}.crash", 0, random.Random(options.lose)
     pending: list[Entry] = []
@@ -1503,21 +1783,37 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
             copy(disk.name, path)
             with open(path, "r+b") as crashed:
                 for done in pending:
-                    if options.lose is None or done.kind == "write_fua" or chance.random() < 0.5:
+                    if (
+                        options.lose is None
+                        or done.kind == "write_fua"
+                        or chance.random() < 0.5
+                    ):
                         apply(log, done, crashed)
             command = options.check.replace("{}", shlex.quote(path))
             status = subprocess.run(command, shell=True, check=False).returncode
-            refuse(status in (126, 127), options.check, "it cannot be run", "name a command that is there")
+            refuse(
+                status in (126, 127),
+                options.check,
+                "it cannot be run",
+                "name a command that is there",
+            )
             if status:
-                print(f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
-                      f"status {status}: see {path}")
+                print(
+                    f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
+                    f"status {status}: see {path}"
+                )
                 return 1
             os.unlink(path)
         if options.lose is None or entry.kind == "flush":
             for done in pending:
                 apply(log, done, disk)
             pending.clear()
-    refuse(not points, log.name, "there is no crash point to look at", "take --every entry or another --from")
+    refuse(
+        not points,
+        log.name,
+        "there is no crash point to look at",
+        "take --every entry or another --from",
+    )
     print(f"good at {points} crash points")
     return 0
 
@@ -1534,8 +1830,8 @@ def copy(source: str, path: str) -> None:
 # For pytest
 # =================================================================================================
 
-MNT_DETACH = 2                              # linux/fs.h
-PATIENCE = 60.0                             # seconds that a disk has for what unmounting writes
+MNT_DETACH = 2  # linux/fs.h
+PATIENCE = 60.0  # seconds that a disk has for what unmounting writes
 
 
 def pytest_configure(config: Any) -> None:
@@ -1549,6 +1845,7 @@ def pytest_configure(config: Any) -> None:
         def disk(self) -> Iterator[Callable[..., ublk.Device]]:
             """Serve disks: disk(target, **options of Device), or disk("ram", "--size", "64M")."""
             with ExitStack() as stack:
+
                 def make(*target: Any, **options: Any) -> ublk.Device:
                     words = target or ("ram", "--size", "64M")
                     made = ublk.make_target(words) if isinstance(words[0], str) else words[0]
@@ -1556,6 +1853,7 @@ def pytest_configure(config: Any) -> None:
                     stack.callback(device.stop)
                     device.start()
                     return device
+
                 yield make
                 let_go()
 
@@ -1563,6 +1861,7 @@ def pytest_configure(config: Any) -> None:
         def folder(self, disk: Any, tmp_path_factory: Any) -> Iterator[Callable[..., Any]]:
             """Mount file systems: folder() takes what disk() takes, or what disk() made, and mkfs."""
             with ExitStack() as stack:
+
                 def make(*what: Any, mkfs: str = "mkfs.ext4 -q", **options: Any) -> Any:
                     served = bool(what) and isinstance(what[0], ublk.Device)
                     device = what[0] if served else disk(*what, **options)
@@ -1572,6 +1871,7 @@ def pytest_configure(config: Any) -> None:
                     subprocess.run(["mount", device.path, path], check=True)
                     stack.callback(unmount, path, device)
                     return path
+
                 yield make
                 let_go()
 
@@ -1581,7 +1881,9 @@ def pytest_configure(config: Any) -> None:
             before = set(ublk.device_ids())
             yield
             left = sorted(set(ublk.device_ids()) - before)
-            assert not left, f"left behind: {', '.join(f'/dev/ublkb{number}' for number in left)}"
+            assert not left, (
+                f"left behind: {', '.join(f'/dev/ublkb{number}' for number in left)}"
+            )
 
     config.pluginmanager.register(Fixtures(), "ublk_fixtures")
 
@@ -1590,10 +1892,11 @@ def let_go() -> None:
     """Close what a failed test has left open: its variables belong to the traceback, which pytest keeps."""
     import gc
     import traceback
+
     failed = getattr(sys, "last_traceback", None)
     traceback.clear_frames(failed)
     for frame, _ in traceback.walk_tb(failed):
-        dict(frame.f_locals)                # up to Python 3.12 a copy, which is brought up to date when read
+        dict(frame.f_locals)  # up to Python 3.12 a copy, which is brought up to date when read
     gc.collect()
 
 
@@ -1602,18 +1905,23 @@ def unmount(path: Any, device: ublk.Device) -> None:
     if umount(path, device) == errno.EBUSY:
         users = ", ".join(users_of(path)) or "somebody"
         umount(path, device, MNT_DETACH)
-        raise ublk.UblkError(errno.EBUSY, f"unmount {path}", f"in use by {users}", "end that in the test")
+        raise ublk.UblkError(
+            errno.EBUSY, f"unmount {path}", f"in use by {users}", "end that in the test"
+        )
 
 
 def umount(path: Any, device: ublk.Device, flags: int = 0) -> int:
     """umount2(2); return its errno. A disk that does not answer is stopped, which fails what it holds."""
     result = []
     thread = threading.Thread(
-        target=lambda: result.append(LIBC.umount2(os.fsencode(path), flags) and ctypes.get_errno()))
+        target=lambda: result.append(
+            LIBC.umount2(os.fsencode(path), flags) and ctypes.get_errno()
+        )
+    )
     thread.start()
     thread.join(PATIENCE)
     if thread.is_alive():
-        with suppress(ublk.UblkError):      # held open by the mount
+        with suppress(ublk.UblkError):  # held open by the mount
             device.stop()
     thread.join()
     return result[0]
@@ -1624,7 +1932,10 @@ def users_of(path: Any) -> Iterator[str]:
     place = os.stat(path).st_dev
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):
-            links = [f"/proc/{pid}/cwd", *(f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd"))]
+            links = [
+                f"/proc/{pid}/cwd",
+                *(f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")),
+            ]
             if any(os.path.exists(link) and os.stat(link).st_dev == place for link in links):
                 with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
                     yield f"{file.read().strip()} (pid {pid})"

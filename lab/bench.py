@@ -26,7 +26,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from chart import draw
-from contenders import CASES, STARTS, Case, Disk, Failed, cpu_seconds, idle, load_cases, resident, run
+from contenders import (
+    CASES,
+    STARTS,
+    Case,
+    Disk,
+    Failed,
+    cpu_seconds,
+    idle,
+    load_cases,
+    resident,
+    run,
+)
 
 HERE = Path(__file__).resolve().parent
 KERNEL = "7.3"

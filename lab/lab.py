@@ -440,6 +440,7 @@ def lint() -> int:
     files = sorted([*PROJECT.glob("*.py"), *HERE.glob("*.py"), *PROJECT.glob("tests/*.py")])
     tools = [["ruff", "check", "--no-cache"], ["mypy", "--no-error-summary", f"--cache-dir={CACHE}/mypy"]]
     commands: list[list[object]] = [[VENV / "bin" / tool, *options, *files] for tool, *options in tools]
+    commands.append([VENV / "bin/ruff", "format", "--no-cache", "--check", "ublk.py", "ublk_targets.py"])
     # Of the library, mypy knows no Python this old any more, and ruff only the syntax.
     commands.append([VENV / "bin/vermin", "--quiet", "--no-tips", "--violations", f"-t={OLDEST_PYTHON}-",
                      "ublk.py", "ublk_targets.py"])

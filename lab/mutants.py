@@ -15,6 +15,7 @@ import argparse
 import ast
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -78,7 +79,7 @@ def read_list(word: str) -> list[Mutant]:
             continue
         file, what, becomes, test = fields[:4]
         name, bracket, parameters = test.partition("[")
-        count = (PROJECT / file).read_text().count(what) if (PROJECT / file).is_file() else 0
+        count = len(places(what, (PROJECT / file).read_text())) if (PROJECT / file).is_file() else 0
         if count != 1:
             wrong.append(f"line {number}: stands {count} times in {file}: {what}")
         if name not in tests:
@@ -91,6 +92,26 @@ def read_list(word: str) -> list[Mutant]:
     if wrong:
         fail("\n     ".join([f"{LIST.name} does not fit the tree:", *wrong]))
     return found
+
+
+def places(what: str, text: str) -> list[re.Match[str]]:
+    """Return where a piece of code stands in a text, however either is broken into lines."""
+    pattern = ""
+    before = ""
+    for token in re.findall(r"\w+|\S", what):
+        words = re.match(r"\w", before[-1:]) and re.match(r"\w", token)
+        pattern += (r"\s+" if words else r"\s*") if before else ""
+        pattern += r"(?:,\s*)?" if token in ")]}" else ""
+        pattern += re.escape(token)
+        before = token
+    return list(re.finditer(pattern, text))
+
+
+def broken(text: str, mutant: Mutant) -> str:
+    """Return a file's text with the breakage in it."""
+    for place in reversed(places(mutant.what, text)):
+        text = text[:place.start()] + mutant.becomes + text[place.end():]
+    return text
 
 
 # ---- in one place ----------------------------------------------------------------------------------------
@@ -166,7 +187,7 @@ def applied(mutant: Mutant, number: int) -> Iterator[None]:
     """Break a file for a while; its new time of change keeps Python from taking old bytecode for it."""
     path = PROJECT / mutant.file
     text, times = path.read_text(), path.stat()
-    path.write_text(text.replace(mutant.what, mutant.becomes))
+    path.write_text(broken(text, mutant))
     os.utime(path, (times.st_atime, times.st_mtime + 1000 + number))
     try:
         yield
@@ -177,7 +198,7 @@ def applied(mutant: Mutant, number: int) -> Iterator[None]:
 
 def try_one(mutant: Mutant, number: int, log: Path) -> str:
     """Return what became of a breakage: "caught" is the good end."""
-    text = (PROJECT / mutant.file).read_text().replace(mutant.what, mutant.becomes)
+    text = broken((PROJECT / mutant.file).read_text(), mutant)
     try:
         if mutant.file.endswith(".py"):
             compile(text, mutant.file, "exec")

@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 
 import ublk
-from tests.support import Ram, Recorder, error_of, files, in_flight, kernel, opened, read_at, until, write_at
+from tests.support import (
+    Ram,
+    Recorder,
+    error_of,
+    files,
+    in_flight,
+    kernel,
+    opened,
+    read_at,
+    until,
+    write_at,
+)
 
 # ---- fault --------------------------------------------------------------------------------------
 
