@@ -123,13 +123,11 @@ class UblkError(OSError):
     def __str__(self) -> str:
         number = self.errno or 0
         # errno 95 has two names; block devices know it by this one
-        name = (
-            "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, "ERROR")
-        )
-        text = f"{self.what}: {self.reason} ({self.errno} {name})"
-        return " ".join(
-            f"{text}: {self.remedy}".splitlines() if self.remedy else text.splitlines()
-        )
+        names = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
+        text = f"{self.what}: {self.reason} ({self.errno} {names.get(number, 'ERROR')})"
+        if self.remedy:
+            text += f": {self.remedy}"
+        return " ".join(text.splitlines())
 
 
 def say(text: str) -> None:
@@ -193,8 +191,12 @@ class Feature(int):
         excludes: int = 0,
         unused: str = "",
     ) -> None:
-        self.bit, self.since, self.meaning = bit, since, meaning
-        self.needs, self.excludes, self.unused = needs, excludes, unused
+        self.bit = bit
+        self.since = since
+        self.meaning = meaning
+        self.needs = needs
+        self.excludes = excludes
+        self.unused = unused
 
 
 class Command(int):
@@ -453,54 +455,70 @@ def explain(command: Command, number: int, what: str) -> UblkError:
 
 
 # Device states (ublksrv_ctrl_dev_info.state)
-UBLK_S_DEV_DEAD, UBLK_S_DEV_LIVE, UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO = range(4)
+UBLK_S_DEV_DEAD = 0
+UBLK_S_DEV_LIVE = 1
+UBLK_S_DEV_QUIESCED = 2
+UBLK_S_DEV_FAIL_IO = 3
 STATES = ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
 
 # Commands of the data plane, encoded; their low byte is the legacy opcode.
-(
-    UBLK_U_IO_FETCH_REQ,
-    UBLK_U_IO_COMMIT_AND_FETCH_REQ,
-    UBLK_U_IO_NEED_GET_DATA,
-    UBLK_U_IO_REGISTER_IO_BUF,
-    UBLK_U_IO_UNREGISTER_IO_BUF,
-    UBLK_U_IO_PREP_IO_CMDS,
-    UBLK_U_IO_COMMIT_IO_CMDS,
-    UBLK_U_IO_FETCH_IO_CMDS,
-) = range(0xC0107520, 0xC0107528)
-UBLK_IO_RES_OK, UBLK_IO_RES_NEED_GET_DATA, UBLK_IO_RES_ABORT = 0, 1, -errno.ENODEV
+UBLK_U_IO_FETCH_REQ = 0xC0107520
+UBLK_U_IO_COMMIT_AND_FETCH_REQ = 0xC0107521
+UBLK_U_IO_NEED_GET_DATA = 0xC0107522
+UBLK_U_IO_REGISTER_IO_BUF = 0xC0107523
+UBLK_U_IO_UNREGISTER_IO_BUF = 0xC0107524
+UBLK_U_IO_PREP_IO_CMDS = 0xC0107525
+UBLK_U_IO_COMMIT_IO_CMDS = 0xC0107526
+UBLK_U_IO_FETCH_IO_CMDS = 0xC0107527
+UBLK_IO_RES_OK = 0
+UBLK_IO_RES_NEED_GET_DATA = 1
+UBLK_IO_RES_ABORT = -errno.ENODEV
 
 # Operations of a request: the low byte of ublksrv_io_desc.op_flags.
-UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_FLUSH, UBLK_IO_OP_DISCARD = 0, 1, 2, 3
-UBLK_IO_OP_WRITE_SAME, UBLK_IO_OP_WRITE_ZEROES, UBLK_IO_OP_REPORT_ZONES = 4, 5, 18
-UBLK_IO_OP_ZONE_OPEN, UBLK_IO_OP_ZONE_CLOSE, UBLK_IO_OP_ZONE_FINISH = 10, 11, 12
-UBLK_IO_OP_ZONE_APPEND, UBLK_IO_OP_ZONE_RESET_ALL, UBLK_IO_OP_ZONE_RESET = 13, 14, 15
+UBLK_IO_OP_READ = 0
+UBLK_IO_OP_WRITE = 1
+UBLK_IO_OP_FLUSH = 2
+UBLK_IO_OP_DISCARD = 3
+UBLK_IO_OP_WRITE_SAME = 4
+UBLK_IO_OP_WRITE_ZEROES = 5
+UBLK_IO_OP_REPORT_ZONES = 18
+UBLK_IO_OP_ZONE_OPEN = 10
+UBLK_IO_OP_ZONE_CLOSE = 11
+UBLK_IO_OP_ZONE_FINISH = 12
+UBLK_IO_OP_ZONE_APPEND = 13
+UBLK_IO_OP_ZONE_RESET_ALL = 14
+UBLK_IO_OP_ZONE_RESET = 15
 
 # Flags of a request: bits of the same word.
-UBLK_IO_F_FAILFAST_DEV, UBLK_IO_F_FAILFAST_TRANSPORT, UBLK_IO_F_FAILFAST_DRIVER = (
-    1 << 8,
-    1 << 9,
-    1 << 10,
-)
-UBLK_IO_F_META, UBLK_IO_F_FUA, UBLK_IO_F_NOUNMAP, UBLK_IO_F_SWAP = (
-    1 << 11,
-    1 << 13,
-    1 << 15,
-    1 << 16,
-)
-UBLK_IO_F_NEED_REG_BUF, UBLK_IO_F_INTEGRITY, UBLK_IO_F_SHMEM_ZC = 1 << 17, 1 << 18, 1 << 19
+UBLK_IO_F_FAILFAST_DEV = 1 << 8
+UBLK_IO_F_FAILFAST_TRANSPORT = 1 << 9
+UBLK_IO_F_FAILFAST_DRIVER = 1 << 10
+UBLK_IO_F_META = 1 << 11
+UBLK_IO_F_FUA = 1 << 13
+UBLK_IO_F_NOUNMAP = 1 << 15
+UBLK_IO_F_SWAP = 1 << 16
+UBLK_IO_F_NEED_REG_BUF = 1 << 17
+UBLK_IO_F_INTEGRITY = 1 << 18
+UBLK_IO_F_SHMEM_ZC = 1 << 19
 
 # Limits and address spaces of /dev/ublkcN.
-UBLK_MAX_QUEUE_DEPTH, UBLK_MAX_NR_QUEUES = 4096, 4096
-UBLKSRV_IO_BUF_OFFSET, UBLKSRV_IO_INTEGRITY_FLAG = 1 << 31, 1 << 62
-UBLK_IO_BUF_BITS, UBLK_TAG_BITS = 25, 16
-UBLK_TAG_OFF, UBLK_QID_OFF = UBLK_IO_BUF_BITS, UBLK_IO_BUF_BITS + UBLK_TAG_BITS
-UBLK_BATCH_F_HAS_ZONE_LBA, UBLK_BATCH_F_HAS_BUF_ADDR, UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK = (
-    1,
-    2,
-    4,
-)
-UBLK_AUTO_BUF_REG_FALLBACK, UBLK_SHMEM_BUF_READ_ONLY = 1, 1
-UBLK_ATTR_READ_ONLY, UBLK_ATTR_ROTATIONAL, UBLK_ATTR_VOLATILE_CACHE, UBLK_ATTR_FUA = 1, 2, 4, 8
+UBLK_MAX_QUEUE_DEPTH = 4096
+UBLK_MAX_NR_QUEUES = 4096
+UBLKSRV_IO_BUF_OFFSET = 1 << 31
+UBLKSRV_IO_INTEGRITY_FLAG = 1 << 62
+UBLK_IO_BUF_BITS = 25
+UBLK_TAG_BITS = 16
+UBLK_TAG_OFF = UBLK_IO_BUF_BITS
+UBLK_QID_OFF = UBLK_IO_BUF_BITS + UBLK_TAG_BITS
+UBLK_BATCH_F_HAS_ZONE_LBA = 1
+UBLK_BATCH_F_HAS_BUF_ADDR = 2
+UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK = 4
+UBLK_AUTO_BUF_REG_FALLBACK = 1
+UBLK_SHMEM_BUF_READ_ONLY = 1
+UBLK_ATTR_READ_ONLY = 1
+UBLK_ATTR_ROTATIONAL = 2
+UBLK_ATTR_VOLATILE_CACHE = 4
+UBLK_ATTR_FUA = 8
 
 C_TYPES: dict[str, Any] = {
     "u8": ctypes.c_uint8,
@@ -579,40 +597,32 @@ ublk_params = structure(
     "ublk_param_devt devt, ublk_param_zoned zoned, ublk_param_dma_align dma, ublk_param_segment seg, "
     "ublk_param_integrity integrity",
 )
-# Parameter type -> its name and the first kernel that knows it; older ones drop
-# it silently.
+# Kinds of parameters (ublk_params.types).
+UBLK_PARAM_TYPE_BASIC = 1 << 0
+UBLK_PARAM_TYPE_DISCARD = 1 << 1
+UBLK_PARAM_TYPE_DEVT = 1 << 2
+UBLK_PARAM_TYPE_ZONED = 1 << 3
+UBLK_PARAM_TYPE_DMA_ALIGN = 1 << 4
+UBLK_PARAM_TYPE_SEGMENT = 1 << 5
+UBLK_PARAM_TYPE_INTEGRITY = 1 << 6
+# Each with its name and the first kernel that knows it; older ones drop it silently.
 PARAM_TYPES = {
-    1 << bit: row
-    for bit, row in enumerate(
-        (
-            ("BASIC", "6.0"),
-            ("DISCARD", "6.0"),
-            ("DEVT", "6.3"),
-            ("ZONED", "6.6"),
-            ("DMA_ALIGN", "6.15"),
-            ("SEGMENT", "6.15"),
-            ("INTEGRITY", "7.0"),
-        )
-    )
+    UBLK_PARAM_TYPE_BASIC: ("BASIC", "6.0"),
+    UBLK_PARAM_TYPE_DISCARD: ("DISCARD", "6.0"),
+    UBLK_PARAM_TYPE_DEVT: ("DEVT", "6.3"),
+    UBLK_PARAM_TYPE_ZONED: ("ZONED", "6.6"),
+    UBLK_PARAM_TYPE_DMA_ALIGN: ("DMA_ALIGN", "6.15"),
+    UBLK_PARAM_TYPE_SEGMENT: ("SEGMENT", "6.15"),
+    UBLK_PARAM_TYPE_INTEGRITY: ("INTEGRITY", "7.0"),
 }
-(
-    UBLK_PARAM_TYPE_BASIC,
-    UBLK_PARAM_TYPE_DISCARD,
-    UBLK_PARAM_TYPE_DEVT,
-    UBLK_PARAM_TYPE_ZONED,
-    UBLK_PARAM_TYPE_DMA_ALIGN,
-    UBLK_PARAM_TYPE_SEGMENT,
-    UBLK_PARAM_TYPE_INTEGRITY,
-) = PARAM_TYPES
 # linux/fs.h: what the metadata of blocks is good for, and which checksum is in
 # it
-LBMD_PI_CAP_INTEGRITY, LBMD_PI_CAP_REFTAG = 1, 2
-LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC64_NVME = (
-    0,
-    1,
-    2,
-    4,
-)
+LBMD_PI_CAP_INTEGRITY = 1
+LBMD_PI_CAP_REFTAG = 2
+LBMD_PI_CSUM_NONE = 0
+LBMD_PI_CSUM_IP = 1
+LBMD_PI_CSUM_CRC16_T10DIF = 2
+LBMD_PI_CSUM_CRC64_NVME = 4
 
 
 # =================================================================================================
@@ -665,22 +675,45 @@ LBMD_PI_CSUM_NONE, LBMD_PI_CSUM_IP, LBMD_PI_CSUM_CRC16_T10DIF, LBMD_PI_CSUM_CRC6
 
 # These three have the same numbers on every architecture that Python runs on
 # but alpha.
-SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register = 425, 426, 427
+SYS_io_uring_setup = 425
+SYS_io_uring_enter = 426
+SYS_io_uring_register = 427
 
-IORING_SETUP_CQSIZE, IORING_SETUP_CLAMP, IORING_SETUP_SUBMIT_ALL = 1 << 3, 1 << 4, 1 << 7
-IORING_SETUP_COOP_TASKRUN, IORING_SETUP_SQE128 = 1 << 8, 1 << 10
-IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_DEFER_TASKRUN = 1 << 12, 1 << 13
-IORING_OFF_SQ_RING, IORING_OFF_SQES = 0, 0x10000000
-IORING_ENTER_GETEVENTS, IORING_ENTER_EXT_ARG = 1, 8
-IORING_REGISTER_BUFFERS2, IORING_REGISTER_PBUF_RING = 15, 22
-IORING_CQE_F_BUFFER, IORING_CQE_F_MORE, IORING_CQE_BUFFER_SHIFT = 1, 2, 16
+IORING_SETUP_CQSIZE = 1 << 3
+IORING_SETUP_CLAMP = 1 << 4
+IORING_SETUP_SUBMIT_ALL = 1 << 7
+IORING_SETUP_COOP_TASKRUN = 1 << 8
+IORING_SETUP_SQE128 = 1 << 10
+IORING_SETUP_SINGLE_ISSUER = 1 << 12
+IORING_SETUP_DEFER_TASKRUN = 1 << 13
+IORING_OFF_SQ_RING = 0
+IORING_OFF_SQES = 0x10000000
+IORING_ENTER_GETEVENTS = 1
+IORING_ENTER_EXT_ARG = 8
+IORING_REGISTER_BUFFERS2 = 15
+IORING_REGISTER_PBUF_RING = 22
+IORING_CQE_F_BUFFER = 1
+IORING_CQE_F_MORE = 2
+IORING_CQE_BUFFER_SHIFT = 16
 
-IORING_OP_NOP, IORING_OP_FSYNC, IORING_OP_READ_FIXED, IORING_OP_POLL_ADD = 0, 3, 4, 6
-IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL = 11, 14
-IORING_OP_FALLOCATE, IORING_OP_READ, IORING_OP_WRITE = 17, 22, 23
-IORING_OP_SEND, IORING_OP_RECV, IORING_OP_URING_CMD = 26, 27, 46
-IORING_FSYNC_DATASYNC, IORING_URING_CMD_MULTISHOT, IORING_RSRC_REGISTER_SPARSE = 1, 2, 1
-IOSQE_IO_LINK, IOSQE_BUFFER_SELECT, IOSQE_CQE_SKIP_SUCCESS = 1 << 2, 1 << 5, 1 << 6
+IORING_OP_NOP = 0
+IORING_OP_FSYNC = 3
+IORING_OP_READ_FIXED = 4
+IORING_OP_POLL_ADD = 6
+IORING_OP_TIMEOUT = 11
+IORING_OP_ASYNC_CANCEL = 14
+IORING_OP_FALLOCATE = 17
+IORING_OP_READ = 22
+IORING_OP_WRITE = 23
+IORING_OP_SEND = 26
+IORING_OP_RECV = 27
+IORING_OP_URING_CMD = 46
+IORING_FSYNC_DATASYNC = 1
+IORING_URING_CMD_MULTISHOT = 2
+IORING_RSRC_REGISTER_SPARSE = 1
+IOSQE_IO_LINK = 1 << 2
+IOSQE_BUFFER_SELECT = 1 << 5
+IOSQE_CQE_SKIP_SUCCESS = 1 << 6
 RWF_DSYNC = 2  # linux/fs.h: the write ends when it is durable
 
 io_sqring_offsets = structure(
@@ -728,10 +761,8 @@ def syscall(number: int, *args: int) -> int:
     return result
 
 
-_get_buffer, _release_buffer = (
-    ctypes.pythonapi.PyObject_GetBuffer,
-    ctypes.pythonapi.PyBuffer_Release,
-)
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
 _get_buffer.argtypes = [ctypes.py_object, ctypes.c_void_p, ctypes.c_int]
 _release_buffer.argtypes = [ctypes.c_void_p]
 # CPython's Py_buffer begins with the address and is no larger
@@ -775,8 +806,10 @@ class Ring:
         self, entries: int, cq_entries: int = 0, sqe128: bool = False, shared: bool = False
     ) -> None:
         params = self._setup(entries, max(cq_entries, 2 * entries), sqe128, shared)
-        self.entries, self.sqe_size = params.sq_entries, 128 if sqe128 else 64
-        sq, cq = params.sq_off, params.cq_off
+        self.entries = params.sq_entries
+        self.sqe_size = 128 if sqe128 else 64
+        sq = params.sq_off
+        cq = params.cq_off
         size = max(sq.array + 4 * params.sq_entries, cq.cqes + 16 * params.cq_entries)
         # FEAT_SINGLE_MMAP (5.4): both rings lie in one mapping
         self._rings = mmap.mmap(self.fd, size, offset=IORING_OFF_SQ_RING)
@@ -786,11 +819,14 @@ class Ring:
         self.sqes = memoryview(self._sqe_map)
         self._ring_bytes = memoryview(self._rings)
         words = self._words = self._ring_bytes[: size & ~3].cast("I")
-        self._sq_head_at, self._sq_tail_at = sq.head // 4, sq.tail // 4
-        self._cq_head_at, self._cq_tail_at = cq.head // 4, cq.tail // 4
+        self._sq_head_at = sq.head // 4
+        self._sq_tail_at = sq.tail // 4
+        self._cq_head_at = cq.head // 4
+        self._cq_tail_at = cq.tail // 4
         self._array = words[sq.array // 4 : sq.array // 4 + params.sq_entries]
         cqes = self._ring_bytes[cq.cqes : cq.cqes + 16 * params.cq_entries]
-        self._cq64, self._cq32 = cqes.cast("Q"), cqes.cast("i")
+        self._cq64 = cqes.cast("Q")
+        self._cq32 = cqes.cast("i")
         self._views = [
             self.sqes,
             self._array,
@@ -800,12 +836,14 @@ class Ring:
             words,
             self._ring_bytes,
         ]
-        self._sq_mask, self._cq_mask = params.sq_entries - 1, params.cq_entries - 1
+        self._sq_mask = params.sq_entries - 1
+        self._cq_mask = params.cq_entries - 1
         self._tail = 0  # SQEs pushed
         self._was_cut = False
         self._timeout = timespec()
         self._wait_arg = io_uring_getevents_arg()
-        self._to_submit, self._to_wait_for = ctypes.c_long(), ctypes.c_long()
+        self._to_submit = ctypes.c_long()
+        self._to_wait_for = ctypes.c_long()
         self._enter = partial(
             _syscall,
             ctypes.c_long(SYS_io_uring_enter),
@@ -953,8 +991,10 @@ class Ring:
 
     def reap(self) -> tuple[list[int], list[int]]:
         """Take every CQE there is; return their user_data and their results, in order."""
-        head, tail = self._words[self._cq_head_at], self._words[self._cq_tail_at]
-        first, last = head & self._cq_mask, tail & self._cq_mask
+        head = self._words[self._cq_head_at]
+        tail = self._words[self._cq_tail_at]
+        first = head & self._cq_mask
+        last = tail & self._cq_mask
         if head == tail:
             return [], []
         if first < last:
@@ -970,7 +1010,8 @@ class Ring:
 
     def reap_all(self) -> list[tuple[int, int, int]]:
         """The same as a list of (user_data, result, flags)."""
-        head, tail = self._words[self._cq_head_at], self._words[self._cq_tail_at]
+        head = self._words[self._cq_head_at]
+        tail = self._words[self._cq_tail_at]
         slots = [(head + n) & self._cq_mask for n in range((tail - head) & 0xFFFFFFFF)]
         cqes = [
             (self._cq64[2 * at], self._cq32[4 * at + 2], self._cq32[4 * at + 3]) for at in slots
@@ -1088,7 +1129,8 @@ class Control:
         self._buffers: dict[int, Any] = {}  # what pending commands point at, by token
         self._results: dict[int, int] = {}
         self._unprivileged: set[int] = set()
-        self.legacy, self.features = False, None
+        self.legacy = False
+        self.features = None
         try:
             self.features = self.get_features()
         except UblkError:
@@ -1514,7 +1556,8 @@ class Null(Target):
 
     def answer(self, queue: Queue, tags: list[int]) -> None:
         """End every request at once: what answered a tag's last request answers one alike, too."""
-        requests, served = queue.requests, queue.served
+        requests = queue.requests
+        served = queue.served
         for tag in tags:
             if requests[tag] != served[tag]:
                 self._prepare(queue, tag)
@@ -1522,11 +1565,9 @@ class Null(Target):
 
     def _prepare(self, queue: Queue, tag: int) -> None:
         """Make an answer; a read must not see what was written under its tag before."""
-        path, operation, length = (
-            queue.path,
-            queue.flags[tag] & 0xFF,
-            queue.sectors[tag] * SECTOR,
-        )
+        path = queue.path
+        operation = queue.flags[tag] & 0xFF
+        length = queue.sectors[tag] * SECTOR
         queue.prepare(tag, length if operation <= UBLK_IO_OP_WRITE else 0)
         if operation == UBLK_IO_OP_WRITE:
             path.written[tag] = max(length, path.written.get(tag, 0))
@@ -1558,7 +1599,10 @@ ELEMENT = struct.Struct("=HHi")  # ublk_elem_header
 RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
 ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
 # user_data of what is not the command of a tag
-OPERATION, WAKE, FETCH, COMMIT = 1 << 32, 1 << 60, 1 << 61, 1 << 62
+OPERATION = 1 << 32
+WAKE = 1 << 60
+FETCH = 1 << 61
+COMMIT = 1 << 62
 
 A_MOMENT = 0.01  # seconds between looks at a queue that ends
 
@@ -1614,7 +1658,8 @@ class MappedCopy:
 
     def make_chains(self) -> None:
         """Fill for each tag the SQE that moves its data, as far as map() is not needed for it."""
-        ring, depth = self.queue.ring, self.queue.depth
+        ring = self.queue.ring
+        depth = self.queue.depth
         flags = self.queue.link_last if self.stages == 1 else Queue.link_last
         for tag in range(depth):
             ring.prepare(
@@ -1629,9 +1674,13 @@ class MappedCopy:
         self.chains = [self.chain(depth, tag) + (tag,) * commits for tag in range(depth)]
         # In a view they lie 64 bytes from each other
         sqes = ring.sqes[depth * 64 : 2 * depth * 64]
-        words, longs = sqes.cast("I"), sqes.cast("Q")
-        self.opcodes, self.offsets = sqes[::64], longs[1::8]
-        self.fds, self.lengths, self.rw_flags = words[1::16], words[6::16], words[7::16]
+        words = sqes.cast("I")
+        longs = sqes.cast("Q")
+        self.opcodes = sqes[::64]
+        self.offsets = longs[1::8]
+        self.fds = words[1::16]
+        self.lengths = words[6::16]
+        self.rw_flags = words[7::16]
         self.views += [self.opcodes, self.offsets, self.fds, self.lengths, self.rw_flags]
 
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
@@ -1641,7 +1690,8 @@ class MappedCopy:
     def transfer(self, tag: int, flags: int, fd: int, length: int) -> None:
         """Prepare the chain that moves a READ's or WRITE's data from or to a file, but for offsets[tag]."""
         self.opcodes[tag] = self.moves + (flags & 0xFF)
-        self.fds[tag], self.lengths[tag] = fd, length
+        self.fds[tag] = fd
+        self.lengths[tag] = length
         self.rw_flags[tag] = RWF_DSYNC if flags & UBLK_IO_F_FUA else 0
         self.queue.prepare(tag, length)
 
@@ -1673,7 +1723,8 @@ class MappedCopy:
 
     def blank(self, tag: int, length: int) -> None:
         """Have a READ return zeroes, where all that happened to the tag is noted in written."""
-        start, dirty = tag * self.max_io, self.written.pop(tag, 0)
+        start = tag * self.max_io
+        dirty = self.written.pop(tag, 0)
         if dirty:
             self.view[start : start + dirty] = ZEROES[:dirty]
 
@@ -1755,7 +1806,8 @@ async def transfer(
         outcome = await end_of(outcome)
         if not is_short(outcome, buffer):
             return
-        offset, buffer = offset + outcome, buffer[outcome:]
+        offset = offset + outcome
+        buffer = buffer[outcome:]
         outcome = function(offset, buffer[:])
 
 
@@ -1780,8 +1832,10 @@ class Queue:
 
     def __init__(self, device: Device, index: int) -> None:
         self.target: Any = device.target  # what it has beyond Target is found by hasattr()
-        self.index, self.device_fd = index, device.char_fd
-        self.depth, self.max_io = device.info.queue_depth, device.info.max_io_buf_bytes
+        self.index = index
+        self.device_fd = device.char_fd
+        self.depth = device.info.queue_depth
+        self.max_io = device.info.max_io_buf_bytes
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         self.mapped = hasattr(self.target, "map") and bool(device.data_path.moves)
         # answer() knows neither of memory shared with clients nor of metadata
@@ -1837,7 +1891,8 @@ class Queue:
 
     def _look_at(self, descriptors: memoryview, apart: int) -> None:
         """Make a view of each member of the request descriptors, which lie apart times 8 bytes apart."""
-        words, longs = self._kept(descriptors.cast("I")), self._kept(descriptors.cast("Q"))
+        words = self._kept(descriptors.cast("I"))
+        longs = self._kept(descriptors.cast("Q"))
         self.flags = self._kept(words[:: 2 * apart])
         self.sectors = self._kept(words[1 :: 2 * apart])
         self.requests = self._kept(longs[::apart])
@@ -1910,7 +1965,8 @@ class Queue:
     def _is_quiet(self) -> bool:
         """Tell whether all tags have ended, or a moment has brought no news of the others."""
         self.commit()
-        before, self._ended_before = self._ended_before, len(self.ended)
+        before = self._ended_before
+        self._ended_before = len(self.ended)
         if self._ended_before == self.depth:
             return True
         return self._ended_before == before and not self.ring.pending
@@ -1931,13 +1987,12 @@ class Queue:
 
     def _answer_by_handler(self, tags: list[int]) -> None:
         """Have the target's methods serve; a READ or WRITE like the tag's last one with no ado."""
-        requests, served, starts, buffers = (
-            self.requests,
-            self.served,
-            self.starts,
-            self._buffers,
-        )
-        read, write = self.target.read, self.target.write
+        requests = self.requests
+        served = self.served
+        starts = self.starts
+        buffers = self._buffers
+        read = self.target.read
+        write = self.target.write
         ended: list[int] = []
         for tag in tags:
             if requests[tag] != served[tag] and not self._make_ready(tag):
@@ -1960,7 +2015,8 @@ class Queue:
 
     def _make_ready(self, tag: int) -> bool:
         """Make ready what serves this READ or WRITE, and those of the tag alike that follow."""
-        flags, length = self.flags[tag], self.sectors[tag] * SECTOR
+        flags = self.flags[tag]
+        length = self.sectors[tag] * SECTOR
         if flags & NOT_BY_BUFFER or not self.path.lasting:
             return False
         if flags & 0xFF == UBLK_IO_OP_READ:
@@ -1985,10 +2041,14 @@ class Queue:
 
         Returns the number of SQEs in the chains for it.
         """
-        where, path, requests, served = self.target.map, self.path, self.requests, self.served
+        where = self.target.map
+        path = self.path
+        requests = self.requests
+        served = self.served
         chains: list[int] = []
         for tag in tags:
-            flags, length = self.flags[tag], self.sectors[tag] * SECTOR
+            flags = self.flags[tag]
+            length = self.sectors[tag] * SECTOR
             if flags & NOT_BY_MAP:
                 self.handle(tag)
                 continue
@@ -2121,11 +2181,10 @@ class Queue:
     def _table(self) -> list[Callable[[int, int, int, int], int | None]]:
         """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
         table: list[Callable[[int, int, int, int], int | None]] = [self._unsupported] * 256
-        table[UBLK_IO_OP_READ], table[UBLK_IO_OP_WRITE] = self._read, self._write
-        table[UBLK_IO_OP_REPORT_ZONES], table[UBLK_IO_OP_ZONE_APPEND] = (
-            self._report,
-            self._append,
-        )
+        table[UBLK_IO_OP_READ] = self._read
+        table[UBLK_IO_OP_WRITE] = self._write
+        table[UBLK_IO_OP_REPORT_ZONES] = self._report
+        table[UBLK_IO_OP_ZONE_APPEND] = self._append
         for operation, (name, arguments) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
                 function = getattr(self.target, name)
@@ -2238,7 +2297,8 @@ class Queue:
     ) -> int | None:
         """The same, where the method was called already."""
         while not is_awaitable(outcome) and is_short(outcome, buffer):
-            offset, buffer = offset + outcome, buffer[outcome:]
+            offset = offset + outcome
+            buffer = buffer[outcome:]
             outcome = function(offset, buffer[:])
         return self._end(tag, outcome, finish, function, offset, buffer)
 
@@ -2454,7 +2514,8 @@ def takes_unmap(function: Any) -> bool:
     return True
 
 
-PR_SET_IO_FLUSHER, CAP_SYS_ADMIN = 57, 1 << 21
+PR_SET_IO_FLUSHER = 57
+CAP_SYS_ADMIN = 1 << 21
 MAX_DISCARD = 1 << 30  # bytes a single discard or write-zeroes may cover
 NODE_TIMEOUT = 10.0  # seconds udev has to make a device node usable
 STOP_TIMEOUT = 30.0  # seconds the handlers have to end what they are doing
@@ -2527,7 +2588,8 @@ def check_limits(device: Device) -> None:
 
 def params_of(target: Any, max_io: int) -> Any:
     """Return the parameters of a disk, max_io in bytes; UblkError (EINVAL) for a size none can have."""
-    block, physical = target.block_size, max(target.physical_block_size, target.block_size)
+    block = target.block_size
+    physical = max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
     refuse(
         target.size % block,
@@ -2535,15 +2597,16 @@ def params_of(target: Any, max_io: int) -> Any:
         f"not a positive multiple of the block size {block}",
         "choose another size",
     )
-    flushes, fua, discards, zeroes, zoned = (
-        hasattr(target, name)
-        for name in ("flush", "write_fua", "discard", "write_zeroes", "zone_size")
-    )
+    flushes = hasattr(target, "flush")
+    durable = flushes and hasattr(target, "write_fua")
+    discards = hasattr(target, "discard")
+    zeroes = hasattr(target, "write_zeroes")
+    zoned = hasattr(target, "zone_size")
     attrs = (
         UBLK_ATTR_READ_ONLY * bool(target.read_only)
         | UBLK_ATTR_ROTATIONAL * bool(target.rotational)
         | UBLK_ATTR_VOLATILE_CACHE * flushes
-        | UBLK_ATTR_FUA * (flushes and fua)
+        | UBLK_ATTR_FUA * durable
     )
     params = ublk_params(
         types=UBLK_PARAM_TYPE_BASIC,
@@ -2610,7 +2673,9 @@ class Worker(threading.Thread):
 
     def __init__(self, device: Device, index: int, cpus: set[int]) -> None:
         super().__init__(name=f"ublk{device.id}q{index}", daemon=True)
-        self.device, self.index, self.cpus = device, index, cpus
+        self.device = device
+        self.index = index
+        self.cpus = cpus
         self.queue: Queue | None = None
         self.fetched = self.left = self.ended = self.given_up = False  # how far it has come
         self._closes = threading.Lock()  # taken by who closes the queue
@@ -2714,20 +2779,18 @@ class Device:
                 "it is an async def, for which nobody waits",
                 "make it a plain def",
             )
-        self.target, self.id, self.queues, self.depth, self.max_io = (
-            target,
-            id,
-            queues,
-            depth,
-            max_io,
-        )
-        self.recovery, self.partition_scan, self.path_name = recovery, partition_scan, data_path
+        self.target = target
+        self.id = id
+        self.queues = queues
+        self.depth = depth
+        self.max_io = max_io
+        self.recovery = recovery
+        self.partition_scan = partition_scan
+        self.path_name = data_path
         self.force = force
-        self.batch, self.share_memory, self.zoned = (
-            batch,
-            share_memory,
-            hasattr(target, "zone_size"),
-        )
+        self.batch = batch
+        self.share_memory = share_memory
+        self.zoned = hasattr(target, "zone_size")
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         self.directory = os.getcwd()  # where the words may name files
         self.words = words or (type(target).__name__, [], {})
@@ -2943,10 +3006,8 @@ class Device:
         self.char_fd = open_char(self.id, pause=self._pause)
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
-        size, apart = (
-            -(-depth * self.desc_size // PAGE_SIZE) * PAGE_SIZE  # in whole pages
-            for depth in (self.info.queue_depth, UBLK_MAX_QUEUE_DEPTH)
-        )
+        size = whole_pages(self.info.queue_depth * self.desc_size)
+        apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
         for index in range(count):
             self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
             cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
@@ -3069,18 +3130,17 @@ class Device:
             f"delete it (`ublk.py del {self.id}`) and create it with -r",
         )
         params = self.control.get_params(self.id)
-        basic, kept, given = (
-            params.basic,
-            params.integrity.metadata_size,
-            self.target.metadata_size,
-        )
+        basic = params.basic
+        kept = params.integrity.metadata_size
+        given = self.target.metadata_size
         refuse(
             given != kept,
             what,
             f"the target has {given} bytes of metadata beside a block, the disk {kept}",
             "give it the target it had",
         )
-        size, self.target.block_size = basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
+        size = basic.dev_sectors * SECTOR
+        self.target.block_size = 1 << basic.logical_bs_shift
         self.size = size
         if self.target.size != size and hasattr(self.target, "resized"):
             self.target.resized(size)
@@ -3096,7 +3156,8 @@ class Device:
 
     def _await_end_of_server(self, what: str) -> None:
         """START_USER_RECOVERY, as soon as the kernel allows it."""
-        begun, told = time.monotonic(), False
+        begun = time.monotonic()
+        told = False
         while True:
             info = self.control.get_dev_info(self.id)
             refuse(
@@ -3105,7 +3166,8 @@ class Device:
                 "it is stopped",
                 f"delete it: `ublk.py del {self.id}`",
             )
-            waited, lives = time.monotonic() - begun, alive(info.ublksrv_pid)
+            waited = time.monotonic() - begun
+            lives = alive(info.ublksrv_pid)
             try:
                 if info.state != UBLK_S_DEV_LIVE:
                     return self.control.start_user_recovery(self.id)
@@ -3169,7 +3231,8 @@ class Device:
         cannot have.
         """
         check_new_size(self.control, self.id, size)
-        grows, resized = size > self.target.size, getattr(self.target, "resized", bool)
+        grows = size > self.target.size
+        resized = getattr(self.target, "resized", bool)
         if grows:
             resized(size)  # before the first request for what is new
         self.control.update_size(self.id, size)
@@ -3193,7 +3256,8 @@ class Device:
                 self.target.resized(size)
             self.size = size
         except Exception as error:
-            self.refused, self.refusal = size, error_line(error)
+            self.refused = size
+            self.refusal = error_line(error)
             say(f"{self.name}: the target cannot have {size} bytes: {self.refusal}")
             save_state(self)  # before the disk changes, for then `resize` looks there
             try:
@@ -3287,7 +3351,8 @@ class Device:
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
         # Another thread may have had them
-        self._life, self._lock = threading.RLock(), threading.Lock()
+        self._life = threading.RLock()
+        self._lock = threading.Lock()
         for worker in self._workers:
             if worker.queue is not None:
                 worker.queue.close()
@@ -3339,7 +3404,8 @@ def check_flags(flags: int, known: int | None) -> None:
     """Refuse what the kernel would refuse or silently drop, saying why. Raises UblkError."""
     for feature in FEATURES:
         if flags & feature:
-            what, other = f"{feature.name} ({feature.meaning})", flags & feature.excludes
+            what = f"{feature.name} ({feature.meaning})"
+            other = flags & feature.excludes
             refuse(
                 feature.needs and not flags & feature.needs,
                 what,
@@ -3400,6 +3466,11 @@ def becomes(
             return False
         pause(0.005)
     return True
+
+
+def whole_pages(size: int) -> int:
+    """Return a size in bytes, rounded up to pages of memory."""
+    return -(-size // PAGE_SIZE) * PAGE_SIZE
 
 
 def open_char(
@@ -3554,7 +3625,8 @@ class NeedGetData(MappedCopy):
 
     def ask(self, tag: int) -> None:
         """Ask for the data of a WRITE."""
-        queue, slot = self.queue, 2 * self.queue.depth + tag
+        queue = self.queue
+        slot = 2 * self.queue.depth + tag
         # The driver puts the address asked for into the descriptor, also where
         # that says which of the memory shared with clients has the data: it is
         # to say so again.
@@ -3700,7 +3772,8 @@ class SharedCopy:
     """
 
     def __init__(self, addresses: memoryview, memories: dict[int, memoryview]) -> None:
-        self.addresses, self.memories = addresses, memories
+        self.addresses = addresses
+        self.memories = memories
 
     def room(self, tag: int, length: int) -> memoryview:
         """Return the memory a READ fills, which is its client's already, cleared."""
@@ -3743,7 +3816,9 @@ class BatchQueue(Queue):
     disk.
     """
 
-    BUFFERS, TAGS_EACH = 64, 128  # provided buffers, and how many tags go into each
+    # provided buffers, and how many tags go into each
+    BUFFERS = 64
+    TAGS_EACH = 128
     link_last = 0  # a chain has no COMMIT at its end: its last CQE is needed
 
     def __init__(self, device: Device, index: int) -> None:
@@ -3760,11 +3835,13 @@ class BatchQueue(Queue):
         ]
         self._elements = [b""] * self.depth
         self.element_size = 8 * (1 + copies + device.zoned)
-        self._prep_slot, self._fetch_slot = self._free_slots.pop(), self._free_slots.pop()
+        self._prep_slot = self._free_slots.pop()
+        self._fetch_slot = self._free_slots.pop()
         flags = UBLK_BATCH_F_HAS_BUF_ADDR * copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
         if self.path.features & UBLK_F_AUTO_BUF_REG:
             flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
-        self._flags, self._lba = flags, 0
+        self._flags = flags
+        self._lba = 0
         size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
         self.memory = mmap.mmap(-1, size)
         self._base = address_of(self.memory)
@@ -3839,7 +3916,8 @@ class BatchQueue(Queue):
         """Have all pending elements committed (or prepared) by the next enter()."""
         elements = b"".join(self._pending)
         self.memory[self._elements_at : self._elements_at + len(elements)] = elements
-        self._sent, self._pending = self._pending, []
+        self._sent = self._pending
+        self._pending = []
         self.ring.prepare(
             self._prep_slot,
             IORING_OP_URING_CMD,
@@ -3990,7 +4068,8 @@ async def operate(
     memory = None
     if buffer is not None:
         memory = memory_of(buffer, fills)
-        addr, length = address_of(memory), len(memory)
+        addr = address_of(memory)
+        length = len(memory)
     queue = getattr(_here, "queue", None)
     if queue is None:
         raise RuntimeError("only the loop of a queue has a ring")
@@ -4101,7 +4180,8 @@ class RingSelector(selectors.BaseSelector):
                 queue.answer(tags)
             if queue.is_over():
                 queue.loop.stop()
-        ready, self._ready = self._ready, []
+        ready = self._ready
+        self._ready = []
         return ready
 
     def _poll(self, fd: int, events: int) -> None:
@@ -4139,7 +4219,8 @@ class Poll(Operation):
 
     def __init__(self, selector: RingSelector, fd: int) -> None:
         super().__init__(None)
-        self.selector, self.fd = selector, fd
+        self.selector = selector
+        self.fd = fd
 
     def end(self, result: int) -> None:
         self.selector.polled(self.fd, result)
@@ -4337,7 +4418,8 @@ def is_gone(control: Control, dev_id: int) -> bool:
 
 def run_dir() -> str:
     """Return the directory of the state files."""
-    user, runtime = os.geteuid(), os.environ.get("XDG_RUNTIME_DIR")
+    user = os.geteuid()
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
     own = os.path.join(runtime, "ublk") if runtime else f"/tmp/ublk-{user}"
     return os.path.abspath(os.environ.get("UBLK_RUN_DIR") or (own if user else "/run/ublk"))
 
@@ -4374,7 +4456,8 @@ def save_state(device: Device) -> None:
         "refused": device.refused,
         "refusal": device.refusal,
     }
-    path, remedy = state_path(device.id), "set UBLK_RUN_DIR to a directory of yours"
+    path = state_path(device.id)
+    remedy = "set UBLK_RUN_DIR to a directory of yours"
     try:
         os.makedirs(run_dir(), mode=0o700, exist_ok=True)
         status = os.lstat(run_dir())
@@ -4658,7 +4741,9 @@ def parse_size(text: str) -> int:
     """Read a number of bytes such as 4096, 512K, 1.5MiB or 1GB (powers of 1024). Raises ValueError."""
     found = SIZE.fullmatch(text)
     if found:
-        whole, fraction, unit = found.group(1), found.group(2) or "", found.group(3) or ""
+        whole = found.group(1)
+        fraction = found.group(2) or ""
+        unit = found.group(3) or ""
         shift = 10 * " KMGT".index(unit.upper() or " ")
         # Exact, as floats are not
         size, rest = divmod(int(whole + fraction) << shift, 10 ** len(fraction))
@@ -5141,7 +5226,9 @@ class Started:
     """
 
     def __init__(self, options: Any) -> None:
-        self.json, self.out, self.news = options.json, sys.stdout, -1
+        self.json = options.json
+        self.out = sys.stdout
+        self.news = -1
 
     def tell(self, news: str) -> None:
         """Write to the parent, if there is one; one that has gone has no use for it."""
@@ -5337,7 +5424,8 @@ def clean_up(identity: int) -> None:
 
 def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end."""
-    status, sys.stdout = 0, sys.stderr
+    status = 0
+    sys.stdout = sys.stderr
     try:
         run(started)
     except SystemExit as end:  # of the parser of a target's words, which has told why
@@ -5495,7 +5583,8 @@ def delete_devices(options: Any) -> int:
     if options.all == bool(options.id):
         raise Usage("del needs one or more ids, or --all")
     with Control() as control:
-        ids, failures = device_ids(), 0
+        ids = device_ids()
+        failures = 0
         for dev_id in [*ids, *stale_states(ids)] if options.all else options.id:
             try:
                 control.get_dev_info(dev_id)
@@ -5567,7 +5656,8 @@ def await_server(control: Control, dev_id: int, size: int, identity: int) -> Non
     user's, the server has followed if the disk keeps its size: it looks at it
     every second, and changes it back if it cannot.
     """
-    what, begun = f"cannot resize device {dev_id}", time.monotonic()
+    what = f"cannot resize device {dev_id}"
+    begun = time.monotonic()
     while time.monotonic() < begun + SERVER_TIMEOUT and alive(
         control.get_dev_info(dev_id).ublksrv_pid
     ):

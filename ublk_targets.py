@@ -44,8 +44,12 @@ PAGE_SIZE = mmap.PAGESIZE
 PIECE = 1 << 20  # bytes that are copied or written at once
 
 # linux/falloc.h and linux/fs.h
-FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 0x01, 0x02, 0x10
-BLKDISCARD, BLKSSZGET, BLKPBSZGET = 0x1277, 0x1268, 0x127B
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+BLKDISCARD = 0x1277
+BLKSSZGET = 0x1268
+BLKPBSZGET = 0x127B
 
 HOLE = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 # What fallocate(2) fails with, which is no fault
@@ -75,7 +79,8 @@ def write_all(fd: int, data: Any, offset: int) -> None:
     """Write all of data at offset; raises OSError."""
     while data:
         count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
+        data = data[count:]
+        offset = offset + count
 
 
 def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -128,7 +133,8 @@ class Ram(ublk.Target):
         weakref.finalize(self, os.close, self.fd)
         self.reach(size)
         if metadata_size:
-            self.metadata_size, self.checksum = metadata_size, checksum
+            self.metadata_size = metadata_size
+            self.checksum = checksum
             self.metadata_fd = os.memfd_create("metadata")
             weakref.finalize(self, os.close, self.metadata_fd)
 
@@ -207,7 +213,9 @@ class Loop(Mapped, ublk.Target):
     """
 
     def __init__(self, path: str, *, direct: bool = False, read_only: bool = False) -> None:
-        self.path, self.is_block, self.files = path, is_block(path), [path]
+        self.path = path
+        self.is_block = is_block(path)
+        self.files = [path]
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0, read_only)
         # Ends at the latest with the object
         self.opened = weakref.finalize(self, os.close, self.fd)
@@ -323,7 +331,9 @@ def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
     return size, unit, min(liked, PAGE_SIZE)
 
 
-STATX_DIOALIGN, AT_EMPTY_PATH = 0x2000, 0x1000  # linux/stat.h, linux/fcntl.h
+# linux/stat.h, linux/fcntl.h
+STATX_DIOALIGN = 0x2000
+AT_EMPTY_PATH = 0x1000
 STATX = struct.Struct("=I148xI100x")  # stx_mask and stx_dio_mem_align of struct statx
 
 
@@ -462,7 +472,8 @@ class Stripe(Over, Mapped, ublk.Target):
             Loop(path, direct=direct, read_only=read_only) for path in distinct(paths)
         ]
         self.files = paths
-        self.boundary, self.block_size = chunk, max(leg.block_size for leg in legs)
+        self.boundary = chunk
+        self.block_size = max(leg.block_size for leg in legs)
         self.physical_block_size = max(leg.physical_block_size for leg in legs)
         self.dma_alignment = max(leg.dma_alignment for leg in legs)
         refuse(
@@ -489,7 +500,8 @@ class Stripe(Over, Mapped, ublk.Target):
     def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
         """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
         for number, leg in enumerate(self.legs):
-            start, end = self.before(number, offset), self.before(number, offset + length)
+            start = self.before(number, offset)
+            end = self.before(number, offset + length)
             if start < end:
                 yield leg, start, end - start
 
@@ -516,7 +528,8 @@ class Sealed:
     """A structure in a file: a magic, values, and a CRC-32 of all this."""
 
     def __init__(self, magic: bytes, values: str, what: str) -> None:
-        self.magic, self.what = magic, what
+        self.magic = magic
+        self.what = what
         self.struct = struct.Struct(f"<{len(magic)}s{values}")
         self.size = self.struct.size + 4
 
@@ -548,7 +561,10 @@ def have_alone(disk: Loop, path: str, read_only: bool) -> None:
 
 COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")  # size, block size, boot id
 COW_UNIT = 64 << 10  # header and marks fill whole pages of any machine
-BASE, OURS, KEPT = b"\0", b"\1", b"\2"  # marks of blocks: see Cow
+# marks of blocks: see Cow
+BASE = b"\0"
+OURS = b"\1"
+KEPT = b"\2"
 
 
 class Cow(ublk.Target):
@@ -582,14 +598,17 @@ class Cow(ublk.Target):
         self.size, self.block_size, self.physical_block_size = sizes_of(self.base, base)
         self.grain = self.block_size
         count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
-        self.marks_at, self.data_at = COW_UNIT, COW_UNIT + count
+        self.marks_at = COW_UNIT
+        self.data_at = COW_UNIT + count
         if not read_only and (not os.path.exists(overlay) or not os.path.getsize(overlay)):
             with open(overlay, "wb") as file:
                 file.truncate(self.data_at + self.size)
-        self.top, self.path = Loop(overlay, read_only=read_only), overlay
+        self.top = Loop(overlay, read_only=read_only)
+        self.path = overlay
         self.read_only = read_only
         self.lost = False  # what is marked OURS counts for nothing
-        self.fd, self.lock = self.top.fd, threading.Lock()
+        self.fd = self.top.fd
+        self.lock = threading.Lock()
         self.fresh: set[tuple[int, int]] = set()  # blocks, from and to, that are to be KEPT
         self._open()
         if commit:
@@ -601,7 +620,9 @@ class Cow(ublk.Target):
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
         header = COW_HEADER.pack(self.size, self.grain, boot)
-        size, grain, last_boot = self.size, self.grain, boot
+        size = self.size
+        grain = self.grain
+        last_boot = boot
         # Else it is new, or was killed as it was made
         if any(os.pread(self.fd, len(header), 0)):
             size, grain, last_boot = COW_HEADER.read(self.fd, self.path)
@@ -802,15 +823,18 @@ class Fault(Wrapper, ublk.Target):
             "not a share from 0 to 1",
             "write 0.01 for one in 100",
         )
-        self.range, self.after, self.rate = span(range) if range else None, after, rate
-        self.error, self.delay, self.jitter = (
-            getattr(errno, error, 0),
-            seconds(delay),
-            seconds(jitter),
-        )
-        self.torn, self.lost, self.hang = torn, lost, hang
+        self.range = span(range) if range else None
+        self.after = after
+        self.rate = rate
+        self.error = getattr(errno, error, 0)
+        self.delay = seconds(delay)
+        self.jitter = seconds(jitter)
+        self.torn = torn
+        self.lost = lost
+        self.hang = hang
         self.control = os.path.abspath(control) if control else ""
-        self.random, self.written = random.Random(seed), 0
+        self.random = random.Random(seed)
+        self.written = 0
         self.seen: Any = None  # what the control file was when it was last read
         self.rule = self  # whose options hold; another's once the control file is there
 
@@ -869,7 +893,8 @@ class Fault(Wrapper, ublk.Target):
             seen = status.st_mtime_ns, status.st_size, status.st_ino
         if seen == self.seen:
             return
-        self.seen, self.written = seen, 0
+        self.seen = seen
+        self.written = 0
         try:
             with open(self.control, encoding="utf-8") as file:
                 words = shlex.split(file.read(4096))
@@ -918,19 +943,22 @@ def seconds(text: str) -> float:
 # =================================================================================================
 
 # The NBD protocol: github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
-NBD_OPTION_MAGIC, NBD_OPTION_REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
-NBD_OPT_GO, NBD_OPT_STRUCTURED_REPLY = 7, 8
-NBD_REP_ACK, NBD_REP_ERROR, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_UNKNOWN = (
-    1,
-    1 << 31,
-    1 << 31 | 5,
-    1 << 31 | 6,
-)
-NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
-NBD_FLAG_READ_ONLY, NBD_FLAG_ROTATIONAL = 1 << 1, 1 << 4
+NBD_OPTION_MAGIC = 0x49484156454F5054
+NBD_OPTION_REPLY_MAGIC = 0x3E889045565A9
+NBD_OPT_GO = 7
+NBD_OPT_STRUCTURED_REPLY = 8
+NBD_REP_ACK = 1
+NBD_REP_ERROR = 1 << 31
+NBD_REP_ERR_TLS_REQD = 1 << 31 | 5
+NBD_REP_ERR_UNKNOWN = 1 << 31 | 6
+NBD_INFO_EXPORT = 0
+NBD_INFO_BLOCK_SIZE = 3
+NBD_FLAG_READ_ONLY = 1 << 1
+NBD_FLAG_ROTATIONAL = 1 << 4
 NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = range(5)
 NBD_CMD_WRITE_ZEROES = 6
-NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE = 1, 2
+NBD_CMD_FLAG_FUA = 1
+NBD_CMD_FLAG_NO_HOLE = 2
 # What a server may offer: the handler, the bit of its flags that says so,
 # command and flag to ask for it
 NBD_OFFERS = {
@@ -940,13 +968,14 @@ NBD_OFFERS = {
     "write_zeroes": (1 << 6, NBD_CMD_WRITE_ZEROES, 0),
 }
 NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
-NBD_REQUEST_MAGIC, NBD_SIMPLE_REPLY_MAGIC, NBD_STRUCTURED_REPLY_MAGIC = (
-    0x25609513,
-    0x67446698,
-    0x668E33EF,
-)
+NBD_REQUEST_MAGIC = 0x25609513
+NBD_SIMPLE_REPLY_MAGIC = 0x67446698
+NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
 NBD_REPLY_FLAG_DONE = 1
-NBD_REPLY_NONE, NBD_REPLY_DATA, NBD_REPLY_HOLE, NBD_REPLY_ERROR = 0, 1, 2, 1 << 15
+NBD_REPLY_NONE = 0
+NBD_REPLY_DATA = 1
+NBD_REPLY_HOLE = 2
+NBD_REPLY_ERROR = 1 << 15
 NBD_TLS = "let a local `nbdkit nbd` or stunnel speak it"
 NBD_HANDSHAKE = 5.0  # seconds a server has for all of it
 
@@ -957,7 +986,8 @@ def nbd_address(uri: str) -> tuple[Any, str]:
 
     try:
         parts = urlsplit(uri)
-        path, export = parse_qs(parts.query).get("socket"), unquote(parts.path[1:])
+        path = parse_qs(parts.query).get("socket")
+        export = unquote(parts.path[1:])
         if parts.scheme == "nbd" and parts.hostname:
             return (parts.hostname, parts.port or 10809), export
         if parts.scheme == "nbd+unix" and path:
@@ -981,8 +1011,12 @@ class NbdConnection:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.deadline = uri, time.monotonic() + NBD_HANDSHAKE
-        self.size, self.flags, self.minimum, self.maximum = 0, 0, 1, 32 << 20
+        self.uri = uri
+        self.deadline = time.monotonic() + NBD_HANDSHAKE
+        self.size = 0
+        self.flags = 0
+        self.minimum = 1
+        self.maximum = 32 << 20
         address, export = nbd_address(uri)
         self.socket = socket.socket(socket.AF_UNIX)
         try:
@@ -1117,7 +1151,8 @@ class Nbd(ublk.Target):
     """
 
     def __init__(self, uri: str, *, timeout: str = "60s") -> None:
-        self.uri, self.timeout = uri, seconds(timeout)
+        self.uri = uri
+        self.timeout = seconds(timeout)
         server = self.connection = NbdConnection(uri)
         refuse(
             server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE,
@@ -1212,7 +1247,8 @@ class Nbd(ublk.Target):
         """Send everything in the outbox; what fails is sent again by the next connection."""
         try:
             while self.outbox:
-                batch, self.outbox = self.outbox[:32], self.outbox[32:]
+                batch = self.outbox[:32]
+                self.outbox = self.outbox[32:]
                 left = memoryview(
                     b"".join(part for asked in batch for part in (asked.head, asked.data))
                 )
@@ -1265,7 +1301,9 @@ class Nbd(ublk.Target):
             except OSError as failure:
                 error = failure
         self.connection.socket.close()
-        self.connection, self.inbox, self.met = connection, self.buffer[:0], time.monotonic()
+        self.connection = connection
+        self.inbox = self.buffer[:0]
+        self.met = time.monotonic()
         self.outbox = list(self.pending.values())
         for request in self.outbox:
             request.error = request.filled = 0
@@ -1275,7 +1313,9 @@ class Nbd(ublk.Target):
     def _give_up(self, error: OSError) -> None:
         """Let the requests fail that wait for a server that does not reply."""
         ublk.say(f"{self.uri}: giving requests up: {error}")
-        lost, self.pending, self.outbox = self.pending, {}, []
+        lost = self.pending
+        self.pending = {}
+        self.outbox = []
         for request in lost.values():
             request.end(errno.ETIMEDOUT)
 
@@ -1291,7 +1331,8 @@ class Nbd(ublk.Target):
                 self.inbox = self.buffer[:count]
             count = min(len(view), len(self.inbox))
             view[:count] = self.inbox[:count]
-            view, self.inbox = view[count:], self.inbox[count:]
+            view = view[count:]
+            self.inbox = self.inbox[count:]
 
     async def _bytes(self, count: int) -> bytes:
         data = bytearray(count)
@@ -1344,7 +1385,8 @@ class Nbd(ublk.Target):
             raise OSError(error, "the server is shutting down")
         if not error and request.filled != len(request.room):
             error = errno.EIO
-        self.heard, self.told = time.monotonic(), False
+        self.heard = time.monotonic()
+        self.told = False
         del self.pending[request.cookie]
         request.end(error if error in errno.errorcode or not error else errno.EIO)
 
@@ -1354,11 +1396,13 @@ class Nbd(ublk.Target):
 # =================================================================================================
 
 # linux/blkzoned.h
-BLK_ZONE_TYPE_CONVENTIONAL, BLK_ZONE_TYPE_SEQWRITE_REQ = 1, 2
+BLK_ZONE_TYPE_CONVENTIONAL = 1
+BLK_ZONE_TYPE_SEQWRITE_REQ = 2
 BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN = (
     range(4)
 )
-BLK_ZONE_COND_CLOSED, BLK_ZONE_COND_FULL = 4, 14
+BLK_ZONE_COND_CLOSED = 4
+BLK_ZONE_COND_FULL = 14
 IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
 IS_ACTIVE = (*IS_OPEN, BLK_ZONE_COND_CLOSED)
 ZONED_HEADER = Sealed(b"ublkzon2", "QQQ", "a zoned disk")  # size, zone size, conventional
@@ -1374,7 +1418,9 @@ class Zone:
     """What changes of a zone: where the next write goes, in bytes of the disk, and its condition."""
 
     def __init__(self, number: int, size: int, written: int) -> None:
-        self.number, self.start, self.end = number, number * size, (number + 1) * size
+        self.number = number
+        self.start = number * size
+        self.end = (number + 1) * size
         self.wp = self.start + written
         self.resumed = True  # nothing was written since the server started
         self.settle()
@@ -1414,7 +1460,8 @@ class Zoned(ublk.Target):
         read_only: bool = False,
     ) -> None:
         self.read_only = read_only
-        self.max_open_zones, self.max_active_zones = max_open, max_active
+        self.max_open_zones = max_open
+        self.max_active_zones = max_active
         self.lock = threading.Lock()
         self.path = file
         if not file:
@@ -1503,7 +1550,8 @@ class Zoned(ublk.Target):
 
     def report_zones(self, offset: int, count: int) -> list[ublk.blk_zone]:
         """Describe zones from offset on, in sectors."""
-        first, length = offset // self.zone_size, self.zone_size // ublk.SECTOR
+        first = offset // self.zone_size
+        length = self.zone_size // ublk.SECTOR
         return [
             ublk.blk_zone(
                 start=zone.start // ublk.SECTOR,
@@ -1593,7 +1641,8 @@ class Zoned(ublk.Target):
             struct.pack("Q", position - zone.start),
             ZONE_TABLE_AT + 8 * zone.number,
         )
-        zone.wp, zone.resumed = position, False
+        zone.wp = position
+        zone.resumed = False
         if zone.wp in (zone.start, zone.end):
             zone.settle()
 
@@ -1684,7 +1733,8 @@ class Entry(NamedTuple):
 
 def entries(log: Any) -> Iterator[Entry]:
     """Yield the whole entries of a log; what a kill cut off at the end is left out."""
-    limit, end = os.fstat(log.fileno()).st_size, LOG_HEADER.size
+    limit = os.fstat(log.fileno()).st_size
+    end = LOG_HEADER.size
     for number in itertools.count(1):
         if end + ENTRY.size > limit:
             return
@@ -1773,7 +1823,9 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
     disk has what no crash takes back: a crash is a copy of it with some or all
     of the rest.
     """
-    path, points, chance = f"{disk.name}.crash", 0, random.Random(options.lose)
+    path = f"{disk.name}.crash"
+    points = 0
+    chance = random.Random(options.lose)
     pending: list[Entry] = []
     for entry in wanted:
         pending.append(entry)
