@@ -6,7 +6,8 @@
 
     class Ram(ublk.Target):
         def __init__(self, size):
-            self.size = size self.data = bytearray(size)
+            self.size = size
+            self.data = bytearray(size)
         def read(self, offset, buffer):            # buffer: a writable memoryview to fill
             buffer[:] = self.data[offset:offset + len(buffer)]
         def write(self, offset, buffer):           # buffer: a read-only memoryview
@@ -17,19 +18,33 @@
 
 or, from the shell: ``python ublk.py null --size 1G``.
 
-How ublk works -------------- The kernel driver ``ublk_drv`` turns a process
-into a disk. It has three kinds of device node:
+What ublk is
+------------
+The kernel driver ``ublk_drv`` turns a process into a disk. The other ways
+that Linux has go through a network protocol (nbd) or a file system (FUSE, with a
+loop device on top); ublk was made for io_uring, and for disks: no sockets, no copies
+but the necessary one, and half a system call a request. There are three kinds
+of device node:
 
     /dev/ublk-control   the *control plane*: create, start, stop and delete devices
     /dev/ublkcN         the *data plane* of device N: the server (this program) talks to it
     /dev/ublkbN         the disk itself: file systems, ``dd`` and databases talk to it
 
+    client                kernel                           server (this program)
+    ------                ------                           ---------------------
+    read(2), mount  --->  /dev/ublkbN
+                          block layer: a request, a tag
+                          ublk_drv: its descriptor  --->   CQE "tag 7 has a request"
+                                                           target.read(offset, buffer)
+                          ublk_drv: copies          <---   SQE "tag 7: 4096 bytes"
+    data            <---
+
 Both planes are spoken over io_uring, with its command ``IORING_OP_URING_CMD``.
 A life in brief:
 
     ADD_DEV  ->  SET_PARAMS  ->  open and mmap /dev/ublkcN  ->  FETCH every tag  ->  START_DEV
-    ... requests ... STOP_DEV (every tag ends with ENODEV)  ->  close
-    /dev/ublkcN  ->  DEL_DEV
+    ... requests ...
+    STOP_DEV (every tag ends with ENODEV)  ->  close /dev/ublkcN  ->  DEL_DEV
 
 A device has *queues*; a queue has *tags*, one for each request it can carry at
 a time. The server parks one command per tag in the kernel. When a client reads
@@ -39,21 +54,28 @@ shares through mmap. The server does the work and sends the next command for the
 tag, COMMIT_AND_FETCH_REQ: it hands in the result *and* parks the tag again, so
 that each request costs half a system call or less.
 
-Words used throughout ---------------------
+Words used throughout
+---------------------
     tag      the number of a request slot in its queue, 0 to depth - 1
     SQE      submission queue entry: 64 bytes in which io_uring is asked for an operation
     CQE      completion queue entry: 16 bytes in which io_uring answers
     sector   512 bytes, the kernel's unit; everything a target sees is in bytes
+    park     to leave a command with the driver until there is news for it
     target   the Python object behind the disk
     server   the process that serves a device; each queue has a thread of its own
+    client   whoever uses the disk: a file system, a database, dd
 
-The file reads from top to bottom, like a book: each chapter opens with an
-essay, and whoever reads only the essays knows ublk. Kernel ABI, io_uring,
-control plane; then one disk, the plain way, whole; then what adds to it: the
-other data paths, asyncio, servers that die, ordinary users and containers; and
-the command line. It needs Linux 6.0 or later and nothing but the standard
-library. Sources: the kernel's Documentation/block/ublk.rst,
-include/uapi/linux/ublk_cmd.h and io_uring.h.
+How to read this file
+---------------------
+From top to bottom, like a book: each chapter opens with an essay, and whoever
+reads only the essays knows ublk. Kernel ABI, io_uring, control plane; then one
+disk, the plain way, whole; then what adds to it: the other data paths, asyncio,
+servers that die, ordinary users and containers; and the command line. Kernel
+things have the kernel's names, so that they can be looked up in its source.
+
+It needs Linux 6.0 or later and nothing but the standard library. Sources: the
+kernel's Documentation/block/ublk.rst, include/uapi/linux/ublk_cmd.h and
+io_uring.h.
 """
 
 from __future__ import annotations
@@ -109,9 +131,13 @@ PAGE_SIZE = mmap.PAGESIZE
 
 
 class UblkError(OSError):
-    """What failed, why (with its errno) and what to do about it, in one line.
+    """An OSError that says what failed, why, and what to do about it, in one line.
 
     ``str(error)`` reads ``what failed: reason (ERRNO NAME): what to do``.
+
+    number: the errno.
+    what: what failed; reason: why, by default what the errno means; remedy:
+        what to do, or nothing.
     """
 
     def __init__(self, number: int, what: str, reason: str = "", remedy: str = "") -> None:
@@ -172,9 +198,11 @@ def say(text: str) -> None:
 class Feature(int):
     """A feature flag of a device: the number is its mask.
 
-    since is the first kernel that has it; needs are flags that must come with
-    it (one of them is enough), excludes those that must not. unused says why
-    this server never asks for it.
+    since: the first kernel that has it.
+    meaning: in a few words, as `ublk.py features` shows it.
+    needs: flags of which at least one must come with it.
+    excludes: flags that must not.
+    unused: why this server never asks for it.
     """
 
     name = ""
@@ -200,9 +228,14 @@ class Feature(int):
 
 
 class Command(int):
-    """A control command: the number is its legacy opcode, encoded the one of kernels since 6.4.
+    """A control command: the number is its legacy opcode.
 
-    since is the first kernel that has it. changes: it needs write permission.
+    since: the first kernel that has it.
+    changes: whether it needs write permission, and so which way its argument
+        goes.
+
+    encoded is what kernels since 6.4 call it: direction, size 32, type 'u',
+    number, put together as for an ioctl.
     """
 
     name = ""
@@ -217,7 +250,11 @@ class Command(int):
 
 
 def table_of(kind: Any, prefix: str) -> Any:
-    """Return all constants of this kind, after naming each as it is called here, less the prefix."""
+    """Return all constants of a kind, in the order they were defined.
+
+    Each gets its name on the way, without the prefix: what is called
+    UBLK_F_ZONED here is ZONED to a reader.
+    """
     table = {name: row for name, row in globals().items() if isinstance(row, kind)}
     for name, row in table.items():
         row.name = name[len(prefix) :]
@@ -373,7 +410,11 @@ DANGEROUS_KERNELS = (
 
 
 def danger() -> tuple[str, str]:
-    """Return what a new disk does to this kernel, and what mends that; two empty texts if nothing."""
+    """Return what a new disk does to this kernel, and what mends that.
+
+    Both are empty where nothing bad is known. `check` shows them, and a create
+    refuses to go on without --force.
+    """
     release = os.uname().release
     return next(
         (row[1:] for row in DANGEROUS_KERNELS if re.fullmatch(row[0], release)), ("", "")
@@ -397,7 +438,11 @@ def newer_kernel(what: str, since: str) -> UblkError:
 
 
 def explanations(table: str) -> dict[tuple[Command | None, int], tuple[str, str]]:
-    """Read lines of ``commands errno reason -> remedy`` into {(command, errno): (reason, remedy)}."""
+    """Read lines of ``commands errno reason -> remedy`` into a table.
+
+    Its keys are (command, errno), with None for any command; its values
+    (reason, remedy). A line that ends in a backslash goes on.
+    """
     commands = {"any": None, **{command.name: command for command in COMMANDS}}
     rows = (line.split(maxsplit=2) for line in table.strip().splitlines())
     return {
@@ -447,7 +492,12 @@ EXPLANATIONS = explanations("""
 
 
 def explain(command: Command, number: int, what: str) -> UblkError:
-    """Turn the errno of a control command into an error that says why and what to do."""
+    """Turn the errno of a control command into an error that says why and what to do.
+
+    command: the one that failed.
+    number: its errno, positive.
+    what: what failed, in the words of whoever asked.
+    """
     key = (command, number) if (command, number) in EXPLANATIONS else (None, number)
     if number == errno.EOPNOTSUPP and key not in EXPLANATIONS:
         return newer_kernel(what, command.since)
@@ -531,7 +581,11 @@ C_TYPES: dict[str, Any] = {
 
 
 def structure(name: str, members: str) -> Any:
-    """Make a ctypes.Structure of C types, each with its members: ``u32 len flags, u8 pad[4]``."""
+    """Make a ctypes.Structure of a line such as ``u32 len flags, u8 pad[4]``.
+
+    Each group is a C type and its members; the types are those of C_TYPES, in
+    which the new one is put, too, for others to contain.
+    """
     fields = []
     for kind, *declared in (group.split() for group in members.split(",")):
         for field, _, count in (member.rstrip("]").partition("[") for member in declared):
@@ -754,7 +808,11 @@ _syscall.restype = ctypes.c_long
 
 
 def syscall(number: int, *args: int) -> int:
-    """Make a system call with six arguments at most; raise OSError where it fails."""
+    """Make a system call with six arguments at most; raise OSError where it fails.
+
+    For what is called now and then. The one call that runs for every batch of
+    requests has its arguments made ready, see Ring.
+    """
     result: int = _syscall(*map(ctypes.c_long, (number, *args)))
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -770,7 +828,10 @@ _Py_buffer = ctypes.c_void_p * 11
 
 
 def address_of(buffer: Any) -> int:
-    """Return the memory address of a bytes-like object, which the caller must keep alive."""
+    """Return the memory address of a bytes-like object, which the caller must keep alive.
+
+    ctypes itself would do so for writable buffers only.
+    """
     view = _Py_buffer()
     _get_buffer(buffer, view, 0)
     address = view[0] or 0
@@ -785,21 +846,24 @@ SQE = struct.Struct("=BBHiQQIIQHHi")
 
 
 class Ring:
-    """An io_uring: a queue of requests to the kernel and a queue of its answers, in shared memory.
+    """An io_uring: a queue of requests to the kernel and a queue of its answers.
 
     entries: the number of SQEs, rounded up by the kernel to a power of two
-    (32768 at most). cq_entries: the number of CQEs, at least entries; twice
-    entries by default. sqe128: SQEs of 128 bytes, which control commands need.
+        (32768 at most).
+    cq_entries: the number of CQEs, at least entries; twice entries by default.
+    sqe128:  SQEs of 128 bytes, which control commands need.
     shared: several threads use it (one at a time, the caller sees to that).
-    Otherwise only the thread that created it may, and completions wait until
-    that thread enters the kernel, which is the quickest way there is
-    (SINGLE_ISSUER since 6.0, DEFER_TASKRUN since 6.1).
+        Otherwise only the thread that created it may, and completions wait
+        until that thread enters the kernel, which is the quickest way there is
+        (SINGLE_ISSUER since 6.0, DEFER_TASKRUN since 6.1).
 
     Unlike most users of io_uring this one fills an SQE slot once and submits it
     again and again: push(slot) only writes its number into the index array
     through which the kernel finds SQEs.
 
-    Raises UblkError: ENOSYS, EPERM where io_uring is not to be had, ENOMEM.
+    Raises UblkError: ENOSYS where the kernel has no io_uring, EPERM where it is
+    switched off or a container forbids it, ENOMEM where too little memory may
+    be locked.
     """
 
     def __init__(
@@ -856,7 +920,12 @@ class Ring:
         )
 
     def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> Any:
-        """Create the ring with the best flags this kernel takes; an unknown flag is EINVAL."""
+        """Create the ring with the best flags this kernel takes.
+
+        An unknown flag is EINVAL, so they are tried in turn: all, those of
+        Linux 6.0, none. Returns the io_uring_params with the offsets of
+        everything in the rings.
+        """
         base = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL
         base |= IORING_SETUP_SQE128 if sqe128 else 0
         owner = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SINGLE_ISSUER
@@ -894,7 +963,14 @@ class Ring:
         buf_index: int = 0,
         cmd: bytes = b"",
     ) -> None:
-        """Fill SQE slot; the names are the fields of io_uring_sqe."""
+        """Fill SQE slot; the names are the fields of io_uring_sqe.
+
+        off and addr mean what the opcode says; for a driver's command
+        (URING_CMD) off is the number of the command and cmd what goes along, 16
+        bytes, or 80 in a ring with large SQEs. user_data comes back in the CQE.
+        Nothing is submitted yet, and a slot that was pushed must not be filled
+        anew before the kernel has taken it.
+        """
         at = slot * self.sqe_size
         SQE.pack_into(
             self.sqes,
@@ -932,10 +1008,16 @@ class Ring:
         self._tail += len(slots)
 
     def enter(self, min_complete: int = 0, timeout: float | None = None) -> bool:
-        """Submit what was pushed and wait for min_complete CQEs, for timeout seconds at most.
+        """Submit what was pushed and wait for CQEs, for timeout seconds at most.
 
-        Returns False when the time ran out or a signal came first. Raises
-        OSError for anything the kernel holds against the ring itself.
+        min_complete: how many CQEs to wait for; 0: none.
+        timeout: seconds; None: without end.
+
+        Returns False when the time ran out or a signal came first. True means
+        no more than that the kernel was asked: whether something has come,
+        reap() tells. What it did not take stays pending for the next call.
+        Raises OSError for anything the kernel holds against the ring itself,
+        and ENOMEM, from then on, where it took only a part of a chain.
         """
         if timeout is None:
             self._wait_arg.ts = 0
@@ -990,7 +1072,11 @@ class Ring:
             self.enter(1, timeout)
 
     def reap(self) -> tuple[list[int], list[int]]:
-        """Take every CQE there is; return their user_data and their results, in order."""
+        """Take every CQE there is; return their user_data and their results, in order.
+
+        Two lists, made by slices of shared memory: nothing in Python is
+        quicker, and this runs once for each batch of requests.
+        """
         head = self._words[self._cq_head_at]
         tail = self._words[self._cq_tail_at]
         first = head & self._cq_mask
@@ -1009,7 +1095,11 @@ class Ring:
         return data, results
 
     def reap_all(self) -> list[tuple[int, int, int]]:
-        """The same as a list of (user_data, result, flags)."""
+        """The same as a list of (user_data, result, flags).
+
+        For whom the flags of a CQE matter: what came of a provided buffer, and
+        whether a multishot command goes on.
+        """
         head = self._words[self._cq_head_at]
         tail = self._words[self._cq_tail_at]
         slots = [(head + n) & self._cq_mask for n in range((tail - head) & 0xFFFFFFFF)]
@@ -1020,11 +1110,16 @@ class Ring:
         return cqes
 
     def register(self, opcode: int, arg: int, count: int) -> None:
-        """io_uring_register(2); raises OSError."""
+        """io_uring_register(2): opcode, the address of its argument, a count. Raises OSError."""
         syscall(SYS_io_uring_register, self.fd, opcode, arg, count)
 
     def register_sparse_buffers(self, count: int) -> None:
-        """Make a table of count empty fixed buffers (5.19), for request pages to be put in."""
+        """Make a table of count empty fixed buffers (5.19), for request pages to be put in.
+
+        Each is filled by the driver, by itself or when told to, and then
+        READ_FIXED and WRITE_FIXED may name it by its number. Raises OSError:
+        ENOMEM.
+        """
         table = io_uring_rsrc_register(nr=count, flags=IORING_RSRC_REGISTER_SPARSE)
         self.register(IORING_REGISTER_BUFFERS2, ctypes.addressof(table), ctypes.sizeof(table))
 
@@ -1038,7 +1133,11 @@ class Ring:
         return (self._tail - self._words[self._sq_head_at]) & 0xFFFFFFFF
 
     def close(self) -> None:
-        """Give back every view, mapping and descriptor; the kernel cancels what is pending."""
+        """Give back every view, mapping and descriptor; the kernel cancels what is pending.
+
+        A parked command of ublk's is cancelled by that, too, which is how a
+        queue that cannot go on tells the driver so. May be called twice.
+        """
         if self._file.closed:
             return
         for view in self._views:
@@ -1097,16 +1196,17 @@ COMMAND_TIMEOUT = 60.0  # seconds; the kernel answers in milliseconds unless a s
 class Control:
     """The control plane: one method for each control command.
 
-    features: the mask GET_FEATURES reports, or None before Linux 6.5. legacy:
-    this kernel has only the bare opcodes of Linux 6.0 to 6.3.
+    features: the mask GET_FEATURES reports, or None before Linux 6.5.
+    legacy: this kernel has only the bare opcodes of Linux 6.0 to 6.3.
+    enough: a function that tells whether nobody waits for an answer any more.
 
-    enough: tells whether nobody waits for an answer any more.
-
-    Every method raises UblkError with the kernel's errno, and ETIMEDOUT when a
-    command does not end in time or it is enough: it is then cancelled and,
-    where the kernel cannot cancel it, left behind with its buffers kept alive.
-    A signal whose handler raises cancels it, too. One Control may be used by
-    several threads.
+    Every method raises UblkError with the kernel's errno. ENODEV is a device
+    that is not there, ENOENT one whose node is not visible here, EPERM and
+    EACCES are somebody else's. ETIMEDOUT and ECANCELED are ours: the command
+    did not end in time, or it is enough. It is then cancelled and, where the
+    kernel cannot cancel it, left behind with its buffers kept alive. A signal
+    whose handler raises cancels it, too. One Control may be used by several
+    threads; close it, or use it in a ``with``.
     """
 
     def __init__(self) -> None:
@@ -1173,7 +1273,16 @@ class Control:
         what: str = "",
         timeout: float = COMMAND_TIMEOUT,
     ) -> int:
-        """Send one command; payload (a ctypes object) is sent and then filled with the answer."""
+        """Send one command; payload (a ctypes object) is sent and then filled with the answer.
+
+        dev_id: the N of /dev/ublkcN; -1: none yet, or none in particular.
+        data: the number that some commands have in place of a payload.
+        what: what an error says has failed.
+        timeout: seconds.
+
+        Returns the result, which is 0 but where a command's description says
+        otherwise.
+        """
         what = what or command.name + (f" of device {dev_id}" if dev_id != -1 else "")
         if not -1 <= dev_id < MAX_DEVICES:  # cut to 32 bits it would mean another device
             raise explain(command, errno.ENODEV, what)
@@ -1206,8 +1315,10 @@ class Control:
     def _path(self, command: Command, dev_id: int) -> bytes:
         """Return the device path the kernel wants in front of the payload (6.3).
 
-        It checks the permission of whoever commands an unprivileged device by
-        this node's.
+        It looks this node up and checks the permission of whoever commands an
+        ordinary user's device by it, root's as well. GET_DEV_INFO2 always
+        brings it, since who asks cannot know yet whose device it is; from its
+        answer we do.
         """
         if command == UBLK_CMD_GET_DEV_INFO2 or dev_id in self._unprivileged:
             if command not in (UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO):
@@ -1215,6 +1326,11 @@ class Control:
         return b""
 
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float) -> int:
+        """Put a command on the ring, and wait for its end.
+
+        Returns the result: ETIMEDOUT, negative, where it was cancelled for
+        being late.
+        """
         if self.enough():
             return -errno.ECANCELED
         token = self._token + 1  # what _submit() gives it, which a signal's handler may leave
@@ -1256,7 +1372,11 @@ class Control:
         return self._token
 
     def _await(self, token: int, timeout: float, enough: Callable[[], bool] = bool) -> bool:
-        """Wait until the command has ended; False when time is up or it is enough."""
+        """Wait until the command has ended; False when time is up or it is enough.
+
+        In small steps, as nothing wakes the kernel's wait when it becomes
+        enough.
+        """
         deadline = time.monotonic() + timeout
         while token not in self._results:
             left = deadline - time.monotonic()
@@ -1287,9 +1407,18 @@ class Control:
     ) -> Any:
         """ADD_DEV: create /dev/ublkcN; dev_id -1 takes the first free number.
 
-        max_io is the largest request in bytes. Returns what the kernel made of
-        it: queues are limited to the number of CPUs and unknown or impossible
-        flags are cleared without a word.
+        queues, depth: how many hardware queues, and tags in each (4096 at
+            most).
+        max_io: the largest request in bytes.
+        flags: UBLK_F_* bits. ublksrv_flags: 64 bits of the server's own, handed
+            back unchanged by get_dev_info().
+
+        Returns what the kernel made of it, a ublksrv_ctrl_dev_info: queues are
+        limited to the number of processors, max_io is rounded down to pages,
+        and unknown or impossible flags are cleared without a word. Raises
+        UblkError: EEXIST where the number is taken, EPERM without CAP_SYS_ADMIN
+        and UNPRIVILEGED_DEV, EACCES where a user has as many devices as
+        allowed, EINVAL for numbers and flags that cannot be.
         """
         info = ublksrv_ctrl_dev_info(
             nr_hw_queues=queues,
@@ -1310,7 +1439,13 @@ class Control:
         return info
 
     def del_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
-        """DEL_DEV: stop and remove; waits until nobody holds /dev/ublkcN or /dev/ublkbN open."""
+        """DEL_DEV: stop and remove a device.
+
+        Waits until nobody holds /dev/ublkcN or /dev/ublkbN open, the caller
+        included: whoever serves it has to let go first. Raises ETIMEDOUT where
+        somebody does not; the device then goes by itself with the last who
+        holds it.
+        """
         self._run(UBLK_CMD_DEL_DEV, dev_id, timeout=timeout)
 
     def del_dev_async(self, dev_id: int) -> None:
@@ -1318,13 +1453,22 @@ class Control:
         self._run(UBLK_CMD_DEL_DEV_ASYNC, dev_id)
 
     def start_dev(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT) -> None:
-        """START_DEV: show the disk. Waits until every tag is fetched; up to Linux 6.12 also until
-        the partition table is read, so the queues must serve already. pid
-        opened /dev/ublkcN."""
+        """START_DEV: show the disk.
+
+        Waits until every tag is fetched; up to Linux 6.12 also until the
+        partition table is read, so the queues must serve already. pid is of the
+        process that opened /dev/ublkcN. Raises EINVAL where that is another, or
+        there are no parameters; EEXIST where the disk is there; EBUSY after a
+        STOP_DEV (7.3; older kernels crash).
+        """
         self._run(UBLK_CMD_START_DEV, dev_id, data=pid, timeout=timeout)
 
     def stop_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
-        """STOP_DEV: take the disk away; waits for the requests the server holds."""
+        """STOP_DEV: take the disk away; the device remains.
+
+        Waits for the requests the server holds, so that it must go on serving,
+        then ends every parked command with ENODEV.
+        """
         self._run(UBLK_CMD_STOP_DEV, dev_id, timeout=timeout)
 
     def try_stop_dev(self, dev_id: int) -> None:
@@ -1332,18 +1476,31 @@ class Control:
         self._run(UBLK_CMD_TRY_STOP_DEV, dev_id)
 
     def set_params(self, dev_id: int, params: Any) -> None:
-        """SET_PARAMS: the geometry of a device that was not started yet."""
+        """SET_PARAMS: the geometry of a device that was not started yet.
+
+        params is a ublk_params. Kinds that this kernel does not know are
+        dropped without a word: see with get_params() what it kept. Raises
+        EINVAL for what no disk can have, EACCES for a disk that is there.
+        """
         params.len = ctypes.sizeof(params)
         self._run(UBLK_CMD_SET_PARAMS, dev_id, params)
 
     def get_params(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> Any:
-        """GET_PARAMS: what the kernel kept of SET_PARAMS; members it does not know stay zero."""
+        """GET_PARAMS: what the kernel kept of SET_PARAMS, as a ublk_params.
+
+        Members it does not know stay zero.
+        """
         params = ublk_params(len=ctypes.sizeof(ublk_params))
         self._run(UBLK_CMD_GET_PARAMS, dev_id, params, timeout=timeout)
         return params
 
     def get_dev_info(self, dev_id: int) -> Any:
-        """GET_DEV_INFO2 (6.3), or GET_DEV_INFO where the kernel lacks it or the device its node."""
+        """GET_DEV_INFO2 (6.3): return the ublksrv_ctrl_dev_info of a device.
+
+        Or GET_DEV_INFO, where the kernel lacks that or the device its node.
+        Neither waits for anything, whatever hangs elsewhere. The pid in it is
+        -1 where no server lives that this process could see.
+        """
         info = ublksrv_ctrl_dev_info()
         try:
             self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info, what=f"device {dev_id}")
@@ -1363,26 +1520,51 @@ class Control:
         return {cpu for cpu in range(8 * len(mask)) if mask[cpu >> 3] >> (cpu & 7) & 1}
 
     def start_user_recovery(self, dev_id: int) -> None:
-        """START_USER_RECOVERY (6.1): make a device whose server is gone ready for a new one."""
+        """START_USER_RECOVERY (6.1): make a device whose server is gone ready for a new one.
+
+        Up to 6.15 that is done once: the second time is EINVAL. Later it only
+        tells whether a server may come. EBUSY: the old one is not gone yet.
+        """
         self._run(UBLK_CMD_START_USER_RECOVERY, dev_id)
 
     def end_user_recovery(
         self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT
     ) -> None:
-        """END_USER_RECOVERY (6.1): go on with a new server, all of whose tags are fetched."""
+        """END_USER_RECOVERY (6.1): go on with a new server, all of whose tags are fetched.
+
+        pid is of the process that opened /dev/ublkcN. Requests that waited come
+        now.
+        """
         self._run(UBLK_CMD_END_USER_RECOVERY, dev_id, data=pid, timeout=timeout)
 
     def update_size(self, dev_id: int, size: int) -> None:
-        """UPDATE_SIZE (6.16): change the size of a live disk, in bytes."""
+        """UPDATE_SIZE (6.16): change the size of a live disk, in bytes.
+
+        The kernel takes any number: check_new_size() looks whether the disk can
+        have it. ENODEV where there is no disk.
+        """
         self._run(UBLK_CMD_UPDATE_SIZE, dev_id, data=size // SECTOR)
 
     def quiesce_dev(self, dev_id: int, timeout: float = 0.0) -> None:
-        """QUIESCE_DEV (6.16): detach the server, keep the disk; timeout 0 waits without end."""
+        """QUIESCE_DEV (6.16): detach the server, keep the disk; timeout 0 waits without end.
+
+        Waits until each queue has an idle tag, for timeout seconds, then takes
+        the idle tags away. Raises EOPNOTSUPP for a device without the flag
+        QUIESCE, ENODEV where there is no disk, EBUSY where time was up.
+        """
         wait = timeout + 10 if timeout else float("inf")
         self._run(UBLK_CMD_QUIESCE_DEV, dev_id, data=int(timeout * 1000 + 0.999), timeout=wait)
 
     def reg_buf(self, dev_id: int, address: int, length: int, read_only: bool = False) -> int:
-        """REG_BUF (7.1): share memory of this process with clients; returns its index."""
+        """REG_BUF (7.1): share memory of this process with clients; returns its index.
+
+        address, length: whole pages, in bytes.
+        read_only: only for clients' writes.
+
+        The disk waits for its requests meanwhile, so the queues must serve.
+        Raises EEXIST where a page of it is shared already, ENOSPC above 65536
+        pieces.
+        """
         flags = UBLK_SHMEM_BUF_READ_ONLY if read_only else 0
         return self._run(
             UBLK_CMD_REG_BUF, dev_id, ublk_shmem_buf_reg(addr=address, len=length, flags=flags)
@@ -1394,7 +1576,10 @@ class Control:
 
 
 def device_ids() -> list[int]:
-    """Return the ids of all ublk devices this system shows, in /sys or else in /dev."""
+    """Return the ids of all ublk devices this system shows, in /sys or else in /dev.
+
+    A container may have either of them and not the other.
+    """
     try:
         names = os.listdir("/sys/class/ublk-char")
     except OSError:
@@ -1465,44 +1650,57 @@ def device_ids() -> list[int]:
 class Target:
     """The object behind a disk. Subclass it, set size, define read and write.
 
-    All offsets and lengths are in bytes and multiples of block_size.
+    All offsets and lengths are in bytes and multiples of block_size. buffer is
+    a memoryview that is valid until the method returns: what is to be kept of
+    it has to be copied. A queue calls one method at a time; with several queues
+    each has a thread of its own, and they call side by side.
 
     To define:
         size                    attribute: bytes, a multiple of block_size
         read(offset, buffer)    fill the writable memoryview
         write(offset, buffer)   take the read-only memoryview; it is reused after the return
+
     A disk offers the following only where the class defines it:
         flush()                         make all completed writes durable
         write_fua(offset, buffer)       a write that is durable when it returns; wants flush too
         discard(offset, length)         the content is no longer needed
-        write_zeroes(offset, length, unmap)   unmap: the blocks may be given back; may be left out
+        write_zeroes(offset, length, unmap)   the blocks read as zeroes from now on; with unmap
+                                        they may be given back; unmap may be left out
         resized(size)                   the disk gets a new size: resize() calls it before the disk
                                         grows, `ublk.py resize` a moment after
-        start(index)                    called in each thread that serves a queue, before its first request
+        start(index)                    called in each thread that serves a queue, before its
+                                        first request
         close()                         the disk is gone
         map(offset, length, write)      return (fd, position) where these bytes lie in a file: the
-                                        kernel moves them. read and write are called where it fails, with user
-                                        copy and for memory shared with clients
+                                        kernel moves them. read and write are called where it
+                                        fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
+
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:
         report_zones(offset, count)     return a list of blk_zone
         zone_append(offset, buffer)     write where the zone's data ends; return where that was
-        zone_open, zone_close, zone_finish, zone_reset (each of offset),
-        zone_reset_all()
+        zone_open, zone_close, zone_finish, zone_reset (each of offset), zone_reset_all()
+
     and, for a disk that keeps metadata_size bytes beside each block, its
     checksum (a name in CHECKSUMS) made and verified by the kernel (7.0):
-        read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the data;
-                                        all ones (0xFF) for blocks never written: check nothing
-        write_metadata(offset, buffer)  keep it; both are plain functions, called before read and write
+        read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the
+                                        data; all ones (0xFF) for blocks never written: check nothing
+        write_metadata(offset, buffer)  keep it; both are called before read and write
 
-    Each of the others but resized, map and answer may be an ``async def``: each
-    queue then runs an asyncio loop, whose ring also does uring_read and the
-    like. A close() that is one runs on the loop of the queue that ends last.
-    The value returned is None, or for read and write the number of bytes moved:
-    what is short is asked for again. An OSError reaches the client as its
-    errno; any other exception is a bug: it is printed with its traceback and
-    the client gets EIO.
+    **Coroutines.** All but the PLAIN_METHODS may be an ``async def``, or return
+    something else that can be awaited. The queue then runs an asyncio loop,
+    whose ring also does uring_read and the like, and serves other requests
+    meanwhile. A close() that is one runs on the loop of the queue that ends
+    last.
+
+    **What is returned.** None, or for read and write the number of bytes moved:
+    what is short is asked for again.
+
+    **Errors.** An OSError reaches the client as its errno, as far as the block
+    layer knows it (ENOSPC, EOPNOTSUPP, ETIMEDOUT, ENODATA, EILSEQ and some
+    more), else as EIO. Any other exception is a bug: it is printed with its
+    traceback, once, and the client gets EIO. The server goes on in either case.
     """
 
     size: int = 0
@@ -1522,19 +1720,30 @@ class Target:
     once: Sequence[str] = ()  # options that are not for a server that recovers the disk
 
     def read(self, offset: int, buffer: memoryview) -> Any:
-        """Fill buffer with the bytes at offset."""
+        """Fill buffer with the bytes at offset.
+
+        Returns None or the number of bytes filled. Raises OSError for the
+        client.
+        """
         raise OSError(errno.EOPNOTSUPP, "this target cannot read")
 
     def write(self, offset: int, buffer: memoryview) -> Any:
-        """Keep the bytes of buffer at offset."""
+        """Keep the bytes of buffer at offset.
+
+        They need be durable only when the next flush() has returned. Returns
+        None or the number of bytes kept. Raises OSError for the client.
+        """
         raise OSError(errno.EOPNOTSUPP, "this target cannot write")
 
     def read_metadata(self, offset: int, buffer: memoryview) -> None:
-        """Fill buffer with the metadata of the blocks at offset."""
+        """Fill buffer with the metadata of the blocks at offset.
+
+        It has metadata_size bytes for each block of block_size.
+        """
         raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
 
     def write_metadata(self, offset: int, buffer: memoryview) -> None:
-        """Keep the metadata of the blocks at offset."""
+        """Keep the metadata of the blocks at offset, metadata_size bytes for each."""
         raise OSError(errno.EOPNOTSUPP, "this target has no metadata")
 
 
