@@ -1828,12 +1828,18 @@ class MappedCopy:
 
     What a client wrote lies in the buffer when the request arrives; what it is
     to read is taken from there when the request is committed. Pages of the
-    buffers exist only once they are used.
+    buffers exist only once they are used: 128 tags of 512 KiB would otherwise
+    be 64 MiB a queue.
 
     A target whose map() says where the data lives never touches it: the
     transfer between buffer and file and the commit go to the kernel as one
     chain, and the next thing heard of the tag is its next request. A transfer
     that fails or is short breaks the chain, and the target's methods serve.
+
+    This class is also what a queue expects of a data path: address() and
+    sqe_address() for the tag's command, room(), data() and give() for a request
+    that Python serves, chain() and broken() for one that the kernel does. The
+    others below replace of it what is different with them.
     """
 
     summary = "the kernel copies to and from our buffers"
@@ -1866,7 +1872,12 @@ class MappedCopy:
         return self.base + tag * self.max_io
 
     def make_chains(self) -> None:
-        """Fill for each tag the SQE that moves its data, as far as map() is not needed for it."""
+        """Fill for each tag the SQE that moves its data, as far as map() is not needed.
+
+        What map() says is stored through views of one field of all tags' SQEs
+        each: opcodes, offsets, descriptors, lengths and flags lie 64 bytes
+        apart.
+        """
         ring = self.queue.ring
         depth = self.queue.depth
         flags = self.queue.link_last if self.stages == 1 else Queue.link_last
@@ -1897,7 +1908,14 @@ class MappedCopy:
         return (depth + tag,)
 
     def transfer(self, tag: int, flags: int, fd: int, length: int) -> None:
-        """Prepare the chain that moves a READ's or WRITE's data from or to a file, but for offsets[tag]."""
+        """Prepare the chain that moves a request's data from or to a file.
+
+        fd: of the file.
+        length: in bytes.
+
+        All but the position, offsets[tag], which changes with each request,
+        while the rest of a request is often like the tag's last.
+        """
         self.opcodes[tag] = self.moves + (flags & 0xFF)
         self.fds[tag] = fd
         self.lengths[tag] = length
@@ -1986,7 +2004,11 @@ def line_of(error: BaseException) -> tuple[str, int]:
 
 
 def is_short(count: int | None, buffer: memoryview) -> bool:
-    """Tell whether a handler moved only a part of a buffer. Raises OSError where it moved none."""
+    """Tell whether a handler moved only a part of a buffer.
+
+    count: what it returned. Raises OSError (EIO) where it moved nothing, or
+    says that it moved more than there was.
+    """
     if count is None or count == len(buffer):
         return False
     if not 0 < count < len(buffer):
@@ -2009,6 +2031,9 @@ async def transfer(
 ) -> None:
     """See a transfer through that began with this outcome of function(offset, buffer).
 
+    outcome: what it returned, maybe an awaitable.
+    offset, buffer: in bytes, of what it was to move.
+
     An awaitable is awaited; what was short is asked for again.
     """
     while True:
@@ -2021,11 +2046,25 @@ async def transfer(
 
 
 class Queue:
-    """One hardware queue of a device: its ring, its request descriptors and the loop that serves it.
+    """One hardware queue of a device: its ring, its request descriptors, its loop.
 
     It must be made, used and closed by one thread. Slot t of the ring is the
     command of tag t, all filled once: to answer a request is to store its
     result in the SQE and push the slot.
+
+    Each round of the loop has three steps. *Collect*: hand in what was
+    answered, wait, take the completions, and sort out those that are no new
+    requests (an operation of a coroutine, a chain that broke, the end of a
+    tag). *Answer*: have the target serve the list of tags that have a request.
+    *Commit*: which is the first thing of the next round, so that results and
+    news share a system call.
+
+    There are three ways of answering. answer() of the target takes the whole
+    list. map() says for each where its data lies. Otherwise its methods are
+    called, one request after the other; and because a busy disk's requests are
+    much alike, what serves a tag's READ or WRITE is kept with it, and one with
+    the same operation, flags and length is served by it again without a look at
+    anything but its offset.
 
     For a target's answer() method, which gets a list of tags with new requests:
         flags, sectors, starts      of each tag's request: operation and flags, sectors, first sector
@@ -2141,8 +2180,13 @@ class Queue:
     def command(
         self, slot: int, tag: int, opcode: int, addr: int, sqe_addr: int = 0, flags: int = 0
     ) -> None:
-        """Fill SQE slot with a command for a tag; its CQE will carry the number of the slot, or of
-        the tag where the CQE means a request."""
+        """Fill SQE slot with a command for a tag.
+
+        addr, sqe_addr: what it carries in its own addr field, and in the SQE's.
+
+        Its CQE will carry the number of the slot, or of the tag where the CQE
+        means a request.
+        """
         request = opcode not in (UBLK_U_IO_REGISTER_IO_BUF, UBLK_U_IO_UNREGISTER_IO_BUF)
         self.ring.prepare(
             slot,
@@ -2156,7 +2200,12 @@ class Queue:
         )
 
     def run(self) -> None:
-        """Serve until the device is stopped (every tag ends) or its server is told to go."""
+        """Serve until the device is stopped (every tag ends) or its server is told to go.
+
+        Raises UblkError where the kernel refuses a command of the queue, which
+        then cannot go on. Requests that coroutines have not answered stay
+        unanswered; the kernel deals with them when the ring is closed.
+        """
         self.answer = self._answer()
         while self.loop is None and not self.is_over():
             self.answer(self.collect(A_MOMENT if self.ended else None))
@@ -2195,7 +2244,11 @@ class Queue:
         return self._answer_by_handler
 
     def _answer_by_handler(self, tags: list[int]) -> None:
-        """Have the target's methods serve; a READ or WRITE like the tag's last one with no ado."""
+        """Have the target's methods serve; a READ or WRITE like the tag's last one at once.
+
+        This is the hot path of every plain target. Locals in place of
+        attributes, one try for a request, one call of the target.
+        """
         requests = self.requests
         served = self.served
         starts = self.starts
@@ -2248,7 +2301,8 @@ class Queue:
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
 
-        Returns the number of SQEs in the chains for it.
+        The chains go to the ring all at once, and none is heard of again if it
+        went well. Returns the number of SQEs in the chains for it.
         """
         where = self.target.map
         path = self.path
@@ -2278,7 +2332,11 @@ class Queue:
         return len(chains)
 
     def collect(self, timeout: float | None = None) -> list[int]:
-        """Submit what is pending, wait, and return the tags that have a new request."""
+        """Submit what is pending, wait, and return the tags that have a new request.
+
+        timeout: seconds, None: without end. The list is empty where something
+        else has come, or nothing.
+        """
         self.commit()
         self.ring.wait(timeout)
         if self._used_slots or self._appended:
@@ -2297,7 +2355,11 @@ class Queue:
             self._done.clear()
 
     def _is_request(self, user_data: int, result: int) -> bool:
-        """Deal with a completion that may be something else than a new request."""
+        """Deal with a completion that may be something else than a new request.
+
+        user_data: of the CQE: a tag, or the number of what else it belongs to.
+        result: of the CQE.
+        """
         if user_data >= OPERATION:
             self._operation_done(user_data, result)
         elif user_data >= self.depth:
@@ -2371,7 +2433,10 @@ class Queue:
             self.complete(tag, result)
 
     def complete(self, tag: int, result: int) -> None:
-        """End a request: result is its length in bytes, or a negative errno."""
+        """End a request: result is its length in bytes, or a negative errno.
+
+        It goes to the kernel with the next round of the loop.
+        """
         self.results[tag] = result
         self.served[tag] = -1
         self._done.append(tag)
@@ -2476,7 +2541,11 @@ class Queue:
         )
 
     def appended(self, tag: int, sector: int) -> None:
-        """Note where the data of a ZONE_APPEND landed: its COMMIT says so, and no other may."""
+        """Note where the data of a ZONE_APPEND landed, in sectors: its COMMIT says so.
+
+        No other commit may: with other operations the field is the buffer's
+        address.
+        """
         self.addresses[tag] = sector
         self._appended.append(tag)
 
@@ -2588,7 +2657,11 @@ class Queue:
         length: int = 0,
         rw_flags: int = 0,
     ) -> int:
-        """Put an operation on the ring; return its number."""
+        """Put an operation on the ring; return its number.
+
+        The parameters are the fields of io_uring_sqe, length in bytes. Raises
+        OSError (EAGAIN) where the kernel takes no more of them.
+        """
         slot = self._free_slot()
         number = self._last_operation + 1
         self.ring.prepare(slot, opcode, fd, off, addr, length, rw_flags, number)
@@ -2651,7 +2724,8 @@ class Queue:
     def wind_up(self) -> None:
         """End the tasks that still run, and wait for what the kernel still does for them.
 
-        To be called by the queue's own thread, before close().
+        For LAST_WORDS at most. To be called by the queue's own thread, before
+        close().
         """
         self.closing = True
         if self.loop is None:
@@ -2673,7 +2747,12 @@ class Queue:
             self.collect(0.1)
 
     def close(self) -> None:
-        """Close the ring, which makes the kernel take back every parked command."""
+        """Close the ring, which makes the kernel take back every parked command.
+
+        Memory that the kernel may still write to, of operations that did not
+        end and of chains under way, is never given back. May be called twice,
+        and by another thread where the queue's own is stuck in a handler.
+        """
         self.closing = True
         # Memory that the kernel may still write to is never given back.
         _left_behind.extend(self._operations.values())
@@ -2779,7 +2858,11 @@ def pick(table: dict[Any, Any], what: str, name: object) -> Any:
 
 
 def check_limits(device: Device) -> None:
-    """Raise UblkError (EINVAL) for a number no disk can have; old kernels do not check them all."""
+    """Raise UblkError (EINVAL) for a number no disk can have.
+
+    The kernel checks most of them, but the oldest do not check all, and none
+    says which one it was.
+    """
     for name, value, least, most in (
         ("id", device.id, -1, MAX_DEVICES - 1),
         ("queues", device.queues, 1, UBLK_MAX_NR_QUEUES),
@@ -2796,7 +2879,11 @@ def check_limits(device: Device) -> None:
 
 
 def params_of(target: Any, max_io: int) -> Any:
-    """Return the parameters of a disk, max_io in bytes; UblkError (EINVAL) for a size none can have."""
+    """Return the parameters of a disk, a ublk_params made from a target's attributes.
+
+    max_io is the largest request in bytes. Raises UblkError (EINVAL) for a size
+    or a block size that none can have.
+    """
     block = target.block_size
     physical = max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
@@ -2859,7 +2946,12 @@ def params_of(target: Any, max_io: int) -> Any:
 
 
 def integrity_of(target: Any) -> Any:
-    """Return the parameters of a disk's metadata: the kernel's tuple first, then what clients like."""
+    """Return the parameters of a disk's metadata, as ublk_param_integrity.
+
+    The kernel's tuple (checksum and reference tag) lies first, then what
+    clients like. Raises UblkError (EINVAL) for a size that the checksum does
+    not fit in.
+    """
     number, least = pick(CHECKSUMS, "checksum", target.checksum)
     refuse(
         not least <= target.metadata_size <= 255,
@@ -2878,7 +2970,11 @@ def integrity_of(target: Any) -> Any:
 
 
 class Worker(threading.Thread):
-    """The thread that serves one queue, and never leaves a deaf one behind."""
+    """The thread that serves one queue, and never leaves a deaf one behind.
+
+    fetched, left, ended and given_up tell how far it has come: its tags are
+    parked; it answers no more; it is over; nobody waits for it any longer.
+    """
 
     def __init__(self, device: Device, index: int, cpus: set[int]) -> None:
         super().__init__(name=f"ublk{device.id}q{index}", daemon=True)
@@ -2892,6 +2988,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         # Signals are for the main thread: one that a worker takes may not wake
         # it.
+        """Serve, and report how it ended."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         failure = None
         try:
@@ -2949,19 +3046,26 @@ class Worker(threading.Thread):
 class Device:
     """A disk and its server. ``with Device(target) as disk:`` is LIVE inside and gone after.
 
-    target: the Target behind it. id: the N of /dev/ublkbN; -1: the first that
-    is free. queues: hardware queues, each with a worker of its own. depth:
-    requests each carries at a time. max_io: the largest request in bytes.
+    target: the Target behind it.
+    id: the N of /dev/ublkbN; -1: the first that is free.
+    queues: hardware queues, each with a thread of its own.
+    depth: requests that each carries at a time.
+    max_io: the largest request in bytes.
     recovery: None, "requeue", "reissue" or "fail": what becomes of the disk and
-    its requests when the server dies. unprivileged: an ordinary user's device;
-    by itself for whoever lacks CAP_SYS_ADMIN. partition_scan: whether the
-    kernel looks for partitions. data_path: a name in DATA_PATHS; by itself the
-    fastest possible. batch: commands for many requests at a time (7.0).
-    share_memory: allow share(), not with recovery. force: even where this
-    kernel is known to crash. words: what to note in the state file as target,
-    arguments and options.
+        its requests when the server dies.
+    unprivileged: an ordinary user's device; by itself for whoever lacks
+        CAP_SYS_ADMIN.
+    partition_scan: whether partitions are looked for.
+    data_path: a name in DATA_PATHS; by itself the fastest possible.
+    batch: commands for many requests at a time (7.0).
+    share_memory: allow share(); not with recovery.
+    force: even where this kernel is known to crash.
+    words: what to note in the state file as target, arguments and options.
 
-    Raises UblkError when the kernel refuses; nothing is left behind then.
+    state tells what has become of it (NEW to GONE), path and id where the disk
+    is, info what the kernel granted (a ublksrv_ctrl_dev_info), failure the
+    error that ended its server. Raises UblkError when the kernel refuses;
+    nothing is left behind then. A Device lives once.
     """
 
     def __init__(
@@ -3077,7 +3181,12 @@ class Device:
     # ---- from nothing to a disk ------------------------------------------------------------------
 
     def start(self) -> None:
-        """Create the device, serve it and wait until the disk is there. A Device lives once."""
+        """Create the device, serve it and wait until the disk is there.
+
+        Raises UblkError, or what the target's start() raised; whatever the
+        kernel has of the device by then is deleted again. EINTR: interrupt()
+        was called meanwhile. EALREADY: it was started before.
+        """
         check_limits(self)
         what, remedy = danger()
         refuse(
@@ -3106,7 +3215,11 @@ class Device:
                 self._changing = False
 
     def _go_up(self, undo: Callable[[], None], *steps: Callable[[], object]) -> None:
-        """Take the steps to a disk. If one fails, undo them, and raise what it failed of."""
+        """Take the steps to a disk. If one fails, undo them, and raise what it failed of.
+
+        steps: functions, called in turn. undo: the way down from wherever they
+        came.
+        """
         # START_DEV after STOP_DEV on one open node crashes older kernels
         if self.state is not NEW:
             raise UblkError(
@@ -3208,7 +3321,10 @@ class Device:
         return next((name for name in names if not DATA_PATHS[name].features & ~known), "copy")
 
     def _serve(self) -> None:
-        """Open /dev/ublkcN, map the request descriptors and start a worker for each queue."""
+        """Open /dev/ublkcN, map the request descriptors and start a worker for each queue.
+
+        Ends when all tags of all queues are fetched.
+        """
         self.data_path = next(
             path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
         )
@@ -3235,7 +3351,12 @@ class Device:
             self._pause(0.005)
 
     def report(self, worker: Worker, failure: BaseException | None) -> None:
-        """Hear that a worker has ended. One that failed leaves a device that is deaf: end the others too."""
+        """Hear that a worker has ended, of what failure if any.
+
+        One that failed leaves a device that is deaf: the others are told to
+        end, too. When all have, the node is closed, for the kernel to fail the
+        requests that died with a worker.
+        """
         try:
             if failure is not None:
                 self.failure = failure
@@ -3264,7 +3385,10 @@ class Device:
         return error
 
     def last_to_leave(self, worker: Worker) -> bool:
-        """Hear from a worker that its queue is served no more; tell whether all of a disk's have left."""
+        """Hear from a worker that its queue is served no more.
+
+        Returns whether all of a live disk's have left.
+        """
         with self._lock:
             worker.left = True
             return self.state is LIVE and all(other.left for other in self._workers)
@@ -3311,12 +3435,13 @@ class Device:
 
     @classmethod
     def recover(cls, id: int, target: Target, **options: Any) -> Device:
-        """Serve a device whose server is gone, and return it LIVE; options are those of Device().
+        """Serve a device whose server is gone, and return it LIVE.
 
-        Waits until the kernel has noticed the old server's end. Nothing about
-        the disk changes: the target must be at least as large. Raises
-        UblkError: ENODEV, EBUSY where its server lives, EINVAL where it was not
-        made to be recovered; the disk stays as it is then.
+        options are those of Device(). Waits until the kernel has noticed the
+        old server's end. Nothing about the disk changes: the target must be at
+        least as large. Raises UblkError: ENODEV, EBUSY where its server lives,
+        EINVAL where it was not made to be recovered or the target does not fit;
+        the disk stays as it is then. From Linux 6.1 on.
         """
         device = cls(target, id=id, **options)
         device.resume()
@@ -3397,7 +3522,11 @@ class Device:
     # ---- the end ---------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the server has ended (somebody stopped the disk, or a queue failed), or is to end."""
+        """Wait until the server has ended, or is to end; tell whether that is so.
+
+        timeout: seconds, None: without end. It ends because somebody stopped
+        the disk, a queue failed, or interrupt() was called.
+        """
         over = self._over.acquire(timeout=-1 if timeout is None else max(timeout, 0))
         if over:
             self._end_waits()
@@ -3429,7 +3558,7 @@ class Device:
         return index
 
     def unshare(self, index: int) -> None:
-        """End what share() began."""
+        """End what share() began. Raises UblkError."""
         self.control.unreg_buf(self.id, index)
         self.shared.pop(index).release()
 
@@ -3450,7 +3579,11 @@ class Device:
         self.size = size
 
     def follow_size(self) -> None:
-        """Where somebody else changed the disk's size, have the target follow, or change it back."""
+        """Where somebody else changed the disk's size, have the target follow.
+
+        Or change the size back, where the target cannot. To be called now and
+        then.
+        """
         size = disk_size(self.id)
         if size not in (0, self.size):
             try:
@@ -3493,7 +3626,11 @@ class Device:
         self._alone(self._take_away, timeout)
 
     def detach(self) -> None:
-        """End the server but not the device, which waits for a new one if it can be recovered."""
+        """End the server but not the device.
+
+        It waits for a new server if it was made to be recovered, and is DEAD
+        otherwise.
+        """
         self._alone(self._let_go)
 
     def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
@@ -3685,7 +3822,10 @@ def whole_pages(size: int) -> int:
 def open_char(
     dev_id: int, timeout: float = SERVER_TIMEOUT, pause: Callable[[float], object] = time.sleep
 ) -> int:
-    """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it."""
+    """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it.
+
+    timeout: seconds. Raises UblkError (EBUSY) where another server keeps it.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -3699,7 +3839,11 @@ def open_char(
 
 
 def map_descriptors(char_fd: int, dev_id: int, size: int, offset: int) -> mmap.mmap:
-    """Map a queue's request descriptors, sizes in bytes; the first to do so is a device's server."""
+    """Map a queue's request descriptors, sizes in bytes.
+
+    The first process to do so is a device's server. Raises UblkError (EBUSY)
+    where that was another.
+    """
     try:
         return mmap.mmap(char_fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
     except OSError as error:
@@ -3717,9 +3861,12 @@ def served_already(dev_id: int) -> UblkError:
 
 
 def io_flusher() -> None:
-    """Keep this thread's memory allocations from waiting for disks, ours among them (Linux 5.6)."""
-    # It needs CAP_SYS_RESOURCE, and without it there is only the small risk
-    # left that reclaiming memory waits for the disk that waits for memory.
+    """Keep this thread's memory allocations from waiting for disks, ours among them (5.6).
+
+    Short of memory, the kernel writes dirty pages out, to this very disk
+    perhaps, whose server would wait for itself. Needs CAP_SYS_RESOURCE;
+    without, one can only hope.
+    """
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
@@ -3728,7 +3875,10 @@ def delete(
 ) -> None:
     """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
 
-    With an identity, a device that is another's by now is left alone.
+    timeout: seconds.
+    identity: a device that is another's by now is left alone.
+
+    Raises UblkError (EBUSY): stopped, but it goes only when they close it.
     """
     if identity is not None and not is_same(control, dev_id, identity):
         if dev_id not in device_ids():
