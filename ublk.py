@@ -193,6 +193,17 @@ def say(text: str) -> None:
 # size of the argument, the letter 'u' and the number. Newer kernels can be
 # built without the old form, the oldest do not know the new one, so a server
 # has to find out which of them it talks to.
+#
+# A request's descriptor has 24 bytes: in its first word the operation (low byte)
+# and flags, then the number of sectors, the first sector, and an address. The
+# command that answers it has 16: queue, tag, result, address. That is all the
+# data plane ever says. Parameters grew over the years by appending, each kind
+# with a bit in `types`; a structure that is longer than a kernel knows is taken
+# all the same, its end ignored.
+#
+# All of it is in the machine's own byte order and has the same layout on every
+# 64-bit architecture, so the structures are written as lines of C types and made
+# into ctypes when the file is loaded.
 
 
 class Feature(int):
@@ -3962,6 +3973,11 @@ def delete(
 # the server is not copied at all, the descriptor says where they are.
 # *Metadata* (INTEGRITY, 7.0): some bytes beside each block, which travel by
 # user copy.
+#
+# How many SQEs a request takes tells much about a path's cost: one where Python
+# serves it, two where map() says where its data lies (the transfer and the
+# commit), four of these with zero copy by hand. With batches it is a few for many
+# requests. A system call takes any number of them.
 
 
 class NeedGetData(MappedCopy):
@@ -3983,7 +3999,11 @@ class NeedGetData(MappedCopy):
             )
 
     def ask(self, tag: int) -> None:
-        """Ask for the data of a WRITE."""
+        """Ask for the data of a WRITE.
+
+        The tag is neither ours nor parked until they come: asked notes that, so
+        that the queue does not end meanwhile.
+        """
         queue = self.queue
         slot = 2 * self.queue.depth + tag
         # The driver puts the address asked for into the descriptor, also where
@@ -4001,7 +4021,8 @@ class UserCopy(MappedCopy):
     """The server copies: pread and pwrite on /dev/ublkcN reach the pages of a request.
 
     Where in the file a request lies is told by its queue and tag, see
-    position().
+    position(). A READ is filled in a buffer of the tag's and then written there
+    as a whole, so that nothing of the client's pages stays as it was.
     """
 
     summary = "the server copies, with pread and pwrite on /dev/ublkcN (6.5)"
@@ -4059,11 +4080,16 @@ class UserCopy(MappedCopy):
             self.file.close()
 
     def _take(self, buffer: memoryview, position: int) -> None:
+        """Read the request's data at this position of /dev/ublkcN into a buffer.
+
+        Raises OSError: EIO where the request has fewer bytes.
+        """
         done = 0
         while done < len(buffer):
             done += some(os.preadv(self.fd, [buffer[done:]], position + done))
 
     def _put(self, buffer: memoryview, position: int) -> int:
+        """Write a buffer to the request at this position of /dev/ublkcN; return its length."""
         done = 0
         while done < len(buffer):
             done += some(os.pwrite(self.fd, buffer[done:], position + done))
@@ -4099,7 +4125,11 @@ class AutoZeroCopy(UserCopy):
 
 
 class ZeroCopy(AutoZeroCopy):
-    """The same by hand (6.15): register the pages, transfer, unregister, commit, in one chain."""
+    """The same by hand (6.15): register the pages, transfer, unregister, commit.
+
+    All in one chain of four SQEs. Where the transfer fails the pages are still
+    registered: broken() takes them out before the request is served otherwise.
+    """
 
     summary = "nobody copies: the server registers the pages (6.15)"
     features = UBLK_F_SUPPORT_ZERO_COPY | UBLK_F_USER_COPY
@@ -4125,9 +4155,10 @@ class ZeroCopy(AutoZeroCopy):
 
 
 class SharedCopy:
-    """Not a path of its own (SHMEM_ZC, 7.1): the request's pages are memory we share with its client.
+    """Not a path of its own (SHMEM_ZC, 7.1): pages we share with a request's client.
 
-    The descriptor's address says which memory, and where in it.
+    The descriptor's address says which memory, and where in it. Any data path
+    may have such requests among the others.
     """
 
     def __init__(self, addresses: memoryview, memories: dict[int, memoryview]) -> None:
@@ -4165,7 +4196,7 @@ DATA_PATHS: dict[str, type[MappedCopy]] = {
 
 
 class BatchQueue(Queue):
-    """A queue with BATCH_IO (7.0): one command fetches for a whole queue, one commits many requests.
+    """A queue with BATCH_IO (7.0): one command fetches for all, one commits many requests.
 
     PREP_IO_CMDS parks all tags. FETCH_IO_CMDS is multishot: whenever requests
     arrive, the kernel writes their tags as 16-bit numbers into the next of our
@@ -4173,6 +4204,10 @@ class BatchQueue(Queue):
     array of elements: tag, buffer index and result in one 64-bit word, then the
     buffer's address in mapped copy, then the sector of an append on a zoned
     disk.
+
+    Elements gather in _pending. One commit at a time is under way, _sent,
+    because slot and memory are its own; how many bytes of it were taken the CQE
+    says, and the rest goes first in the next. What is not here is as in Queue.
     """
 
     # provided buffers, and how many tags go into each
@@ -4213,7 +4248,11 @@ class BatchQueue(Queue):
             self._offer(number)
 
     def _offer(self, number: int) -> None:
-        """Give a buffer (back) to the kernel. The ring's tail overlays the end of its first entry."""
+        """Give a buffer (back) to the kernel.
+
+        The ring of provided buffers has entries of 16 bytes; its tail, a 16-bit
+        number, overlays the end of the first.
+        """
         address = self._base + self._tags_at + number * self.TAGS_EACH * 2
         struct.pack_into(
             "=QIH",
@@ -4227,6 +4266,7 @@ class BatchQueue(Queue):
         struct.pack_into("=H", self.memory, 14, self._buffer_tail)
 
     def fetch(self) -> None:
+        """Park all tags with one command, and ask for their requests with another."""
         for tag in range(self.depth):
             self.complete(tag, 0)
         self._send(UBLK_U_IO_PREP_IO_CMDS)
@@ -4237,6 +4277,7 @@ class BatchQueue(Queue):
         self.ring.enter()
 
     def _fetch_again(self) -> None:
+        """Send the multishot command: once, and again whenever it has ended."""
         self.ring.prepare(
             self._fetch_slot,
             IORING_OP_URING_CMD,
@@ -4261,6 +4302,7 @@ class BatchQueue(Queue):
         self._pending += [self._elements[tag] for tag in tags]
 
     def _element(self, tag: int, result: int) -> bytes:
+        """Return what a commit says of one request."""
         index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
         element = ELEMENT.pack(tag, index, result) + self._tails[tag]
         if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
@@ -4381,6 +4423,15 @@ class BatchQueue(Queue):
 #
 # A queue of a target without coroutines never comes here, and never imports
 # asyncio.
+#
+# How the loop and the ring fit together. asyncio's loop asks its selector for
+# what is ready, with the time until its next timer. RingSelector hands in a
+# POLL_ADD for each descriptor that somebody waits for, waits in io_uring_enter(),
+# and deals with what came: requests start handlers, POLL_ADDs become the answer
+# to the loop, operations resolve the future that a handler awaits. A handler
+# starts as a task, eagerly where Python can (3.12): it runs until it first has to
+# wait, and one that never does costs no round of the loop. When the queue ends,
+# tasks are cancelled and given LAST_WORDS to go.
 
 LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
 _here = threading.local()  # .queue: the one whose loop runs in this thread
@@ -4394,7 +4445,10 @@ def has_coroutines(target: Any) -> bool:
 
 
 class Operation:
-    """Something that the kernel does on a queue's ring, and the memory that it uses meanwhile."""
+    """Something that the kernel does on a queue's ring, and the memory it uses meanwhile.
+
+    memory: what the kernel reads or fills, kept until the CQE has come.
+    """
 
     def __init__(self, memory: memoryview | None) -> None:
         self.memory = memory
@@ -4418,9 +4472,13 @@ async def operate(
     length: int = 0,
     rw_flags: int = 0,
 ) -> int:
-    """Have the kernel do something on the ring of the queue that we run on; return its result (>= 0).
+    """Have the kernel do something on the ring of the queue that we run on.
 
-    Raises OSError with the kernel's errno. fills: it writes to the buffer.
+    The parameters are the fields of io_uring_sqe; a buffer gives addr and
+    length. fills says that the kernel writes to it. Returns the result, which
+    is not negative. Raises OSError with the kernel's errno, and RuntimeError
+    outside of a queue's loop. Who is cancelled meanwhile has the operation
+    cancelled and goes on when it has ended.
     """
     import asyncio
 
@@ -4462,32 +4520,48 @@ def memory_of(buffer: Any, fills: bool) -> memoryview:
 
 
 def uring_read(fd: int, buffer: Any, offset: int) -> Coroutine[Any, Any, int]:
-    """Read from a file at offset into a writable buffer; await it for the number of bytes."""
+    """Read from a file at offset into a writable buffer; await it for the number of bytes.
+
+    offset is in bytes. It may be fewer than the buffer has, and is 0 at the
+    file's end. Raises OSError, TypeError for a buffer that cannot be filled.
+    """
     return operate(IORING_OP_READ, fd, offset, buffer, fills=True)
 
 
 def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[Any, Any, int]:
-    """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes."""
+    """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes.
+
+    offset is in bytes. It may be fewer than the buffer has. Raises OSError.
+    """
     return operate(IORING_OP_WRITE, fd, offset, buffer, rw_flags=flags)
 
 
 def uring_fsync(fd: int, datasync: bool = False) -> Coroutine[Any, Any, int]:
-    """Make what was written to a file durable."""
+    """Make what was written to a file durable; with datasync not its times. Raises OSError."""
     return operate(IORING_OP_FSYNC, fd, rw_flags=IORING_FSYNC_DATASYNC if datasync else 0)
 
 
 def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Coroutine[Any, Any, int]:
-    """fallocate(2): mode is a sum of FALLOC_FL_* flags."""
+    """fallocate(2): mode is a sum of FALLOC_FL_* flags, offset and length in bytes.
+
+    Raises OSError: EOPNOTSUPP where the file system cannot do that.
+    """
     return operate(IORING_OP_FALLOCATE, fd, offset, addr=length, length=mode)
 
 
 def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
-    """Receive from a socket; await it for the number of bytes, 0 at its end."""
+    """Receive from a socket; await it for the number of bytes, 0 at its end.
+
+    It has MSG_* flags, as recv(2). Raises OSError.
+    """
     return operate(IORING_OP_RECV, fd, 0, buffer, fills=True, rw_flags=flags)
 
 
 def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
-    """Send to a socket; await it for the number of bytes taken."""
+    """Send to a socket; await it for the number of bytes taken.
+
+    It has MSG_* flags, as send(2). Raises OSError.
+    """
     return operate(IORING_OP_SEND, fd, 0, buffer, rw_flags=flags)
 
 
@@ -4497,6 +4571,9 @@ class RingSelector(selectors.BaseSelector):
     A descriptor that is registered has a POLL_ADD on the ring. That ends when
     it is ready; the next select() begins another, which ends at once if it is
     ready still, as asyncio expects.
+
+    register, unregister, select, get_map and close are those of
+    selectors.BaseSelector, where they are described.
     """
 
     def __init__(self, queue: Queue) -> None:
@@ -4640,9 +4717,11 @@ class Poll(Operation):
 
 
 def holders(dev_id: int) -> list[str]:
-    """Return who uses /dev/ublkbN or one of its partitions, as far as we may see: programs that have it
-    open (this one included), mounts in any namespace, swap, and the disks that
-    are built upon it."""
+    """Return who uses /dev/ublkbN or one of its partitions, as far as we may see.
+
+    That is programs that have it open (this one included), mounts in any
+    namespace, swap, and the disks that are built upon it (LVM, md, dm, loop).
+    """
     disk = f"ublkb{dev_id}"
     partitions = [
         name for name in children(f"/sys/block/{disk}") if name.startswith(f"{disk}p")
@@ -4731,9 +4810,11 @@ def disks_above(disk: str, partitions: Sequence[str]) -> Iterator[str]:
 
 
 def refuse_if_held(dev_id: int) -> None:
-    """Raise UblkError (EBUSY) that names who uses a disk. Who has it open for a moment only is given
-    that moment; udev and partx, which look at every disk, would wait for ever
-    for one without a server."""
+    """Raise UblkError (EBUSY) that names who uses a disk.
+
+    Who has it open for a moment only is given that moment; udev and partx,
+    which look at every disk, are nobody's use.
+    """
     deadline = time.monotonic() + PASSING
     while found := [name for name in holders(dev_id) if not name.startswith(LOOKERS)]:
         if time.monotonic() > deadline:
@@ -4752,7 +4833,7 @@ def new_identity() -> int:
 
 
 def is_same(control: Control, dev_id: int, identity: int) -> bool:
-    """Tell whether a device is the one with this identity, which the driver keeps for its server.
+    """Tell whether a device is the one with this identity.
 
     One that is there and tells nothing of itself, as its node is gone or not
     yet ours, is taken for it.
@@ -4794,7 +4875,17 @@ def log_path(dev_id: int) -> str:
 
 
 def save_state(device: Device) -> None:
-    """Write the state file of a device atomically, in a directory where nobody else can write."""
+    """Write the state file of a device atomically, where nobody else can write.
+
+    What is in it: id and identity (16 hex digits); target, args and options,
+    the words that made the disk, and cwd, where they were given; pid of the
+    server; files, what tells those it is made of from others; size in bytes;
+    follows, whether the server looks at the size by itself; refused and
+    refusal, the size that its target could not have last, and why.
+
+    Raises UblkError: EPERM where others may write in the directory, or the
+    errno of what failed.
+    """
     import json
 
     target, args, options = device.words
@@ -4841,7 +4932,10 @@ def save_state(device: Device) -> None:
 
 
 def file_identity(path: str) -> list[Any]:
-    """Return what tells a file or block device from others that may come to have its name."""
+    """Return what tells a file or block device from others that may get its name.
+
+    That is path, device, inode and size in bytes; of a block device its number.
+    """
     status = os.stat(path)
     if stat.S_ISBLK(status.st_mode):
         return [path, "device", status.st_rdev, 0]
@@ -4849,7 +4943,11 @@ def file_identity(path: str) -> list[Any]:
 
 
 def check_files(what: str, files: Any) -> None:
-    """Refuse (EINVAL) to serve a disk of other files than it was made of, or of what is left of them."""
+    """Refuse (EINVAL) to serve a disk of other files than it was made of.
+
+    files: as file_identity() told them; longer ones are fine, shorter ones are
+    what is left of them.
+    """
     refuse(not isinstance(files, list), what, "its state file is damaged", "delete that")
     for path, *number, size in files:
         try:
@@ -4876,10 +4974,12 @@ def private(path: str, flags: int) -> int:
 
 
 def load_state(dev_id: int, identity: int | None = None) -> dict[str, Any]:
-    """Return the state of a device; empty if there is none or, with a warning, none to be believed.
+    """Return the state of a device; empty if there is none, or none to be believed.
 
-    The state of a device with another identity is of one that had the same
-    number before.
+    identity: of the device now. The state of one with another identity is of
+    one that had the same number before. What is not believed is told on
+    standard error: a file of somebody else's, a damaged one, one that names no
+    target.
     """
     import json
 
@@ -4944,7 +5044,10 @@ def geometry(control: Control, dev_id: int) -> tuple[int, int]:
 
 
 def describe(control: Control, dev_id: int) -> dict[str, Any]:
-    """Return what `list --json` prints of a device; the kernel's word goes before the state file's."""
+    """Return what `list --json` prints of a device.
+
+    The kernel's word goes before the state file's. Raises UblkError.
+    """
     info = control.get_dev_info(dev_id)
     size, block = geometry(control, dev_id)
     state = load_state(dev_id, info.ublksrv_flags)
@@ -5002,7 +5105,11 @@ def privileged() -> bool:
 
 
 def await_node(path: str, mode: int, pause: Callable[[float], object] = time.sleep) -> None:
-    """Wait until udev has made a device node and, for ordinary users, handed it over."""
+    """Wait until udev has made a device node and, for ordinary users, handed it over.
+
+    mode: os.R_OK and os.W_OK, as for access(2). Raises UblkError: ENOENT,
+    EACCES.
+    """
     if not becomes(lambda: is_usable(path, mode), NODE_TIMEOUT, pause):
         number = errno.EACCES if os.path.exists(path) else errno.ENOENT
         raise UblkError(number, f"cannot use {path}", remedy="see `ublk.py check`")
@@ -5020,7 +5127,11 @@ def is_usable(path: str, mode: int) -> bool:
 
 
 def set_admin(use: bool) -> None:
-    """Have this thread use its CAP_SYS_ADMIN, if it has it, or not: capset(2) is about threads."""
+    """Have this thread use its CAP_SYS_ADMIN, if it has it, or not.
+
+    capset(2) is about threads. A disk that is fetched without it is not scanned
+    for partitions inside START_DEV.
+    """
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits
     _libc.capget(header, sets)
@@ -5029,7 +5140,11 @@ def set_admin(use: bool) -> None:
 
 
 def not_roots_alone(path: str) -> str:
-    """Return what of a path, the file or a directory above, others than root may change; or nothing."""
+    """Return what of a path others than root may change; nothing if that is none of it.
+
+    That is the file itself or a directory above it. path is a real path,
+    absolute and without links.
+    """
     while True:
         status = os.stat(path)
         if status.st_uid or status.st_mode & 0o022:
