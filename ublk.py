@@ -5202,6 +5202,16 @@ def udev_rules() -> Iterator[str]:
 # Signals only leave a note, and the one loop that waits looks at it. So there
 # is no moment in which a signal could find a device half made and leave it
 # behind.
+#
+# The way of a create through this chapter: main() sees that the first word is no
+# command; create() lets argparse take the device's options, and target_maker()
+# the target's, so that wrong words are told before anything is done; launch()
+# goes into the background if asked to; serve() starts the device, tells whoever
+# waits, and then does nothing but look, once a second, whether it is to end.
+#
+# To create is to recover where the words are those of a device that waits for a
+# server (`waits_for`). So whatever starts a program again when it fails, systemd
+# for one, supervises a disk, and there is nothing here that does.
 
 
 class Usage(Exception):
@@ -5212,7 +5222,11 @@ SIZE = re.compile(r"([0-9]+)(?:\.([0-9]+))?(?:([KMGT])(?:i?B)?)?", re.ASCII | re
 
 
 def parse_size(text: str) -> int:
-    """Read a number of bytes such as 4096, 512K, 1.5MiB or 1GB (powers of 1024). Raises ValueError."""
+    """Read a number of bytes such as 4096, 512K, 1.5MiB or 1GB (powers of 1024).
+
+    Exactly, as floats are not: 0.1G is refused, for it is no whole number of
+    bytes. Raises ValueError.
+    """
     found = SIZE.fullmatch(text)
     if found:
         whole = found.group(1)
@@ -5251,7 +5265,10 @@ def format_size(size: int) -> str:
 
 
 def companion() -> Any:
-    """Return the module ublk_targets when it lies beside this file, else None."""
+    """Return the module ublk_targets when it lies beside this file, else None.
+
+    An error in it is raised, not taken for its absence.
+    """
     folder = os.path.dirname(os.path.abspath(__file__))
     if folder not in sys.path:  # as in `python -I`
         sys.path.append(folder)
@@ -5264,7 +5281,11 @@ def companion() -> Any:
 
 
 def known_targets() -> dict[str, type[Target]]:
-    """Return the targets that may be named on the command line, by name."""
+    """Return the targets that may be named on the command line, by name.
+
+    They are all Target classes of this file and the companion, in small
+    letters.
+    """
     names = {"Null": Null, **vars(companion() or object)}
     return {
         name.lower(): item
@@ -5274,7 +5295,11 @@ def known_targets() -> dict[str, type[Target]]:
 
 
 def find_target(word: str) -> type[Target]:
-    """Return the class that a name or FILE.py:CLASS stands for. Raises UblkError."""
+    """Return the class that a name or FILE.py:CLASS stands for.
+
+    Raises UblkError for a file that cannot be loaded, Usage for a name that is
+    none.
+    """
     if ".py" in word:
         path, _, name = word.rpartition(":")
         return load_target(path, name) if path and "/" not in name else load_target(word, "")
@@ -5290,7 +5315,10 @@ def find_target(word: str) -> type[Target]:
 
 
 def load_target(path: str, name: str) -> type[Target]:
-    """Run a file of the user's and return the Target class called name, or its only one."""
+    """Run a file of the user's and return the Target class called name, or its only one.
+
+    Raises UblkError: the errno of reading the file, EINVAL for what it has not.
+    """
     try:
         source = Path(path).read_bytes()
     except OSError as error:
@@ -5319,7 +5347,9 @@ def run_file(path: str, source: bytes) -> Any:
 
     Its name has a dot, so that it takes the place of no module that can be
     imported. It is compiled here, because a compiled copy that is kept may be
-    that of the file before it was edited.
+    that of the file before it was edited. What it prints is no answer of ours,
+    so it goes to standard error. Raises UblkError (EINVAL) for whatever it
+    raises.
     """
     name = os.path.basename(path)
     module = types.ModuleType(name)
@@ -5378,8 +5408,9 @@ LISTS = {list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.
 def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
     """Return name -> (parameter, its type) of a target's constructor.
 
-    What has no annotation is of the type of its default; a size is a Size.
-    Raises UblkError (EINVAL) for annotations that name what does not exist.
+    What has no annotation is of the type of its default; a size is a Size. What
+    no words can give, such as ``**options``, is left out. Raises UblkError
+    (EINVAL) for annotations that name what does not exist.
     """
     try:
         hints = typing.get_type_hints(cls.__init__)
@@ -5399,7 +5430,10 @@ def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
 
 
 def implied_type(name: str, default: Any) -> Any:
-    """Return the type of a parameter without annotation; None if no words are meant to give it."""
+    """Return the type of a parameter without annotation, as its default tells.
+
+    None if no words are meant to give it.
+    """
     if name == "size":
         return Size
     if default is None or default is inspect.Parameter.empty:
@@ -5420,7 +5454,11 @@ UNIONS = {typing.Union, getattr(types, "UnionType", typing.Union)}
 
 
 def reading(kind: Any, name: str) -> dict[str, Any]:
-    """Return what tells argparse how to read words into a type. Raises UblkError (EINVAL)."""
+    """Return what tells argparse how to read words into a type.
+
+    Raises UblkError (EINVAL) for a type that they cannot become, which is
+    better found out now than by the disk's data.
+    """
     if kind in READERS:
         return {"type": READERS[kind]}
     if kind is bool:
@@ -5500,10 +5538,12 @@ def help_of(text: str, default: Any) -> str:
 
 
 def target_maker(words: Sequence[str], read_only: bool = False) -> Callable[[], Target]:
-    """Read the words that name a target and its arguments; return what makes it. Raises UblkError.
+    """Read the words that name a target and its arguments; return what makes it.
 
     read_only: what the target is told before it opens anything, if it takes a
-    parameter of that name.
+    parameter of that name. A target over another one is made after that. Raises
+    UblkError and Usage for the words; what the constructor raises comes when
+    the function is called.
     """
     if not words:
         raise Usage("a target is missing")
@@ -5526,7 +5566,11 @@ def make_target(words: Sequence[str]) -> Target:
 
 
 def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
-    """Make a target of its arguments by name. Raises UblkError."""
+    """Make a target of its arguments by name.
+
+    Raises UblkError: an OSError of the constructor with its own errno and the
+    file it names, anything else with EINVAL.
+    """
     values = inspect.signature(cls).bind_partial()
     for name, (parameter, kind) in parameters(cls).items():
         if name not in given:
@@ -5619,7 +5663,10 @@ TOLD = ("background", "force", "json", "debug")  # options about the command, no
 
 
 def create(words: Sequence[str]) -> int:
-    """Create a device and serve it, here or in the background; or recover what the same words made."""
+    """Create a device and serve it, here or in the background.
+
+    Or recover it, where the same words made it and it waits for a server.
+    """
     inherited = open_descriptors()
     options, args = device_parser().parse_known_args(words[1:])
     # What is wrong with the words is told here, and at once.
@@ -5661,10 +5708,11 @@ def create(words: Sequence[str]) -> int:
 
 
 def waits_for(dev_id: int, made_by: dict[str, Any]) -> bool:
-    """Tell whether a device has lost its server and was made by the same words in the same directory.
+    """Tell whether a device has lost its server and was made by the same words.
 
-    Then to create it is to recover it: so whatever starts a server again
-    (systemd does, with Restart=on-failure) needs no other words for it.
+    In the same directory, since they may name files. Then to create it is to
+    recover it: so whatever starts a server again (systemd does, with
+    Restart=on-failure) needs no other words for it.
     """
     if dev_id not in device_ids():
         return False
@@ -5680,7 +5728,12 @@ def waits_for(dev_id: int, made_by: dict[str, Any]) -> bool:
 def launch(
     run: Callable[[Started], None], options: Any, inherited: Sequence[int], identity: int = 0
 ) -> int:
-    """Run a server, with --background in another process; identity is that of a device it may create."""
+    """Run a server, with --background in another process. Returns the exit status.
+
+    run: serves, and tells a Started when the disk is there.
+    inherited: the descriptors that were open when we were called.
+    identity: of a device it may create, which is deleted should it die.
+    """
     started = Started(options)
     if options.background:
         return in_background(run, started, inherited, identity)
@@ -5693,10 +5746,10 @@ def launch(
 
 
 class Started:
-    """Tells whoever waits for a disk that it is there, on standard output, and then a parent process.
+    """Tells whoever waits for a disk that it is there, and then a parent process.
 
-    The parent reads a pipe: ``live``, or ``failed`` once standard error has
-    been told why.
+    The one hears of it on standard output; the other reads a pipe: ``live``, or
+    ``failed`` once standard error has been told why.
     """
 
     def __init__(self, options: Any) -> None:
@@ -5713,7 +5766,12 @@ class Started:
             self.news = -1
 
     def live(self, device: Device) -> None:
-        """The disk is there: tell its path, or with --json all about it, and what the kernel made of it."""
+        """Tell the path of the disk, or with --json all about it.
+
+        And on standard error what the kernel made of the wish. In the
+        background this is where the caller's output is left; its last sentence
+        is "live", when nothing can fail any more.
+        """
         if device.unprivileged:
             say(
                 "note: a disk of an ordinary user has no partitions and no recovery, and a request that "
@@ -5737,7 +5795,10 @@ class Started:
         self.tell("live")
 
     def leave(self, log: int) -> None:
-        """Hold nothing any more of where the command was given: output, directory."""
+        """Hold nothing any more of where the command was given: output, directory.
+
+        log: the descriptor of the log, which becomes standard error.
+        """
         self.out.close()
         os.dup2(log, 2)
         os.close(log)
@@ -5745,14 +5806,24 @@ class Started:
 
 
 def on_signals(action: Any) -> None:
-    """Have the signals that end a server call action; but what nohup(1) ignores stays ignored."""
+    """Have the signals that end a server call action.
+
+    But what nohup(1) ignores stays ignored.
+    """
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, action)
 
 
 def serve(device: Device, start: Callable[[], object], started: Started) -> None:
-    """Serve a device until a signal takes it away or somebody else stops or detaches it."""
+    """Serve a device until a signal takes it away or somebody else stops or detaches it.
+
+    start: start() of the device, or resume().
+    started: who is to be told that the disk is there.
+
+    A signal deletes the device. Where somebody else ended the server the device
+    is left as that made it. Raises UblkError where a queue failed.
+    """
 
     def note(number: int, frame: Any) -> None:
         device.interrupt(f"ended by {signal.Signals(number).name}")
@@ -5792,7 +5863,10 @@ def watchdog() -> float:
 
 
 def notify(message: str) -> None:
-    """Tell systemd (sd_notify(3)), where it started us and asked to be told."""
+    """Tell systemd (sd_notify(3)), where it started us and asked to be told.
+
+    Nobody there, or nobody reading, is no reason to take a disk away.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         import socket
@@ -5824,11 +5898,13 @@ def is_open(fd: int) -> bool:
 def in_background(
     run: Callable[[Started], None], started: Started, inherited: Sequence[int], identity: int
 ) -> int:
-    """Serve in a child process; return when the disk is usable or with the child's own error.
+    """Serve in a child process; return when the disk is usable, or the child's own error.
 
     The child keeps our output until the disk is there, and nothing else of what
     whoever called us had open. It tells its news through a pipe of its own. No
-    program that it starts inherits either.
+    program that it starts inherits either. Returns the exit status. Raises
+    UblkError (ECHILD) where it died without a word; what it may have created is
+    deleted, by its identity.
     """
     # Ignored, it would leave us nothing to wait for
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -5870,7 +5946,11 @@ def pass_on(number: int, process: int) -> None:
 
 
 def hear(reader: int, end: int) -> str:
-    """Return the line a process tells through a pipe, or what it told of one before its end (a pidfd)."""
+    """Return the line a process tells through a pipe, or what it told of one by its end.
+
+    reader: of the pipe, which a helper it started may keep open longer.
+    end: a pidfd of the process.
+    """
     text = b""
     while not text.endswith(b"\n"):  # a helper that it has started may keep the pipe open
         # Not without end: a signal that comes just before would not be passed
@@ -5884,7 +5964,10 @@ def hear(reader: int, end: int) -> str:
 
 
 def clean_up(identity: int) -> None:
-    """Delete the device of a server that is gone, by its identity: its number may be another's now."""
+    """Delete the device of a server that is gone, by its identity.
+
+    Its number may be another's by now.
+    """
     with Control() as control:
         for dev_id in device_ids() if identity else ():
             try:
@@ -5919,7 +6002,11 @@ def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
 
 
 def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ()) -> None:
-    """Serve a device anew, with the target its state file names or, without one, words do."""
+    """Serve a device anew, with the target its state file names or words do.
+
+    Raises UblkError: ENODEV, ENOENT where there is no state to be believed or
+    the directory is gone, EINVAL for another file than it was made of.
+    """
     with Control() as control:  # a device that is not there or not ours is the first news
         identity = control.get_dev_info(dev_id).ublksrv_flags
     what = f"cannot recover device {dev_id}"
@@ -5961,7 +6048,10 @@ NOT_OURS = (errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENODEV)
 
 
 def list_devices(options: Any) -> None:
-    """Print all devices, or one."""
+    """Print all devices, or one: a table, or with --json an array.
+
+    What is somebody else's is left out, unless it was asked for by its number.
+    """
     import json
 
     with Control() as control:
@@ -6084,7 +6174,11 @@ def recover(options: Any) -> int:
 
 
 def quiesce(options: Any) -> None:
-    """Detach the server of a device; the disk keeps its clients waiting for `recover`."""
+    """Detach the server of a device; the disk keeps its clients waiting for `recover`.
+
+    Returns when the server has left. Raises UblkError: ETIMEDOUT where it does
+    not.
+    """
     refuse(
         not 0 <= options.timeout < 1e6, f"timeout {options.timeout}", "not a number of seconds"
     )
@@ -6104,7 +6198,11 @@ def quiesce(options: Any) -> None:
 
 
 def resize(options: Any) -> None:
-    """Change the size of a live disk, and see that its server follows."""
+    """Change the size of a live disk, and see that its server follows.
+
+    Raises UblkError: EINVAL where its target cannot, and the disk keeps its
+    size.
+    """
     what = f"device {options.id}"
     with Control() as control:
         info = control.get_dev_info(options.id)
@@ -6207,7 +6305,10 @@ def check(options: Any) -> int:
 
 
 def checks() -> Iterator[tuple[str, str, str]]:
-    """Yield (what was looked at, problem or nothing, the command that mends it)."""
+    """Yield (what was looked at, the problem or nothing, the command that mends it).
+
+    In the order in which one stands in the way of the next.
+    """
     yield (f"Linux {os.uname().release}", *danger())
     try:
         Ring(2).close()
@@ -6281,7 +6382,10 @@ KERNEL=="ublk[bc][0-9]*", ACTION=="add|change", PROGRAM="{python} -I {program} u
 
 
 def udev_owner(options: Any) -> int:
-    """Print owner and group the kernel has noted for an ordinary user's device node; else fail."""
+    """Print owner and group the kernel has noted for an ordinary user's device node.
+
+    For udev, as root. The exit status is 1 for a device of root's.
+    """
     name = options.node
     number = name[5:].partition("p")[0]
     if name[:5] not in ("ublkb", "ublkc") or not (number.isascii() and number.isdigit()):
@@ -6394,7 +6498,10 @@ def print_help() -> None:
 
 
 def open_standard_descriptors() -> None:
-    """Have 0 to 2 open, as the void: or the next file would be what everybody writes messages to."""
+    """Have 0 to 2 open, as the void.
+
+    Or the next file that is opened would be what everybody writes messages to.
+    """
     while not all(map(is_open, range(3))):
         os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     if sys.stderr is None:
@@ -6404,7 +6511,13 @@ def open_standard_descriptors() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0, 1 (it failed) or 2 (wrong usage)."""
+    """Run the command line; return its exit status: 0, 1 (it failed) or 2 (wrong usage).
+
+    argv: the words, by default those of the process.
+
+    The one place where an exception becomes a line on standard error; with
+    --debug it is shown with its traceback.
+    """
     open_standard_descriptors()
     if os.environ.get("UBLK_RUN_DIR"):  # also for a server that leaves its directory
         os.environ["UBLK_RUN_DIR"] = run_dir()
