@@ -9,7 +9,6 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import importlib.util
 import json
 import mmap
 import os
@@ -27,6 +26,7 @@ import time
 import traceback
 import warnings
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,10 +152,14 @@ def needs(*programs):
         (pytest.fail if IN_LAB else pytest.skip)(f"not installed here: {', '.join(missing)}")
 
 
-def needs_module(name):
-    """Skip a test where a Python module that only testing needs is missing."""
-    if importlib.util.find_spec(name) is None:
+def needs_module(name, least):
+    """Skip a test where a Python module that only testing needs is missing, or older than this."""
+    try:
+        found = int(metadata.version(name).partition(".")[0])
+    except metadata.PackageNotFoundError:
         pytest.skip(f"not installed here: {name}")
+    if found < least:
+        pytest.skip(f"{name} {found} is installed here, {least} is needed")
 
 
 def at_least(release):
