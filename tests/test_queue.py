@@ -188,10 +188,10 @@ def test_quiesce_loses_no_write_that_is_on_its_way(tmp_path, monkeypatch, option
 
 
 class Slow(Ram):
-    """What it is asked to do takes a while."""
+    """What it is asked to do takes a while, much longer than the moment that a queue waits for news."""
 
     async def write(self, offset, buffer):
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(5 * ublk.A_MOMENT)
         super().write(offset, buffer)
 
 
@@ -210,7 +210,7 @@ def test_quiesce_waits_for_what_the_kernel_moves(tmp_path, monkeypatch, option):
     with ublk.Device(Slow(4 << 20), partition_scan=False) as lower:
         monkeypatch.setenv("LOWER", lower.path)
         disk = Forked(f"{path}:Below", option, "-r", "requeue").live()
-        with Fio(disk) as fio:
+        with Fio(disk, "--size=2M") as fio:
             for _ in range(4):
                 fio.busy()
                 assert ublk.main(["quiesce", str(disk.id)]) == 0
