@@ -3370,8 +3370,7 @@ class Device:
         """
         try:
             if failure is not None:
-                self.failure = failure
-                self.failure = self._named(failure)
+                self.failure = self.failure or self._named(failure)
                 self._wake_workers()
         finally:
             worker.ended = True
