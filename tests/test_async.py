@@ -11,19 +11,22 @@ import gc
 import inspect
 import mmap
 import os
+import socketserver
+import ssl
 import struct
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import ublk
-from tests.support import HERE, fio_verify, kernel, message, opened, read_at, write_at
+from tests.support import HERE, Ram, fio_verify, kernel, message, opened, read_at, sh, write_at
 
-SIZE = 16 << 20
+SIZE = 32 << 20
 
 
 class StandIn:
@@ -448,51 +451,126 @@ def test_a_report_of_zones_may_be_a_coroutine():
 
 # ---- with a driver -------------------------------------------------------------------------------
 
-class Remote(ublk.Target):
-    """Memory behind asyncio streams, a lock and a thread, all in the loop of the requests."""
+class OverTLS(ublk.Target):
+    """What a server keeps, over one encrypted stream."""
 
     size = SIZE
 
-    def __init__(self):
-        self.data, self.closed = bytearray(SIZE), False
+    def __init__(self, port, context):
+        self.port, self.context = port, context
 
     async def start(self, index):
-        self.lock = asyncio.Lock()
-        self.server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
-        self.reader, self.writer = await asyncio.open_connection(*self.server.sockets[0].getsockname())
+        self.turn = asyncio.Lock()
+        self.reader, self.writer = await asyncio.open_connection("localhost", self.port, ssl=self.context)
 
-    async def talk(self, reader, writer):
-        while True:
-            offset, length, write = struct.unpack("=QQ?", await reader.readexactly(17))
-            if write:
-                self.data[offset:offset + length] = await reader.readexactly(length)
-            else:
-                writer.write(self.data[offset:offset + length])
-                await writer.drain()
+    async def ask(self, offset, length, data=b""):
+        async with self.turn:
+            self.writer.write(struct.pack("=QI?", offset, length, bool(data)) + data)
+            return await self.reader.readexactly(0 if data else length)
 
     async def read(self, offset, buffer):
-        async with self.lock:
-            self.writer.write(struct.pack("=QQ?", offset, len(buffer), False))
-            data = await self.reader.readexactly(len(buffer))
-        await asyncio.get_running_loop().run_in_executor(None, buffer.__setitem__, slice(None), data)
+        buffer[:] = await self.ask(offset, len(buffer))
 
     async def write(self, offset, buffer):
-        async with self.lock:
-            self.writer.write(struct.pack("=QQ?", offset, len(buffer), True) + buffer)
-            await self.writer.drain()
+        await self.ask(offset, len(buffer), bytes(buffer))
 
     async def close(self):
         self.writer.close()
-        await self.writer.wait_closed()
-        self.closed = True
+
+
+class Keeper(socketserver.StreamRequestHandler):
+    """The server at the other end."""
+
+    data = bytearray(SIZE)
+
+    def handle(self):
+        while head := self.rfile.read(13):
+            offset, length, write = struct.unpack("=QI?", head)
+            if write:
+                self.data[offset:offset + length] = self.rfile.read(length)
+            else:
+                self.wfile.write(self.data[offset:offset + length])
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    """The port of a server that speaks TLS, and what trusts it."""
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    sh("openssl", "req", "-x509", *kind, *name, "-keyout", key, "-out", certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with socketserver.TCPServer(("localhost", 0), Keeper) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1], ssl.create_default_context(cafile=certificate)
+        server.shutdown()
+        thread.join()
 
 
 @kernel
-def test_a_disk_behind_asyncio_carries_fio_verify():
-    target = Remote()
-    with ublk.Device(target, depth=32, partition_scan=False) as disk:
+def test_a_disk_behind_an_encrypted_stream_carries_fio_verify(keeper):
+    with ublk.Device(OverTLS(*keeper), partition_scan=False) as disk:
         fio_verify(disk.path)
-    assert target.closed
+
+
+class InThreads(ublk.Target):
+    """A file, by calls that block, in threads beside the loop."""
+
+    size = SIZE
+
+    def __init__(self, path):
+        self.fd = os.open(path, os.O_RDWR)
+
+    async def read(self, offset, buffer):
+        return await asyncio.to_thread(os.preadv, self.fd, [buffer], offset)
+
+    async def write(self, offset, buffer):
+        return await asyncio.to_thread(os.pwrite, self.fd, buffer, offset)
+
+    def close(self):
+        os.close(self.fd)
+
+
+@kernel
+def test_a_disk_behind_threads_carries_fio_verify(backing):
+    with ublk.Device(InThreads(backing), partition_scan=False) as disk:
+        fio_verify(disk.path)
+
+
+class InTurn(Ram):
+    """Memory that one request at a time may use, in the order of their coming."""
+
+    waiting = most = 0
+
+    async def start(self, index):
+        self.turn = asyncio.Lock()
+
+    async def use(self, method, offset, buffer):
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        async with self.turn:
+            await asyncio.sleep(0)
+            method(offset, buffer)
+        self.waiting -= 1
+
+    async def read(self, offset, buffer):
+        await self.use(super().read, offset, buffer)
+
+    async def write(self, offset, buffer):
+        await self.use(super().write, offset, buffer)
+
+
+@kernel
+def test_a_fair_lock_over_hundreds_of_requests_carries_fio_verify():
+    target = InTurn(SIZE)
+    with ublk.Device(target, depth=512, partition_scan=False) as disk:
+        # Any other scheduler keeps what is more than 256 to itself.
+        Path(f"/sys/block/{Path(disk.path).name}/queue/scheduler").write_text("none")
+        fio_verify(disk.path, jobs=[("4k", f"{4 * number}m", "2m") for number in range(4)])
+    assert target.most >= 400
 
 
 @kernel
