@@ -2997,9 +2997,8 @@ class Worker(threading.Thread):
         self._closes = threading.Lock()  # taken by who closes the queue
 
     def run(self) -> None:
-        # Signals are for the main thread: one that a worker takes may not wake
-        # it.
         """Serve, and report how it ended."""
+        # Signals are for the main thread: one that a worker takes may not wake it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         failure = None
         try:
