@@ -210,6 +210,13 @@ def test_the_wrong_state_is_explained(situation, name, number, provoke):
     assert_error_line(f"ublk: {found.value}\n", number)
 
 
+@kernel
+@since("6.3")
+def test_a_device_that_nobody_can_command_is_not_said_to_be_gone(situation, run):
+    """For an ordinary user's device the driver takes no command that does not name its node, nor from root."""
+    situation.without_node(lambda dev_id: assert_fails(run("del", dev_id), 1, f"device {dev_id}", errno.ENOENT))
+
+
 COMMANDS_ON_A_DEVICE = {
     "DEL_DEV_ASYNC": lambda control, dev_id: control.del_dev_async(dev_id),
     "UPDATE_SIZE": lambda control, dev_id: control.update_size(dev_id, 1 << 20),

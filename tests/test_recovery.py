@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -580,24 +579,6 @@ def test_a_device_without_its_node_is_listed_and_deleted(run):
     assert [row["state"] for row in json.loads(run("list", "--json").out)] == ["QUIESCED"]
     assert verb("del", disk.id).status == 0
     assert devices_left() == []
-
-
-@kernel
-@since("6.3")
-def test_an_ordinary_users_device_without_its_node_is_not_said_to_be_gone(run):
-    """The driver takes no command for it that does not name its node, not even from root."""
-    with ublk.Control() as control:
-        number = control.add_dev(-1, 1, 4, 65536, ublk.UBLK_F_UNPRIVILEGED_DEV).dev_id
-        node = f"/dev/ublkc{number}"
-        until(lambda: os.path.exists(node), "the node")
-        number_of_node = os.stat(node).st_rdev
-        os.unlink(node)
-        try:
-            assert_fails(run("del", number), 1, node, errno.ENOENT)
-        finally:
-            os.mknod(node, 0o600 | stat.S_IFCHR, number_of_node)
-            control.get_dev_info(number)
-            control.del_dev(number)
 
 
 @kernel
