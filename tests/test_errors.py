@@ -213,8 +213,9 @@ def test_the_wrong_state_is_explained(situation, name, number, provoke):
 @kernel
 @since("6.3")
 def test_a_device_that_nobody_can_command_is_not_said_to_be_gone(situation, run):
-    """For an ordinary user's device the driver takes no command that does not name its node, nor from root."""
-    situation.without_node(lambda dev_id: assert_fails(run("del", dev_id), 1, f"device {dev_id}", errno.ENOENT))
+    """For an ordinary user's device the driver takes no command that does not name its node."""
+    situation.without_node(
+        lambda dev_id: assert_fails(run("del", dev_id), 1, f"device {dev_id}", errno.ENOENT))
 
 
 COMMANDS_ON_A_DEVICE = {
