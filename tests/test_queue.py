@@ -327,22 +327,36 @@ class InFile(ublk.Target):
         return 0
 
 
-def test_a_queue_serves_what_comes_while_its_tags_end():
-    """STOP_DEV ends tags one by one, and a request may still come for another."""
+def served_while_ending(*news, asked=()):
+    """Let a queue of three tags run, with (requests, ends) each time it looks; return what it answers."""
     device = StandIn(Ram(), depth=3)
     queue = NopQueue(device, rounds=2)
-    news = iter([([], {0}), ([1], set()), ([2], {1}), ([], {2})])
+    queue.asked.update(asked)
+    looks = iter(news)
 
     def collect(timeout):
-        tags, ended = next(news)
+        tags, ended = next(looks)
         queue.ring.enter()
         queue.ended |= ended
+        queue.asked.difference_update(tags)
         return tags
     queue.collect = collect
     queue.run()
     queue.close()
     device.close()
-    assert [tag for tag, _ in queue.answers] == [1, 2]
+    return [tag for tag, _ in queue.answers]
+
+
+NOTHING = ([], set())
+
+
+def test_a_queue_serves_what_comes_while_its_tags_end():
+    """STOP_DEV ends tags one by one, and a request may still come for another."""
+    assert served_while_ending(([], {0}), ([1], set()), ([2], {1}), ([], {2})) == [1, 2]
+
+
+def test_a_queue_that_ends_waits_for_data_it_has_asked_for():
+    assert served_while_ending(([], {0}), NOTHING, NOTHING, ([1], set()), NOTHING, NOTHING, asked=[1]) == [1]
 
 
 MAKING = {"ring": (ublk, "Ring"), "memory": (ublk, "address_of"), "chains": (ublk.Ring, "prepare"),
