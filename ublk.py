@@ -2822,6 +2822,7 @@ SERVER_TIMEOUT = 15.0  # seconds the kernel may take to notice that a server is 
 PASSING = 3.0  # seconds somebody may look at a disk without being taken for its user
 # At every disk, for what is on it
 LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")
+LAST_BREATH = 3.0  # seconds that a server which was told to go, or killed, may live
 GRACE = 2.0  # seconds a worker has to leave its loop when told to
 
 # What a Device has come to. It goes up from NEW to LIVE, leaving ADDING and
@@ -3519,7 +3520,7 @@ class Device:
                     return None
                 if error.errno != errno.EBUSY or waited > SERVER_TIMEOUT:
                     raise
-            if waited > (2.0 if lives else SERVER_TIMEOUT):
+            if waited > (LAST_BREATH if lives else SERVER_TIMEOUT):
                 raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
             if waited > 1.0 and not lives and not told:
                 told = True
@@ -3620,10 +3621,9 @@ class Device:
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
 
-        Handlers get timeout seconds to end what they are doing, then their
-        requests fail. Any thread may call it, but those of the handlers. Raises
-        UblkError (EBUSY) that names who still holds the disk open: the device
-        goes when they close it.
+        Handlers get timeout seconds to end what they are doing, then their requests fail. Any thread may
+        call it, but those of the handlers. Raises UblkError (EBUSY) that names who still holds the disk
+        open: the device goes when they close it.
         """
         refuse(
             threading.current_thread() in self._workers,
@@ -4842,6 +4842,11 @@ def is_same(control: Control, dev_id: int, identity: int) -> bool:
         return error.errno != errno.ENODEV
 
 
+def is_served(info: Any) -> bool:
+    """Tell whether a device has a disk and a server that lives, by its ublksrv_ctrl_dev_info."""
+    return info.state == UBLK_S_DEV_LIVE and alive(info.ublksrv_pid)
+
+
 def is_gone(control: Control, dev_id: int) -> bool:
     """Tell whether there is no device of this number."""
     try:
@@ -5674,8 +5679,12 @@ def create(words: Sequence[str]) -> int:
     identity = new_identity()
 
     def first(started: Started) -> None:
-        if options.recovery and waits_for(options.id, made_by):
-            return recover_from_state(options.id, started)
+        if options.id in device_ids():
+            if options.recovery and waits_for(options.id, made_by):
+                return recover_from_state(options.id, started)
+            # Before the target touches a file that may be another server's.
+            what = f"cannot create device {options.id}"
+            raise explain(UBLK_CMD_ADD_DEV, errno.EEXIST, what)
         target = make()
         if options.block_size is not None:
             refuse(
@@ -5712,14 +5721,11 @@ def waits_for(dev_id: int, made_by: dict[str, Any]) -> bool:
     recover it: so whatever starts a server again (systemd does, with
     Restart=on-failure) needs no other words for it.
     """
-    if dev_id not in device_ids():
-        return False
     with Control() as control:
         info = control.get_dev_info(dev_id)
     state = load_state(dev_id, info.ublksrv_flags)
-    # Which the kernel will notice
-    lost = info.state == UBLK_S_DEV_LIVE and not alive(info.ublksrv_pid)
-    waits = lost or info.state in (UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO)
+    # One that has died the kernel may notice later.
+    waits = info.state != UBLK_S_DEV_DEAD and not is_served(info)
     return waits and state.get("options") == made_by and state["cwd"] == os.getcwd()
 
 
@@ -6005,9 +6011,12 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
     Raises UblkError: ENODEV, ENOENT where there is no state to be believed or
     the directory is gone, EINVAL for another file than it was made of.
     """
+    what = f"cannot recover device {dev_id}"
     with Control() as control:  # a device that is not there or not ours is the first news
         identity = control.get_dev_info(dev_id).ublksrv_flags
-    what = f"cannot recover device {dev_id}"
+        # The target's files are the old server's while that lives.
+        if not becomes(lambda: not is_served(control.get_dev_info(dev_id)), LAST_BREATH):
+            raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
     remedy = f"name its target: `ublk.py recover {dev_id} --target TARGET ...`"
     state = {} if words else load_state(dev_id, identity)
     words = words or ([state["target"], *state["args"]] if state else [])

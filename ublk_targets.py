@@ -106,13 +106,12 @@ COMPLEMENT = bytes(range(255, -1, -1))  # new byte for each byte: 255 minus it
 class Ram(ublk.Target):
     """Keep the disk in memory; it is gone when the server ends.
 
-    The metadata of its blocks, if it keeps any, lie complemented in memory of
-    their own: what was never written there reads as zeroes, so it means all
-    ones, and to the kernel these mean a block never written.
+    The metadata of its blocks, if it keeps any, lie complemented in memory of their own: what was never
+    written there reads as zeroes, so it means all ones, and to the kernel these mean a block never written.
 
-    size: size of the disk metadata_size: bytes kept beside each block, for the
-    checksum that the kernel makes and verifies (7.0) checksum: which one: crc,
-    ip, crc64 or none
+    size: size of the disk
+    metadata_size: bytes kept beside each block, for the checksum that the kernel makes and verifies (7.0)
+    checksum: which one: crc, ip, crc64 or none
     """
 
     processes = True  # forked later they see the same disk: memory of a file is shared
@@ -208,8 +207,9 @@ class Mapped:
 class Loop(Mapped, ublk.Target):
     """Serve a file or a block device as a disk. A file that may not be written to makes a read-only one.
 
-    path: the file or block device direct: transfer around the page cache
-    (O_DIRECT) read_only: open it for reading only
+    path: the file or block device
+    direct: transfer around the page cache (O_DIRECT)
+    read_only: open it for reading only
     """
 
     def __init__(self, path: str, *, direct: bool = False, read_only: bool = False) -> None:
@@ -219,6 +219,7 @@ class Loop(Mapped, ublk.Target):
         self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0, read_only)
         # Ends at the latest with the object
         self.opened = weakref.finalize(self, os.close, self.fd)
+        claim(self.fd, path, self.read_only)
         self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
         self.dma_alignment = memory_alignment(self.fd) if direct else 0
         if not self.read_only and self._can_discard():
@@ -307,6 +308,25 @@ def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[in
                 path, "its file system has no direct I/O", "leave --direct out"
             ) from None
         raise
+
+
+def claim(fd: int, path: str, read_only: bool = False) -> None:
+    """Take a file for one server, or for any number that only read it, while it is open.
+
+    A server that was killed a moment ago is given time to go. A device that is written to was
+    opened exclusively already. Raises UblkError (EBUSY) where another server uses the file.
+    """
+    how = fcntl.LOCK_SH if read_only else fcntl.LOCK_EX
+
+    def is_free() -> bool:
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    if not is_block(path) and not ublk.becomes(is_free, ublk.LAST_BREATH):
+        raise ublk.UblkError(errno.EBUSY, path, "another server uses it", "end that first")
 
 
 def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
@@ -453,12 +473,12 @@ def distinct(paths: Sequence[str]) -> Sequence[str]:
 class Stripe(Over, Mapped, ublk.Target):
     """Spread a disk over several files or block devices, chunk by chunk (RAID 0).
 
-    The kernel lets no read or write cross from one chunk into the next, so each
-    goes to one file.
+    The kernel lets no read or write cross from one chunk into the next, so each goes to one file.
 
-    paths: the files or block devices chunk: how much lies on one before it goes
-    on on the next direct: transfer around the page cache (O_DIRECT) read_only:
-    open them for reading only
+    paths: the files or block devices
+    chunk: how much lies on one before it goes on on the next
+    direct: transfer around the page cache (O_DIRECT)
+    read_only: open them for reading only
     """
 
     def __init__(
@@ -524,6 +544,21 @@ class Stripe(Over, Mapped, ublk.Target):
             leg.close()
 
 
+def check_writable(file: Loop, read_only: bool) -> None:
+    """Raise UblkError (EACCES) for a file that is only for reading, though it is to be written to."""
+    if file.read_only and not read_only:
+        raise ublk.UblkError(errno.EACCES, file.path, "it cannot be written to")
+
+
+def make_file(path: str, header: bytes, size: int) -> None:
+    """Make a file of this size that begins with a header, where there is none or an empty one."""
+    with open(path, "ab") as file:
+        claim(file.fileno(), path)
+        if not os.path.getsize(path):
+            file.write(header)
+            file.truncate(size)
+
+
 class Sealed:
     """A structure in a file: a magic, values, and a CRC-32 of all this."""
 
@@ -549,16 +584,6 @@ class Sealed:
         return values
 
 
-def have_alone(disk: Loop, path: str, read_only: bool) -> None:
-    """Have a file that no other server writes to while it is open; raise UblkError where not."""
-    if disk.read_only and not read_only:
-        raise ublk.UblkError(errno.EACCES, path, "it cannot be written to")
-    try:
-        fcntl.flock(disk.fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
-        raise ublk.UblkError(errno.EBUSY, path, "another server uses it") from None
-
-
 COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")  # size, block size, boot id
 COW_UNIT = 64 << 10  # header and marks fill whole pages of any machine
 # marks of blocks: see Cow
@@ -570,16 +595,15 @@ KEPT = b"\2"
 class Cow(ublk.Target):
     """A writable overlay over a base that stays as it is (copy on write).
 
-    What is written goes to the same place of the overlay, a sparse file, and
-    then the block's mark, a byte, becomes OURS. Data first, mark second: no
-    kill can make a block of garbage visible. As a loss of power may reorder the
-    two, OURS counts only until the machine is started anew. A flush makes the
-    data durable and then the marks KEPT, which count for ever. No mark ever
-    goes back: zeroes and discarded blocks become holes of the overlay.
+    What is written goes to the same place of the overlay, a sparse file, and then the block's mark,
+    a byte, becomes OURS. Data first, mark second: no kill can make a block of garbage visible. As a
+    loss of power may reorder the two, OURS counts only until the machine is started anew. A flush
+    makes the data durable and then the marks KEPT, which count for ever. No mark ever goes back:
+    zeroes and discarded blocks become holes of the overlay.
 
-    base: the file or block device that is read overlay: the file that takes the
-    changes; made if it is not there; delete it to discard them commit: first
-    write the changes of earlier times into the base, and start with none
+    base: the file or block device that is read
+    overlay: the file that takes the changes; made if it is not there; delete it to discard them
+    commit: first write the changes of earlier times into the base, and start with none
     read_only: open both for reading only
     """
 
@@ -595,14 +619,14 @@ class Cow(ublk.Target):
         is_block(base)
         self.files = [base, overlay]
         self.base = os.open(base, os.O_RDWR if commit else os.O_RDONLY)
+        claim(self.base, base, read_only=not commit)
         self.size, self.block_size, self.physical_block_size = sizes_of(self.base, base)
         self.grain = self.block_size
         count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
         self.marks_at = COW_UNIT
         self.data_at = COW_UNIT + count
-        if not read_only and (not os.path.exists(overlay) or not os.path.getsize(overlay)):
-            with open(overlay, "wb") as file:
-                file.truncate(self.data_at + self.size)
+        if not read_only:
+            make_file(overlay, b"", self.data_at + self.size)
         self.top = Loop(overlay, read_only=read_only)
         self.path = overlay
         self.read_only = read_only
@@ -616,7 +640,7 @@ class Cow(ublk.Target):
 
     def _open(self) -> None:
         """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
-        have_alone(self.top, self.path, self.read_only)
+        check_writable(self.top, self.read_only)
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read(36)
         header = COW_HEADER.pack(self.size, self.grain, boot)
@@ -766,24 +790,24 @@ class Wrapper(Over):
 class Fault(Wrapper, ublk.Target):
     """Make another target fail, stall or lie.
 
-    What happens: --error, --delay, --jitter, --torn, --lost, --hang. When:
-    --on, --range, --after, --rate; a request must pass them all. Several faults
-    are wrapped in each other: ``fault --on read --error EIO --rate 0.01 fault
-    --delay 5ms loop disk.img``. A disk that is full after 100M: ``fault --on
-    write --after 100M --error ENOSPC``; one slow sector: ``fault --range 1M
-    --delay 2s``.
+    What happens: --error, --delay, --jitter, --torn, --lost, --hang. When: --on, --range, --after,
+    --rate; a request must pass them all. Several faults are wrapped in each other: ``fault --on
+    read --error EIO --rate 0.01 fault --delay 5ms loop disk.img``. A disk that is full after 100M:
+    ``fault --on write --after 100M --error ENOSPC``; one slow sector: ``fault --range 1M --delay 2s``.
 
-    on: operations, with commas between: read, write, flush, discard,
-    write_zeroes (all of them) range: only requests that touch this sector or
-    these bytes, such as 1M or 1M-2M after: only once so many bytes were written
-    rate: only this share of the requests, at random (1) error: fail with this
-    errno, such as EIO delay: take so much longer, such as 10ms jitter: and up
-    to so much more, at random torn: of a write, do only a part from its
-    beginning, at random lost: report success and do nothing: a flush that lies,
-    a write that never happened hang: wait until --control says otherwise
-    control: a file that may appear and change meanwhile: its words replace all
-    options above seed: makes the same random choices again (1) target: the
-    target that is to fail, with its own arguments
+    on: operations, with commas between: read, write, flush, discard, write_zeroes (all of them)
+    range: only requests that touch this sector or these bytes, such as 1M or 1M-2M
+    after: only once so many bytes were written
+    rate: only this share of the requests, at random (1)
+    error: fail with this errno, such as EIO
+    delay: take so much longer, such as 10ms
+    jitter: and up to so much more, at random
+    torn: of a write, do only a part from its beginning, at random
+    lost: report success and do nothing: a flush that lies, a write that never happened
+    hang: wait until --control says otherwise
+    control: a file that may appear and change meanwhile: its words replace all options above
+    seed: makes the same random choices again (1)
+    target: the target that is to fail, with its own arguments
     """
 
     def __init__(
@@ -1143,11 +1167,11 @@ class NbdRequest:
 class Nbd(ublk.Target):
     """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
 
-    It gets all requests at once. When the connection is lost, a new one is made
-    and gets the requests that had no reply yet.
+    It gets all requests at once. When the connection is lost, a new one is made and gets the
+    requests that had no reply yet.
 
-    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH timeout:
-    requests fail when the server is silent or away for so long (60s)
+    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    timeout: requests fail when the server is silent or away for so long (60s)
     """
 
     def __init__(self, uri: str, *, timeout: str = "60s") -> None:
@@ -1434,15 +1458,16 @@ class Zone:
 class Zoned(ublk.Target):
     """A host-managed zoned disk: a zone is written from its start to its end and reset as a whole.
 
-    It lies in a file: a header, how much of each zone is written, then the
-    data. A file that is there knows its sizes.
+    It lies in a file: a header, how much of each zone is written, then the data. A file that is
+    there knows its sizes.
 
-    file: keep it in this file; made if it is not there (in memory) size: size
-    of a new disk zone_size: size of its zones, a power of two conventional: so
-    many zones at its start may be written anywhere max_open: so many zones may
-    be open at once (0: any number) max_active: so many may be open or closed,
-    that is, written in part (0: any number) read_only: open the file for
-    reading only
+    file: keep it in this file; made if it is not there (in memory)
+    size: size of a new disk
+    zone_size: size of its zones, a power of two
+    conventional: so many zones at its start may be written anywhere
+    max_open: so many zones may be open at once (0: any number)
+    max_active: so many may be open or closed, that is, written in part (0: any number)
+    read_only: open the file for reading only
     """
 
     block_size = 4096
@@ -1469,11 +1494,14 @@ class Zoned(ublk.Target):
             weakref.finalize(self, os.close, fd)
             self.path = f"/proc/self/fd/{fd}"
         is_new = not os.path.exists(self.path) or not os.path.getsize(self.path)
+        refuse(
+            not is_new and is_block(self.path), file, "not a file", "name a file for its zones"
+        )
         if is_new and not (file and read_only):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path, read_only=read_only)
         self.close = self.disk.close
-        have_alone(self.disk, self.path, read_only)
+        check_writable(self.disk, read_only)
         self.size, self.zone_size, self.conventional = ZONED_HEADER.read(
             self.disk.fd, self.path
         )
@@ -1500,9 +1528,8 @@ class Zoned(ublk.Target):
             f"--size {size}",
             f"not {conventional} zones of {zone_size} bytes and more",
         )
-        with open(self.path, "wb") as file:
-            file.write(ZONED_HEADER.pack(size, zone_size, conventional))
-            file.truncate(zone_data_at(size // zone_size) + size)
+        header = ZONED_HEADER.pack(size, zone_size, conventional)
+        make_file(self.path, header, zone_data_at(size // zone_size) + size)
 
     def _load_zones(self) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""
@@ -1659,13 +1686,12 @@ ENTRY = Sealed(b"entr", "IQQI", "an entry")
 class Record(Wrapper, ublk.Target):
     """Log every change of another target, in the order the changes were done, with all data.
 
-    `ublk.py replay LOG` makes from it the disk as it was after any of them. An
-    entry is written once the target has done its work and before the client
-    hears of it. A log that is there is continued: delete it before you record a
-    disk that starts afresh.
+    `ublk.py replay LOG` makes from it the disk as it was after any of them. An entry is written
+    once the target has done its work and before the client hears of it. A log that is there is
+    continued: delete it before you record a disk that starts afresh.
 
-    log: the file for the log target: the target to be recorded, with its own
-    arguments
+    log: the file for the log
+    target: the target to be recorded, with its own arguments
     """
 
     def __init__(self, log: str, target: ublk.Target) -> None:
@@ -1674,6 +1700,7 @@ class Record(Wrapper, ublk.Target):
         self.offer(["flush"])  # of interest even where the target needs none
         self.lock = threading.Lock()
         self.log = open(log, "r+b" if os.path.exists(log) else "x+b", buffering=0)
+        claim(self.log.fileno(), log)
         if not os.path.getsize(log):
             self.log.write(LOG_HEADER.pack(self.size))
         (size,) = LOG_HEADER.read(self.log.fileno(), log)

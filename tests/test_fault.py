@@ -61,8 +61,8 @@ class Odd(Recorder):
 
 
 def test_a_wrapper_offers_what_its_target_does(targets, tmp_path):
-    path, = files(tmp_path, 1, 1 << 20)
-    for below in (Odd(), Ram(), targets.Ram(size=1 << 20), targets.Loop(path), targets.Stripe(path)):
+    path, leg = files(tmp_path, 2, 1 << 20)
+    for below in (Odd(), Ram(), targets.Ram(size=1 << 20), targets.Loop(path), targets.Stripe(leg)):
         above = targets.Fault(targets.Fault(below))
         for name in targets.HANDLERS:
             assert hasattr(above, name) == hasattr(below, name), name

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 import ublk
 from tests.support import (
+    Forked,
     Recorder,
     assert_fails,
     damage,
@@ -355,3 +357,16 @@ def write_file(path, text, *, sync):
         file.flush()
         if sync:
             os.fsync(file.fileno())
+
+
+@kernel
+def test_recovering_a_disk_that_is_served_leaves_its_log_alone(run, tmp_path):
+    disk = Forked("record", tmp_path / "log", "ram", "--size", "1M", "-r", "reissue").live()
+    with opened(disk.path) as fd:
+        write_at(fd, 0, b"a" * 4096)
+    with open(tmp_path / "log", "ab") as log:
+        log.write(b"an entry that is being written")
+    before = os.path.getsize(tmp_path / "log")
+    assert_fails(run("recover", disk.id), 1, "its server still lives", errno.EBUSY)
+    assert os.path.getsize(tmp_path / "log") == before
+    assert disk.kill(signal.SIGTERM) == 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import signal
+import time
 
 import pytest
 
@@ -18,8 +20,10 @@ from tests.support import (
     carries,
     content_of,
     error_of,
+    files,
     fio_verify,
     kernel,
+    message,
     needs,
     opened,
     read_at,
@@ -198,3 +202,64 @@ def test_a_target_to_be_read_opens_nothing_for_writing(two_files, words):
     assert {flag & os.O_ACCMODE for flag in flags} == {os.O_RDONLY}
     assert target.read_only
     target.close()
+
+
+@pytest.mark.parametrize("name", sorted(ublk.known_targets()))
+def test_every_word_and_option_of_a_target_is_explained(name):
+    parser = ublk.target_parser(ublk.known_targets()[name], name)
+    said = {action.dest: (action.help or "").partition("(default")[0].strip() for action in parser._actions}
+    assert "" not in said.values(), said
+
+
+# ---- one server for one file -----------------------------------------------------------------------
+
+def record(targets, log, image):
+    return targets.Record(log, targets.Loop(image))
+
+
+# Who uses a file first, and who is refused it then: each gets the files a and b.
+RIVALS = {
+    "loop": (lambda t, a, b: t.Loop(a), lambda t, a, b: t.Loop(a)),
+    "reader": (lambda t, a, b: t.Loop(a, read_only=True), lambda t, a, b: t.Loop(a)),
+    "writer": (lambda t, a, b: t.Loop(a), lambda t, a, b: t.Loop(a, read_only=True)),
+    "leg": (lambda t, a, b: t.Loop(b), lambda t, a, b: t.Stripe(a, b)),
+    "base": (lambda t, a, b: t.Loop(a), lambda t, a, b: t.Cow(a, a + ".cow")),
+    "overlay": (lambda t, a, b: t.Cow(a, a + ".cow"), lambda t, a, b: t.Cow(a, a + ".cow")),
+    "commit": (lambda t, a, b: t.Cow(a, a + ".1"), lambda t, a, b: t.Cow(a, a + ".2", commit=True)),
+    "log": (lambda t, a, b: record(t, a + ".log", a), lambda t, a, b: record(t, a + ".log", b)),
+}
+
+
+@pytest.mark.parametrize("first, second", RIVALS.values(), ids=RIVALS)
+def test_a_file_has_one_server_that_writes_to_it(targets, tmp_path, monkeypatch, first, second):
+    monkeypatch.setattr(ublk, "LAST_BREATH", 0.0)
+    paths = files(tmp_path, 2, 1 << 20)
+    served = first(targets, *paths)
+    assert "another server uses it (16 EBUSY): end that first" in message(lambda: second(targets, *paths))
+    served.close()
+    gc.collect()                    # what the refused one had opened goes with its error
+    second(targets, *paths).close()
+
+
+def test_readers_share_a_file(targets, tmp_path):
+    path, = files(tmp_path, 1, 1 << 20)
+    disks = [targets.Loop(path, read_only=True), targets.Loop(path, read_only=True),
+             targets.Cow(path, path + ".1"), targets.Cow(path, path + ".2")]
+    for disk in disks:
+        disk.close()
+
+
+def test_a_server_that_dies_is_given_time_to_let_go(targets, tmp_path):
+    path, = files(tmp_path, 1, 1 << 20)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        disk = targets.Loop(path)
+        os.write(writer, b"served")
+        time.sleep(0.3)
+        os._exit(0 if disk else 1)
+    assert os.read(reader, 6) == b"served"
+    targets.Loop(path).close()
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(reader)
+    os.close(writer)
