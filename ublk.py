@@ -2117,6 +2117,7 @@ class Queue:
         # Coroutines.
         self.loop: Any = None  # of asyncio, where there are coroutines
         self._new_task: Any = None  # what makes one of its tasks
+        self._memories = [bytearray()] * self.depth  # what they get of their requests
         # What serves a tag's request; asyncio itself may forget it
         self._tasks: dict[int, Any] = {}
         self._operations: dict[int, Operation] = {}
@@ -2218,10 +2219,11 @@ class Queue:
         unanswered; the kernel deals with them when the ring is closed.
         """
         self.answer = self._answer()
-        while self.loop is None and not self.is_over():
-            self.answer(self.collect(A_MOMENT if self.ended else None))
-        if self.loop is not None and not self.is_over():
-            self.loop.run_forever()  # which waits by RingSelector.select()
+        while not self.is_over():
+            if self.loop is None:
+                self.answer(self.collect(A_MOMENT if self.ended else None))
+            else:
+                self.loop.run_forever()  # which waits by RingSelector.select()
         self._hand_in()
         self.closing = True
 
@@ -2290,7 +2292,7 @@ class Queue:
         """Make ready what serves this READ or WRITE, and those of the tag alike that follow."""
         flags = self.flags[tag]
         length = self.sectors[tag] * SECTOR
-        if flags & NOT_BY_BUFFER or not self.path.lasting:
+        if flags & NOT_BY_BUFFER or not self.path.lasting or self.loop is not None:
             return False
         if flags & 0xFF == UBLK_IO_OP_READ:
             self._buffers[tag] = self.path.buffer(tag, length), ZEROES[:length]
@@ -2509,15 +2511,21 @@ class Queue:
 
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
-        buffer = path.room(tag, length)
-        return self._move(
-            tag, self.target.read, offset, buffer, lambda _: path.give(tag, buffer)
-        )
+        room = path.room(tag, length)
+        buffer = self._own(tag, room)
+
+        def give(_: object) -> int:
+            if buffer is not room:
+                room[:] = buffer
+            return path.give(tag, room)
+
+        return self._move(tag, self.target.read, offset, buffer, give)
 
     def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
         function = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
-        return self._move(tag, function, offset, path.data(tag, length), lambda _: length)
+        data = self._own(tag, path.data(tag, length)).toreadonly()
+        return self._move(tag, function, offset, data, lambda _: length)
 
     def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -2547,9 +2555,8 @@ class Queue:
             self.appended(tag, position // SECTOR)
             return length
 
-        return self._end(
-            tag, self.target.zone_append(offset, self.path.data(tag, length)), landed
-        )
+        data = self._own(tag, self.path.data(tag, length)).toreadonly()
+        return self._end(tag, self.target.zone_append(offset, data), landed)
 
     def appended(self, tag: int, sector: int) -> None:
         """Note where the data of a ZONE_APPEND landed, in sectors: its COMMIT says so.
@@ -2561,6 +2568,25 @@ class Queue:
         self._appended.append(tag)
 
     # ---- coroutines ------------------------------------------------------------------------------
+
+    def _own(self, tag: int, buffer: memoryview) -> memoryview:
+        """Return memory for a handler: this, or a copy where handlers are coroutines.
+
+        One that fails, or gives up waiting, may leave threads and tasks behind
+        that go on with it. So it is another request's only when nobody has a
+        view of it any more, as nothing else of which somebody has one can be
+        resized.
+        """
+        if self.loop is None:
+            return buffer
+        memory = self._memories[tag]
+        try:
+            memory.append(memory.pop())
+        except (BufferError, IndexError):
+            memory = self._memories[tag] = bytearray(self.max_io)
+        own = memoryview(memory)[: len(buffer)]
+        own[:] = buffer
+        return own
 
     def _move(
         self,
@@ -2644,6 +2670,7 @@ class Queue:
             self.loop.set_task_factory(eager)
             task: Any = asyncio.Task
             self._new_task = partial(task, loop=self.loop, eager_start=True)
+        self.served[:] = [-1] * self.depth  # what was made ready has no memory of its own
         _here.queue = self
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> None:
@@ -2747,9 +2774,14 @@ class Queue:
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
             task.cancel()
-        if tasks:
-            self.loop.run_until_complete(asyncio.wait(tasks, timeout=LAST_WORDS))
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+
+        async def end() -> None:
+            if tasks:
+                await asyncio.wait(tasks)
+            await self.loop.shutdown_asyncgens()
+
+        ends = {self.loop.create_task(end())}
+        self.loop.run_until_complete(asyncio.wait(ends, timeout=LAST_WORDS))
         for operation in self._operations.values():
             operation.future = None  # which could call the loop
         self.loop.close()
@@ -4414,10 +4446,11 @@ class BatchQueue(Queue):
 #
 # Two rules. Memory that an operation uses belongs to the kernel until its CQE
 # has come: a task that is cancelled has the operation cancelled and goes on
-# only when that has ended, or the kernel could write into what is another
-# request's buffer by then. And a descriptor's number is used only while it is
-# open: what was asked for under it is begun, by an enter(), before anybody is
-# told that it ended.
+# only when that has ended. Of threads, and of other tasks of a handler that
+# failed, nobody knows when they end: so what a coroutine gets is memory of its
+# request's own, not the tag's, which is another request's by then. And a
+# descriptor's number is used only while it is open: what was asked for under it
+# is begun, by an enter(), before anybody is told that it ended.
 #
 # A queue of a target without coroutines never comes here, and never imports
 # asyncio.
@@ -4563,41 +4596,32 @@ def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]
     return operate(IORING_OP_SEND, fd, 0, buffer, rw_flags=flags)
 
 
-class RingSelector(selectors.BaseSelector):
+class RingSelector(selectors.SelectSelector):
     """What an asyncio loop waits with: the ring of a queue.
 
     A descriptor that is registered has a POLL_ADD on the ring. That ends when
     it is ready; the next select() begins another, which ends at once if it is
-    ready still, as asyncio expects.
-
-    register, unregister, select, get_map and close are those of
-    selectors.BaseSelector, where they are described.
+    ready still, as asyncio expects. What is registered is kept by the base
+    class.
     """
 
     def __init__(self, queue: Queue) -> None:
+        super().__init__()
         self.queue = queue
-        self._keys: dict[Any, selectors.SelectorKey] = {}
         self._polls: dict[int, int] = {}  # fd -> number of its POLL_ADD
         self._unpolled: set[int] = set()
         self._ready: list[tuple[selectors.SelectorKey, int]] = []
 
-    def get_map(self) -> dict[Any, selectors.SelectorKey]:
-        return self._keys
-
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        if fd in self._keys:
-            raise KeyError(f"{fileobj!r} is registered already")
-        key = self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
-        self._unpolled.add(fd)
+        key = super().register(fileobj, events, data)
+        self._unpolled.add(key.fd)
         return key
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        key = self._keys.pop(fd)
-        self._unpolled.discard(fd)
-        if fd in self._polls:
-            self.queue.forget(self._polls.pop(fd))
+        key = super().unregister(fileobj)
+        self._unpolled.discard(key.fd)
+        if key.fd in self._polls:
+            self.queue.forget(self._polls.pop(key.fd))
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -4605,7 +4629,7 @@ class RingSelector(selectors.BaseSelector):
         queue = self.queue
         while self._unpolled:
             fd = self._unpolled.pop()
-            self._poll(fd, self._keys[fd].events)
+            self._poll(fd, self.get_map()[fd].events)
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
         tags = queue.collect(timeout)
@@ -4614,8 +4638,10 @@ class RingSelector(selectors.BaseSelector):
                 queue.answer(tags)
             if queue.is_over():
                 queue.loop.stop()
-        ready = self._ready
-        self._ready = []
+        # A handler that began by now may have had others take their place
+        current = self.get_map()
+        ready = [(key, events) for key, events in self._ready if current.get(key.fd) is key]
+        self._ready.clear()
         return ready
 
     def _poll(self, fd: int, events: int) -> None:
@@ -4630,7 +4656,7 @@ class RingSelector(selectors.BaseSelector):
 
     def polled(self, fd: int, result: int) -> None:
         """Hear of the end of a POLL_ADD: the events that came, or an error, which is for all to see."""
-        key = self._keys[fd]
+        key = self.get_map()[fd]
         del self._polls[fd]
         self._unpolled.add(fd)
         events = 0
@@ -4645,7 +4671,7 @@ class RingSelector(selectors.BaseSelector):
         for number in self._polls.values():
             self.queue.forget(number)
         self._polls.clear()
-        self._keys.clear()
+        super().close()
 
 
 class Poll(Operation):

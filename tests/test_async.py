@@ -11,6 +11,7 @@ import gc
 import inspect
 import mmap
 import os
+import socket
 import socketserver
 import ssl
 import struct
@@ -413,6 +414,89 @@ def test_readiness_is_told_as_long_as_it_lasts():
     assert results_of(body) == [4096]
 
 
+class LeavesBehind(ublk.Target):
+    """Its first request is plain; the third fails, and what it has begun goes on when the fourth has come."""
+
+    size, turn = SIZE, 0
+
+    def __init__(self, begin):
+        self.begin, (self.reader, self.writer) = begin, os.pipe()
+
+    def read(self, offset, buffer):
+        self.turn += 1
+        return self.later(buffer) if self.turn > 1 else None
+
+    async def later(self, buffer):
+        if self.turn == 3:
+            self.left = asyncio.ensure_future(self.begin(self.reader, buffer))
+            await asyncio.sleep(0)
+            raise OSError(errno.EIO, "part of it")
+        if self.turn == 4:
+            os.write(self.writer, b"late")
+            assert await self.left == 4
+            self.seen = bytes(buffer)
+
+
+@pytest.mark.parametrize("begin", [lambda fd, buffer: ublk.uring_read(fd, buffer, 0),
+                                   lambda fd, buffer: asyncio.get_running_loop().run_in_executor(
+                                       None, os.readv, fd, [buffer])], ids=["ring", "thread"])
+def test_what_a_request_leaves_behind_does_nothing_to_the_next(begin):
+    target = LeavesBehind(begin)
+    answers = serve(target, depth=1, rounds=4).answers
+    assert answers == [(0, 4096), (0, 4096), (0, -errno.EIO), (0, 4096)] and target.seen == bytes(4096)
+    os.close(target.reader)
+    os.close(target.writer)
+
+
+class Reconnects(ublk.Target):
+    """Each request has another pipe take the place of a ready one; the last waits to hear of its own."""
+
+    size = SIZE
+    turns = 3
+
+    async def start(self, index):
+        self.connect()
+
+    def connect(self):
+        self.pipe, self.heard = os.pipe(), asyncio.Event()
+        asyncio.get_running_loop().add_reader(self.pipe[0], self.heard.set)
+        os.write(self.pipe[1], b"!")
+
+    def disconnect(self):
+        asyncio.get_running_loop().remove_reader(self.pipe[0])
+        for fd in self.pipe:
+            os.close(fd)
+
+    def read(self, offset, buffer):
+        self.disconnect()
+        self.connect()
+        self.turns -= 1
+        return None if self.turns else asyncio.wait_for(self.heard.wait(), 10)
+
+
+def test_a_descriptor_that_takes_the_place_of_a_ready_one_is_heard():
+    target = Reconnects()
+    assert serve(target, depth=1, rounds=3).answers == [(0, 4096)] * 3
+    for fd in target.pipe:
+        os.close(fd)
+
+
+def test_what_is_registered_as_an_object_is_known_by_it():
+    async def body(_):
+        loop, heard, (near, far) = asyncio.get_running_loop(), [], socket.socketpair()
+        loop.add_reader(near, heard.append, "first")
+        loop.add_reader(near, heard.append, "second")
+        far.send(b"!")
+        while not heard:
+            await asyncio.sleep(0)
+        assert loop.remove_reader(near) and not loop.remove_reader(near)
+        assert set(heard) == {"second"}
+        near.close()
+        far.close()
+
+    assert results_of(body) == [4096]
+
+
 def test_a_task_beside_the_requests_that_fails_says_so(caplog):
     async def fail():
         raise OSError(errno.ENOMEDIUM, "the reason why")
@@ -425,6 +509,32 @@ def test_a_task_beside_the_requests_that_fails_says_so(caplog):
     assert serve(target_of(read=read), depth=1).answers == [(0, 4096)]
     gc.collect()                        # for asyncio tells of it when the task is gone
     assert "the reason why" in caplog.text
+
+
+def test_a_loop_that_a_target_stops_goes_on():
+    async def read(target, offset, buffer):
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+
+    assert sorted(serve(target_of(read=read), rounds=3).answers) == sorted([(t, 4096) for t in range(4)] * 3)
+
+
+def test_a_generator_that_does_not_end_keeps_no_queue(monkeypatch):
+    monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
+    ended = []
+
+    async def numbers():
+        try:
+            yield 1
+        finally:
+            await asyncio.sleep(5)
+            ended.append(True)
+
+    async def read(target, offset, buffer):
+        target.numbers = numbers()
+        await target.numbers.__anext__()
+
+    assert serve(target_of(read=read), depth=1).answers == [(0, 4096)] and ended == []
 
 
 def test_a_handler_that_fails_fails_its_request_alone(capfd):
