@@ -428,6 +428,7 @@ class LeavesBehind(ublk.Target):
 
     async def later(self, buffer):
         if self.turn == 3:
+            self.where = ublk.address_of(buffer)
             self.left = asyncio.ensure_future(self.begin(self.reader, buffer))
             await asyncio.sleep(0)
             raise OSError(errno.EIO, "part of it")
@@ -442,8 +443,9 @@ class LeavesBehind(ublk.Target):
                                        None, os.readv, fd, [buffer])], ids=["ring", "thread"])
 def test_what_a_request_leaves_behind_does_nothing_to_the_next(begin):
     target = LeavesBehind(begin)
-    answers = serve(target, depth=1, rounds=4).answers
-    assert answers == [(0, 4096), (0, 4096), (0, -errno.EIO), (0, 4096)] and target.seen == bytes(4096)
+    queue = serve(target, depth=1, rounds=4)
+    assert queue.answers == [(0, 4096), (0, 4096), (0, -errno.EIO), (0, 4096)]
+    assert target.seen == bytes(4096) and target.where != queue.path.base
     os.close(target.reader)
     os.close(target.writer)
 
