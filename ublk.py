@@ -470,6 +470,7 @@ EXPLANATIONS = explanations("""
     any EACCES its device node is not yours to use -> ask its owner, or run as root
     any ENOENT its device node is not visible here -> see whether /dev holds the node of this device
     any EINTR the command was cancelled -> try again
+    any ETIMEDOUT it did not end in time -> see whether its server, or who has it open, hangs
     ADD_DEV EEXIST the id is taken -> choose another, or none
     ADD_DEV EPERM this process lacks CAP_SYS_ADMIN -> run as root, or ask for an unprivileged device (-p)
     ADD_DEV EACCES too many unprivileged devices \
@@ -481,10 +482,11 @@ EXPLANATIONS = explanations("""
         -> see the block size, --max-io and discard limits
     START_DEV EEXIST it is running already -> see `ublk.py list`
     START_DEV EBUSY it was stopped and not yet closed -> delete it and add it again
-    START_DEV EINVAL no parameters were set, or the server is not the process that opened the device \
+    START_DEV EINVAL no parameters were set, no disk can have them, or another process opened it \
         -> delete it and add it again
     START_USER_RECOVERY EBUSY its server still lives -> end that server first, or see `ublk.py quiesce`
-    START_USER_RECOVERY EINVAL it was not made to be recovered, or never started -> create it with -r
+    START_USER_RECOVERY EINVAL it was not made to be recovered, never started, or another has begun \
+        -> create it with -r, or see `ublk.py list`
     END_USER_RECOVERY EBUSY it is not waiting for a server -> see `ublk.py list`
     END_USER_RECOVERY EINVAL it was not made to be recovered, or the server is not the process that \
         opened it -> create it with -r
@@ -2674,14 +2676,15 @@ class Queue:
         _here.queue = self
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> None:
-        """Call a method of the target that may be a coroutine, and wait for its end."""
+        """Call a method that may be a coroutine, and wait for its end, or until the queue is to leave."""
         outcome = method(*arguments)
         if is_awaitable(outcome):
             if self.loop is None:
                 self._begin_loop()
             task = self._new_task(end_of(outcome))
             task.add_done_callback(lambda _: self.loop.stop())
-            self.loop.run_forever()
+            while not task.done() and (self.closing or not self.leaving):
+                self.loop.run_forever()
             if task.done():
                 task.result()
 
@@ -2781,7 +2784,7 @@ class Queue:
             await self.loop.shutdown_asyncgens()
 
         ends = {self.loop.create_task(end())}
-        self.loop.run_until_complete(asyncio.wait(ends, timeout=LAST_WORDS))
+        self.call(partial(asyncio.wait, ends, timeout=LAST_WORDS))
         for operation in self._operations.values():
             operation.future = None  # which could call the loop
         self.loop.close()
@@ -3031,8 +3034,6 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Serve, and report how it ended."""
-        # Signals are for the main thread: one that a worker takes may not wake it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         failure = None
         try:
             self.serve()
@@ -3692,8 +3693,8 @@ class Device:
                 self.state = ADDED
                 close = getattr(self.target, "close", bool)
                 # Else the last queue's loop has done it
-                if not inspect.iscoroutinefunction(close):
-                    close()
+                if not inspect.iscoroutinefunction(close) and is_awaitable(close()):
+                    raise TypeError(f"{close!r} returned what nobody can await: make it async")
         finally:
             delete()
             self._forget()

@@ -521,6 +521,28 @@ def test_a_loop_that_a_target_stops_goes_on():
     assert sorted(serve(target_of(read=read), rounds=3).answers) == sorted([(t, 4096) for t in range(4)] * 3)
 
 
+def test_a_start_that_is_interrupted_is_seen_to_its_end():
+    target, ended = target_of(), []
+
+    async def start(index):
+        os.write(target.device.wake_write, b"!")
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            asyncio.get_running_loop().stop()
+            await asyncio.sleep(0)
+            ended.append(index)
+
+    target.device = StandIn(target, depth=1)
+    queue = NopQueue(target.device)
+    queue.call(start, 0)
+    assert ended == [] and queue.leaving
+    queue.wind_up()
+    queue.close()
+    target.device.close()
+    assert ended == [0]
+
+
 def test_a_generator_that_does_not_end_keeps_no_queue(monkeypatch):
     monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
     ended = []

@@ -25,6 +25,7 @@ from tests.support import (
     assert_fails,
     before,
     devices_left,
+    error_of,
     kernel,
     message,
     opened,
@@ -127,6 +128,12 @@ class Situation:
         finally:
             os.rename("/dev/hidden", f"/dev/ublkc{dev_id}")
 
+    def start_unfetched(self):
+        """Start a device of which nobody fetches a tag."""
+        dev_id = self.added()
+        self.control.set_params(dev_id, self.params())
+        self.control.start_dev(dev_id, os.getpid(), timeout=0.2)
+
     def over_quota(self):
         """Ask for an unprivileged device where none is allowed."""
         limit = Path("/sys/module/ublk_drv/parameters/ublks_max")
@@ -151,6 +158,7 @@ PROVOCATIONS = [
     (None, errno.EPERM, "6.3", lambda at: at.stop_as_nobody(at.added())),
     (None, errno.EACCES, "6.3", lambda at: at.stop_as_nobody(at.of_nobody(), mode=0o600)),
     (None, errno.ENOENT, "6.3", lambda at: at.without_node(at.control.get_params)),
+    (None, errno.ETIMEDOUT, "6.0", lambda at: at.start_unfetched()),
     ("ADD_DEV", errno.EEXIST, "6.0", lambda at: at.control.add_dev(at.added(), 1, 4, 65536, 0)),
     ("ADD_DEV", errno.EPERM, "6.3",
      lambda at: at.as_nobody(lambda control: control.add_dev(-1, 1, 4, 65536, 0))),
@@ -291,12 +299,9 @@ def test_what_the_kernel_clamps_is_reported(control):
 
 @kernel
 def test_a_command_that_does_not_end_is_cancelled(situation):
-    dev_id = situation.added()
-    situation.control.set_params(dev_id, situation.params())
-    with pytest.raises(ublk.UblkError) as found:
-        situation.control.start_dev(dev_id, os.getpid(), timeout=0.2)       # nobody fetches its tags
-    assert found.value.errno == errno.ETIMEDOUT
-    assert situation.control.get_dev_info(dev_id).state == ublk.UBLK_S_DEV_DEAD
+    assert error_of(situation.start_unfetched) == errno.ETIMEDOUT
+    info, = map(situation.control.get_dev_info, ublk.device_ids())
+    assert info.state == ublk.UBLK_S_DEV_DEAD
 
 
 @kernel

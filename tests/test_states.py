@@ -8,6 +8,7 @@ import mmap
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -139,6 +140,30 @@ def test_a_target_is_closed_by_the_one_device_that_went_live_with_it(driver, com
     disk.stop()
     disk.detach()
     assert target.closed == 1
+
+
+def test_a_close_that_nobody_can_await_is_an_error(driver):
+    async def later():
+        pass
+    target, outcome = Target(), later()
+    target.close = lambda: outcome
+    disk = new(target)
+    disk.start()
+    with pytest.raises(TypeError, match="make it async"):
+        disk.stop()
+    outcome.close()
+    assert (disk.state, driver.devices) == (ublk.GONE, {})
+
+
+def test_what_a_target_starts_can_be_ended_by_a_signal(driver):
+    target = Target()
+
+    def start(index):
+        target.child = subprocess.Popen(["sleep", "60"])
+    target.start = start
+    with new(target):
+        target.child.terminate()
+        assert target.child.wait(10) == -signal.SIGTERM
 
 
 def test_a_target_of_a_disk_that_was_let_go_is_closed_once(driver):
