@@ -1972,6 +1972,11 @@ class MappedCopy:
         """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
         return len(buffer)
 
+    def fill(self, tag: int, data: memoryview) -> int:
+        """Give a READ what lies elsewhere; return its length in bytes."""
+        self.buffer(tag, len(data))[:] = data
+        return len(data)
+
     def abandon(self) -> None:
         """Let a handler that never returned do no harm should it go on after close()."""
 
@@ -2311,7 +2316,7 @@ class Queue:
         def finish(_: object) -> None:
             self.repeat([tag])
 
-        self._finish_move(tag, function, outcome, self.starts[tag] * SECTOR, buffer, finish)
+        self._move(tag, function, outcome, self.starts[tag] * SECTOR, buffer, finish)
 
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
@@ -2513,21 +2518,26 @@ class Queue:
 
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
-        room = path.room(tag, length)
-        buffer = self._own(tag, room)
-
-        def give(_: object) -> int:
-            if buffer is not room:
-                room[:] = buffer
-            return path.give(tag, room)
-
-        return self._move(tag, self.target.read, offset, buffer, give)
+        read = self.target.read
+        if self.loop is None:
+            room = path.room(tag, length)
+            outcome = read(offset, room[:])
+            return self._move(tag, read, outcome, offset, room, lambda _: path.give(tag, room))
+        own = self._own(tag, length)
+        own[:] = ZEROES[:length]
+        outcome = read(offset, own[:])
+        return self._move(tag, read, outcome, offset, own, lambda _: path.fill(tag, own))
 
     def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
         function = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
-        data = self._own(tag, path.data(tag, length)).toreadonly()
-        return self._move(tag, function, offset, data, lambda _: length)
+        data = path.data(tag, length)
+        if self.loop is not None:
+            own = self._own(tag, length)
+            own[:] = data
+            data = own.toreadonly()
+        outcome = function(offset, data[:])
+        return self._move(tag, function, outcome, offset, data, lambda _: length)
 
     def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -2571,39 +2581,22 @@ class Queue:
 
     # ---- coroutines ------------------------------------------------------------------------------
 
-    def _own(self, tag: int, buffer: memoryview) -> memoryview:
-        """Return memory for a handler: this, or a copy where handlers are coroutines.
+    def _own(self, tag: int, length: int) -> memoryview:
+        """Return memory of the tag's own for a handler that is a coroutine.
 
         One that fails, or gives up waiting, may leave threads and tasks behind
         that go on with it. So it is another request's only when nobody has a
         view of it any more, as nothing else of which somebody has one can be
         resized.
         """
-        if self.loop is None:
-            return buffer
         memory = self._memories[tag]
         try:
             memory.append(memory.pop())
         except (BufferError, IndexError):
             memory = self._memories[tag] = bytearray(self.max_io)
-        own = memoryview(memory)[: len(buffer)]
-        own[:] = buffer
-        return own
+        return memoryview(memory)[:length]
 
     def _move(
-        self,
-        tag: int,
-        function: Callable[..., Any],
-        offset: int,
-        buffer: memoryview,
-        finish: Callable[[Any], int],
-    ) -> int | None:
-        """Have a method move all of a buffer's data; return finish(None), now or later."""
-        return self._finish_move(
-            tag, function, function(offset, buffer[:]), offset, buffer, finish
-        )
-
-    def _finish_move(
         self,
         tag: int,
         function: Callable[..., Any],
@@ -2612,30 +2605,40 @@ class Queue:
         buffer: memoryview,
         finish: Callable[[Any], int | None],
     ) -> int | None:
-        """The same, where the method was called already."""
-        while not is_awaitable(outcome) and is_short(outcome, buffer):
-            offset = offset + outcome
+        """See a transfer through that function(offset, buffer) began; return finish(None), now or later.
+
+        outcome: what that has returned.
+        """
+        while not is_awaitable(outcome):
+            if not is_short(outcome, buffer):
+                return finish(None)
+            offset += outcome
             buffer = buffer[outcome:]
             outcome = function(offset, buffer[:])
-        return self._end(tag, outcome, finish, function, offset, buffer)
+        self._await(tag, outcome, finish, function, offset, buffer)
+        return None
 
-    def _end(
+    def _end(self, tag: int, outcome: Any, finish: Callable[[Any], int | None]) -> int | None:
+        """Return finish(outcome), the result of a request, now or (None) later."""
+        if not is_awaitable(outcome):
+            return finish(outcome)
+        self._await(tag, outcome, finish)
+        return None
+
+    def _await(
         self, tag: int, outcome: Any, finish: Callable[[Any], int | None], *move: Any
-    ) -> int | None:
-        """Return finish(outcome), the result of a request, or None where a coroutine has to end first.
+    ) -> None:
+        """Have a task await what serves a request, and answer it.
 
         move: of what moves data the function, offset and buffer, for a part may
         have to be continued.
         """
-        if not is_awaitable(outcome):
-            return finish(outcome)
         if self.loop is None:
             self._begin_loop()
         self.in_flight += 1
         task = self._new_task(self._see_through(tag, outcome, finish, *move))
         if not task.done():
             self._tasks[tag] = task
-        return None
 
     async def _see_through(
         self,
@@ -4088,6 +4091,9 @@ class UserCopy(MappedCopy):
     def give(self, tag: int, buffer: memoryview) -> int:
         return self._put(buffer, self.position(tag))
 
+    def fill(self, tag: int, data: memoryview) -> int:
+        return self.give(tag, data)
+
     def metadata(self, tag: int, length: int) -> memoryview:
         """Return the metadata of the blocks a WRITE wrote (INTEGRITY, 7.0)."""
         buffer = memoryview(bytearray(length))
@@ -4214,6 +4220,11 @@ class SharedCopy:
     def give(self, tag: int, buffer: memoryview) -> int:
         """There is nothing left to hand over; return the length in bytes."""
         return len(buffer)
+
+    def fill(self, tag: int, data: memoryview) -> int:
+        """Give a READ what lies elsewhere; return its length in bytes."""
+        self._memory(tag, len(data))[:] = data
+        return len(data)
 
 
 # What the command line and Device call the data paths, best first.
