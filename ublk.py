@@ -1836,6 +1836,11 @@ MAP_NORESERVE = 0x4000
 ZEROES = memoryview(mmap.mmap(-1, 1 << UBLK_IO_BUF_BITS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
+def private_memory(size: int) -> mmap.mmap:
+    """Return memory of this process, in whole pages that do not exist before they are used."""
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+
+
 class MappedCopy:
     """The data path of every kernel: the driver copies to and from a buffer of ours per tag.
 
@@ -1867,11 +1872,7 @@ class MappedCopy:
         self.max_io = queue.max_io
         self.views: list[memoryview] = []
         queue.exits.callback(self.close)
-        self.memory = mmap.mmap(
-            -1,
-            queue.depth * queue.max_io,
-            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE,
-        )
+        self.memory = private_memory(queue.depth * queue.max_io)
         self.view = memoryview(self.memory)
         self.views.append(self.view)
         # Tag -> bytes of its buffer that hold a client's data
@@ -2124,7 +2125,7 @@ class Queue:
         # Coroutines.
         self.loop: Any = None  # of asyncio, where there are coroutines
         self._new_task: Any = None  # what makes one of its tasks
-        self._memories = [bytearray()] * self.depth  # what they get of their requests
+        self._memories: list[Any] = [None] * self.depth  # what they get of their requests
         # What serves a tag's request; asyncio itself may forget it
         self._tasks: dict[int, Any] = {}
         self._operations: dict[int, Operation] = {}
@@ -2531,11 +2532,7 @@ class Queue:
     def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
         function = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
-        data = path.data(tag, length)
-        if self.loop is not None:
-            own = self._own(tag, length)
-            own[:] = data
-            data = own.toreadonly()
+        data = self._data(path, tag, length)
         outcome = function(offset, data[:])
         return self._move(tag, function, outcome, offset, data, lambda _: length)
 
@@ -2567,7 +2564,7 @@ class Queue:
             self.appended(tag, position // SECTOR)
             return length
 
-        data = self._own(tag, self.path.data(tag, length)).toreadonly()
+        data = self._data(self.path, tag, length)
         return self._end(tag, self.target.zone_append(offset, data), landed)
 
     def appended(self, tag: int, sector: int) -> None:
@@ -2581,19 +2578,28 @@ class Queue:
 
     # ---- coroutines ------------------------------------------------------------------------------
 
+    def _data(self, path: Any, tag: int, length: int) -> memoryview:
+        """Return what a WRITE wrote; for a coroutine, in memory of the tag's own."""
+        data: memoryview = path.data(tag, length)
+        if self.loop is None:
+            return data
+        own = self._own(tag, length)
+        own[:] = data
+        return own.toreadonly()
+
     def _own(self, tag: int, length: int) -> memoryview:
         """Return memory of the tag's own for a handler that is a coroutine.
 
         One that fails, or gives up waiting, may leave threads and tasks behind
         that go on with it. So it is another request's only when nobody has a
-        view of it any more, as nothing else of which somebody has one can be
-        resized.
+        view of it any more: a mapping of which somebody has one cannot be
+        resized, not even to the size it has.
         """
         memory = self._memories[tag]
         try:
-            memory.append(memory.pop())
-        except (BufferError, IndexError):
-            memory = self._memories[tag] = bytearray(self.max_io)
+            memory.resize(self.max_io)
+        except (BufferError, AttributeError):
+            memory = self._memories[tag] = private_memory(self.max_io)
         return memoryview(memory)[:length]
 
     def _move(
