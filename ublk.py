@@ -398,7 +398,7 @@ def flag_names(flags: int) -> list[str]:
 
 def kernel_release() -> str:
     """Return the running kernel's version, such as ``6.12``."""
-    return ".".join(os.uname().release.split(".")[:2])
+    return ".".join(re.findall(r"\d+", os.uname().release)[:2])
 
 
 # Kernels on which a plain create ends badly: their releases, what happens, and
