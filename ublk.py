@@ -1992,21 +1992,28 @@ def failed(error: BaseException) -> int:
     """Return the negative errno a client gets for an exception in a handler.
 
     An OSError brings its own; anything else is a bug of the target: EIO, and a
-    traceback. It is printed by the interpreter itself, which minds no broken
-    standard error and need import nothing; but once for each line that fails,
-    or a disk that fails all its requests would fill its log.
+    traceback.
     """
     number = error.errno if isinstance(error, OSError) else None
     # Whoever raises it may have put anything there
     if isinstance(number, int) and 0 < number < 4096:
         return -number
+    show(error)
+    return -errno.EIO
+
+
+def show(error: BaseException) -> None:
+    """Print a traceback, once for each line that fails, or a log would be full of it.
+
+    It is printed by the interpreter itself, which minds no broken standard
+    error and need import nothing.
+    """
     where = line_of(error)
     count = _bugs[where] = _bugs.get(where, 0) + 1
     if count == 1:
         sys.__excepthook__(type(error), error, error.__traceback__)
     elif count == 10 ** (len(str(count)) - 1):
         say(f"{type(error).__name__} in {where[0]}, line {where[1]}: {count} times by now")
-    return -errno.EIO
 
 
 _bugs: dict[tuple[str, int], int] = {}  # how often an exception came from a line
@@ -2509,7 +2516,7 @@ class Queue:
         """
 
         def finish(outcome: object) -> int:
-            if outcome is None or isinstance(outcome, int):
+            if outcome is None or (isinstance(outcome, int) and outcome >= 0):
                 return 0
             raise TypeError(
                 f"{function!r} returned {outcome!r}, from which nobody learns its end"
@@ -2681,8 +2688,17 @@ class Queue:
             self.loop.set_task_factory(eager)
             task: Any = asyncio.Task
             self._new_task = partial(task, loop=self.loop, eager_start=True)
+        self.loop.set_exception_handler(self._told)
         self.served[:] = [-1] * self.depth  # what was made ready has no memory of its own
         _here.queue = self
+
+    def _told(self, loop: Any, context: dict[str, Any]) -> None:
+        """Show what failed where nobody awaits it: a callback, a task beside the requests."""
+        error = context.get("exception")
+        if error is None:
+            loop.default_exception_handler(context)
+        else:
+            show(error)
 
     def call(self, method: Callable[..., Any], *arguments: Any) -> None:
         """Call a method that may be a coroutine, and wait for its end, or until the queue is to leave."""

@@ -499,7 +499,22 @@ def test_what_is_registered_as_an_object_is_known_by_it():
     assert results_of(body) == [4096]
 
 
-def test_a_task_beside_the_requests_that_fails_says_so(caplog):
+def test_a_callback_that_fails_without_end_says_so_once(capfd):
+    async def body(_):
+        loop, (reader, writer), calls = asyncio.get_running_loop(), os.pipe(), []
+        os.write(writer, b"!")
+        loop.add_reader(reader, lambda: calls.append(1) or 1 / 0)
+        while len(calls) < 50:
+            await asyncio.sleep(0)
+        loop.remove_reader(reader)
+        os.close(reader)
+        os.close(writer)
+
+    assert results_of(body) == [4096]
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_a_task_beside_the_requests_that_fails_says_so(capfd):
     async def fail():
         raise OSError(errno.ENOMEDIUM, "the reason why")
 
@@ -510,7 +525,7 @@ def test_a_task_beside_the_requests_that_fails_says_so(caplog):
 
     assert serve(target_of(read=read), depth=1).answers == [(0, 4096)]
     gc.collect()                        # for asyncio tells of it when the task is gone
-    assert "the reason why" in caplog.text
+    assert "the reason why" in capfd.readouterr().err
 
 
 def test_a_loop_that_a_target_stops_goes_on():
@@ -778,6 +793,11 @@ FLUSH, WRITE = ublk.UBLK_IO_OP_FLUSH, ublk.UBLK_IO_OP_WRITE
 def test_a_request_ends_after_the_awaitable_that_its_handler_returned(operation, name, length):
     waits = Later()
     assert answers_of(operation, **{name: lambda *_: waits}) == length and waits.ended
+
+
+def test_a_negative_number_is_no_success(capfd):
+    assert answers_of(FLUSH, flush=lambda _: -errno.EIO) == -errno.EIO
+    assert "TypeError" in capfd.readouterr().err
 
 
 def test_a_future_of_a_pool_is_awaited():
