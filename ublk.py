@@ -1201,7 +1201,8 @@ class Ring:
 
 MAX_DEVICES = 1 << 20
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Buffers of commands that would not end: the kernel may still write there
+# What would not end: a command's buffer, where the kernel may still write, the
+# target of a handler
 _left_behind: list[Any] = []
 COMMAND_TIMEOUT = 60.0  # seconds; the kernel answers in milliseconds unless a server hangs
 
@@ -3732,6 +3733,7 @@ class Device:
         except UblkError as error:
             if error.errno == errno.ETIMEDOUT:
                 say(f"{self.name}: a handler does not return, its requests fail now")
+                _left_behind.append(self.target)
             elif error.errno not in (errno.ENODEV, errno.ENOENT):  # it is gone, or its node is
                 raise
 
@@ -6624,4 +6626,8 @@ def error_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if _left_behind:  # Python would wait for its threads, if need be for ever
+        sys.stdout.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)

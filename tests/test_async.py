@@ -11,6 +11,7 @@ import gc
 import inspect
 import mmap
 import os
+import signal
 import socket
 import socketserver
 import ssl
@@ -25,7 +26,22 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from tests.support import HERE, Ram, fio_verify, kernel, message, opened, read_at, sh, write_at
+from tests.support import (
+    HERE,
+    UBLK,
+    Forked,
+    Ram,
+    error_of,
+    fio_verify,
+    kernel,
+    message,
+    opened,
+    read_at,
+    sh,
+    target_file,
+    until,
+    write_at,
+)
 
 SIZE = 32 << 20
 
@@ -681,6 +697,30 @@ class InThreads(ublk.Target):
 
     def close(self):
         os.close(self.fd)
+
+
+@kernel
+def test_a_server_ends_though_a_thread_of_its_target_does_not(tmp_path):
+    path = target_file(tmp_path, """
+        import threading
+        ublk.Device._take_away.__defaults__ = (0.5,)        # in place of STOP_TIMEOUT
+        class Stuck(ublk.Target):
+            size = 1 << 20
+            async def read(self, offset, buffer):
+                print("stuck", flush=True)
+                await asyncio.to_thread(threading.Event().wait)
+        """)
+
+    def read(path):
+        with opened(path) as fd:
+            error_of(read_at, fd, 0, 4096)
+
+    with Forked(path, "--no-partition-scan", script=UBLK) as disk:
+        client = threading.Thread(target=read, args=(disk.path,))
+        client.start()
+        until(lambda: "stuck" in disk.said(), "a request")
+        assert disk.kill(signal.SIGTERM) == 0
+        client.join()
 
 
 @kernel
