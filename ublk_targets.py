@@ -1679,8 +1679,9 @@ class Zoned(ublk.Target):
 # Recording a disk, and crashing it afterwards
 # =================================================================================================
 
-LOG_HEADER = Sealed(b"ublklog2", "Q", "a log of the target record")  # size of the disk
-# Kind, offset, length, CRC-32 of the data, which follow
+LOG_HEADER = Sealed(b"ublklog3", "Q", "a log of the target record")  # size of the disk
+# Kind, offset, length, CRC-32 of the data, which follow. A flush has in place of an offset how many
+# entries there were when it was asked for: it is for these.
 ENTRY = Sealed(b"entr", "IQQI", "an entry")
 
 
@@ -1711,7 +1712,11 @@ class Record(Wrapper, ublk.Target):
             f"the log of a disk of {size} bytes, this one has {self.size}",
             "name another file",
         )
-        self.end = max((entry.end for entry in entries(self.log)), default=LOG_HEADER.size)
+        self.count = 0  # of whole entries
+        self.end = LOG_HEADER.size
+        for entry in entries(self.log):
+            self.count = entry.number
+            self.end = entry.end
         self.log.truncate(self.end)  # without an entry the server was killed in
         self.log.seek(self.end)
 
@@ -1730,9 +1735,11 @@ class Record(Wrapper, ublk.Target):
 
     async def logged(self, name: str, *args: Any) -> None:
         """Have the target do it, then append an entry."""
+        offset, length = extent(args)
+        if name == "flush":
+            offset = self.count
         if hasattr(self.target, name):
             await moved(getattr(self.target, name), *args)
-        offset, length = extent(args)
         data = args[1] if name in WITH_DATA else b""
         head = ENTRY.pack(CHANGES.index(name), offset, length, zlib.crc32(data))
         with self.lock:
@@ -1741,6 +1748,7 @@ class Record(Wrapper, ublk.Target):
                 self.log.truncate(self.log.seek(self.end))
                 raise OSError(errno.ENOSPC, "no room for the log")
             self.end = end
+            self.count += 1
 
     def close(self) -> None:
         self.log.close()
@@ -1815,7 +1823,12 @@ def replay(argv: Sequence[str]) -> int:
         metavar="N",
         help="check no crash before this entry, such as the last of mkfs",
     )
-    add("--every", choices=("flush", "entry"), default="flush", help="crash points (flush)")
+    add(
+        "--every",
+        choices=("flush", "entry"),
+        default="flush",
+        help="crash points; the end is one, too (flush)",
+    )
     add(
         "--lose",
         type=int,
@@ -1855,9 +1868,11 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
     points = 0
     chance = random.Random(options.lose)
     pending: list[Entry] = []
-    for entry in wanted:
+    seen = list(wanted)
+    for entry in seen:
         pending.append(entry)
         crash = options.every == "entry" or entry.kind in ("flush", "write_fua")
+        crash = crash or entry is seen[-1]
         if crash and entry.number >= options.start:
             points += 1
             copy(disk.name, path)
@@ -1885,9 +1900,12 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
                 return 1
             os.unlink(path)
         if options.lose is None or entry.kind == "flush":
+            covered = entry.number if options.lose is None else entry.offset
             for done in pending:
-                apply(log, done, disk)
-            pending.clear()
+                if done.number <= covered:
+                    apply(log, done, disk)
+            left = [done for done in pending if done.number > covered]
+            pending = [done for done in left if done.kind != "flush"]
     refuse(
         not points,
         log.name,

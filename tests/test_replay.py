@@ -254,12 +254,22 @@ def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path,
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--from", "100"], "there is no crash point"), (["--to", "2"], "there is no crash point"),
+    (["--from", "100"], "there is no crash point"), (["--to", "0"], "there is no crash point"),
     (["--check", "/no/such/command {}"], "it cannot be run"), (["--check", "/dev/null"], "it cannot be run")])
 def test_what_was_not_looked_at_is_neither_good_nor_bad(run, log, tmp_path, words, says):
     done = run("replay", log.path, tmp_path / "disk", "--check", "true", *words)
     assert (done.status, done.out) == (1, "")
     assert says in done.err.splitlines()[-1]
+
+
+def test_the_end_of_a_log_is_a_crash_point_too(run, targets, tmp_path):
+    log = Log(targets, tmp_path / "log")
+    for name, *args in (("flush",), ("write", 0, memoryview(b"x" * 512))):
+        log.do(name, *args)
+    log.disk.close()
+    check = "test \"$(head -c 1 {})\" != x"
+    done = run("replay", log.path, tmp_path / "disk", "--check", check)
+    assert (done.status, done.out.partition(":")[0]) == (1, "bad at entry 2")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -284,6 +294,35 @@ def test_a_crash_loses_writes_before_one_that_is_durable_by_itself(run, targets,
     log.disk.close()
     done = crash_test(run, log.path, "--lose", 1)
     assert re.match(r"bad at entry [2468]: write_fua 0 4096: ", done.out), done
+
+
+class Pause:
+    def __await__(self):
+        yield
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the flush", "in the flush"])
+def test_a_flush_is_for_what_was_done_when_it_was_asked_for(run, targets, tmp_path, late):
+    async def flush():
+        await Pause()
+
+    log = Log(targets, tmp_path / "log")
+    log.disk.target.flush = flush
+    if not late:
+        now(log.disk.write(0, memoryview(b"x" * 512)))
+    flushing = log.disk.flush()
+    flushing.send(None)
+    if late:
+        now(log.disk.write(0, memoryview(b"x" * 512)))
+    with pytest.raises(StopIteration):
+        flushing.send(None)
+    log.disk.target.flush = lambda: None
+    log.do("flush")
+    log.disk.close()
+    check = "test \"$(head -c 1 {})\" = x"
+    verdicts = [run("replay", log.path, tmp_path / f"disk{seed}", "--check", check, "--lose", seed,
+                    "--from", 3).status for seed in range(8)]
+    assert any(verdicts) == late
 
 
 @kernel
