@@ -32,9 +32,14 @@ from tests.support import (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Leave out what others run: UBLK_TEST_PART=1/2 is every second test, from the second on."""
-    part, _, parts = os.environ.get("UBLK_TEST_PART", "0/1").partition("/")
-    items[:] = items[int(part)::int(parts)]
+    """Leave out what others run: UBLK_TEST_PART=1/2 is every second test, from the second on.
+
+    Tests that share a fixture made for all of them stay together, in the first part.
+    """
+    part, parts = map(int, os.environ.get("UBLK_TEST_PART", "0/1").split("/"))
+    together = [item for item in items if "said" in item.fixturenames]
+    alone = [item for item in items if item not in together]
+    items[:] = alone[part::parts] + ([] if part else together)
 
 
 @pytest.fixture
