@@ -970,6 +970,7 @@ def seconds(text: str) -> float:
 NBD_OPTION_MAGIC = 0x49484156454F5054
 NBD_OPTION_REPLY_MAGIC = 0x3E889045565A9
 NBD_OPT_GO = 7
+NBD_OPT_STRUCTURED_REPLY = 8
 NBD_REP_ACK = 1
 NBD_REP_ERROR = 1 << 31
 NBD_REP_ERR_TLS_REQD = 1 << 31 | 5
@@ -993,6 +994,12 @@ NBD_OFFERS = {
 NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
 NBD_REQUEST_MAGIC = 0x25609513
 NBD_SIMPLE_REPLY_MAGIC = 0x67446698
+NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
+NBD_REPLY_FLAG_DONE = 1
+NBD_REPLY_NONE = 0
+NBD_REPLY_DATA = 1
+NBD_REPLY_HOLE = 2
+NBD_REPLY_ERROR = 1 << 15
 NBD_TLS = "let a local `nbdkit nbd` or stunnel speak it"
 NBD_HANDSHAKE = 5.0  # seconds a server has for all of it
 
@@ -1043,11 +1050,6 @@ class NbdConnection:
             else:
                 self.socket = socket.create_connection(address, NBD_HANDSHAKE)
                 self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # A machine that is gone is found out in half a minute.
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15)
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
             self._shake_hands(export.encode())
             self.socket.settimeout(None)
         except ValueError as error:  # a name that no host, path or export can have
@@ -1069,11 +1071,7 @@ class NbdConnection:
             ) from None
 
     def _shake_hands(self, export: bytes) -> None:
-        """Agree on the export, and learn what it is like.
-
-        Structured replies are not asked for: servers that send holes in them
-        believe stores that do not know their own.
-        """
+        """Agree on structured replies if we can, and on the export; learn what it is like."""
         refuse(
             self._take(8) != b"NBDMAGIC",
             self.uri,
@@ -1088,16 +1086,17 @@ class NbdConnection:
             "use a newer server",
         )
         self.socket.sendall(struct.pack(">I", flags & 3))
-        wish = (
-            struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
-        )
-        for kind, data in self._option(NBD_OPT_GO, wish):
+        for kind, _ in self._option(NBD_OPT_STRUCTURED_REPLY, b""):
             refuse(
                 kind == NBD_REP_ERR_TLS_REQD,
                 self.uri,
                 "the server demands TLS, which is not spoken here",
                 NBD_TLS,
             )
+        wish = (
+            struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
+        )
+        for kind, data in self._option(NBD_OPT_GO, wish):
             if kind & NBD_REP_ERROR:
                 text = data.decode(errors="replace") or f"error {kind & 0xFFFF}"
                 what = "there is no such export" if kind == NBD_REP_ERR_UNKNOWN else "refused"
@@ -1150,12 +1149,6 @@ class NbdRequest:
 
     def __init__(self, cookie: int, command: int, flags: int, offset: int, what: Any) -> None:
         self.cookie = cookie
-        self.is_flush = command == NBD_CMD_FLUSH
-        # Whether it may be lost, once it is done, before the next flush
-        self.is_change = (
-            command not in (NBD_CMD_READ, NBD_CMD_FLUSH) and not flags & NBD_CMD_FLAG_FUA
-        )
-        self.covers = 0  # of a flush: how many changes were done when it was sent
         self.done: Any = None  # the future of whoever waits
         self.offset, self.length = extent((offset, what))
         self.head = NBD_REQUEST.pack(
@@ -1163,6 +1156,7 @@ class NbdRequest:
         )
         self.data = what if command == NBD_CMD_WRITE else b""
         self.room = what if command == NBD_CMD_READ else memoryview(b"")
+        self.error = self.filled = 0  # what the reply said so far
 
     def end(self, error: int) -> None:
         """Wake whoever waits, if nobody has made it give up."""
@@ -1174,9 +1168,7 @@ class Nbd(ublk.Target):
     """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
 
     It gets all requests at once. When the connection is lost, a new one is made and gets the
-    requests that had no reply yet. What had one and was not flushed may have gone with the old
-    server: the next flush fails then, once. A server that is silent for too long is given up, and
-    what it had of requests is never sent again: it might still do it, after what came later.
+    requests that had no reply yet.
 
     uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
     timeout: requests fail when the server is silent or away for so long (60s)
@@ -1185,9 +1177,6 @@ class Nbd(ublk.Target):
     def __init__(self, uri: str, *, timeout: str = "60s") -> None:
         self.uri = uri
         self.timeout = seconds(timeout)
-        refuse(
-            self.timeout <= 0, f"--timeout {timeout}", "no time for any request", "allow some"
-        )
         server = self.connection = NbdConnection(uri)
         refuse(
             server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE,
@@ -1215,10 +1204,7 @@ class Nbd(ublk.Target):
         self.cookie = 0
         self.running = self.sending = self.told = False
         self.heard = 0.0  # when the last reply came
-        self.trouble: Any = "it does not answer"  # why there is no reply
-        self.changes = 0  # how many were done
-        self.durable = 0  # how many of these a flush has covered
-        self.lost = False  # whether some may have gone that were not
+        self.met = 0.0  # when the connection was made
 
     def start(self, index: int) -> None:
         """See that there is one queue: its ring carries the connection."""
@@ -1240,8 +1226,8 @@ class Nbd(ublk.Target):
     # ---- requests ------------------------------------------------------------------------------
 
     # Three tasks run beside them: _send empties the outbox, _receive takes the
-    # replies and makes a new connection when it has to, _watch gives up a
-    # server from which nothing comes.
+    # replies and makes a new connection when it has to, _watch ends a
+    # connection on which nothing comes.
 
     async def ask(
         self, command: int, flags: int, offset: int = 0, what: Any = 0, unmap: bool = True
@@ -1251,9 +1237,6 @@ class Nbd(ublk.Target):
             flags |= NBD_CMD_FLAG_NO_HOLE
         if not isinstance(what, int):
             what = what[: self.maximum]
-        if command == NBD_CMD_FLUSH and self.lost:
-            self._tell_loss()
-            raise OSError(errno.EIO, "what was not flushed is lost")
         if not self.pending:
             self.heard = time.monotonic()
         import asyncio
@@ -1263,7 +1246,6 @@ class Nbd(ublk.Target):
             self.cookie, command, flags, offset, what
         )
         request.done = asyncio.get_running_loop().create_future()
-        request.covers = self.changes
         self.outbox.append(request)
         if not self.running:
             self.running = True
@@ -1304,13 +1286,13 @@ class Nbd(ublk.Target):
         self.sending = False
 
     async def _watch(self) -> None:
-        """Give up a server that is silent, or away, for too long while requests wait."""
+        """End a connection that is silent while requests wait: another may fare better."""
         import asyncio
 
         while True:
             await asyncio.sleep(min(1.0, self.timeout / 8))
-            if self.pending and time.monotonic() - self.heard > self.timeout:
-                self._give_up()
+            if self.pending and time.monotonic() - max(self.heard, self.met) > self.timeout / 3:
+                self.connection.hang_up()
 
     async def _receive(self) -> None:
         while True:
@@ -1318,11 +1300,9 @@ class Nbd(ublk.Target):
                 await self._reply()
             except OSError as error:
                 self.connection.hang_up()
-                self.trouble = error
-                self.lost = self.lost or self.changes > self.durable
-                await self._reconnect()
+                await self._reconnect(error)
 
-    async def _reconnect(self) -> None:
+    async def _reconnect(self, error: OSError) -> None:
         """Once there are requests make a new connection, however long it takes, and send them there."""
         import asyncio
 
@@ -1331,47 +1311,32 @@ class Nbd(ublk.Target):
             if self.sending or not self.pending:
                 continue
             if not self.told:
-                ublk.say(f"{self.uri}: connection lost: {self.trouble}")
+                ublk.say(f"{self.uri}: connection lost: {error}")
             self.told = True  # until a reply comes
+            if time.monotonic() - self.heard > self.timeout:
+                self._give_up(error)
+                continue
             try:
-                connection = await asyncio.to_thread(NbdConnection, self.uri)
+                connection = NbdConnection(self.uri)
                 if connection.size >= self.size:
                     break
-                self.trouble = wrong(self.uri, "the export has become smaller")
+                error = wrong(self.uri, "the export has become smaller")
                 connection.socket.close()
             except OSError as failure:
-                self.trouble = failure
+                error = failure
         self.connection.socket.close()
         self.connection = connection
         self.inbox = self.buffer[:0]
-        self._fail_flushes()
+        self.met = time.monotonic()
         self.outbox = list(self.pending.values())
+        for request in self.outbox:
+            request.error = request.filled = 0
         self.sending = True
         self._beside(self._send())
 
-    def _fail_flushes(self) -> None:
-        """Let flushes fail that would be for what the old server had."""
-        flushes = [
-            request for request in self.pending.values() if request.is_flush and self.lost
-        ]
-        for request in flushes:
-            del self.pending[request.cookie]
-            request.end(errno.EIO)
-        if flushes:
-            self._tell_loss()
-
-    def _tell_loss(self) -> None:
-        """Say once that what was done and not flushed may be lost: a flush fails of it."""
-        self.lost = False
-        self.durable = self.changes
-        ublk.say(
-            f"{self.uri}: the connection was lost before a flush: what was written may be, too"
-        )
-
-    def _give_up(self) -> None:
+    def _give_up(self, error: OSError) -> None:
         """Let the requests fail that wait for a server that does not reply."""
-        ublk.say(f"{self.uri}: giving requests up: {self.trouble}")
-        self.connection.hang_up()
+        ublk.say(f"{self.uri}: giving requests up: {error}")
         lost = self.pending
         self.pending = {}
         self.outbox = []
@@ -1393,26 +1358,60 @@ class Nbd(ublk.Target):
             view = view[count:]
             self.inbox = self.inbox[count:]
 
+    async def _bytes(self, count: int) -> bytes:
+        data = bytearray(count)
+        await self._fill(memoryview(data))
+        return bytes(data)
+
     async def _reply(self) -> None:
-        """Receive a reply."""
-        head = bytearray(16)
-        await self._fill(memoryview(head))
-        magic, error, cookie = struct.unpack(">IIQ", head)
+        """Receive a reply, or one chunk of a structured one."""
+        magic, flags, kind, cookie = struct.unpack(">IHHQ", await self._bytes(16))
         request = self.pending.get(cookie)
-        if request is None or magic != NBD_SIMPLE_REPLY_MAGIC:
+        if request and magic == NBD_SIMPLE_REPLY_MAGIC:
+            request.error = flags << 16 | kind  # one number in their place
+            if not request.error:
+                await self._fill(request.room)
+                request.filled = len(request.room)
+        elif request and magic == NBD_STRUCTURED_REPLY_MAGIC:
+            await self._chunk(request, kind, int.from_bytes(await self._bytes(4), "big"))
+            if not flags & NBD_REPLY_FLAG_DONE:
+                return
+        else:
             raise OSError(
                 errno.EPROTO, "the server sent no reply to any request but something else"
             )
+        self._end(request)
+
+    async def _chunk(self, request: NbdRequest, kind: int, length: int) -> None:
+        """Receive the payload of a chunk: data, a hole, an error or nothing."""
+        if kind & NBD_REPLY_ERROR and 4 <= length <= 1 << 16:
+            request.error = int.from_bytes((await self._bytes(length))[:4], "big") or errno.EIO
+        elif kind in (NBD_REPLY_DATA, NBD_REPLY_HOLE) and 8 < length <= 8 + len(request.room):
+            start = int.from_bytes(await self._bytes(8), "big") - request.offset
+            hole = kind == NBD_REPLY_HOLE
+            count = int.from_bytes(await self._bytes(length - 8), "big") if hole else length - 8
+            if not 0 <= start <= start + count <= len(request.room):
+                raise OSError(errno.EPROTO, "the server sent data nobody asked for")
+            if not request.filled:  # nothing of an earlier request may show between chunks
+                request.room[:] = bytes(len(request.room))
+            if not hole:
+                await self._fill(request.room[start : start + count])
+            request.filled += count
+        elif kind != NBD_REPLY_NONE or length:
+            raise OSError(
+                errno.EPROTO, f"the server sent a chunk of type {kind} with {length} bytes"
+            )
+
+    def _end(self, request: NbdRequest) -> None:
+        """The reply to a request is complete."""
+        error = request.error
         if error == errno.ESHUTDOWN:  # NBD has it mean: ask again, elsewhere
             raise OSError(error, "the server is shutting down")
-        if not error:
-            await self._fill(request.room)
-            self.changes += request.is_change
-            if request.is_flush:
-                self.durable = max(self.durable, request.covers)
+        if not error and request.filled != len(request.room):
+            error = errno.EIO
         self.heard = time.monotonic()
         self.told = False
-        del self.pending[cookie]
+        del self.pending[request.cookie]
         request.end(error if error in errno.errorcode or not error else errno.EIO)
 
 

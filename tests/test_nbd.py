@@ -132,8 +132,7 @@ class FakeNbd:
     """An NBD server in a thread, with a disk in memory, that misbehaves as a test wants.
 
     hello(peer) greets each connection, answer(peer, cookie, data) answers the next request to read
-    at SPOT, where udev does not look, or the next one of the command `answers`. Where they are missing
-    it does well. commands are those it got.
+    at SPOT, where udev does not look. Where they are missing it does well.
     """
 
     SPOT = 340 << 10
@@ -142,7 +141,6 @@ class FakeNbd:
         self.path, self.hello, self.answer = path, hello, answer
         self.info = [struct.pack(">HQH", 0, size, flags), *info]
         self.data, self.connections, self.longest = bytearray(os.urandom(1 << 20)), 0, 0
-        self.answers, self.commands = 0, []
 
     def __enter__(self):
         self.listener = socket.socket(socket.AF_UNIX)
@@ -190,7 +188,7 @@ class FakeNbd:
     def greet(self, peer):
         peer.sendall(b"NBDMAGICIHAVEOPT\0\1")
         self.take(peer, 4)
-        return self.option(peer)
+        self.option(peer)
 
     def option(self, peer):
         """Take a request for an option; return its number."""
@@ -199,18 +197,19 @@ class FakeNbd:
         return option
 
     def shake_hands(self, peer):
-        assert self.greet(peer) == 7
+        self.greet(peer)
+        peer.sendall(self.reply(8, 1))
+        assert self.option(peer) == 7
         peer.sendall(b"".join(self.reply(7, 3, info) for info in self.info) + self.reply(7, 1))
 
     def _serve(self, peer):
         while True:
             _, _, command, cookie, offset, length = struct.unpack(">IHHQQI", self.take(peer, 28))
-            self.commands.append(command)
             self.longest = max(self.longest, length if command in (0, 1) else 0)
             if command == 1:
                 self.data[offset:offset + length] = self.take(peer, length)
             data = self.data[offset:offset + length] if command == 0 else b""
-            if self.answer and command == self.answers and (command or offset == self.SPOT):
+            if self.answer and command == 0 and offset == self.SPOT:
                 answer, self.answer = self.answer, None
                 answer(peer, cookie, data)
             else:
@@ -237,7 +236,7 @@ def drips(fake, peer):
 def floods(fake, peer):
     fake.greet(peer)
     while True:
-        peer.sendall(fake.reply(7, 3, bytes(60000)))
+        peer.sendall(fake.reply(8, 3, bytes(60000)))
 
 
 def greets_with(*data):
@@ -254,11 +253,11 @@ HOSTILE_GREETINGS = {
     "cut": (says([b"NBDMAGICIHAV"]), "closed the connection", errno.ECONNRESET),
     "web": (says([b"HTTP/1.1 400 Bad Request\r\n\r\n"]), "no NBD server", errno.EINVAL),
     "old": (says([b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53" + bytes(144)]), "old style", errno.EINVAL),
-    "huge": (greets_with(FakeNbd.reply(7, 3, length=0xFFFFFFFF)), "protocol", errno.EINVAL),
+    "huge": (greets_with(FakeNbd.reply(8, 3, length=0xFFFFFFFF)), "protocol", errno.EINVAL),
     "magic": (greets_with(bytes(20)), "protocol", errno.EINVAL),
     "other": (greets_with(FakeNbd.reply(5, 1)), "protocol", errno.EINVAL),
-    "short": (greets_with(FakeNbd.reply(7, 3, b"x" * 100)[:50]), "closed the connection", errno.ECONNRESET),
-    "no": (greets_with(FakeNbd.reply(7, 1 << 31 | 2, b"go\xff\naway"), b""),
+    "short": (greets_with(FakeNbd.reply(8, 3, b"x" * 100)[:50]), "closed the connection", errno.ECONNRESET),
+    "no": (greets_with(FakeNbd.reply(8, 1) + FakeNbd.reply(7, 1 << 31 | 2, b"go\xff\naway"), b""),
            "refused: go", errno.EINVAL),
     "drips": (drips, "no NBD server", errno.EINVAL),
     "floods": (floods, "", errno.ETIMEDOUT),
@@ -298,6 +297,15 @@ def test_nbd_exports_that_cannot_be_disks(run, here, options, text):
         assert_fails(run("nbd", nbd_uri(here)), 1, text, errno.EINVAL)
 
 
+def chunk(cookie, kind, data=b"", *, done=1, length=0):
+    return struct.pack(">IHHQI", 0x668E33EF, done, kind, cookie, length or len(data)) + data
+
+
+def behind(offset):
+    """Begin a chunk that belongs so far behind what was asked for."""
+    return struct.pack(">Q", FakeNbd.SPOT + offset)
+
+
 def simple(cookie, error=0):
     return struct.pack(">IIQ", 0x67446698, error, cookie)
 
@@ -306,15 +314,25 @@ HOSTILE_ANSWERS = {     # made of cookie and data; what the server's user is tol
     "magic": (lambda c, d: struct.pack(">IIQ", 1, 0, c), "something else"),
     "cookie": (lambda c, d: simple(c + 1) + d, "something else"),
     "cut": (lambda c, d: simple(c) + d[:-1], "closed the connection"),
-    "a chunk": (lambda c, d: struct.pack(">IHHQI", 0x668E33EF, 1, 0, c, 0), "something else"),
+    "half a chunk": (lambda c, d: chunk(c, 1, behind(0) + d)[:1000], "closed the connection"),
+    "huge": (lambda c, d: chunk(c, 1, length=0xFFFFFFFF), "4294967295 bytes"),
+    "huge error": (lambda c, d: chunk(c, 1 << 15, length=0xFFFFFFF0), "4294967280 bytes"),
+    "elsewhere": (lambda c, d: chunk(c, 1, behind(512) + d), "nobody asked for"),
+    "before": (lambda c, d: chunk(c, 1, behind(-512) + d), "nobody asked for"),
+    "a hole too large": (lambda c, d: chunk(c, 2, behind(0) + b"\xff" * 4), "nobody asked for"),
+    "a type unknown": (lambda c, d: chunk(c, 77, b"?"), "type 77"),
     "shutting down": (lambda c, d: simple(c, errno.ESHUTDOWN), "shutting down"),
+    "silence": (lambda c, d: None, "closed the connection"),
 }
 
 
 def answers_once(make):
-    """Answer, then close."""
+    """Answer, then close; or wait until the client does."""
     def answer(peer, cookie, data):
-        peer.sendall(make(cookie, data))
+        answer = make(cookie, data)
+        if answer is None:
+            FakeNbd.take(peer, 1 << 30)
+        peer.sendall(answer)
         raise EOFError
     return answer
 
@@ -337,12 +355,43 @@ def test_nbd_what_hostile_answers_lead_to_is_a_new_connection(targets, here, cap
 def test_nbd_errors_of_the_server_reach_the_client(targets, here):
     with FakeNbd(here) as fake:
         with ublk.Device(targets.Nbd(nbd_uri(here))) as disk, opened(disk.path) as fd:
+            no_space = struct.pack(">IH", errno.ENOSPC, 2) + b"no"
             for make, number in ((lambda c: simple(c, errno.ENOSPC), errno.ENOSPC),
-                                 (lambda c: simple(c, 0xFFFFFFFF), errno.EIO)):
+                                 (lambda c: simple(c, 0xFFFFFFFF), errno.EIO),
+                                 (lambda c: chunk(c, 1 << 15 | 1, no_space), errno.ENOSPC),
+                                 (lambda c: chunk(c, 0), errno.EIO)):       # done, but without data
                 fake.answer = lambda peer, cookie, data, make=make: peer.sendall(make(cookie))
                 assert error_of(read_at, fd, fake.SPOT, 4096) == number
             assert read_at(fd, fake.SPOT, 4096) == fake.data[fake.SPOT:][:4096]
         assert fake.connections == 1
+
+
+@kernel
+def test_nbd_chunks_of_data_and_holes_in_any_order(targets, here):
+    def answer(peer, cookie, data):
+        pieces = [(2, 4096, struct.pack(">I", 2048)), (1, 6144, data[6144:]), (1, 0, data[:4096])]
+        for kind, offset, piece in pieces:
+            peer.sendall(chunk(cookie, kind, behind(offset) + piece, done=0))
+        peer.sendall(chunk(cookie, 0))
+
+    with FakeNbd(here) as fake:
+        with ublk.Device(targets.Nbd(nbd_uri(here))) as disk, opened(disk.path) as fd:
+            fake.answer = answer
+            data = fake.data[fake.SPOT:][:8192]
+            assert read_at(fd, fake.SPOT, 8192) == data[:4096] + bytes(2048) + data[6144:]
+
+
+@kernel
+def test_nbd_a_gap_between_chunks_shows_nothing_of_other_requests(targets, here):
+    def answer(peer, cookie, data):
+        peer.sendall(chunk(cookie, 1, behind(0) + b"a" * 4096, done=0)
+                     + chunk(cookie, 1, behind(0) + b"b" * 4096))
+
+    with FakeNbd(here) as fake:
+        with ublk.Device(targets.Nbd(nbd_uri(here)), depth=1) as disk, opened(disk.path) as fd:
+            assert any(read_at(fd, 0, 8192)[4096:])
+            fake.answer = answer
+            assert read_at(fd, fake.SPOT, 8192) == b"b" * 4096 + bytes(4096)
 
 
 @kernel
@@ -356,79 +405,6 @@ def test_nbd_a_server_that_never_answers_fails_the_requests_in_time(targets, her
             assert "giving requests up" in capfd.readouterr().err
             fake.hello = None
             assert read_at(fd, fake.SPOT, 4096) == fake.data[fake.SPOT:][:4096]
-
-
-READ, WRITE, FLUSH = 0, 1, 3
-
-
-@contextmanager
-def served_by(fake, targets, here, timeout="20s"):
-    """Serve a disk of a server's; yield it, open for direct transfers."""
-    with fake, ublk.Device(targets.Nbd(nbd_uri(here), timeout=timeout)) as disk, opened(disk.path) as fd:
-        yield fd
-
-
-def hangs_up(peer, cookie, data):
-    raise EOFError
-
-
-@kernel
-@pytest.mark.parametrize("when", ["before the flush", "in the flush"])
-def test_nbd_a_flush_says_once_that_what_it_was_for_may_be_lost(targets, here, capfd, when):
-    fake = FakeNbd(here)
-    with served_by(fake, targets, here) as fd:
-        write_at(fd, 0, b"a" * 4096)
-        if when == "in the flush":
-            fake.answers, fake.answer = FLUSH, hangs_up
-        else:
-            fake.peer.shutdown(socket.SHUT_RDWR)
-            read_at(fd, fake.SPOT, 4096)            # by a new connection
-        capfd.readouterr()
-        assert error_of(os.fsync, fd) == errno.EIO
-        assert "lost before a flush" in capfd.readouterr().err
-        os.fsync(fd)
-        assert capfd.readouterr().err == "" and fake.commands[-1] == FLUSH
-
-
-@kernel
-@pytest.mark.parametrize("kept", ["flushed", "fua", "read"])
-def test_nbd_a_flush_is_good_where_nothing_can_be_lost(targets, here, kept):
-    fake = FakeNbd(here)
-    with served_by(fake, targets, here) as fd:
-        if kept == "flushed":
-            write_at(fd, 0, b"a" * 4096)
-            os.fsync(fd)
-        elif kept == "fua":
-            with opened(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DSYNC) as durable:
-                write_at(durable, 0, b"a" * 4096)
-        fake.peer.shutdown(socket.SHUT_RDWR)
-        read_at(fd, fake.SPOT, 4096)
-        os.fsync(fd)
-    assert fake.connections == 2
-
-
-@kernel
-def test_nbd_a_server_has_the_whole_time_it_is_given(targets, here):
-    def slow(peer, cookie, data):
-        time.sleep(1.2)
-        peer.sendall(simple(cookie) + data)
-
-    fake = FakeNbd(here)
-    with served_by(fake, targets, here, "3s") as fd:
-        fake.answer = slow
-        assert read_at(fd, fake.SPOT, 4096) == fake.data[fake.SPOT:][:4096]
-    assert fake.connections == 1
-
-
-@kernel
-def test_nbd_what_was_given_up_is_never_sent_again(targets, here):
-    fake = FakeNbd(here)
-    with served_by(fake, targets, here, "1s") as fd:
-        fake.answers, fake.answer = WRITE, lambda peer, *_: FakeNbd.take(peer, 1 << 30)
-        assert error_of(write_at, fd, 0, b"a" * 4096) == errno.ETIMEDOUT
-        write_at(fd, 0, b"b" * 4096)
-        assert read_at(fd, 0, 4096) == b"b" * 4096
-    assert fake.commands.count(WRITE) == 2 and fake.connections == 2
 
 
 @kernel
