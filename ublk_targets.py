@@ -1884,12 +1884,21 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
                     ):
                         apply(log, done, crashed)
             command = options.check.replace("{}", shlex.quote(path))
-            status = subprocess.run(command, shell=True, check=False).returncode
+            environment = {**os.environ, "UBLK_ENTRY": str(entry.number)}
+            check = subprocess.run(command, shell=True, check=False, env=environment)
+            status = check.returncode
             refuse(
                 status in (126, 127),
                 options.check,
                 "it cannot be run",
                 "name a command that is there",
+            )
+            # Of itself the shell tells a signal as a negative number, of its command as 128 and more
+            refuse(
+                status < 0 or status > 128,
+                options.check,
+                f"it was killed at entry {entry.number}: status {status}",
+                f"the disk it looked at is {path}",
             )
             if status:
                 print(

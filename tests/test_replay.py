@@ -255,11 +255,19 @@ def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path,
 
 @pytest.mark.parametrize("words, says", [
     (["--from", "100"], "there is no crash point"), (["--to", "0"], "there is no crash point"),
-    (["--check", "/no/such/command {}"], "it cannot be run"), (["--check", "/dev/null"], "it cannot be run")])
+    (["--check", "/no/such/command {}"], "it cannot be run"), (["--check", "/dev/null"], "it cannot be run"),
+    (["--check", "kill -9 $$"], "it was killed at entry 4"),
+    (["--check", "sh -c 'kill -9 $$'; exit $?"], "it was killed at entry 4")])
 def test_what_was_not_looked_at_is_neither_good_nor_bad(run, log, tmp_path, words, says):
     done = run("replay", log.path, tmp_path / "disk", "--check", "true", *words)
     assert (done.status, done.out) == (1, "")
     assert says in done.err.splitlines()[-1]
+
+
+def test_a_check_knows_which_crash_it_looks_at(run, log, tmp_path):
+    check = f"test -s {{}} && echo $UBLK_ENTRY >> {tmp_path}/seen"
+    assert run("replay", log.path, tmp_path / "disk", "--check", check).status == 0
+    assert (tmp_path / "seen").read_text().split() == ["4", "7"]
 
 
 def test_the_end_of_a_log_is_a_crash_point_too(run, targets, tmp_path):
