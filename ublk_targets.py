@@ -1767,12 +1767,14 @@ class Entry(NamedTuple):
 
 
 def entries(log: Any) -> Iterator[Entry]:
-    """Yield the whole entries of a log; what a kill cut off at the end is left out."""
+    """Yield the whole entries of a log; say where a kill cut off the last one."""
     limit = os.fstat(log.fileno()).st_size
     end = LOG_HEADER.size
     for number in itertools.count(1):
-        if end + ENTRY.size > limit:
+        if end == limit:
             return
+        if end + ENTRY.size > limit:
+            break
         fields = ENTRY.unpack(os.pread(log.fileno(), ENTRY.size, end))
         if not fields or fields[0] >= len(CHANGES):
             raise wrong(
@@ -1781,8 +1783,9 @@ def entries(log: Any) -> Iterator[Entry]:
         kind, offset, length, crc = fields
         end += ENTRY.size + (length if CHANGES[kind] in WITH_DATA else 0)
         if end > limit:
-            return
+            break
         yield Entry(number, CHANGES[kind], offset, length, crc, end)
+    ublk.say(f"{log.name} is cut off after entry {number - 1}: the rest is left out")
 
 
 def apply(log: Any, entry: Entry, disk: Any) -> None:

@@ -119,6 +119,15 @@ def test_a_log_is_continued_and_what_a_kill_cut_off_is_left_out(run, targets, lo
     assert (tmp_path / "more").read_bytes() == b"y" * 512 + log.states[-2][512:]
 
 
+@pytest.mark.parametrize("cut, says", [(0, []), (1, [6]), (511, [6]), (512, [6]), (513, [6])])
+def test_replay_says_where_a_log_is_cut_off(run, log, cut, says):
+    os.truncate(log.path, os.path.getsize(log.path) - cut)
+    done = run("replay", log.path)
+    assert done.status == 0
+    assert done.err.splitlines() == [
+        f"ublk: {log.path} is cut off after entry {last}: the rest is left out" for last in says]
+
+
 def test_a_log_knows_how_large_its_disk_has_been(run, targets, tmp_path):
     log, image = tmp_path / "log", tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
