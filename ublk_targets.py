@@ -969,10 +969,12 @@ def seconds(text: str) -> float:
 # The NBD protocol: github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
 NBD_OPTION_MAGIC = 0x49484156454F5054
 NBD_OPTION_REPLY_MAGIC = 0x3E889045565A9
+NBD_OPT_EXPORT_NAME = 1
+NBD_OPT_STARTTLS = 5
 NBD_OPT_GO = 7
-NBD_OPT_STRUCTURED_REPLY = 8
 NBD_REP_ACK = 1
 NBD_REP_ERROR = 1 << 31
+NBD_REP_ERR_UNSUP = 1 << 31 | 1
 NBD_REP_ERR_TLS_REQD = 1 << 31 | 5
 NBD_REP_ERR_UNKNOWN = 1 << 31 | 6
 NBD_INFO_EXPORT = 0
@@ -993,33 +995,27 @@ NBD_OFFERS = {
 }
 NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
 NBD_REQUEST_MAGIC = 0x25609513
-NBD_SIMPLE_REPLY_MAGIC = 0x67446698
-NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
-NBD_REPLY_FLAG_DONE = 1
-NBD_REPLY_NONE = 0
-NBD_REPLY_DATA = 1
-NBD_REPLY_HOLE = 2
-NBD_REPLY_ERROR = 1 << 15
-NBD_TLS = "let a local `nbdkit nbd` or stunnel speak it"
+NBD_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
+NBD_REPLY_MAGIC = 0x67446698
 NBD_HANDSHAKE = 5.0  # seconds a server has for all of it
+# A machine that is silent is asked whether it lives, and is dead 30 s later
+NBD_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 def nbd_address(uri: str) -> tuple[Any, str]:
     """Take an NBD URI apart: (a path or (host, port), name of the export). Raises UblkError."""
-    from urllib.parse import parse_qs, unquote, urlsplit
+    from urllib.parse import unquote, urlsplit
 
     try:
         parts = urlsplit(uri)
-        path = parse_qs(parts.query).get("socket")
+        key, _, path = parts.query.partition("=")
         export = unquote(parts.path[1:])
-        if parts.scheme == "nbd" and parts.hostname:
+        if parts.scheme in ("nbd", "nbds") and parts.hostname:
             return (parts.hostname, parts.port or 10809), export
-        if parts.scheme == "nbd+unix" and path:
-            return path[0], export
+        if parts.scheme in ("nbd+unix", "nbds+unix") and key == "socket" and path:
+            return unquote(path), export
     except ValueError as error:  # of a port that is none
         raise wrong(uri, str(error)) from None
-    if parts.scheme.startswith("nbds"):
-        raise wrong(uri, "TLS is not spoken here", NBD_TLS)
     raise wrong(
         repr(uri),
         "not an NBD address",
@@ -1027,76 +1023,113 @@ def nbd_address(uri: str) -> tuple[Any, str]:
     )
 
 
+def dial(address: Any) -> socket.socket:
+    """Connect to a path or (host, port). It blocks, so it is for a thread."""
+    if isinstance(address, str):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(NBD_HANDSHAKE)
+        connection.connect(address)
+    else:
+        connection = socket.create_connection(address, NBD_HANDSHAKE)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in NBD_KEEPALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    connection.setblocking(False)
+    return connection
+
+
 class NbdConnection:
-    """A connection to an NBD server: made, which may block, once hands are shaken.
+    """A connection to an NBD server, usable once open() has returned.
 
     It knows of the export its size, flags (NBD_FLAG_*), smallest and largest
     request.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, tls: Any) -> None:
         self.uri = uri
-        self.deadline = time.monotonic() + NBD_HANDSHAKE
+        self.tls = tls  # the ssl.SSLContext to speak it with
         self.size = 0
         self.flags = 0
         self.minimum = 1
         self.maximum = 32 << 20
-        address, export = nbd_address(uri)
-        self.socket = socket.socket(socket.AF_UNIX)
-        try:
-            if isinstance(address, str):
-                self.socket.settimeout(NBD_HANDSHAKE)
-                self.socket.connect(address)
-            else:
-                self.socket = socket.create_connection(address, NBD_HANDSHAKE)
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._shake_hands(export.encode())
-            self.socket.settimeout(None)
-        except ValueError as error:  # a name that no host, path or export can have
-            self.socket.close()
-            raise wrong(repr(uri), str(error)) from None
-        except OSError as error:
-            self.socket.close()
-            if isinstance(error, ublk.UblkError):
-                raise
-            number = (
-                errno.ETIMEDOUT
-                if isinstance(error, socket.timeout)
-                else error.errno or errno.EINVAL
-            )
-            # Names not found are negative
-            number = number if number > 0 else errno.EHOSTUNREACH
-            raise ublk.UblkError(
-                number, uri, error.strerror or str(error), "see whether the server runs there"
-            ) from None
+        self.socket: Any = None
+        self.reader: Any = None  # streams, once what comes before TLS is over
+        self.writer: Any = None
 
-    def _shake_hands(self, export: bytes) -> None:
-        """Agree on structured replies if we can, and on the export; learn what it is like."""
+    async def open(self) -> None:
+        """Connect and shake hands. Raises UblkError."""
+        import asyncio
+
+        try:
+            await asyncio.wait_for(self._shake_hands(), NBD_HANDSHAKE)
+        except BaseException as error:
+            self.hang_up()
+            if isinstance(error, ublk.UblkError) or not isinstance(error, Exception):
+                raise
+            raise self._explained(error) from None
+
+    def _explained(self, error: Any) -> ublk.UblkError:
+        """Return what open() raises for what went wrong."""
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            return wrong(repr(self.uri), str(error))  # a name that nothing can have
+        reason = getattr(error, "strerror", "") or str(error)
+        number = getattr(error, "errno", 0) or errno.EINVAL
+        if type(error).__module__ == "ssl":  # its numbers are no errno
+            number = errno.EPROTO
+        elif number < 0:  # a name not found
+            number = errno.EHOSTUNREACH
+        elif "Timeout" in type(error).__name__ or isinstance(error, socket.timeout):
+            number = errno.ETIMEDOUT
+            reason = "the server takes too long to shake hands"
+        remedy = "see whether the server runs there"
+        return ublk.UblkError(number, self.uri, reason, remedy)
+
+    async def _shake_hands(self) -> None:
+        """Agree on TLS, if it is wished for, and on the export; learn what it is like."""
+        import asyncio
+
+        address, export = nbd_address(self.uri)
+        self.socket = await asyncio.to_thread(dial, address)
         refuse(
-            self._take(8) != b"NBDMAGIC",
+            await self.take(8) != b"NBDMAGIC",
             self.uri,
             "no NBD server answers there",
             "name another",
         )
-        magic, flags = struct.unpack(">QH", self._take(10))
+        magic, flags = struct.unpack(">QH", await self.take(10))
         refuse(
-            magic != NBD_OPTION_MAGIC or not flags & 1,
+            magic != NBD_OPTION_MAGIC,
             self.uri,
             "the server speaks only the old style of NBD",
             "use a newer server",
         )
-        self.socket.sendall(struct.pack(">I", flags & 3))
-        for kind, _ in self._option(NBD_OPT_STRUCTURED_REPLY, b""):
+        await self.send(struct.pack(">I", flags & 3))
+        host = None
+        if self.tls:
+            async for _, _ in self._option(NBD_OPT_STARTTLS, b""):
+                raise wrong(self.uri, "the server speaks no TLS", "write nbd: for nbds:")
+            host = "localhost" if isinstance(address, str) else address[0]
+        self.reader, self.writer = await asyncio.open_connection(
+            sock=self.socket, ssl=self.tls, server_hostname=host
+        )
+        # Servers that know only how to be told a name say so, or have no options at all
+        if not flags & 1 or not await self._go(export.encode()):
+            await self._name(export.encode(), flags)
+
+    async def _go(self, export: bytes) -> bool:
+        """Ask for the export; tell whether the server understood."""
+        wish = struct.pack(">I", len(export)) + export
+        wish += struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
+        async for kind, data in self._option(NBD_OPT_GO, wish):
+            if kind == NBD_REP_ERR_UNSUP:
+                return False
             refuse(
                 kind == NBD_REP_ERR_TLS_REQD,
                 self.uri,
-                "the server demands TLS, which is not spoken here",
-                NBD_TLS,
+                "the server demands TLS",
+                "write nbds: for nbd:",
             )
-        wish = (
-            struct.pack(">I", len(export)) + export + struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
-        )
-        for kind, data in self._option(NBD_OPT_GO, wish):
             if kind & NBD_REP_ERROR:
                 text = data.decode(errors="replace") or f"error {kind & 0xFFFF}"
                 what = "there is no such export" if kind == NBD_REP_ERR_UNKNOWN else "refused"
@@ -1106,81 +1139,143 @@ class NbdConnection:
                 self.size, self.flags = struct.unpack(">QH", data[2:])
             elif info == NBD_INFO_BLOCK_SIZE and len(data) == 14:
                 self.minimum, _, self.maximum = struct.unpack(">III", data[2:])
+        return True
 
-    def _option(self, option: int, data: bytes) -> Iterator[tuple[int, bytes]]:
+    async def _name(self, export: bytes, flags: int) -> None:
+        """Tell the server the export's name; it closes the connection where it has none of it."""
+        option = struct.pack(">QII", NBD_OPTION_MAGIC, NBD_OPT_EXPORT_NAME, len(export))
+        await self.send(option + export)
+        self.size, self.flags = struct.unpack(">QH", await self.take(10))
+        if not flags & 2:
+            await self.take(124)  # zeroes
+
+    async def _option(self, option: int, data: bytes) -> Any:
         """Ask for an option; yield what the server replies, but for the last ACK."""
-        self.socket.sendall(struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data)) + data)
+        await self.send(struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data)) + data)
         kind = 0
         while not kind & NBD_REP_ERROR:
-            magic, of, kind, length = struct.unpack(">QIII", self._take(20))
+            magic, of, kind, length = struct.unpack(">QIII", await self.take(20))
             refuse(
                 magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16,
                 self.uri,
                 "the server does not keep to the protocol",
                 "use another",
             )
-            payload = self._take(length)
+            payload = await self.take(length)
             if kind == NBD_REP_ACK:
                 return
             yield kind, payload
 
-    def _take(self, count: int) -> bytes:
-        """Receive so many bytes of the handshake."""
+    async def take(self, count: int) -> bytes:
+        """Receive so many bytes."""
+        import asyncio
+
+        closed = ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
+        if self.reader:
+            try:
+                return await self.reader.readexactly(count)
+            except asyncio.IncompleteReadError:
+                raise closed from None
         data = b""
         while len(data) < count:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise socket.timeout("the server takes too long to shake hands")
-            self.socket.settimeout(left)
-            more = self.socket.recv(count - len(data))
+            loop = asyncio.get_running_loop()
+            more = await loop.sock_recv(self.socket, count - len(data))
             if not more:
-                raise OSError(errno.ECONNRESET, "the server closed the connection")
+                raise closed
             data += more
         return data
 
+    async def send(self, data: bytes) -> None:
+        """Send what the handshake has to say."""
+        import asyncio
+
+        if self.writer:
+            self.writer.write(data)
+        else:
+            await asyncio.get_running_loop().sock_sendall(self.socket, data)
+
+    def say_goodbye(self) -> None:
+        """End it as a client should."""
+        self.writer.write(NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0))
+        self.writer.close()
+
     def hang_up(self) -> None:
-        """End it; who sends or receives hears of that. The descriptor stays ours until it is closed."""
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        """End it at once, without sending anything more; who receives hears of that."""
+        if self.writer:
+            self.writer.transport.abort()
+        elif self.socket:
+            self.socket.close()
 
 
 class NbdRequest:
     """A request that waits for its reply."""
 
     def __init__(self, cookie: int, command: int, flags: int, offset: int, what: Any) -> None:
-        self.cookie = cookie
-        self.done: Any = None  # the future of whoever waits
-        self.offset, self.length = extent((offset, what))
-        self.head = NBD_REQUEST.pack(
-            NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length
-        )
-        self.data = what if command == NBD_CMD_WRITE else b""
-        self.room = what if command == NBD_CMD_READ else memoryview(b"")
-        self.error = self.filled = 0  # what the reply said so far
+        import asyncio
 
-    def end(self, error: int) -> None:
-        """Wake whoever waits, if nobody has made it give up."""
-        if not self.done.done():
-            self.done.set_result(error)
+        self.cookie = cookie
+        self.command = command
+        self.done = asyncio.get_running_loop().create_future()
+        self.begun = time.monotonic()
+        self.length = extent((offset, what))[1]
+        head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
+        # A copy: the connection may keep it longer than the request lasts
+        self.message = head + what if command == NBD_CMD_WRITE else head
+        self.room: Any = what if command == NBD_CMD_READ else b""
+        self.is_volatile = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
+        self.is_volatile = self.is_volatile and not flags & NBD_CMD_FLAG_FUA
+        self.covers = 0  # of a flush: how many changes it makes durable
 
 
 class Nbd(ublk.Target):
     """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
 
-    It gets all requests at once. When the connection is lost, a new one is made and gets the
-    requests that had no reply yet.
+    It gets all requests at once. When the server ends the connection, a new one is made and gets
+    the requests that had no reply yet. When we do, as the server is silent, it may still do what it
+    was told: changes fail then, for done again they could land on later ones. What was acknowledged
+    and not flushed before may be gone, as servers have caches: the next flush fails.
 
-    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+    uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds: for TLS
     timeout: requests fail when the server is silent or away for so long (60s)
+    ca: a file of the authorities that may vouch for the server (those of the system)
+    certificate: a file with our certificate and its key, for servers that ask for it
     """
 
-    def __init__(self, uri: str, *, timeout: str = "60s") -> None:
+    def __init__(
+        self, uri: str, *, timeout: str = "60s", ca: str = "", certificate: str = ""
+    ) -> None:
+        import asyncio
+
         self.uri = uri
         self.timeout = seconds(timeout)
-        server = self.connection = NbdConnection(uri)
+        refuse(not self.timeout, "--timeout 0", "no server answers in no time")
+        self.tls: Any = None
+        nbd_address(uri)
+        if uri.startswith("nbds"):
+            import ssl
+
+            self.tls = ssl.create_default_context(cafile=ca or None)
+            if certificate:
+                self.tls.load_cert_chain(certificate)
+        asyncio.run(self._meet())
+        self.connection: Any = None
+        self.pending: dict[int, NbdRequest] = {}  # by cookie
+        self.cookie = 0
+        self.heard = 0.0  # when the last reply came, or there was nothing to wait for
+        self.given_up = False  # this connection, by us
+        self.acknowledged = 0  # changes that were, and how many of them are durable
+        self.durable = 0
+        self.lost = False  # some of them with a connection, and no flush has failed yet
+        self.tasks: Any = ()  # asyncio itself may forget one that nobody else knows
+
+    async def _meet(self) -> None:
+        """Learn what the export is like."""
+        server = NbdConnection(self.uri, self.tls)
+        await server.open()
+        server.say_goodbye()
         refuse(
             server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE,
-            uri,
+            self.uri,
             f"its block size {server.minimum} is not possible here",
         )
         self.block_size = max(ublk.SECTOR, server.minimum)
@@ -1188,27 +1283,25 @@ class Nbd(ublk.Target):
         self.maximum = server.maximum // self.block_size * self.block_size
         refuse(
             not self.size or not self.maximum,
-            uri,
+            self.uri,
             f"its size {server.size} or largest request {server.maximum} is no block",
         )
+        if self.size < server.size:
+            ublk.say(f"{self.uri}: its last {server.size - self.size} bytes are left out")
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
         self.rotational = bool(server.flags & NBD_FLAG_ROTATIONAL)
         for name, (bit, command, flags) in NBD_OFFERS.items():
             if server.flags & bit:
                 setattr(self, name, partial(self.ask, command, flags))
-        self.pending: dict[int, NbdRequest] = {}  # by cookie
-        self.outbox: list[NbdRequest] = []
-        self.tasks: set[Any] = set()
-        self.buffer = memoryview(bytearray(1 << 18))
-        self.inbox = self.buffer[:0]  # received, but not yet understood
-        self.cookie = 0
-        self.running = self.sending = self.told = False
-        self.heard = 0.0  # when the last reply came
-        self.met = 0.0  # when the connection was made
 
-    def start(self, index: int) -> None:
-        """See that there is one queue: its ring carries the connection."""
+    async def start(self, index: int) -> None:
+        """See that there is one queue: its loop carries the connection."""
+        import asyncio
+
         refuse(index, self.uri, "there is one connection", "use one queue")
+        self.connection = await self._connect()
+        loop = asyncio.get_running_loop()
+        self.tasks = loop.create_task(self._receive()), loop.create_task(self._watch())
 
     async def read(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)
@@ -1216,18 +1309,10 @@ class Nbd(ublk.Target):
     async def write(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_WRITE, 0, offset, buffer)
 
-    def close(self) -> None:
-        """Say goodbye, if that is possible at once."""
-        goodbye = NbdRequest(0, NBD_CMD_DISC, 0, 0, 0)
-        with suppress(OSError):
-            self.connection.socket.send(goodbye.head, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        self.connection.socket.close()
-
     # ---- requests ------------------------------------------------------------------------------
 
-    # Three tasks run beside them: _send empties the outbox, _receive takes the
-    # replies and makes a new connection when it has to, _watch ends a
-    # connection on which nothing comes.
+    # Two tasks run beside them: _receive takes the replies and makes a new
+    # connection when it has to, _watch ends a connection on which nothing comes.
 
     async def ask(
         self, command: int, flags: int, offset: int = 0, what: Any = 0, unmap: bool = True
@@ -1237,182 +1322,122 @@ class Nbd(ublk.Target):
             flags |= NBD_CMD_FLAG_NO_HOLE
         if not isinstance(what, int):
             what = what[: self.maximum]
-        if not self.pending:
-            self.heard = time.monotonic()
-        import asyncio
-
+        if command == NBD_CMD_FLUSH and self.lost:
+            self.lost = False
+            raise OSError(errno.EIO, "a connection was lost before this flush")
         self.cookie += 1
-        request = self.pending[self.cookie] = NbdRequest(
-            self.cookie, command, flags, offset, what
-        )
-        request.done = asyncio.get_running_loop().create_future()
-        self.outbox.append(request)
-        if not self.running:
-            self.running = True
-            self._beside(self._receive())
-            self._beside(self._watch())
-        if not self.sending:
-            self.sending = True
-            self._beside(self._send())
+        request = NbdRequest(self.cookie, command, flags, offset, what)
+        request.covers = self.acknowledged
+        if not self.pending:
+            self.heard = request.begun
+        self.pending[self.cookie] = request
+        if self.connection:
+            self.connection.writer.write(request.message)
         error = await request.done
         if error:
             raise OSError(error, os.strerror(error))
         return request.length
 
-    def _beside(self, coroutine: Any) -> None:
-        """Start one of them; asyncio itself may forget a task that nobody else knows."""
-        import asyncio
-
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _send(self) -> None:
-        """Send everything in the outbox; what fails is sent again by the next connection."""
-        try:
-            while self.outbox:
-                batch = self.outbox[:32]
-                self.outbox = self.outbox[32:]
-                left = memoryview(
-                    b"".join(part for asked in batch for part in (asked.head, asked.data))
-                )
-                while left:
-                    sent = await ublk.uring_send(
-                        self.connection.socket.fileno(), left, socket.MSG_NOSIGNAL
-                    )
-                    left = left[sent:]
-        except OSError:
-            self.connection.hang_up()
-        self.sending = False
+    def _end(self, request: NbdRequest, error: int) -> None:
+        """Wake whoever waits for a request, if nobody has made it give up."""
+        del self.pending[request.cookie]
+        if not error and request.command == NBD_CMD_FLUSH:
+            self.durable = max(self.durable, request.covers)
+        elif not error and request.is_volatile:
+            self.acknowledged += 1
+        if not request.done.done():
+            request.done.set_result(error)
 
     async def _watch(self) -> None:
-        """End a connection that is silent while requests wait: another may fare better."""
+        """End a connection that is silent while requests wait."""
         import asyncio
 
         while True:
-            await asyncio.sleep(min(1.0, self.timeout / 8))
-            if self.pending and time.monotonic() - max(self.heard, self.met) > self.timeout / 3:
+            await asyncio.sleep(min(1.0, self.timeout / 4))
+            silent = self.pending and time.monotonic() - self.heard > self.timeout
+            if silent and self.connection:
+                self.given_up = True
                 self.connection.hang_up()
 
     async def _receive(self) -> None:
-        while True:
-            try:
-                await self._reply()
-            except OSError as error:
-                self.connection.hang_up()
-                await self._reconnect(error)
+        """Take replies until the queue ends, which cancels this."""
+        try:
+            while True:
+                try:
+                    await self._reply()
+                except OSError as error:
+                    self._lose(error)
+                    await self._reconnect(error)
+        finally:
+            if self.connection:
+                self.connection.say_goodbye()
+
+    async def _reply(self) -> None:
+        """Receive the reply to a request."""
+        magic, error, cookie = NBD_REPLY.unpack(await self.connection.take(NBD_REPLY.size))
+        request = self.pending.get(cookie)
+        if not request or magic != NBD_REPLY_MAGIC:
+            raise OSError(
+                errno.EPROTO, "the server sent no reply to any request but something else"
+            )
+        if error == errno.ESHUTDOWN:  # NBD has it mean: ask again, elsewhere
+            raise OSError(error, "the server is shutting down")
+        if request.room and not error:
+            request.room[:] = await self.connection.take(len(request.room))
+        self.heard = time.monotonic()
+        self._end(request, error if error in errno.errorcode or not error else errno.EIO)
+
+    def _lose(self, error: OSError) -> None:
+        """Settle what becomes of the requests of a connection, and of what was done by it."""
+        self.connection.hang_up()
+        self.connection = None
+        # The server ended it, and does nothing more of what it was told
+        over = isinstance(error, ConnectionError) and not self.given_up
+        why = "the server does not answer" if self.given_up else str(error)
+        lost = hasattr(self, "flush") and self.acknowledged > self.durable
+        told = "; what was not flushed may be gone: the next flush fails" if lost else ""
+        ublk.say(f"{self.uri}: connection lost: {why}{told}")
+        self.lost = self.lost or lost
+        self.durable = self.acknowledged
+        for request in list(self.pending.values()):
+            if request.command == NBD_CMD_FLUSH and lost:
+                self._end(request, errno.EIO)
+                self.lost = False
+            elif request.command != NBD_CMD_READ and not over:
+                self._end(request, errno.ETIMEDOUT if self.given_up else errno.EIO)
+        self.given_up = False
+
+    async def _connect(self) -> NbdConnection:
+        """Make a connection to the same export. Raises UblkError."""
+        connection = NbdConnection(self.uri, self.tls)
+        await connection.open()
+        if connection.size < self.size:
+            connection.hang_up()
+            raise wrong(self.uri, "the export has become smaller")
+        return connection
 
     async def _reconnect(self, error: OSError) -> None:
         """Once there are requests make a new connection, however long it takes, and send them there."""
         import asyncio
 
-        while True:
+        connection = None
+        while connection is None:
             await asyncio.sleep(0.2)
-            if self.sending or not self.pending:
-                continue
-            if not self.told:
-                ublk.say(f"{self.uri}: connection lost: {error}")
-            self.told = True  # until a reply comes
-            if time.monotonic() - self.heard > self.timeout:
-                self._give_up(error)
-                continue
-            try:
-                connection = NbdConnection(self.uri)
-                if connection.size >= self.size:
-                    break
-                error = wrong(self.uri, "the export has become smaller")
-                connection.socket.close()
-            except OSError as failure:
-                error = failure
-        self.connection.socket.close()
+            late = time.monotonic() - self.timeout
+            expired = [request for request in self.pending.values() if request.begun < late]
+            if expired:
+                ublk.say(f"{self.uri}: giving requests up: {error}")
+            for request in expired:
+                self._end(request, errno.ETIMEDOUT)
+            if self.pending:
+                try:
+                    connection = await self._connect()
+                except OSError as failure:
+                    error = failure
         self.connection = connection
-        self.inbox = self.buffer[:0]
-        self.met = time.monotonic()
-        self.outbox = list(self.pending.values())
-        for request in self.outbox:
-            request.error = request.filled = 0
-        self.sending = True
-        self._beside(self._send())
-
-    def _give_up(self, error: OSError) -> None:
-        """Let the requests fail that wait for a server that does not reply."""
-        ublk.say(f"{self.uri}: giving requests up: {error}")
-        lost = self.pending
-        self.pending = {}
-        self.outbox = []
-        for request in lost.values():
-            request.end(errno.ETIMEDOUT)
-
-    # ---- replies -------------------------------------------------------------------------------
-
-    async def _fill(self, view: memoryview) -> None:
-        """Fill view with what comes next; it is received in large pieces, of many replies each."""
-        while view:
-            if not self.inbox:
-                count = await ublk.uring_recv(self.connection.socket.fileno(), self.buffer)
-                if not count:
-                    raise OSError(errno.ECONNRESET, "the server closed the connection")
-                self.inbox = self.buffer[:count]
-            count = min(len(view), len(self.inbox))
-            view[:count] = self.inbox[:count]
-            view = view[count:]
-            self.inbox = self.inbox[count:]
-
-    async def _bytes(self, count: int) -> bytes:
-        data = bytearray(count)
-        await self._fill(memoryview(data))
-        return bytes(data)
-
-    async def _reply(self) -> None:
-        """Receive a reply, or one chunk of a structured one."""
-        magic, flags, kind, cookie = struct.unpack(">IHHQ", await self._bytes(16))
-        request = self.pending.get(cookie)
-        if request and magic == NBD_SIMPLE_REPLY_MAGIC:
-            request.error = flags << 16 | kind  # one number in their place
-            if not request.error:
-                await self._fill(request.room)
-                request.filled = len(request.room)
-        elif request and magic == NBD_STRUCTURED_REPLY_MAGIC:
-            await self._chunk(request, kind, int.from_bytes(await self._bytes(4), "big"))
-            if not flags & NBD_REPLY_FLAG_DONE:
-                return
-        else:
-            raise OSError(
-                errno.EPROTO, "the server sent no reply to any request but something else"
-            )
-        self._end(request)
-
-    async def _chunk(self, request: NbdRequest, kind: int, length: int) -> None:
-        """Receive the payload of a chunk: data, a hole, an error or nothing."""
-        if kind & NBD_REPLY_ERROR and 4 <= length <= 1 << 16:
-            request.error = int.from_bytes((await self._bytes(length))[:4], "big") or errno.EIO
-        elif kind in (NBD_REPLY_DATA, NBD_REPLY_HOLE) and 8 < length <= 8 + len(request.room):
-            start = int.from_bytes(await self._bytes(8), "big") - request.offset
-            hole = kind == NBD_REPLY_HOLE
-            count = int.from_bytes(await self._bytes(length - 8), "big") if hole else length - 8
-            if not 0 <= start <= start + count <= len(request.room):
-                raise OSError(errno.EPROTO, "the server sent data nobody asked for")
-            if not request.filled:  # nothing of an earlier request may show between chunks
-                request.room[:] = bytes(len(request.room))
-            if not hole:
-                await self._fill(request.room[start : start + count])
-            request.filled += count
-        elif kind != NBD_REPLY_NONE or length:
-            raise OSError(
-                errno.EPROTO, f"the server sent a chunk of type {kind} with {length} bytes"
-            )
-
-    def _end(self, request: NbdRequest) -> None:
-        """The reply to a request is complete."""
-        error = request.error
-        if error == errno.ESHUTDOWN:  # NBD has it mean: ask again, elsewhere
-            raise OSError(error, "the server is shutting down")
-        if not error and request.filled != len(request.room):
-            error = errno.EIO
         self.heard = time.monotonic()
-        self.told = False
-        del self.pending[request.cookie]
-        request.end(error if error in errno.errorcode or not error else errno.EIO)
+        for request in self.pending.values():
+            connection.writer.write(request.message)
 
 
 # =================================================================================================

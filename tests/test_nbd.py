@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -92,7 +93,7 @@ def nbdkit(socket, *words):
 @pytest.mark.parametrize("uri, address, export", [
     ("nbd://host", ("host", 10809), ""), ("nbd://host:99/a%20b", ("host", 99), "a b"),
     ("nbd://[::1]:5/x/y", ("::1", 5), "x/y"), ("nbd+unix:///e?socket=/a/b", "/a/b", "e"),
-    ("nbd+unix:///?socket=/a%20b", "/a b", "")])
+    ("nbd+unix:///?socket=/a%20b+c", "/a b+c", ""), ("nbds://host/e", ("host", 10809), "e")])
 def test_nbd_addresses(targets, uri, address, export):
     assert targets.nbd_address(uri) == (address, export)
 
@@ -102,7 +103,6 @@ def test_nbd_addresses(targets, uri, address, export):
     ("http://host/", "not an NBD address"), ("nbd+unix:///x", "not an NBD address"),
     ("nbd://host:99999/", "ort"), ("nbd://host:x/", "ort"), ("nbd://[::1/", "IPv6"),
     ("nbd://.x/", "label"),
-    ("nbds://host/", "TLS"), ("nbds+unix:///?socket=/x", "TLS"),
     ("nbd+unix:///?socket=/no/such", "2 ENOENT"), (nbd_uri("x" * 200), "too long")])
 def test_nbd_addresses_that_are_none(run, uri, says):
     assert_fails(run("nbd", uri), 1, says)
@@ -141,10 +141,12 @@ class FakeNbd:
         self.path, self.hello, self.answer = path, hello, answer
         self.info = [struct.pack(">HQH", 0, size, flags), *info]
         self.data, self.connections, self.longest = bytearray(os.urandom(1 << 20)), 0, 0
+        self.commands, self.dies_of, self.ignores = [], None, None
 
     def __enter__(self):
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(str(self.path))
+        family, address = self.path if isinstance(self.path, tuple) else (socket.AF_UNIX, str(self.path))
+        self.listener = socket.socket(family)
+        self.listener.bind(address)
         self.listener.listen()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -198,16 +200,20 @@ class FakeNbd:
 
     def shake_hands(self, peer):
         self.greet(peer)
-        peer.sendall(self.reply(8, 1))
-        assert self.option(peer) == 7
         peer.sendall(b"".join(self.reply(7, 3, info) for info in self.info) + self.reply(7, 1))
 
     def _serve(self, peer):
         while True:
             _, _, command, cookie, offset, length = struct.unpack(">IHHQQI", self.take(peer, 28))
             self.longest = max(self.longest, length if command in (0, 1) else 0)
+            self.commands.append(command)
             if command == 1:
                 self.data[offset:offset + length] = self.take(peer, length)
+            if command == self.dies_of:
+                self.dies_of = None
+                raise EOFError
+            if command == self.ignores:
+                continue
             data = self.data[offset:offset + length] if command == 0 else b""
             if self.answer and command == 0 and offset == self.SPOT:
                 answer, self.answer = self.answer, None
@@ -236,7 +242,7 @@ def drips(fake, peer):
 def floods(fake, peer):
     fake.greet(peer)
     while True:
-        peer.sendall(fake.reply(8, 3, bytes(60000)))
+        peer.sendall(fake.reply(7, 3, bytes(60000)))
 
 
 def greets_with(*data):
@@ -253,11 +259,11 @@ HOSTILE_GREETINGS = {
     "cut": (says([b"NBDMAGICIHAV"]), "closed the connection", errno.ECONNRESET),
     "web": (says([b"HTTP/1.1 400 Bad Request\r\n\r\n"]), "no NBD server", errno.EINVAL),
     "old": (says([b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53" + bytes(144)]), "old style", errno.EINVAL),
-    "huge": (greets_with(FakeNbd.reply(8, 3, length=0xFFFFFFFF)), "protocol", errno.EINVAL),
+    "huge": (greets_with(FakeNbd.reply(7, 3, length=0xFFFFFFFF)), "protocol", errno.EINVAL),
     "magic": (greets_with(bytes(20)), "protocol", errno.EINVAL),
     "other": (greets_with(FakeNbd.reply(5, 1)), "protocol", errno.EINVAL),
-    "short": (greets_with(FakeNbd.reply(8, 3, b"x" * 100)[:50]), "closed the connection", errno.ECONNRESET),
-    "no": (greets_with(FakeNbd.reply(8, 1) + FakeNbd.reply(7, 1 << 31 | 2, b"go\xff\naway"), b""),
+    "short": (greets_with(FakeNbd.reply(7, 3, b"x" * 100)[:50]), "closed the connection", errno.ECONNRESET),
+    "no": (greets_with(FakeNbd.reply(7, 1 << 31 | 2, b"go\xff\naway"), b""),
            "refused: go", errno.EINVAL),
     "drips": (drips, "no NBD server", errno.EINVAL),
     "floods": (floods, "", errno.ETIMEDOUT),
@@ -287,7 +293,8 @@ def test_nbd_a_handshake_that_drips_ends_in_time(run, targets, monkeypatch, here
 
 
 @pytest.mark.parametrize("options, text", [
-    ({"size": 0}, "size 0"), ({"size": 511}, "size 511"), ({"size": (1 << 64) - 1}, "size 1844674407370955"),
+    ({"size": 0}, "size 0"), ({"size": 511}, "size 511"),
+    ({"size": (1 << 64) - 512}, "size 1844674407370955"),
     ({"info": [struct.pack(">HIII", 3, 3, 4096, 1 << 20)]}, "block size 3"),
     ({"info": [struct.pack(">HIII", 3, 1 << 20, 1 << 20, 1 << 20)]}, "block size 1048576"),
     ({"info": [struct.pack(">HIII", 3, 4096, 4096, 512)]}, "largest request 512"),
@@ -295,15 +302,6 @@ def test_nbd_a_handshake_that_drips_ends_in_time(run, targets, monkeypatch, here
 def test_nbd_exports_that_cannot_be_disks(run, here, options, text):
     with FakeNbd(here, **options):
         assert_fails(run("nbd", nbd_uri(here)), 1, text, errno.EINVAL)
-
-
-def chunk(cookie, kind, data=b"", *, done=1, length=0):
-    return struct.pack(">IHHQI", 0x668E33EF, done, kind, cookie, length or len(data)) + data
-
-
-def behind(offset):
-    """Begin a chunk that belongs so far behind what was asked for."""
-    return struct.pack(">Q", FakeNbd.SPOT + offset)
 
 
 def simple(cookie, error=0):
@@ -314,25 +312,14 @@ HOSTILE_ANSWERS = {     # made of cookie and data; what the server's user is tol
     "magic": (lambda c, d: struct.pack(">IIQ", 1, 0, c), "something else"),
     "cookie": (lambda c, d: simple(c + 1) + d, "something else"),
     "cut": (lambda c, d: simple(c) + d[:-1], "closed the connection"),
-    "half a chunk": (lambda c, d: chunk(c, 1, behind(0) + d)[:1000], "closed the connection"),
-    "huge": (lambda c, d: chunk(c, 1, length=0xFFFFFFFF), "4294967295 bytes"),
-    "huge error": (lambda c, d: chunk(c, 1 << 15, length=0xFFFFFFF0), "4294967280 bytes"),
-    "elsewhere": (lambda c, d: chunk(c, 1, behind(512) + d), "nobody asked for"),
-    "before": (lambda c, d: chunk(c, 1, behind(-512) + d), "nobody asked for"),
-    "a hole too large": (lambda c, d: chunk(c, 2, behind(0) + b"\xff" * 4), "nobody asked for"),
-    "a type unknown": (lambda c, d: chunk(c, 77, b"?"), "type 77"),
     "shutting down": (lambda c, d: simple(c, errno.ESHUTDOWN), "shutting down"),
-    "silence": (lambda c, d: None, "closed the connection"),
 }
 
 
 def answers_once(make):
-    """Answer, then close; or wait until the client does."""
+    """Answer, then close."""
     def answer(peer, cookie, data):
-        answer = make(cookie, data)
-        if answer is None:
-            FakeNbd.take(peer, 1 << 30)
-        peer.sendall(answer)
+        peer.sendall(make(cookie, data))
         raise EOFError
     return answer
 
@@ -355,43 +342,13 @@ def test_nbd_what_hostile_answers_lead_to_is_a_new_connection(targets, here, cap
 def test_nbd_errors_of_the_server_reach_the_client(targets, here):
     with FakeNbd(here) as fake:
         with ublk.Device(targets.Nbd(nbd_uri(here))) as disk, opened(disk.path) as fd:
-            no_space = struct.pack(">IH", errno.ENOSPC, 2) + b"no"
+            before = fake.connections
             for make, number in ((lambda c: simple(c, errno.ENOSPC), errno.ENOSPC),
-                                 (lambda c: simple(c, 0xFFFFFFFF), errno.EIO),
-                                 (lambda c: chunk(c, 1 << 15 | 1, no_space), errno.ENOSPC),
-                                 (lambda c: chunk(c, 0), errno.EIO)):       # done, but without data
+                                 (lambda c: simple(c, 0xFFFFFFFF), errno.EIO)):
                 fake.answer = lambda peer, cookie, data, make=make: peer.sendall(make(cookie))
                 assert error_of(read_at, fd, fake.SPOT, 4096) == number
             assert read_at(fd, fake.SPOT, 4096) == fake.data[fake.SPOT:][:4096]
-        assert fake.connections == 1
-
-
-@kernel
-def test_nbd_chunks_of_data_and_holes_in_any_order(targets, here):
-    def answer(peer, cookie, data):
-        pieces = [(2, 4096, struct.pack(">I", 2048)), (1, 6144, data[6144:]), (1, 0, data[:4096])]
-        for kind, offset, piece in pieces:
-            peer.sendall(chunk(cookie, kind, behind(offset) + piece, done=0))
-        peer.sendall(chunk(cookie, 0))
-
-    with FakeNbd(here) as fake:
-        with ublk.Device(targets.Nbd(nbd_uri(here))) as disk, opened(disk.path) as fd:
-            fake.answer = answer
-            data = fake.data[fake.SPOT:][:8192]
-            assert read_at(fd, fake.SPOT, 8192) == data[:4096] + bytes(2048) + data[6144:]
-
-
-@kernel
-def test_nbd_a_gap_between_chunks_shows_nothing_of_other_requests(targets, here):
-    def answer(peer, cookie, data):
-        peer.sendall(chunk(cookie, 1, behind(0) + b"a" * 4096, done=0)
-                     + chunk(cookie, 1, behind(0) + b"b" * 4096))
-
-    with FakeNbd(here) as fake:
-        with ublk.Device(targets.Nbd(nbd_uri(here)), depth=1) as disk, opened(disk.path) as fd:
-            assert any(read_at(fd, 0, 8192)[4096:])
-            fake.answer = answer
-            assert read_at(fd, fake.SPOT, 8192) == b"b" * 4096 + bytes(4096)
+            assert fake.connections == before
 
 
 @kernel
@@ -431,10 +388,253 @@ def test_nbd_no_request_is_larger_than_the_server_takes(targets, here):
 def test_nbd_serves_with_one_queue(targets, here):
     with FakeNbd(here):
         target = targets.Nbd(nbd_uri(here))
-        target.start(0)
         with pytest.raises(ublk.UblkError, match="use one queue"):
-            target.start(1)
-        target.close()
+            asyncio.run(target.start(1))
+
+
+# ---- connections that are lost ----------------------------------------------------------------------
+
+
+READ, WRITE, _, FLUSH = range(4)
+PAGE = memoryview(b"x" * 4096)
+
+
+def served(target, work):
+    """Start a target in a loop of asyncio; return what work() returns there."""
+    async def run():
+        await target.start(0)
+        try:
+            return await asyncio.wait_for(work(), 60)
+        finally:
+            for task in target.tasks:
+                task.cancel()
+            await asyncio.wait(target.tasks)
+    return asyncio.run(run())
+
+
+async def errno_of(coroutine):
+    """Return the errno a coroutine fails with, or 0."""
+    try:
+        await coroutine
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+@pytest.mark.parametrize("dies_of", [READ, FLUSH])
+def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targets, here, capfd, dies_of):
+    async def work():
+        await target.write(0, PAGE)
+        assert await errno_of(target.flush()) == 0
+        await target.write(0, PAGE)
+        fake.dies_of = dies_of
+        if dies_of == READ:
+            await target.read(0, bytearray(4096))
+        return [await errno_of(target.flush()) for _ in range(2)]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, 0]
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "what was not flushed may be gone: the next flush fails" in told
+
+
+@pytest.mark.parametrize("change", ["write_fua", "flush"])
+def test_nbd_what_was_durable_when_a_connection_is_lost_fails_nothing(targets, here, capfd, change):
+    async def work():
+        if change == "flush":
+            await target.write(0, PAGE)
+            await target.flush()
+        else:
+            await target.write_fua(0, PAGE)
+        fake.dies_of = READ
+        await target.read(0, bytearray(4096))
+        await target.flush()
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, work)
+    assert "flushed" not in capfd.readouterr().err
+
+
+def test_nbd_a_flush_makes_durable_what_was_done_when_it_was_asked_for(targets, here):
+    """Of a write that ends while a flush is under way nobody knows."""
+    async def work():
+        fake.ignores = FLUSH
+        flush = asyncio.ensure_future(target.flush())
+        while FLUSH not in fake.commands:
+            await asyncio.sleep(0.01)
+        await target.write(0, PAGE)
+        request, = target.pending.values()
+        target._end(request, 0)                 # as if the answer had come now
+        await flush
+        fake.ignores, fake.dies_of = None, READ
+        await target.read(0, bytearray(4096))
+        return [await errno_of(target.flush()) for _ in range(2)]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, 0]
+
+
+def test_nbd_a_write_that_a_silent_server_was_told_is_never_sent_again(targets, here):
+    async def work():
+        fake.ignores = WRITE
+        failed = await errno_of(target.write(0, PAGE))
+        fake.ignores = None
+        await target.read(0, bytearray(4096))
+        return failed
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="500ms")
+        assert served(target, work) == errno.ETIMEDOUT
+        assert fake.commands.count(WRITE) == 1
+
+
+def test_nbd_a_write_to_a_server_that_talks_nonsense_is_never_sent_again(targets, here):
+    async def work():
+        fake.ignores, fake.answer = WRITE, lambda peer, cookie, data: peer.sendall(bytes(16))
+        write = asyncio.ensure_future(errno_of(target.write(0, PAGE)))
+        buffer = bytearray(4096)
+        await target.read(fake.SPOT, memoryview(buffer))
+        assert buffer == fake.data[fake.SPOT:][:4096]       # what changes nothing is
+        return await write
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == errno.EIO
+        assert fake.commands.count(WRITE) == 1
+
+
+def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
+    async def work():
+        fake.dies_of = WRITE
+        await target.write(0, PAGE)
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, work)
+        assert fake.commands.count(WRITE) == 2 and fake.data[:4096] == PAGE
+
+
+def test_nbd_connecting_again_keeps_nobody_waiting(targets, here):
+    goes_on, waited = threading.Event(), []
+
+    def hello(peer):
+        waited.append(goes_on.wait(4))
+        fake.hello = None
+        fake.shake_hands(peer)
+
+    async def work():
+        fake.hello, fake.dies_of = hello, READ
+        before = fake.connections
+        read = asyncio.ensure_future(target.read(0, bytearray(4096)))
+        while fake.connections == before:
+            await asyncio.sleep(0.01)
+        goes_on.set()
+        await read
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, work)
+    assert waited == [True]
+
+
+def test_nbd_a_machine_that_is_silent_is_asked_whether_it_lives(targets):
+    async def work():
+        return target.connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    port = free_port()
+    with FakeNbd((socket.AF_INET, ("127.0.0.1", port))):
+        target = targets.Nbd(f"nbd://127.0.0.1:{port}")
+        assert served(target, work) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+def test_nbd_over_ipv6(targets):
+    port = free_port()
+    with FakeNbd((socket.AF_INET6, ("::1", port))):
+        assert targets.Nbd(f"nbd://[::1]:{port}").size == 1 << 20
+
+
+def test_nbd_no_server_answers_in_no_time(run, here):
+    assert_fails(run("nbd", nbd_uri(here), "--timeout", "0"), 1, "--timeout 0", errno.EINVAL)
+
+
+def test_nbd_what_is_no_block_at_an_exports_end_is_told_of(targets, here, capfd):
+    with FakeNbd(here, size=(1 << 20) + 100):
+        assert targets.Nbd(nbd_uri(here)).size == 1 << 20
+    assert "its last 100 bytes are left out" in capfd.readouterr().err
+
+
+# ---- servers with TLS, and old ones ------------------------------------------------------------------
+
+
+def certificates(directory):
+    """Make an authority, and what it says of localhost, as nbdkit names them."""
+    needs("openssl")
+    key, ca = directory / "server-key.pem", directory / "ca-cert.pem"
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", 2]
+    sh(*new, "-keyout", directory / "ca-key.pem", "-out", ca, "-subj", "/CN=authority")
+    sh("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", directory / "request",
+       "-subj", "/CN=localhost")
+    (directory / "names").write_text("subjectAltName=DNS:localhost\n")
+    sh("openssl", "x509", "-req", "-days", 2, "-in", directory / "request", "-CA", ca, "-CAcreateserial",
+       "-CAkey", directory / "ca-key.pem", "-extfile", directory / "names",
+       "-out", directory / "server-cert.pem")
+    (directory / "mine.pem").write_text((directory / "server-cert.pem").read_text() + key.read_text())
+    return {"ca": str(ca), "certificate": str(directory / "mine.pem")}
+
+
+@pytest.fixture
+def tls_server(tmp_path):
+    files, port = certificates(tmp_path), free_port()
+    with nbd_server("nbdkit", "-f", "-i", "127.0.0.1", "-p", "AT", "--tls=require", "--tls-verify-peer",
+                    f"--tls-certificates={tmp_path}", "memory", "1M", port):
+        yield port, files
+
+
+def test_nbd_speaks_tls(targets, tls_server):
+    async def work():
+        await target.write(4096, PAGE)
+        buffer = bytearray(8192)
+        await target.read(0, memoryview(buffer))
+        return buffer
+
+    port, files = tls_server
+    target = targets.Nbd(f"nbds://localhost:{port}", **files)
+    assert served(target, work) == bytes(4096) + PAGE
+
+
+def test_nbd_believes_no_server_that_nobody_vouches_for(run, tls_server):
+    port, files = tls_server
+    ours = "--ca", files["ca"], "--certificate", files["certificate"]
+    assert_fails(run("nbd", f"nbds://localhost:{port}"), 1, "certificate", errno.EPROTO)
+    assert_fails(run("nbd", f"nbds://127.0.0.1:{port}", *ours), 1, "certificate", errno.EPROTO)
+
+
+def test_nbd_a_server_without_tls_gets_nothing_in_the_clear(run, here):
+    with nbdkit(here, "--tls=off", "memory", "1M"):
+        assert_fails(run("nbd", f"nbds+unix:///?socket={here}"), 1, "the server speaks no TLS", errno.EINVAL)
+
+
+def old_hands(fake, peer):
+    """Know of no option but to be told a name."""
+    fake.greet(peer)
+    peer.sendall(fake.reply(7, 1 << 31 | 1))
+    assert fake.option(peer) == 1
+    peer.sendall(struct.pack(">QH", 1 << 20, 0b1101) + bytes(124))
+
+
+def test_nbd_servers_that_know_only_to_be_told_a_name(targets, here):
+    with FakeNbd(here) as fake:
+        fake.hello = lambda peer: old_hands(fake, peer)
+        assert targets.Nbd(nbd_uri(here)).size == 1 << 20
+
+
+def test_nbd_servers_without_options(targets, here):
+    with nbdkit(here, "--mask-handshake=0", "memory", "1M"):
+        assert targets.Nbd(nbd_uri(here, "any")).size == 1 << 20
 
 
 # ---- real servers ---------------------------------------------------------------------------------
@@ -520,6 +720,27 @@ def test_nbd_a_server_restarted_under_load_loses_nothing(targets, here, new_imag
             fio.busy()
             fio.finish()
         assert fio.errors == 0
+
+
+@kernel
+def test_nbd_what_a_killed_server_had_not_written_yet_fails_the_next_fsync(targets, here, tmp_path):
+    needs("qemu-img")
+    image = tmp_path / "disk.qcow2"
+    sh("qemu-img", "create", "-q", "-f", "qcow2", image, "16M")
+    words = "qemu-nbd", "-t", "-f", "qcow2", "-k", "AT", image, here
+    with ExitStack() as stack:
+        server = stack.enter_context(nbd_server(*words))
+        disk = stack.enter_context(ublk.Device(targets.Nbd(nbd_uri(here))))
+        fd = stack.enter_context(opened(disk.path))
+        write_at(fd, 0, b"x" * 4096)
+        server.kill()
+        server.wait()
+        here.unlink(missing_ok=True)
+        stack.enter_context(nbd_server(*words))
+        read_at(fd, 1 << 20, 4096)
+        assert error_of(os.fsync, fd) == errno.EIO
+        write_at(fd, 0, b"x" * 4096)
+        os.fsync(fd)
 
 
 @kernel
