@@ -3368,6 +3368,12 @@ class Device:
             "not possible with shared memory",
             "choose one of them",
         )
+        refuse(
+            self.recovery == "reissue" and hasattr(self.target, "zone_append"),
+            "a zoned disk with reissue",
+            "what is sent again would be appended twice",
+            "take requeue",
+        )
         for feature, wanted in (
             (UBLK_F_ZONED, self.zoned),
             (UBLK_F_BATCH_IO, self.batch),

@@ -249,8 +249,10 @@ class Loop(Mapped, ublk.Target):
             await moved(self.write, at, ublk.ZEROES[:count])
 
     async def _discard(self, offset: int, length: int) -> None:
-        if self.is_block:
-            self._discard_blocks(offset, length)
+        import asyncio
+
+        if self.is_block:  # in a thread, for a device takes its time
+            await asyncio.to_thread(self._discard_blocks, offset, length)
         else:
             await ublk.uring_fallocate(self.fd, HOLE, offset, length)
 
@@ -287,6 +289,18 @@ def is_block(path: str) -> bool:
     return kind == stat.S_IFBLK
 
 
+def patiently(call: Callable[[], Any]) -> Any:
+    """Call, and again while a server that was killed a moment ago still has what is wanted."""
+    deadline = time.monotonic() + ublk.LAST_BREATH
+    while True:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EBUSY) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
+
+
 def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[int, bool]:
     """Open a file or block device; return its descriptor and whether it is only for reading.
 
@@ -297,7 +311,7 @@ def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[in
     try:
         if not read_only:
             try:
-                return os.open(path, flags | exclusive | os.O_RDWR), False
+                return patiently(lambda: os.open(path, flags | exclusive | os.O_RDWR)), False
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
@@ -311,22 +325,17 @@ def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[in
 
 
 def claim(fd: int, path: str, read_only: bool = False) -> None:
-    """Take a file for one server, or for any number that only read it, while it is open.
+    """Take a file or device for one server, or for any number that only read it, while it is open.
 
-    A server that was killed a moment ago is given time to go. A device that is written to was
-    opened exclusively already. Raises UblkError (EBUSY) where another server uses the file.
+    Raises UblkError (EBUSY) where another server uses it.
     """
     how = fcntl.LOCK_SH if read_only else fcntl.LOCK_EX
-
-    def is_free() -> bool:
-        try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    if not is_block(path) and not ublk.becomes(is_free, ublk.LAST_BREATH):
-        raise ublk.UblkError(errno.EBUSY, path, "another server uses it", "end that first")
+    try:
+        patiently(lambda: fcntl.flock(fd, how | fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise ublk.UblkError(
+            errno.EBUSY, path, "another server uses it", "end that first"
+        ) from None
 
 
 def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
@@ -584,12 +593,29 @@ class Sealed:
         return values
 
 
-COW_HEADER = Sealed(b"ublkcow1", "QQ36s", "an overlay")  # size, block size, boot id
+# Size, block size and fingerprint of the base, boot id
+COW_HEADER = Sealed(b"ublkcow2", "QQI36s", "an overlay")
 COW_UNIT = 64 << 10  # header and marks fill whole pages of any machine
 # marks of blocks: see Cow
 BASE = b"\0"
 OURS = b"\1"
 KEPT = b"\2"
+
+
+def boot_id() -> bytes:
+    """Return what the machine has another of each time that it is started."""
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return file.read(36)
+
+
+def fingerprint(fd: int, size: int) -> int:
+    """Return a checksum, never 0, of what file systems keep at known places, and of some blocks."""
+    known = [(0, 132 << 10), (max(size - COW_UNIT, 0), COW_UNIT)]
+    others = [(size // 64 * number, 4096) for number in range(64)]
+    checksum = 0
+    for offset, length in known + others:
+        checksum = zlib.crc32(os.pread(fd, length, offset), checksum)
+    return checksum or 1
 
 
 class Cow(ublk.Target):
@@ -604,23 +630,32 @@ class Cow(ublk.Target):
     base: the file or block device that is read
     overlay: the file that takes the changes; made if it is not there; delete it to discard them
     commit: first write the changes of earlier times into the base, and start with none
+    any_base: take the base though it is not as it was when the overlay was made
     read_only: open both for reading only
     """
 
-    once = ("--commit",)  # a server that recovers the disk leaves its changes where they are
+    once = ("--commit", "--any-base")  # what a server that recovers the disk does not do again
 
     def __init__(
-        self, base: str, overlay: str, *, commit: bool = False, read_only: bool = False
+        self,
+        base: str,
+        overlay: str,
+        *,
+        commit: bool = False,
+        any_base: bool = False,
+        read_only: bool = False,
     ) -> None:
         refuse(
             commit and read_only, "--commit", "it writes to the base", "leave --read-only out"
         )
         distinct([base, overlay])
-        is_block(base)
         self.files = [base, overlay]
-        self.base = os.open(base, os.O_RDWR if commit else os.O_RDONLY)
-        claim(self.base, base, read_only=not commit)
-        self.size, self.block_size, self.physical_block_size = sizes_of(self.base, base)
+        self.below = Loop(base, read_only=not commit)
+        check_writable(self.below, not commit)
+        self.base = self.below.fd
+        self.size = self.below.size
+        self.block_size = self.below.block_size
+        self.physical_block_size = self.below.physical_block_size
         self.grain = self.block_size
         count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
         self.marks_at = COW_UNIT
@@ -634,22 +669,20 @@ class Cow(ublk.Target):
         self.fd = self.top.fd
         self.lock = threading.Lock()
         self.fresh: set[tuple[int, int]] = set()  # blocks, from and to, that are to be KEPT
-        self._open()
+        self._open(any_base)
         if commit:
             self._commit()
 
-    def _open(self) -> None:
+    def _open(self, any_base: bool) -> None:
         """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
         check_writable(self.top, self.read_only)
-        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-            boot = file.read(36)
-        header = COW_HEADER.pack(self.size, self.grain, boot)
+        boot = last_boot = boot_id()
         size = self.size
         grain = self.grain
-        last_boot = boot
+        seen = found = fingerprint(self.base, size)
         # Else it is new, or was killed as it was made
-        if any(os.pread(self.fd, len(header), 0)):
-            size, grain, last_boot = COW_HEADER.read(self.fd, self.path)
+        if any(os.pread(self.fd, COW_HEADER.size, 0)):
+            size, grain, seen, last_boot = COW_HEADER.read(self.fd, self.path)
         refuse(
             (size, grain) != (self.size, self.grain),
             self.path,
@@ -663,6 +696,12 @@ class Cow(ublk.Target):
             "its end is missing",
             "restore or delete it",
         )
+        refuse(
+            seen not in (0, found) and not any_base,
+            self.path,
+            "its base has changed since",
+            "restore that, or take --any-base",
+        )
         if self.read_only:
             self.lost = last_boot != boot
             return
@@ -671,7 +710,11 @@ class Cow(ublk.Target):
             marks = os.pread(self.fd, COW_UNIT, at)
             if OURS in marks:
                 write_all(self.fd, marks.replace(OURS, KEPT if last_boot == boot else BASE), at)
-        write_all(self.fd, header, 0)
+        self._seal(found)
+
+    def _seal(self, seen: int) -> None:
+        """Write the header, durably, with the fingerprint of the base; 0 means any."""
+        write_all(self.fd, COW_HEADER.pack(self.size, self.grain, seen, boot_id()), 0)
         os.fsync(self.fd)
 
     # ---- which blocks the overlay has --------------------------------------------------------------
@@ -703,9 +746,15 @@ class Cow(ublk.Target):
         """Note that the overlay has these blocks."""
         with self.lock:
             marks = self._marks(blocks)
-            if BASE in marks:
-                write_all(self.fd, marks.replace(BASE, OURS), self.marks_at + blocks.start)
-                self.fresh.add((blocks.start, blocks.stop))
+            if BASE not in marks:
+                return
+            marks = marks.replace(BASE, OURS)
+            start = blocks.start
+            while marks:  # where there is no room for all, flush() is to know of the others
+                count = os.pwrite(self.fd, marks, self.marks_at + start)
+                self.fresh.add((start, start + count))
+                start = start + count
+                marks = marks[count:]
 
     def _keep(self, fresh: set[tuple[int, int]]) -> None:
         """Note that blocks of the overlay are durable."""
@@ -750,6 +799,7 @@ class Cow(ublk.Target):
 
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
+        self._seal(0)
         for at, count in pieces(0, self.size):
             for ours, start, length in self.runs(at, count):
                 if ours:
@@ -758,6 +808,7 @@ class Cow(ublk.Target):
         for start, end in (self.marks_at, self.data_at), (self.data_at, self.top.size):
             clear(self.fd, start, end - start)
             os.fsync(self.fd)
+        self._seal(fingerprint(self.base, self.size))
 
     def close(self) -> None:
         if self.top.fd >= 0:
@@ -765,7 +816,7 @@ class Cow(ublk.Target):
             self._keep(self.fresh)
             os.fdatasync(self.fd)
             self.top.close()
-            os.close(self.base)
+            self.below.close()
 
 
 # =================================================================================================
@@ -1454,24 +1505,27 @@ BLK_ZONE_COND_CLOSED = 4
 BLK_ZONE_COND_FULL = 14
 IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
 IS_ACTIVE = (*IS_OPEN, BLK_ZONE_COND_CLOSED)
-ZONED_HEADER = Sealed(b"ublkzon2", "QQQ", "a zoned disk")  # size, zone size, conventional
-ZONE_TABLE_AT = 4096  # of each zone: how much is written, in 8 bytes
+# Size, zone size, conventional zones, boot id
+ZONED_HEADER = Sealed(b"ublkzon3", "QQQ36s", "a zoned disk")
+ZONE_TABLE_AT = 4096
+ZONE_ENTRY = struct.Struct("<QQ")  # how much of a zone is written, and how much of that durable
 
 
 def zone_data_at(zones: int) -> int:
     """Return where the data begins behind the table of so many zones."""
-    return ZONE_TABLE_AT + -(-8 * zones // 4096) * 4096
+    return ZONE_TABLE_AT + -(-ZONE_ENTRY.size * zones // 4096) * 4096
 
 
 class Zone:
     """What changes of a zone: where the next write goes, in bytes of the disk, and its condition."""
 
-    def __init__(self, number: int, size: int, written: int) -> None:
+    def __init__(self, number: int, size: int, written: int, durable: int) -> None:
         self.number = number
         self.start = number * size
         self.end = (number + 1) * size
         self.wp = self.start + written
-        self.resumed = True  # nothing was written since the server started
+        self.durable = self.start + durable  # where the next write goes after a loss of power
+        self.resets = 0
         self.settle()
 
     def settle(self) -> None:
@@ -1484,7 +1538,9 @@ class Zoned(ublk.Target):
     """A host-managed zoned disk: a zone is written from its start to its end and reset as a whole.
 
     It lies in a file: a header, how much of each zone is written, then the data. A file that is
-    there knows its sizes.
+    there knows its sizes. A pointer that is noted in the file may be durable before the data are, so
+    it counts only until the machine is started anew. A flush makes the data durable, and then notes
+    the pointer that counts for ever.
 
     file: keep it in this file; made if it is not there (in memory)
     size: size of a new disk
@@ -1518,18 +1574,18 @@ class Zoned(ublk.Target):
             fd = os.memfd_create("zoned")
             weakref.finalize(self, os.close, fd)
             self.path = f"/proc/self/fd/{fd}"
-        is_new = not os.path.exists(self.path) or not os.path.getsize(self.path)
+        is_there = os.path.exists(self.path)
         refuse(
-            not is_new and is_block(self.path), file, "not a file", "name a file for its zones"
+            is_there and is_block(self.path), file, "not a file", "name a file for its zones"
         )
+        is_new = not is_there or not os.path.getsize(self.path)
         if is_new and not (file and read_only):
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path, read_only=read_only)
         self.close = self.disk.close
         check_writable(self.disk, read_only)
-        self.size, self.zone_size, self.conventional = ZONED_HEADER.read(
-            self.disk.fd, self.path
-        )
+        header = ZONED_HEADER.read(self.disk.fd, self.path)
+        self.size, self.zone_size, self.conventional, last_boot = header
         self.data_at = zone_data_at(self.size // self.zone_size)
         refuse(
             self.disk.size != self.data_at + self.size,
@@ -1537,7 +1593,13 @@ class Zoned(ublk.Target):
             f"damaged: not {self.data_at + self.size} bytes long",
             "restore it",
         )
-        self.zones = self._load_zones()
+        self.zones = self._load_zones(last_boot == boot_id())
+        if last_boot != boot_id() and not read_only:
+            for zone in self.zones:
+                self._note(zone, zone.wp, zone.wp)
+            os.fsync(self.disk.fd)
+            write_all(self.disk.fd, ZONED_HEADER.pack(*header[:3], boot_id()), 0)
+            os.fsync(self.disk.fd)
 
     # ---- the file ----------------------------------------------------------------------------------
 
@@ -1553,15 +1615,16 @@ class Zoned(ublk.Target):
             f"--size {size}",
             f"not {conventional} zones of {zone_size} bytes and more",
         )
-        header = ZONED_HEADER.pack(size, zone_size, conventional)
+        header = ZONED_HEADER.pack(size, zone_size, conventional, boot_id())
         make_file(self.path, header, zone_data_at(size // zone_size) + size)
 
-    def _load_zones(self) -> list[Zone]:
+    def _load_zones(self, same_boot: bool) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""
-        table = os.pread(self.disk.fd, 8 * self.size // self.zone_size, ZONE_TABLE_AT)
+        count = self.size // self.zone_size
+        table = os.pread(self.disk.fd, ZONE_ENTRY.size * count, ZONE_TABLE_AT)
         zones = [
-            Zone(number, self.zone_size, written)
-            for number, written in enumerate(memoryview(table).cast("Q"))
+            Zone(number, self.zone_size, written if same_boot else durable, durable)
+            for number, (written, durable) in enumerate(ZONE_ENTRY.iter_unpack(table))
         ]
         for zone in zones:
             refuse(
@@ -1583,20 +1646,26 @@ class Zoned(ublk.Target):
             raise OSError(errno.EIO, "a conventional zone")
         return zone
 
-    def _make_open(self, zone: Zone, cond: int) -> None:
-        """Open a zone if the limits allow; one that is open only by the way may be closed for it."""
-        if zone.cond not in IS_OPEN:
-            active = [
-                other for other in self.zones if other.cond in IS_ACTIVE and other is not zone
-            ]
-            if 0 < self.max_active_zones <= len(active):
-                raise OSError(errno.EOVERFLOW, "too many active zones")
-            opened = [other for other in active if other.cond in IS_OPEN]
-            if 0 < self.max_open_zones <= len(opened):
-                victims = [other for other in opened if other.cond == BLK_ZONE_COND_IMP_OPEN]
-                if not victims:
-                    raise OSError(errno.ETOOMANYREFS, "too many open zones")
-                victims[0].settle()
+    def _in_the_way(self, zone: Zone) -> list[Zone]:
+        """Return which zones, open only by the way, must be closed so that this one can be open."""
+        if zone.cond in IS_OPEN:
+            return []
+        active = [
+            other for other in self.zones if other.cond in IS_ACTIVE and other is not zone
+        ]
+        if 0 < self.max_active_zones <= len(active):
+            raise OSError(errno.EOVERFLOW, "too many active zones")
+        opened = [other for other in active if other.cond in IS_OPEN]
+        if not 0 < self.max_open_zones <= len(opened):
+            return []
+        victims = [other for other in opened if other.cond == BLK_ZONE_COND_IMP_OPEN]
+        if not victims:
+            raise OSError(errno.ETOOMANYREFS, "too many open zones")
+        return victims[:1]
+
+    def _make_open(self, zone: Zone, cond: int, instead_of: list[Zone]) -> None:
+        for other in instead_of:
+            other.settle()
         if zone.cond != BLK_ZONE_COND_EXP_OPEN:
             zone.cond = cond
 
@@ -1623,7 +1692,7 @@ class Zoned(ublk.Target):
             zone = self._zone(offset)
             if zone.cond == BLK_ZONE_COND_FULL:
                 raise OSError(errno.EIO, "the zone is full")
-            self._make_open(zone, BLK_ZONE_COND_EXP_OPEN)
+            self._make_open(zone, BLK_ZONE_COND_EXP_OPEN, self._in_the_way(zone))
 
     def zone_close(self, offset: int) -> None:
         with self.lock:
@@ -1632,18 +1701,34 @@ class Zoned(ublk.Target):
     def zone_finish(self, offset: int) -> None:
         with self.lock:
             zone = self._zone(offset)
-            self._move_pointer(zone, zone.end)
+            self._note(zone, zone.end, zone.durable)
+            zone.wp = zone.end
+            zone.settle()
 
     async def zone_reset(self, offset: int) -> None:
-        zone = self._zone(offset)
-        if zone.wp != zone.start:
-            await self.disk.write_zeroes(self.data_at + zone.start, self.zone_size, True)
-        with self.lock:
-            self._move_pointer(zone, zone.start)
+        import asyncio
+
+        await asyncio.to_thread(self._reset, [self._zone(offset)])
 
     async def zone_reset_all(self) -> None:
-        for zone in self.zones[self.conventional :]:
-            await self.zone_reset(zone.start)
+        import asyncio
+
+        await asyncio.to_thread(self._reset, self.zones[self.conventional :])
+
+    def _reset(self, zones: list[Zone]) -> None:
+        """Empty zones, durably before their data go and others take their place."""
+        with self.lock:
+            written = [zone for zone in zones if zone.wp != zone.start]
+            for zone in written:
+                self._note(zone, zone.start, zone.start)
+            if written:
+                os.fdatasync(self.disk.fd)
+            for zone in zones:
+                zone.wp = zone.durable = zone.start
+                zone.resets += 1
+                zone.settle()
+            for zone in written:
+                clear(self.disk.fd, self.data_at + zone.start, self.zone_size)
 
     # ---- data ------------------------------------------------------------------------------------
 
@@ -1651,6 +1736,18 @@ class Zoned(ublk.Target):
         return self.disk.read(self.data_at + offset, buffer)
 
     async def flush(self) -> None:
+        with self.lock:
+            moved = [
+                (zone, zone.resets, zone.wp) for zone in self.zones if zone.wp != zone.durable
+            ]
+        await self.disk.flush()
+        if not moved:
+            return
+        with self.lock:
+            for zone, resets, wp in moved:
+                if zone.resets == resets:
+                    self._note(zone, zone.wp, wp)
+                    zone.durable = wp
         await self.disk.flush()
 
     async def write(self, offset: int, buffer: memoryview) -> int | None:
@@ -1658,10 +1755,9 @@ class Zoned(ublk.Target):
             return self.disk.write(self.data_at + offset, buffer)
         with self.lock:
             zone = self._zone(offset)
-            if offset == zone.wp:
-                self._write(zone, buffer)
-            elif not self._was_done(zone, offset, buffer):
+            if offset != zone.wp:
                 raise OSError(errno.EIO, "not at the write pointer")
+            self._write(zone, buffer)
         return None
 
     def zone_append(self, offset: int, buffer: memoryview) -> int:
@@ -1671,32 +1767,22 @@ class Zoned(ublk.Target):
             return zone.wp - len(buffer)
 
     def _write(self, zone: Zone, buffer: memoryview) -> None:
-        """Write at the zone's pointer, and only then move that."""
-        if zone.wp + len(buffer) > zone.end:
+        """Write at the zone's pointer, and only then move that; a zone that cannot stays as it was."""
+        position = zone.wp + len(buffer)
+        if position > zone.end:
             raise OSError(errno.EIO, "the zone is full")
-        self._make_open(zone, BLK_ZONE_COND_IMP_OPEN)
+        instead_of = self._in_the_way(zone)
         write_all(self.disk.fd, buffer, self.data_at + zone.wp)
-        self._move_pointer(zone, zone.wp + len(buffer))
-
-    def _was_done(self, zone: Zone, offset: int, buffer: memoryview) -> bool:
-        """Tell a write that was done by a server that was killed before it could say so."""
-        return (
-            zone.resumed
-            and offset + len(buffer) == zone.wp
-            and os.pread(self.disk.fd, len(buffer), self.data_at + offset) == buffer
-        )
-
-    def _move_pointer(self, zone: Zone, position: int) -> None:
-        """Note in the file, then in memory, how far a zone is written."""
-        write_all(
-            self.disk.fd,
-            struct.pack("Q", position - zone.start),
-            ZONE_TABLE_AT + 8 * zone.number,
-        )
+        self._note(zone, position, zone.durable)
+        self._make_open(zone, BLK_ZONE_COND_IMP_OPEN, instead_of)
         zone.wp = position
-        zone.resumed = False
-        if zone.wp in (zone.start, zone.end):
+        if zone.wp == zone.end:
             zone.settle()
+
+    def _note(self, zone: Zone, position: int, durable: int) -> None:
+        """Note in the file how far a zone is written."""
+        entry = ZONE_ENTRY.pack(position - zone.start, durable - zone.start)
+        write_all(self.disk.fd, entry, ZONE_TABLE_AT + ZONE_ENTRY.size * zone.number)
 
 
 # =================================================================================================

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import gc
 import hashlib
 import os
 import random
@@ -108,6 +110,63 @@ def test_a_damaged_overlay_is_refused(targets, tmp_path, damage, says):
     assert says in message(targets.Cow, base, overlay)
     if "base" not in says:
         assert Path(base).read_bytes() == b"b" * (1 << 20)
+
+
+def test_a_base_that_has_changed_is_refused(targets, tmp_path):
+    base, overlay = overlay_of(targets, tmp_path)
+    patched(base, 1024 + 44, b"mounted")            # where ext4 notes that
+    assert "its base has changed since" in message(targets.Cow, base, overlay)
+    gc.collect()
+    assert "its base has changed since" in message(lambda: targets.Cow(base, overlay, read_only=True))
+    gc.collect()
+    targets.Cow(base, overlay, any_base=True).close()
+    targets.Cow(base, overlay).close()              # now it is known as it is
+
+
+def test_a_commit_that_was_killed_can_be_done_again(targets, tmp_path, monkeypatch):
+    base, overlay = overlay_of(targets, tmp_path)
+
+    def die(*_):
+        raise InterruptedError
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(targets, "clear", die)
+        targets.Cow(base, overlay, commit=True)
+    gc.collect()
+    cow = targets.Cow(base, overlay, commit=True)
+    assert list(cow.runs(0, 1 << 20)) == [(False, 0, 1 << 20)]
+    cow.close()
+    targets.Cow(base, overlay).close()
+
+
+def test_marks_there_was_room_for_are_kept_by_a_flush(targets, tmp_path, monkeypatch):
+    """All of a block's changes are there for good then, or none."""
+    base, overlay = overlay_of(targets, tmp_path)
+    cow, pwrite = targets.Cow(base, overlay), os.pwrite
+
+    def full(fd, data, offset):
+        if len(data) < 8:
+            raise OSError(errno.ENOSPC, "full")
+        return pwrite(fd, data[:8], offset)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert error_of(cow._mark, cow.blocks(8192, 6144)) == errno.ENOSPC
+    ours = [(False, 4096, 4096), (True, 8192, 4096), (False, 12288, 4096)]
+    assert list(cow.runs(4096, 12288)) == ours
+    asyncio.run(flush_with_fsync(cow))
+    shutil.copy(overlay, tmp_path / "y.cow")
+    cow.close()
+    start_machine_anew(targets, tmp_path / "y.cow")
+    cow = targets.Cow(base, str(tmp_path / "y.cow"))
+    assert list(cow.runs(4096, 12288)) == ours
+    cow.close()
+
+
+async def flush_with_fsync(cow):
+    """Flush an overlay without a queue's ring."""
+    async def flush():
+        os.fsync(cow.fd)
+    cow.top.flush = flush
+    await cow.flush()
 
 
 def test_an_overlay_has_one_server(targets, tmp_path):

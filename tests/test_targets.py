@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import gc
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -209,6 +211,38 @@ def test_every_word_and_option_of_a_target_is_explained(name):
     parser = ublk.target_parser(ublk.known_targets()[name], name)
     said = {action.dest: (action.help or "").partition("(default")[0].strip() for action in parser._actions}
     assert "" not in said.values(), said
+
+
+def test_discards_of_a_device_keep_no_other_request_waiting(targets, tmp_path):
+    path, = files(tmp_path, 1, 1 << 20)
+    disk, served, waited = targets.Loop(path), threading.Event(), []
+    disk.is_block = True
+    disk._discard_blocks = lambda *_: waited.append(served.wait(5))
+
+    async def work():
+        discard = asyncio.ensure_future(disk._discard(0, 4096))
+        await asyncio.sleep(0)
+        served.set()
+        await discard
+    asyncio.run(work())
+    assert waited == [True]
+    disk.close()
+
+
+def test_a_device_that_a_killed_server_still_holds_is_waited_for(targets, tmp_path, monkeypatch):
+    path, = files(tmp_path, 1, 1 << 20)
+    tries, os_open = [], os.open
+
+    def busy(*words):
+        tries.append(words)
+        if len(tries) < 3:
+            raise OSError(errno.EBUSY, "busy")
+        return os_open(path, os.O_RDWR)
+    monkeypatch.setattr(targets, "is_block", lambda path: True)
+    monkeypatch.setattr(os, "open", busy)
+    fd, read_only = targets.open_backing(path)
+    assert not read_only and len(tries) == 3
+    os.close(fd)
 
 
 # ---- one server for one file -----------------------------------------------------------------------

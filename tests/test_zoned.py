@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -13,7 +14,6 @@ import pytest
 
 import ublk
 from tests.support import (
-    Fio,
     Forked,
     assert_fails,
     before,
@@ -93,12 +93,78 @@ def test_zones_of_a_file_are_as_they_were_left(targets, tmp_path):
     assert conditions(disk) == [0, 0, CLOSED, EMPTY, FULL] + [EMPTY] * 11
     assert disk.zones[2].wp == (2 << 20) + 4096
     assert error_of(now, disk.write(2 << 20, memoryview(bytes(4096)))) == errno.EIO
-    now(disk.write(2 << 20, page))              # what a killed server had done comes again
     now(disk.write((2 << 20) + 4096, page))
     assert error_of(now, disk.write((2 << 20) + 4096, page)) == errno.EIO
     for operation in (disk.zone_open, disk.zone_close, disk.zone_finish):
         assert error_of(operation, 0) == errno.EIO
     disk.close()
+
+
+def start_machine_anew(targets, path):
+    """Have a file of zones believe that the machine was started since it was last open."""
+    *sizes, _ = targets.ZONED_HEADER.unpack(path.read_bytes()[:targets.ZONED_HEADER.size])
+    damage(path, 0, targets.ZONED_HEADER.pack(*sizes, b"an earlier boot".ljust(36)))
+
+
+def test_after_a_loss_of_power_a_zones_pointer_is_where_a_flush_found_it(targets, tmp_path):
+    path, page = tmp_path / "zones", memoryview(os.urandom(4096))
+    disk = zoned(targets, file=str(path))
+    disk.zone_append(1 << 20, page)
+    disk.zone_append(2 << 20, page)
+    disk.disk.flush = flushed = nothing_to_wait_for()
+    now(disk.flush())
+    assert flushed.count == 2                   # data first
+    disk.zone_append(1 << 20, page)
+    disk.zone_append(3 << 20, page)
+    asyncio.run(disk.zone_reset(2 << 20))
+    disk.close()
+    start_machine_anew(targets, path)
+    for _ in range(2):                          # nor is anything else true later
+        disk = targets.Zoned(file=str(path))
+        assert [zone.wp - zone.start for zone in disk.zones[:5]] == [0, 4096, 0, 0, 0]
+        disk.close()
+
+
+def test_a_zone_that_is_reset_during_a_flush_stays_empty(targets, tmp_path):
+    path, page = tmp_path / "zones", memoryview(os.urandom(4096))
+    disk = zoned(targets, file=str(path))
+    disk.zone_append(1 << 20, page)
+
+    async def flush():
+        disk._reset(disk.zones[1:2])
+        disk.disk.flush = nothing_to_wait_for()
+    disk.disk.flush = flush
+    now(disk.flush())
+    disk.zone_append(1 << 20, page)
+    disk.close()
+    start_machine_anew(targets, path)
+    disk = targets.Zoned(file=str(path))
+    assert disk.zones[1].wp == 1 << 20
+    disk.close()
+
+
+def nothing_to_wait_for():
+    """Make a coroutine function that counts its calls."""
+    async def function():
+        function.count += 1
+    function.count = 0
+    return function
+
+
+def test_zones_lie_in_no_device(targets, tmp_path, monkeypatch):
+    """Also one of 0 bytes, as stat() has all devices."""
+    path = tmp_path / "device"
+    path.write_bytes(b"")
+    monkeypatch.setattr(targets, "is_block", lambda path: True)
+    assert "not a file" in message(lambda: zoned(targets, file=str(path)))
+    assert path.read_bytes() == b""
+
+
+@kernel
+@since("6.6")
+def test_a_zoned_disk_sends_nothing_again(targets):
+    device = ublk.Device(zoned(targets), recovery="reissue")
+    assert "what is sent again would be appended twice" in message(device.start)
 
 
 def test_a_file_of_zones_has_one_server(targets, tmp_path):
@@ -112,8 +178,8 @@ def test_a_file_of_zones_has_one_server(targets, tmp_path):
 @pytest.mark.parametrize("spoil, text", [
     (lambda path: damage(path, 0, b"x"), "not a zoned disk, or a damaged one"),
     (lambda path: damage(path, 9, b"x"), "not a zoned disk, or a damaged one"),
-    (lambda path: damage(path, 4096 + 8, b"\1"), "the write pointer of zone 1"),
-    (lambda path: damage(path, 4096 + 8 * 15, b"\xff" * 8), "the write pointer of zone 15"),
+    (lambda path: damage(path, 4096 + 16, b"\1"), "the write pointer of zone 1"),
+    (lambda path: damage(path, 4096 + 16 * 15, b"\xff" * 8), "the write pointer of zone 15"),
     (lambda path: os.truncate(path, 10 << 20), "damaged: not"),
     (lambda path: os.truncate(path, 512), "damaged: not"),
     (lambda path: os.truncate(path, 10), "not a multiple of 512"),
@@ -137,7 +203,8 @@ def test_zones_that_cannot_be(run, words, status, text):
 
 def test_the_pointer_of_a_zone_moves_once_its_data_are_there(targets, tmp_path, monkeypatch):
     path, page, write_all = str(tmp_path / "zones"), memoryview(b"x" * 4096), targets.write_all
-    disk = zoned(targets, file=path)
+    disk = zoned(targets, file=path, max_open=1)
+    disk.zone_append(0, page)
 
     def full(fd, data, offset):
         if offset >= disk.data_at:
@@ -147,9 +214,10 @@ def test_the_pointer_of_a_zone_moves_once_its_data_are_there(targets, tmp_path, 
     assert error_of(disk.zone_append, 1 << 20, page) == errno.ENOSPC
     assert error_of(now, disk.write(2 << 20, page)) == errno.ENOSPC
     assert [zone.wp for zone in disk.zones[1:3]] == [1 << 20, 2 << 20]
+    assert conditions(disk) == [IMP_OPEN] + [EMPTY] * 15
     disk.close()
     disk = targets.Zoned(file=path)
-    assert conditions(disk) == [EMPTY] * 16
+    assert conditions(disk) == [CLOSED] + [EMPTY] * 15
     disk.close()
 
 
@@ -247,16 +315,18 @@ def test_zones_carry_a_file_system(targets, tmp_path, kind):
 @since("6.6")
 def test_zones_survive_servers_that_are_killed(targets, tmp_path, backing):
     backing.unlink()
-    words = ["zoned", "--file", backing, "--size", "32M", "--zone-size", "4M", "-r", "reissue"]
+    words = ["zoned", "--file", backing, "--size", "32M", "--zone-size", "4M", "-r", "requeue"]
     disk = Forked(*words).live()
-    with Fio(disk, "--zonemode=zbd", "--max_open_zones=2", "--bs=16k", "--size=32M", "--io_size=8M") as fio:
-        for _ in range(2):
-            fio.busy()
-            disk.kill()
-            disk = recovered(disk)
-        fio.busy()
-        fio.finish()
-    assert fio.errors == 0
+    page = os.urandom(4096)
+    for number in range(3):                     # nothing is flushed meanwhile
+        with opened(disk.path) as fd:
+            write_at(fd, number * 4096, page)
+            write_at(fd, (number + 1) << 22, page)
+        disk.kill()
+        disk = recovered(disk)
+    with opened(disk.path) as fd:
+        assert read_at(fd, 0, 4 * 4096) == page * 3 + bytes(4096)
+    assert [line[1] for line in report(disk)] == [24, 8, 8, 8, 0, 0, 0, 0]
     before = report(disk), digest(disk.path)
     assert disk.kill(signal.SIGTERM) == 0
     with Forked(*words) as disk:                # and the end of the server
