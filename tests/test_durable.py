@@ -32,7 +32,7 @@ def serving(tmp_path, here):
         with ExitStack() as stack:
             lower, other = [stack.enter_context(ublk.Device(below)).path for below in lowers]
             words = {"LOWER": lower, "OTHER": other, "LOG": tmp_path / "log", "URI": nbd_uri(here)}
-            partner = nbd_server("qemu-nbd", "-f", "raw", "--cache=writeback", "-k", "AT", lower, here)
+            partner = nbd_server("qemu-nbd", "-tf", "raw", "--cache=writeback", "-k", "AT", lower, here)
             stack.enter_context(partner if kind == "nbd" else nullcontext())
             target = ublk.make_target([str(words.get(word, word)) for word in STACKS[kind].split()])
             yield stack.enter_context(ublk.Device(target)), lowers
