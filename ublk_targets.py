@@ -1960,6 +1960,12 @@ def replay(argv: Sequence[str]) -> int:
                     f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}"
                 )
             return 0
+        refuse(
+            bool(options.base) and os.path.getsize(options.base) > size,
+            options.base,
+            f"larger than the recorded disk of {size} bytes",
+            "name what the disk contained when the recording began",
+        )
         with open(options.disk, "x+b") as disk:
             if options.base:
                 copy(options.base, options.disk)

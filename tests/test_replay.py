@@ -89,6 +89,13 @@ def test_replay_begins_with_a_base(run, targets, tmp_path):
     assert (tmp_path / "disk").read_bytes() == base[:4096] + b"x" * 4096 + base[8192:]
 
 
+def test_a_base_larger_than_the_recorded_disk_is_refused(run, log, tmp_path):
+    (tmp_path / "base").write_bytes(bytes((1 << 20) + 512))
+    done = run("replay", log.path, tmp_path / "disk", "--base", tmp_path / "base")
+    assert_fails(done, 1, "larger than the recorded disk of 1048576 bytes", errno.EINVAL)
+    assert not (tmp_path / "disk").exists()
+
+
 @pytest.mark.parametrize("name, args", [
     ("write", (0, memoryview(b"x" * 512))), ("write_fua", (0, memoryview(b"x" * 512))), ("flush", ()),
     ("discard", (0, 4096)), ("write_zeroes", (0, 4096, True))])
