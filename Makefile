@@ -9,6 +9,9 @@ run: ## the main job, step by step: on this machine's driver (as root), else in 
 	@if [ -e /dev/ublk-control ] && [ "$$(id -u)" = 0 ]; then sh lab/demo.sh; \
 	else $(LAB) run $(or $(KERNEL),7.3) -- sh lab/demo.sh; fi
 
+learn: ## the program of learn/README.md: a ring, which reads a file
+	@$(PYTHON) learn/step1.py LICENSE
+
 test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one, K=word as in pytest -k, ALL=1 each path with everything, HOST=1 no virtual machine]
 	@$(LAB) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(K),-k "$(K)") $(if $(ALL),--all) $(if $(HOST),--host)
 
@@ -36,4 +39,4 @@ lint: ## ruff, mypy, nothing newer than Python 3.9 (vermin), a list of mutants t
 clean: ## remove what Python left in the work tree
 	@rm -rf __pycache__ lab/__pycache__ tests/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help run test mutants soak lab bench profile measure lint clean
+.PHONY: help run learn test mutants soak lab bench profile measure lint clean
