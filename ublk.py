@@ -4945,6 +4945,31 @@ def log_path(dev_id: int) -> str:
     return os.path.join(run_dir(), f"{dev_id}.log")
 
 
+OWN_RUN_DIR = "set UBLK_RUN_DIR to a directory of yours with mode 0700"
+
+
+def make_run_dir() -> None:
+    """Make the directory of the state files where it is not there yet.
+
+    Raises UblkError: EPERM where not we alone may write there, or the errno of
+    what failed.
+    """
+    path = run_dir()
+    what = f"state directory {path}"
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        status = os.lstat(path)
+    except OSError as error:
+        raise UblkError(error.errno or errno.EIO, what, remedy=OWN_RUN_DIR) from None
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.geteuid()
+        or status.st_mode & 0o022
+        or not os.access(path, os.W_OK)
+    ):
+        raise UblkError(errno.EPERM, what, "not you alone may write there", OWN_RUN_DIR)
+
+
 def save_state(device: Device) -> None:
     """Write the state file of a device atomically, where nobody else can write.
 
@@ -4978,28 +5003,15 @@ def save_state(device: Device) -> None:
         "refusal": device.refusal,
     }
     path = state_path(device.id)
-    remedy = "set UBLK_RUN_DIR to a directory of yours"
+    make_run_dir()
     try:
-        os.makedirs(run_dir(), mode=0o700, exist_ok=True)
-        status = os.lstat(run_dir())
-        if (
-            not stat.S_ISDIR(status.st_mode)
-            or status.st_uid != os.geteuid()
-            or status.st_mode & 0o022
-        ):
-            raise UblkError(
-                errno.EPERM,
-                f"state directory {run_dir()}",
-                "others may write there",
-                f"{remedy} with mode 0700",
-            )
         with open(f"{path}.new", "w", encoding="utf-8", opener=private) as file:
             json.dump(state, file)
         os.rename(f"{path}.new", path)
     except OSError as error:
-        if isinstance(error, UblkError):
-            raise
-        raise UblkError(error.errno or errno.EIO, f"state file {path}", remedy=remedy) from None
+        raise UblkError(
+            error.errno or errno.EIO, f"state file {path}", remedy=OWN_RUN_DIR
+        ) from None
 
 
 def file_identity(path: str) -> list[Any]:
@@ -5019,7 +5031,6 @@ def check_files(what: str, files: Any) -> None:
     files: as file_identity() told them; longer ones are fine, shorter ones are
     what is left of them.
     """
-    refuse(not isinstance(files, list), what, "its state file is damaged", "delete that")
     for path, *number, size in files:
         try:
             _, *number_now, size_now = file_identity(path)
@@ -5238,16 +5249,11 @@ def udev_word(path: str) -> str:
 
 
 def udev_rules() -> Iterator[str]:
-    """Yield the text of all udev rules on this machine."""
+    """Yield the lines of all udev rules on this machine."""
     for directory in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d"):
-        for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            try:
-                with open(
-                    os.path.join(directory, name), encoding="utf-8", errors="replace"
-                ) as file:
-                    yield file.read()
-            except OSError:  # a directory, or not for us to read
-                continue
+        for name in children(directory):
+            if name.endswith(".rules"):
+                yield from lines_of(f"{directory}/{name}")
 
 
 # =================================================================================================
@@ -5289,7 +5295,7 @@ class Usage(Exception):
     """The words on the command line make no sense: exit status 2."""
 
 
-SIZE = re.compile(r"([0-9]+)(?:\.([0-9]+))?(?:([KMGT])(?:i?B)?)?", re.ASCII | re.IGNORECASE)
+SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:([KMGT])(?:i?B)?)?", re.ASCII | re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -5300,11 +5306,9 @@ def parse_size(text: str) -> int:
     """
     found = SIZE.fullmatch(text)
     if found:
-        whole = found.group(1)
-        fraction = found.group(2) or ""
-        unit = found.group(3) or ""
-        shift = 10 * " KMGT".index(unit.upper() or " ")
-        # Exact, as floats are not
+        number, unit = found.groups(" ")
+        whole, _, fraction = number.partition(".")
+        shift = 10 * " KMGT".index(unit.upper())
         size, rest = divmod(int(whole + fraction) << shift, 10 ** len(fraction))
         if not rest:
             return size
@@ -5373,7 +5377,7 @@ def find_target(word: str) -> type[Target]:
     """
     if ".py" in word:
         path, _, name = word.rpartition(":")
-        return load_target(path, name) if path and "/" not in name else load_target(word, "")
+        return load_target(path, name) if name.isidentifier() else load_target(word, "")
     targets = known_targets()
     if word not in targets:
         if word.startswith("-"):
@@ -5485,6 +5489,7 @@ def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
     """
     try:
         hints = typing.get_type_hints(cls.__init__)
+        signature = inspect.signature(cls)
     except Exception as error:
         raise UblkError(
             errno.EINVAL,
@@ -5493,10 +5498,12 @@ def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
             "mend them",
         ) from error
     found = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        kind = hints.get(name) or implied_type(name, parameter.default)
-        if kind is not None and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            found[name] = parameter, without_none(kind)
+    for name, parameter in signature.parameters.items():
+        kind = without_none(hints.get(name) or implied_type(name, parameter.default))
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            kind = types.GenericAlias(list, kind)
+        if kind is not None and parameter.kind is not parameter.VAR_KEYWORD:
+            found[name] = parameter, kind
     return found
 
 
@@ -5544,8 +5551,9 @@ def reading(kind: Any, name: str) -> dict[str, Any]:
     shape = typing.get_origin(kind) or kind
     if shape in LISTS:
         of = [one for one in typing.get_args(kind) if one is not Ellipsis] or [str]
-        if len(of) == 1 and of[0] in READERS:
-            return {"type": READERS[of[0]], "nargs": "+"}
+        each = reading(of[0], name)
+        if len(of) == 1 and list(each) == ["type"]:
+            return {**each, "nargs": "+"}
     raise UblkError(
         errno.EINVAL,
         f"parameter {name}",
@@ -5583,26 +5591,28 @@ def target_parser(
         description=text.split("\n\n")[0],
         epilog="Device options: see `ublk.py --help`.",
     )
+    taken = device_parser()
     for name, (parameter, kind) in parameters(cls).items():
         extra = {**reading(kind, name), "help": help_of(helps.get(name, ""), parameter.default)}
         option = "--" + name.replace("_", "-")
         optional = parameter.default is not parameter.empty
-        if parameter.kind is parameter.KEYWORD_ONLY or kind is bool or option in named:
-            parser.add_argument(option, dest=name, required=not optional, **extra)
-            continue
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            extra["nargs"] = "+"
-        elif optional and "nargs" not in extra:
-            extra["nargs"] = "?"
-        elif optional:
-            extra["nargs"] = "*"
+        try:
+            if name != "read_only":  # which both are to hear of
+                taken.add_argument(option)
+            if parameter.kind is parameter.KEYWORD_ONLY or kind is bool or option in named:
+                parser.add_argument(option, dest=name, required=not optional, **extra)
+                continue
+        except argparse.ArgumentError as error:
+            refuse(error, f"parameter {name}", f"there is an option {option} already")
+        if optional:
+            extra["nargs"] = "*" if "nargs" in extra else "?"
         parser.add_argument(name, **extra)
     return parser
 
 
 def help_of(text: str, default: Any) -> str:
     """Return the help of a parameter, with its default."""
-    if default is not inspect.Parameter.empty and default is not None:
+    if default is not inspect.Parameter.empty and default not in (None, ""):
         shown = default.name.lower() if isinstance(default, enum.Enum) else default
         text += f" (default: {format_size(shown) if isinstance(shown, Size) else shown})"
     return text.strip().replace("%", "%%")
@@ -5643,18 +5653,17 @@ def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
     file it names, anything else with EINVAL.
     """
     values = inspect.signature(cls).bind_partial()
-    for name, (parameter, kind) in parameters(cls).items():
+    for name, (_, kind) in parameters(cls).items():
         if name not in given:
             continue
         value = given[name]
         if isinstance(kind, type) and issubclass(kind, Target):
             value = value()
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            value = tuple(value)
         elif isinstance(value, list):
             shape = typing.get_origin(kind) or kind
             value = shape(value) if shape in (tuple, set, frozenset) else value
         values.arguments[name] = value
+    values.apply_defaults()  # what stands before a word must be there, too
     try:
         return cls(*values.args, **values.kwargs)
     except UblkError:
@@ -6040,7 +6049,8 @@ def clean_up(identity: int) -> None:
 
     Its number may be another's by now.
     """
-    with Control() as control:
+    # Without a way to the driver nothing was created
+    with contextlib.suppress(UblkError), Control() as control:
         for dev_id in device_ids() if identity else ():
             try:
                 if control.get_dev_info(dev_id).ublksrv_flags != identity:
@@ -6097,8 +6107,11 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
     except (OSError, ValueError):
         gone = f"it was created in {state['cwd']}, which is gone"
         raise UblkError(errno.ENOENT, what, gone, remedy) from None
-    check_files(what, state.get("files", []))
-    options = state.get("options", {})
+    try:
+        check_files(what, state.get("files", []))
+        options = dict(state.get("options", {}))
+    except (TypeError, ValueError):
+        raise UblkError(errno.EINVAL, what, "its state file is damaged", remedy) from None
     try:
         make = target_maker(words, bool(options.get("read_only")))
     except Usage as error:
@@ -6371,10 +6384,8 @@ def check(options: Any) -> int:
     """Say what is missing on this machine, and the command that mends it."""
     failures = 0
     for name, problem, remedy in checks():
-        print(
-            f"{'missing' if problem else 'ok':<8} {name}"
-            + (f": {problem}: {remedy}" if problem else "")
-        )
+        answer = f"missing  {name}: {problem}: {remedy}" if problem else f"ok       {name}"
+        print(printable(answer))
         failures += bool(problem)
     return 1 if failures else 0
 
@@ -6385,11 +6396,7 @@ def checks() -> Iterator[tuple[str, str, str]]:
     In the order in which one stands in the way of the next.
     """
     yield (f"Linux {os.uname().release}", *danger())
-    try:
-        Ring(2).close()
-        yield "io_uring", "", ""
-    except UblkError as error:
-        yield "io_uring", error.reason, error.remedy
+    yield attempt("io_uring", lambda: Ring(2).close())
     loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists(
         "/dev/ublk-control"
     )
@@ -6416,17 +6423,19 @@ def checks() -> Iterator[tuple[str, str, str]]:
             "" if usable else "not yours to open",
             f"run as root, or {install}",
         )
-    if not privileged():
-        rules = any("udev-owner %k" in text for text in udev_rules())
+    if not privileged() and os.path.exists("/run/udev"):  # not so in a container
+        rules = any("udev-owner %k" in line for line in udev_rules())
         yield "udev rules", "" if rules else "ordinary users get no device nodes", install
-    parent = run_dir()
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
-    yield (
-        f"state directory {run_dir()}",
-        "" if os.access(parent, os.W_OK) else "not writable",
-        "set UBLK_RUN_DIR to a directory of yours",
-    )
+    yield attempt(f"state directory {run_dir()}", make_run_dir)
+
+
+def attempt(name: str, action: Callable[[], object]) -> tuple[str, str, str]:
+    """Return what checks() yields of something that works, or raises UblkError."""
+    try:
+        action()
+    except UblkError as error:
+        return name, error.reason, error.remedy
+    return name, "", ""
 
 
 PROGRAM = (os.path.realpath(sys.executable), os.path.realpath(__file__))  # what root is to run
@@ -6461,12 +6470,11 @@ def udev_owner(options: Any) -> int:
 
     For udev, as root. The exit status is 1 for a device of root's.
     """
-    name = options.node
-    number = name[5:].partition("p")[0]
-    if name[:5] not in ("ublkb", "ublkc") or not (number.isascii() and number.isdigit()):
-        raise Usage(f"{name!r} is not the name of a ublk device node")
+    found = re.fullmatch("ublk[bc]([0-9]{1,7})(p[0-9]+)?", options.node)
+    if not found:
+        raise Usage(f"{options.node!r} is not the name of a ublk device node")
     with Control() as control:
-        info = control.get_dev_info(int(number[:7]))
+        info = control.get_dev_info(int(found.group(1)))
     if not info.flags & UBLK_F_UNPRIVILEGED_DEV:
         return 1
     print(info.owner_uid, info.owner_gid)
@@ -6585,6 +6593,29 @@ def open_standard_descriptors() -> None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
 
 
+def run_words(words: Sequence[str]) -> int:
+    """Do what the words of a command line say; return the exit status."""
+    if words[:1] == ["--version"]:
+        print(f"ublk.py {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print_help()
+        return 0 if words else 2
+    return run_verb(words) if words[0] in VERBS else create(words)
+
+
+def flush_output() -> None:
+    """Write the rest of standard output: what cannot be written is an error like others.
+
+    Left to the interpreter, it would end with a status of its own (120).
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would try again
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 1 (it failed) or 2 (wrong usage).
 
@@ -6594,25 +6625,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     --debug it is shown with its traceback.
     """
     open_standard_descriptors()
-    if os.environ.get("UBLK_RUN_DIR"):  # also for a server that leaves its directory
-        os.environ["UBLK_RUN_DIR"] = run_dir()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["add"]:  # what other ublk tools say
         words = words[1:]
     sys.modules.setdefault("ublk", sys.modules[__name__])  # what a target's file imports is us
     try:
-        if words[:1] == ["--version"]:
-            print(f"ublk.py {__version__}")
-            return 0
-        if not words or words[0] in ("-h", "--help"):
-            print_help()
-            return 0 if words else 2
-        return run_verb(words) if words[0] in VERBS else create(words)
+        if os.environ.get("UBLK_RUN_DIR"):  # also for a server that leaves its directory
+            os.environ["UBLK_RUN_DIR"] = run_dir()
+        try:
+            return run_words(words)
+        finally:
+            flush_output()
     except Usage as error:
         say(error_line(error))
         return 2
     except BrokenPipeError:  # whoever reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (OSError, KeyboardInterrupt) as error:
         if "--debug" in words:

@@ -849,7 +849,7 @@ class Fault(Wrapper, ublk.Target):
     on: operations, with commas between: read, write, flush, discard, write_zeroes (all of them)
     range: only requests that touch this sector or these bytes, such as 1M or 1M-2M
     after: only once so many bytes were written
-    rate: only this share of the requests, at random (1)
+    rate: only this share of the requests, at random
     error: fail with this errno, such as EIO
     delay: take so much longer, such as 10ms
     jitter: and up to so much more, at random
@@ -857,7 +857,7 @@ class Fault(Wrapper, ublk.Target):
     lost: report success and do nothing: a flush that lies, a write that never happened
     hang: wait until --control says otherwise
     control: a file that may appear and change meanwhile: its words replace all options above
-    seed: makes the same random choices again (1)
+    seed: makes the same random choices again
     target: the target that is to fail, with its own arguments
     """
 
@@ -1287,7 +1287,7 @@ class Nbd(ublk.Target):
     and not flushed before may be gone, as servers have caches: the next flush fails.
 
     uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds: for TLS
-    timeout: requests fail when the server is silent or away for so long (60s)
+    timeout: requests fail when the server is silent or away for so long
     ca: a file of the authorities that may vouch for the server (those of the system)
     certificate: a file with our certificate and its key, for servers that ask for it
     """

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import enum
 import errno
+import json
+import os
+import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import ublk
-from tests.support import HERE, UBLK, assert_error_line, sh, target_file
+from tests.support import HERE, UBLK, assert_error_line, assert_fails, sh, target_file
 
 
 @pytest.mark.parametrize("text, size", [
@@ -130,6 +133,12 @@ def test_a_size_is_a_word_or_an_option(tmp_path, capfd, signature, words):
 def test_a_path_may_have_colons(tmp_path):
     (tmp_path / "a:b.py").mkdir()
     path = target_file(tmp_path / "a:b.py", "class Mine(ublk.Target): size = 4096")
+    for word in (path, f"{path}:Mine"):
+        assert ublk.make_target([str(word)]).size == 4096
+
+
+def test_a_file_may_have_colons_in_its_name(tmp_path):
+    path = target_file(tmp_path, "class Mine(ublk.Target): size = 4096").rename(tmp_path / "a:b.py")
     for word in (path, f"{path}:Mine"):
         assert ublk.make_target([str(word)]).size == 4096
 
@@ -281,3 +290,137 @@ def test_an_edited_file_is_the_edited_file(tmp_path):
     path.write_text(path.read_text().replace("4096", "8192"))
     assert ublk.make_target([str(path)]).size == 8192
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def taking(directory, parameters):
+    """Return a file of a target that shows what its constructor was given."""
+    return target_file(directory, f"""
+        import typing
+        class Mine(ublk.Target):
+            size = 4096
+            def __init__(self, {parameters}):
+                self.given = [value for name, value in locals().items() if name != "self"]
+    """)
+
+
+@pytest.mark.parametrize("parameters, words, given", [
+    ("first=True, *rest", "x y", [True, ("x", "y")]),
+    ("first=1, /, second=2, *rest", "--second 5 x", [1, 5, ("x",)]),
+    ("*rest: int", "1 2", [(1, 2)]),
+    ("*rest: typing.Literal['a', 'b']", "b a", [("b", "a")]),
+    ("*, some: list[typing.Literal['a', 'b']]", "--some b a", [["b", "a"]])])
+def test_words_reach_the_parameters_they_are_meant_for(tmp_path, parameters, words, given):
+    assert ublk.make_target([str(taking(tmp_path, parameters)), *words.split()]).given == given
+
+
+@pytest.mark.parametrize("parameters", [
+    "*, depth: int = 3", "depth=3", "*, copy=False", "*, debug=False", "*, help=''", "*, no_a=False, a=False"
+])
+def test_a_parameter_named_like_another_option_is_refused(run, tmp_path, parameters):
+    assert_fails(run(taking(tmp_path, parameters)), 1, "there is an option --", errno.EINVAL)
+
+
+@pytest.mark.parametrize("parameters", [
+    "*rest: bool", "*rest: ublk.Target", "*rest: list[int]", "*rest: dict"])
+def test_words_that_cannot_become_each_of_many_are_refused(run, tmp_path, parameters):
+    assert_fails(run(taking(tmp_path, parameters), "null"), 1, "words cannot become", errno.EINVAL)
+
+
+def test_a_constructor_that_takes_nothing_is_one_error_line(run, tmp_path):
+    path = target_file(tmp_path, "class Mine(ublk.Target):\n    def __init__(): pass\n")
+    assert_fails(run(path), 1, "invalid method signature", errno.EINVAL)
+
+
+# ---- what is told, and where --------------------------------------------------------------------
+
+
+def printing_to(out, *words):
+    """Run the command with its standard output buffered, as that of a shell is; return what it did."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, UBLK, *words], stdout=out, stderr=subprocess.PIPE, text=True,
+                          check=False, env=environment)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["check"], ["null", "--help"]])
+def test_what_cannot_be_printed_is_an_error(words):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = printing_to(full, *words)
+    assert done.returncode == 1
+    assert_error_line(done.stderr, errno.ENOSPC)
+
+
+def test_a_reader_that_has_enough_is_no_news():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as out:
+        done = printing_to(out, "--version")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_server_that_found_no_driver_has_left_nothing_to_clean_up(no_driver, capfd):
+    ublk.clean_up(ublk.new_identity())
+    assert capfd.readouterr().err == ""         # the server has told why, in its one line
+
+
+def test_a_state_directory_that_is_named_from_nowhere_is_one_error_line(tmp_path):
+    code = "import os, sys, ublk; os.rmdir(os.getcwd()); sys.exit(ublk.main(['check']))"
+    environment = {**os.environ, "UBLK_RUN_DIR": "run", "PYTHONPATH": str(HERE)}
+    done = sh(sys.executable, "-c", code, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 1
+    assert_error_line(done.stderr, errno.ENOENT)
+
+
+def plain_file(path):
+    path.touch()
+
+
+def for_all(path):
+    path.mkdir()
+    path.chmod(0o777)
+
+
+def behind_a_file(path):
+    plain_file(path.parent.joinpath("file"))
+    path.symlink_to("file")
+
+
+@pytest.mark.parametrize("spoil", [plain_file, for_all, behind_a_file])
+def test_check_takes_no_state_directory_that_a_server_would_refuse(run, run_dir, spoil):
+    spoil(run_dir)
+    found = [line for line in run("check").out.splitlines() if "state directory" in line]
+    assert len(found) == 1 and found[0].startswith("missing  ") and "UBLK_RUN_DIR" in found[0]
+
+
+def test_check_prints_one_line_for_each_thing_whatever_its_name(run, run_dir, monkeypatch):
+    lines = len(run("check").out.splitlines())
+    monkeypatch.setenv("UBLK_RUN_DIR", f"{run_dir}\n\udcff\x1b")
+    done = run("check")
+    assert len(done.out.splitlines()) == lines and r"\n\udcff\x1b" in done.out
+
+
+def test_check_wants_no_udev_rules_where_there_is_no_udev(run, monkeypatch):
+    monkeypatch.setattr(ublk, "privileged", lambda: False)
+    monkeypatch.setattr(ublk, "udev_rules", lambda: iter(()))
+    for paths in ("/run/udev", "/dev/ublk-control"), ("/dev/ublk-control",):
+        monkeypatch.setattr(os.path, "exists", paths.__contains__)
+        assert ("missing  udev rules" in run("check").out) == ("/run/udev" in paths)
+
+
+class Waiting:
+    """A control plane with one device, which waits for a server."""
+
+    __enter__ = __exit__ = lambda self, *_: self
+
+    def get_dev_info(self, dev_id):
+        return ublk.ublksrv_ctrl_dev_info(dev_id=dev_id, state=2, ublksrv_pid=-1, ublksrv_flags=7)
+
+
+@pytest.mark.parametrize("damage", [
+    {"options": None}, {"options": [1]}, {"files": 5}, {"files": [5]}, {"files": [[]]}, {"files": [["/", 1]]},
+    {"files": [["\0", 1, 1, 1]]}, {"files": None}])
+def test_a_damaged_state_is_one_error_line(run, run_dir, monkeypatch, damage):
+    monkeypatch.setattr(ublk, "Control", Waiting)
+    state = {"id": 0, "identity": f"{7:016x}", "target": "null", "args": [], "options": {}, "cwd": "/"}
+    run_dir.mkdir()
+    (run_dir / "0.json").write_text(json.dumps({**state, **damage}))
+    assert_fails(run("recover", "0"), 1, "cannot recover device 0", errno.EINVAL)
