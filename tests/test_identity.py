@@ -293,6 +293,6 @@ def test_a_line_that_always_fails_does_not_fill_the_log(capfd):
 def test_a_state_directory_that_cannot_be_is_told(run, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path / "file" / "run"))
-    with pytest.raises(ublk.UblkError, match=r"state file.*set UBLK_RUN_DIR"):
+    with pytest.raises(ublk.UblkError, match=r"state directory.*set UBLK_RUN_DIR"):
         ublk.Device(Ram()).start()
     assert devices_left() == []
