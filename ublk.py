@@ -1689,6 +1689,7 @@ class Target:
                                         kernel moves them. read and write are called where it
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
+    Of these, write_fua, map and answer are not used where a subclass overrides read or write.
 
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:
@@ -2112,7 +2113,7 @@ class Queue:
         self.depth = device.info.queue_depth
         self.max_io = device.info.max_io_buf_bytes
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
-        self.mapped = hasattr(self.target, "map") and bool(device.data_path.moves)
+        self.mapped = stands(self.target, "map") and bool(device.data_path.moves)
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self.answer: Any = None  # what serves a list of tags
@@ -2266,7 +2267,7 @@ class Queue:
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
-        if hasattr(self.target, "answer") and not self.needs_handlers:
+        if stands(self.target, "answer") and not self.needs_handlers:
             return partial(self.target.answer, self)
         if self.mapped:
             return self._answer_by_map
@@ -2865,6 +2866,18 @@ SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...
 PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
 
 
+def stands(target: Any, name: str) -> bool:
+    """Tell whether a target's map(), answer() or write_fua() may stand for its read() and write().
+
+    Not where a subclass has overridden these since: they would never be called.
+    """
+    names = {name, "read", "write"}
+    for where in (vars(target), *map(vars, type(target).__mro__)):
+        if names & where.keys():
+            return name in where
+    return False
+
+
 def takes_unmap(function: Any) -> bool:
     """Tell whether a target's write_zeroes wants to know if the blocks may be given back."""
     try:
@@ -2960,14 +2973,10 @@ def params_of(target: Any, max_io: int) -> Any:
     block = target.block_size
     physical = max(target.physical_block_size, target.block_size)
     refuse(block & (block - 1), f"block size {block}", "not a power of two")
-    refuse(
-        target.size % block,
-        f"size {target.size}",
-        f"not a positive multiple of the block size {block}",
-        "choose another size",
-    )
+    for what, value in ("size", target.size), ("boundary", target.boundary):
+        refuse(value % block, f"{what} {value}", f"not a multiple of the block size {block}")
     flushes = hasattr(target, "flush")
-    durable = flushes and hasattr(target, "write_fua")
+    durable = flushes and stands(target, "write_fua")
     discards = hasattr(target, "discard")
     zeroes = hasattr(target, "write_zeroes")
     zoned = hasattr(target, "zone_size")
@@ -3195,6 +3204,7 @@ class Device:
         self._lock = threading.Lock()  # held for a moment, while workers end
         self._life = threading.RLock()  # held by the one thread that changes the state
         self._changing = False  # whether it does
+        self._sharing = threading.Lock()  # held while memory is shared or no longer so
         # Free once the end has come. A lock may be released by a signal's
         # handler; an Event or a Condition may not be touched by one, nor be
         # left by an exception that it raises.
@@ -3392,7 +3402,7 @@ class Device:
         """Return the fastest data path that target, kernel and privileges allow."""
         if self.zoned or self.target.metadata_size:
             return "user-copy"
-        maps = hasattr(self.target, "map") and not self.unprivileged
+        maps = stands(self.target, "map") and not self.unprivileged
         names = ("auto-zero-copy", "zero-copy") if maps else ()
         return next((name for name in names if not DATA_PATHS[name].features & ~known), "copy")
 
@@ -3628,14 +3638,16 @@ class Device:
         Raises UblkError; needs share_memory=True.
         """
         view = memoryview(memory)
-        index = self.control.reg_buf(self.id, address_of(view), len(view), read_only)
-        self.shared[index] = view
+        with self._sharing:
+            index = self.control.reg_buf(self.id, address_of(view), len(view), read_only)
+            self.shared[index] = view
         return index
 
     def unshare(self, index: int) -> None:
         """End what share() began. Raises UblkError."""
-        self.control.unreg_buf(self.id, index)
-        self.shared.pop(index).release()
+        with self._sharing:  # the driver may give its index to another
+            self.control.unreg_buf(self.id, index)
+            self.shared.pop(index).release()
 
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16).
@@ -4243,9 +4255,10 @@ class SharedCopy:
         return self._memory(tag, length).toreadonly()
 
     def _memory(self, tag: int, length: int) -> memoryview:
-        address = self.addresses[tag]
-        start = address & 0xFFFFFFFF
-        return self.memories[address >> 32][start : start + length]
+        index, start = divmod(self.addresses[tag], 1 << 32)
+        # Clients may use it before share() has heard of its index
+        becomes(lambda: index in self.memories, GRACE)
+        return self.memories[index][start : start + length]
 
     def give(self, tag: int, buffer: memoryview) -> int:
         """There is nothing left to hand over; return the length in bytes."""
@@ -4265,6 +4278,9 @@ DATA_PATHS: dict[str, type[MappedCopy]] = {
     "get-data": NeedGetData,
     "copy": MappedCopy,
 }
+
+
+NOWHERE = bytes(8)  # the sector in an element of no append
 
 
 class BatchQueue(Queue):
@@ -4307,7 +4323,7 @@ class BatchQueue(Queue):
         if self.path.features & UBLK_F_AUTO_BUF_REG:
             flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
         self._flags = flags
-        self._lba = 0
+        self._lba = NOWHERE
         size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
         self.memory = mmap.mmap(-1, size)
         self._base = address_of(self.memory)
@@ -4378,12 +4394,12 @@ class BatchQueue(Queue):
         index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
         element = ELEMENT.pack(tag, index, result) + self._tails[tag]
         if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
-            element += struct.pack("=Q", self._lba)
-            self._lba = 0
+            element += self._lba
+            self._lba = NOWHERE
         return element
 
     def appended(self, tag: int, sector: int) -> None:
-        self._lba = sector
+        self._lba = struct.pack("=Q", sector)  # an error is the handler's
 
     def _send(self, opcode: int) -> None:
         """Have all pending elements committed (or prepared) by the next enter()."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import errno
 import itertools
@@ -593,6 +594,48 @@ def moves_shared_memory(memory, target, **options):
             assert memory.client[:8192] == expected
             assert read_at(fd, 32768, 8192) == memory.client[:8192]
             assert memory.client[8192:] == data[8192:]
+
+
+def test_memory_is_found_though_its_server_hears_of_it_after_its_client():
+    late = {}
+    shared = ublk.SharedCopy(memoryview(array.array("Q", [3 << 32 | 512])), late)
+    threading.Timer(0.05, lambda: late.update({3: memoryview(b"." * 512 + b"m" * 512)})).start()
+    assert shared.data(0, 512) == b"m" * 512
+
+
+@kernel
+@since("7.1")
+def test_a_client_may_use_memory_while_it_is_being_shared(memory):
+    failed, ended = [], threading.Event()
+
+    def client(fd):
+        while not ended.is_set():
+            failed.append(error_of(os.pwritev, fd, [memory.client[:4096]], 4096))
+
+    with ublk.Device(Ram(), share_memory=True) as disk, opened(disk.path) as fd:
+        thread = threading.Thread(target=client, args=(fd,))
+        thread.start()
+        for _ in range(50):
+            disk.unshare(disk.share(memory.ours))
+        ended.set()
+        thread.join()
+    assert failed and not any(failed)
+
+
+def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory):
+    """The driver gives the index to the next as soon as it is free, in whatever thread."""
+    device, threads = ublk.Device(Ram(), share_memory=True), []
+
+    def unregister(dev_id, index):
+        threads.append(threading.Thread(target=device.share, args=(memory.ours,)))
+        threads[0].start()
+        threads[0].join(0.05)
+
+    device._control = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=unregister)
+    device.share(memory.ours)
+    device.unshare(0)
+    threads[0].join()
+    assert device.shared.pop(0) == memory.ours
 
 
 @kernel

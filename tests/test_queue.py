@@ -31,7 +31,7 @@ from tests.support import (
     until,
     write_at,
 )
-from tests.test_async import NopQueue, StandIn
+from tests.test_async import NopQueue, StandIn, serve
 
 BLKDISCARD = 0x1277                 # linux/fs.h
 
@@ -418,3 +418,57 @@ def test_a_buffer_that_the_kernel_may_still_fill_is_kept():
         device.close()
     os.close(writer)
     assert [type(left) for left in ublk._left_behind[kept:]] == [mmap.mmap]
+
+
+class Passing(Ram):
+    """All that may stand for read() and write() gives nothing."""
+
+    def map(self, offset, length, write):
+        raise OSError(errno.ENOMEDIUM, "passed by")
+
+    def write_fua(self, offset, buffer):
+        """Done, as it seems."""
+
+    def flush(self):
+        """The cache it never had is empty."""
+
+
+@pytest.mark.parametrize("base", [Passing, ublk.Null])
+@pytest.mark.parametrize("name", ["read", "write"])
+def test_what_a_subclass_overrides_is_what_is_called(base, name):
+    operation, calls = getattr(ublk, f"UBLK_IO_OP_{name.upper()}"), []
+    target = type("Mine", (base,), {name: lambda target, *words: calls.append(words)})()
+    target.size = 1 << 20
+    assert sorted(serve(target, operation=operation).answers) == [(tag, 4096) for tag in range(4)]
+    assert [offset for offset, _ in calls] == [0, 4096, 8192, 12288]
+
+
+def test_a_durable_write_is_not_offered_where_a_subclass_overrides_write():
+    class Mine(Passing):
+        def write(self, offset, buffer):
+            raise OSError(errno.ENOSPC, "mine")
+
+    assert ublk.params_of(Passing(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA
+    assert not ublk.params_of(Mine(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA
+
+
+@pytest.mark.parametrize("position", [-512, 1 << 80, 4096.0], ids=str)
+def test_an_append_that_landed_nowhere_fails_alone_with_batches_too(position):
+    device = StandIn(Ram(), operation=ublk.UBLK_IO_OP_ZONE_APPEND)
+    device.zoned, device.target.zone_append = True, lambda *_: position
+    queue = ublk.BatchQueue(device, 0)
+    queue.handle(2)
+    device.target.zone_append = lambda *_: 4096
+    queue.handle(3)
+    elements = [struct.unpack("=HxxiQQ", element) for element in queue._pending]
+    assert [(*ends, sector) for *ends, _, sector in elements] == [(2, -errno.EIO, 0), (3, 4096, 8)]
+    queue.close()
+    device.close()
+
+
+@pytest.mark.parametrize("boundary", [100, 512, 6144])
+def test_a_boundary_within_a_block_is_refused(boundary):
+    target = Ram()
+    target.block_size, target.boundary = 4096, boundary
+    with pytest.raises(ublk.UblkError, match="not a multiple of the block size 4096"):
+        ublk.params_of(target, 65536)
