@@ -3378,6 +3378,13 @@ class Device:
             "not possible with shared memory",
             "choose one of them",
         )
+        # It ends an append before it takes down where that landed (seen on 7.3).
+        refuse(
+            self.zoned and self.batch and path is AutoZeroCopy,
+            "a zoned disk with batches and auto-zero-copy",
+            "the driver loses where appends land",
+            "choose another data path",
+        )
         refuse(
             self.recovery == "reissue" and hasattr(self.target, "zone_append"),
             "a zoned disk with reissue",

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -309,6 +310,30 @@ def test_zones_carry_a_file_system(targets, tmp_path, kind):
             assert {path.name: path.read_bytes() for path in directory.iterdir()} == \
                 {name: data for name, data in files.items() if name != "0"}
         sh(*check, disk.path)
+
+
+@kernel
+@since("7.0")
+@pytest.mark.parametrize("options", [
+    {"batch": True, "queues": 2}, {"data_path": "auto-zero-copy"}, {"data_path": "zero-copy", "batch": True}],
+    ids=str)
+def test_a_file_system_finds_its_appends_on_every_data_path(targets, tmp_path, options):
+    needs("mkfs.btrfs")
+    data = os.urandom(500_000)
+    with ublk.Device(targets.Zoned(size=256 << 20, zone_size=8 << 20), **options) as disk:
+        sh("mkfs.btrfs", "-qf", "-O", "zoned", "-d", "single", "-m", "single", disk.path)
+        for number in range(3):
+            with mount_of(disk.path, tmp_path / "mnt", "-t", "btrfs") as directory:
+                (directory / str(number)).write_bytes(data)
+        with mount_of(disk.path, tmp_path / "mnt", "-t", "btrfs") as directory:
+            assert [(directory / str(number)).read_bytes() == data for number in range(3)] == [True] * 3
+
+
+def test_a_driver_that_loses_where_appends_land_is_not_asked_for_any(targets):
+    """Of appends that were committed so, 7.3's block_rq_complete told the start of the zone."""
+    device = ublk.Device(targets.Zoned(), data_path="auto-zero-copy", batch=True, unprivileged=False)
+    device._control = SimpleNamespace(features=-1)
+    assert "the driver loses where appends land" in message(device._flags)
 
 
 @kernel
