@@ -1273,8 +1273,8 @@ class NbdRequest:
         # A copy: the connection may keep it longer than the request lasts
         self.message = head + what if command == NBD_CMD_WRITE else head
         self.room: Any = what if command == NBD_CMD_READ else b""
-        self.is_volatile = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
-        self.is_volatile = self.is_volatile and not flags & NBD_CMD_FLAG_FUA
+        changes = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
+        self.is_volatile = changes and not flags & NBD_CMD_FLAG_FUA
         self.covers = 0  # of a flush: how many changes it makes durable
 
 
@@ -1997,29 +1997,10 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
             copy(disk.name, path)
             with open(path, "r+b") as crashed:
                 for done in pending:
-                    if (
-                        options.lose is None
-                        or done.kind == "write_fua"
-                        or chance.random() < 0.5
-                    ):
+                    lasts = options.lose is None or done.kind == "write_fua"
+                    if lasts or chance.random() < 0.5:
                         apply(log, done, crashed)
-            command = options.check.replace("{}", shlex.quote(path))
-            environment = {**os.environ, "UBLK_ENTRY": str(entry.number)}
-            check = subprocess.run(command, shell=True, check=False, env=environment)
-            status = check.returncode
-            refuse(
-                status in (126, 127),
-                options.check,
-                "it cannot be run",
-                "name a command that is there",
-            )
-            # Of itself the shell tells a signal as a negative number, of its command as 128 and more
-            refuse(
-                status < 0 or status > 128,
-                options.check,
-                f"it was killed at entry {entry.number}: status {status}",
-                f"the disk it looked at is {path}",
-            )
+            status = run_check(options.check, entry, path)
             if status:
                 print(
                     f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
@@ -2042,6 +2023,25 @@ def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -
     )
     print(f"good at {points} crash points")
     return 0
+
+
+def run_check(check: str, entry: Entry, path: str) -> int:
+    """Run the check's command on the disk of a crash; return its status.
+
+    Raises UblkError where that is no verdict.
+    """
+    command = check.replace("{}", shlex.quote(path))
+    environment = {**os.environ, "UBLK_ENTRY": str(entry.number)}
+    status = subprocess.run(command, shell=True, check=False, env=environment).returncode
+    refuse(status in (126, 127), check, "it cannot be run", "name a command that is there")
+    # Of itself the shell tells a signal as a negative number, of its command as 128 and more
+    refuse(
+        status < 0 or status > 128,
+        check,
+        f"it was killed at entry {entry.number}: status {status}",
+        f"the disk it looked at is {path}",
+    )
+    return status
 
 
 def copy(source: str, path: str) -> None:
