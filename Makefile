@@ -24,6 +24,12 @@ lab: ## fetch what the tests need: emulator, file system tools, kernels [KERNEL=
 bench: ## compare with the kernel's drivers, nbdkit and FUSE [QUICK=1 one short round, CASES=word only these]
 	@$(PYTHON) lab/bench.py $(if $(QUICK),--quick) $(if $(CASES),--cases "$(CASES)")
 
+pictures: ## draw the picture of a disk's life, from its trace in a virtual machine
+	@mkdir -p learn/pictures
+	@$(LAB) run 7.3 -- sh lab/traced.sh >learn/pictures/trace.tmp
+	@$(PYTHON) lab/pictures.py learn/pictures/trace.tmp >learn/pictures/life.svg
+	@rm learn/pictures/trace.tmp
+
 profile: ## where the server's time goes, per I/O [TARGET="null --batch" only that]
 	@$(PYTHON) lab/profiling.py $(if $(TARGET),"$(TARGET)")
 
@@ -39,4 +45,4 @@ lint: ## ruff, mypy, nothing newer than Python 3.9 (vermin), a list of mutants t
 clean: ## remove what Python left in the work tree
 	@rm -rf __pycache__ lab/__pycache__ tests/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help run learn test mutants soak lab bench profile measure lint clean
+.PHONY: help run learn test mutants soak lab bench pictures profile measure lint clean

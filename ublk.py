@@ -2467,9 +2467,9 @@ class Queue:
 
         It goes to the kernel with the next round of the loop.
         """
-        self.results[tag] = result
+        self.prepare(tag, result)
         self.served[tag] = -1
-        self._done.append(tag)
+        self.repeat([tag])
 
     def prepare(self, tag: int, result: int) -> None:
         """Store the result of a tag's request, and of those alike that follow."""
@@ -3082,6 +3082,8 @@ class Worker(threading.Thread):
         if self.cpus:
             os.sched_setaffinity(0, self.cpus)
         kind = BatchQueue if self.device.info.flags & UBLK_F_BATCH_IO else Queue
+        if self.device.trace:
+            kind = TracedBatchQueue if kind is BatchQueue else TracedQueue
         queue = self.queue = kind(self.device, self.index)
         try:
             if hasattr(self.device.target, "start"):
@@ -3139,6 +3141,7 @@ class Device:
     batch: commands for many requests at a time (7.0).
     share_memory: allow share(); not with recovery.
     force: even where this kernel is known to crash.
+    trace: called with each thing the disk does: trace(ns, stage, more), see Trace.
     words: what to note in the state file as target, arguments and options.
 
     state tells what has become of it (NEW to GONE), path and id where the disk
@@ -3162,6 +3165,7 @@ class Device:
         batch: bool = False,
         share_memory: bool = False,
         force: bool = False,
+        trace: Callable[[int, str, dict[str, Any]], object] | None = None,
         words: tuple[str, list[str], dict[str, Any]] | None = None,
     ) -> None:
         for name in PLAIN_METHODS:
@@ -3182,6 +3186,7 @@ class Device:
         self.force = force
         self.batch = batch
         self.share_memory = share_memory
+        self.trace = Trace(trace) if trace else None
         self.zoned = hasattr(target, "zone_size")
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         self.directory = os.getcwd()  # where the words may name files
@@ -3228,7 +3233,7 @@ class Device:
     def control(self) -> Control:
         """The control plane, opened when first needed."""
         if self._control is None:
-            self._control = Control()
+            self._control = TracedControl(self.trace) if self.trace else Control()
         return self._control
 
     @property
@@ -4385,12 +4390,8 @@ class BatchQueue(Queue):
         )
         self.ring.push(self._fetch_slot)
 
-    def complete(self, tag: int, result: int) -> None:
-        self.served[tag] = -1
-        self._pending.append(self._element(tag, result))
-
     def prepare(self, tag: int, result: int) -> None:
-        self.served[tag] = self.requests[tag]
+        super().prepare(tag, result)
         self._elements[tag] = self._element(tag, result)
 
     def repeat(self, tags: list[int]) -> None:
@@ -5280,6 +5281,213 @@ def udev_rules() -> Iterator[str]:
 
 
 # =================================================================================================
+# What a disk tells of its life
+# =================================================================================================
+#
+# With --trace a disk narrates what it does, to be read beside this file, or sent
+# along with a bug report. Each control command is told when it is sent and when
+# it is answered, as it may wait for long, or for ever. A request has stages:
+#
+#     arrived     the loop has found the CQE of its tag
+#     decoded     its descriptor is read: operation, flags, sectors
+#     handler     this method of the target is called
+#     result      it is answered: bytes, or a negative errno; by a coroutine that is later
+#     committed   its COMMIT lies in the ring, and goes with the next system call
+#
+# Where map() has the kernel move the data, its result is a promise, for the
+# commit is the end of the same chain; if a part of that fails, `chain` tells so,
+# and the request is handled anew. With batches, `chain` tells of each part.
+#
+# To cost nothing where nobody listens there must be no question in the loop,
+# not even a cheap one. A traced disk has other classes instead, chosen when its
+# Control and its queues are made: they tell what happens and do what they did.
+#
+# A busy disk does more than anybody reads, and telling it takes longer than
+# doing it. So each second a hundred requests are told of, from the first stage
+# to the last, and of the others how many there were.
+
+TOLD_EACH_SECOND = 100  # requests that a disk tells of
+
+
+def names_of(prefix: str) -> dict[int, str]:
+    """Return the rest of the name of each constant whose name starts so, by its value."""
+    names = [name for name in globals() if name.startswith(prefix)]
+    return {globals()[name]: name[len(prefix) :] for name in names}
+
+
+PLAIN = dict.fromkeys(map(ord, '{}[]"'))  # what JSON has and text has not
+OPERATIONS = names_of("UBLK_IO_OP_")
+REQUEST_FLAGS = names_of("UBLK_IO_F_")
+# What numbers in what goes along with a command mean
+MEANINGS: dict[tuple[Any, str], Callable[[int], Any]] = {
+    (ublksrv_ctrl_dev_info, "flags"): flag_names,
+    (ublksrv_ctrl_dev_info, "state"): dict(enumerate(STATES)).get,
+    (ctypes.c_uint64, "value"): flag_names,
+}
+
+
+def fields_of(payload: Any) -> dict[str, Any]:
+    """Return what is not zero in what goes along with a command, or comes back."""
+    fields = {}
+    for name, *_ in getattr(payload, "_fields_", [("value",)]):
+        value = getattr(payload, name, None)
+        if isinstance(value, ctypes.Structure):
+            fields[name] = fields_of(value)
+        elif isinstance(value, int) and value:
+            fields[name] = MEANINGS.get((type(payload), name), int)(value)
+    return fields
+
+
+class Trace:
+    """What a disk tells its life to.
+
+    hear: hear(ns, stage, more) is called for each thing that happens, by one
+        thread at a time: when, what, and in a dict all about it.
+    """
+
+    def __init__(self, hear: Callable[[int, str, dict[str, Any]], object]) -> None:
+        self.hear = hear
+        self.requests = 0  # that have come
+        self._last = 0  # the number of the last one that is told of before the second ends
+        self._until = 0.0
+        self._lock = threading.RLock()
+
+    def tell(self, stage: str, **more: Any) -> None:
+        """Tell what has happened; that nobody can hear it must hurt neither request nor disk."""
+        if more.get("result", 0) < 0:
+            more["error"] = errno.errorcode.get(-more["result"])
+        with self._lock:
+            try:
+                self.hear(time.monotonic_ns(), stage, more)
+            except Exception as error:
+                show(error)
+
+    def number(self) -> int:
+        """Return the number of a request that has come, or 0 where it is not told of."""
+        with self._lock:
+            if time.monotonic() > self._until:
+                self.tell_dropped()
+            self.requests += 1
+            return self.requests if self.requests <= self._last else 0
+
+    def tell_dropped(self) -> None:
+        """Tell how many requests were not told of, if any, and begin another second."""
+        with self._lock:
+            if self.requests > self._last:
+                self.tell("dropped", requests=self.requests - self._last)
+            self._last = self.requests + TOLD_EACH_SECOND
+            self._until = time.monotonic() + 1.0
+
+
+class TracedControl(Control):
+    """A control plane that tells of its commands."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        super().__init__()
+
+    def _run(
+        self, command: Command, dev_id: int, payload: Any = None, *rest: Any, **more: Any
+    ) -> int:
+        tell = partial(self.trace.tell, command=command.name, device=dev_id)
+        tell("sent", data=more.get("data", 0), **fields_of(payload))
+        try:
+            result = super()._run(command, dev_id, payload, *rest, **more)
+        except UblkError as error:
+            tell("answer", result=-(error.errno or 0), reason=error.reason)
+            raise
+        tell("answer", result=result, **fields_of(payload))
+        return result
+
+
+class TracedQueue(Queue):
+    """A queue that tells of its requests, and has each served by itself."""
+
+    def __init__(self, device: Device, index: int) -> None:
+        self.trace: Any = device.trace
+        self.numbers = [0] * device.info.queue_depth  # of each tag's request
+        super().__init__(device, index)
+
+    def tell(self, tag: int, stage: str, **more: Any) -> None:
+        """Tell a stage of a tag's request, if that is told of."""
+        number = self.numbers[tag]
+        if number:
+            self.trace.tell(stage, queue=self.index, tag=tag, request=number, **more)
+
+    def collect(self, timeout: float | None = None) -> list[int]:
+        tags = super().collect(timeout)
+        for tag in tags:
+            self.numbers[tag] = self.trace.number()
+            self.tell(tag, "arrived")
+        return tags
+
+    def _answer(self) -> Callable[[list[int]], object]:
+        answer = super()._answer()
+        way = getattr(answer, "func", answer).__name__
+
+        def answer_each(tags: list[int]) -> None:
+            for tag in tags:
+                flags = self.flags[tag]
+                self.tell(
+                    tag,
+                    "decoded",
+                    op=OPERATIONS.get(flags & 0xFF, "?"),
+                    flags=[name for bit, name in REQUEST_FLAGS.items() if flags & bit],
+                    sector=self.starts[tag],
+                    sectors=self.sectors[tag],
+                )
+                self.tell(tag, "handler", by=way)
+                # With their commit, and answered, are chains that _answer_by_map() sent
+                if answer([tag]) and self.link_last and self.mapped:
+                    self.tell(tag, "result", result=self.results[tag])
+                    self.tell(tag, "committed")
+
+        return answer_each
+
+    def repeat(self, tags: list[int]) -> None:
+        for tag in tags:
+            self.tell(tag, "result", result=self.results[tag])
+        super().repeat(tags)
+
+    def chain_done(self, tag: int, stage: int, result: int) -> None:
+        self.tell(tag, "chain", part=stage, result=result)
+        super().chain_done(tag, stage, result)
+
+    def commit(self) -> None:
+        for tag in self._done:
+            self.tell(tag, "committed")
+        super().commit()
+
+    def close(self) -> None:
+        super().close()
+        self.trace.tell_dropped()
+
+
+class TracedBatchQueue(TracedQueue, BatchQueue):
+    """The same with batches."""
+
+    def _send(self, opcode: int) -> None:
+        for element in self._pending:
+            self.tell(ELEMENT.unpack_from(element)[0], "committed")
+        super()._send(opcode)
+
+
+def narrator(path: str) -> Callable[[int, str, dict[str, Any]], object]:
+    """Return what a Trace is heard by: a file gets JSON, standard error (as which "-" counts) text."""
+    import json
+
+    def narrate(ns: int, stage: str, more: dict[str, Any]) -> None:
+        if path == "-":
+            text = json.dumps(more).translate(PLAIN)
+            return say(f"{ns / 1e9:.6f} {stage:<9} {text}")
+        line = json.dumps({"ns": ns, "stage": stage, **more})
+        os.write(fd, f"{line}\n".encode())
+
+    fd = 2 if path == "-" else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    return narrate
+
+
+# =================================================================================================
 # Command line
 # =================================================================================================
 #
@@ -5759,10 +5967,21 @@ def device_parser() -> Any:
     )
     add("--json", action="store_true", help="print the device as a JSON object")
     add("--debug", action="store_true", help="show a traceback with an error")
+    add("--trace", **TRACE)
     return parser
 
 
-TOLD = ("background", "force", "json", "debug")  # options about the command, not about the disk
+TRACE: Any = {
+    "metavar": "[=FILE]",
+    "help": "tell what the disk does, on standard error, or in a file as JSON",
+}
+TOLD = (
+    "background",
+    "force",
+    "json",
+    "debug",
+    "trace",
+)  # options about the command, not about the disk
 
 
 def create(words: Sequence[str]) -> int:
@@ -5771,7 +5990,7 @@ def create(words: Sequence[str]) -> int:
     Or recover it, where the same words made it and it waits for a server.
     """
     inherited = open_descriptors()
-    options, args = device_parser().parse_known_args(words[1:])
+    options, args = device_parser().parse_known_args(spelled_out(words[1:]))
     # What is wrong with the words is told here, and at once.
     make = target_maker([words[0], *args], options.read_only)
     made_by = {name: value for name, value in vars(options).items() if name not in TOLD}
@@ -5806,12 +6025,18 @@ def create(words: Sequence[str]) -> int:
             batch=options.batch,
             partition_scan=not options.no_partition_scan,
             force=options.force,
+            trace=started.trace,
             words=(words[0], args, made_by),
         )
         device.identity = identity
         return serve(device, device.start, started)
 
     return launch(first, options, inherited, identity)
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Return the words of a command, with --trace written so that it takes no word behind it."""
+    return ["--trace=-" if word == "--trace" else word for word in words]
 
 
 def waits_for(dev_id: int, made_by: dict[str, Any]) -> bool:
@@ -5858,6 +6083,7 @@ class Started:
 
     def __init__(self, options: Any) -> None:
         self.json = options.json
+        self.trace = narrator(options.trace) if options.trace else None
         self.out = sys.stdout
         self.news = -1
 
@@ -6146,7 +6372,8 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
             f"its state file names no target of a command: {error}",
             f"have the program that made it recover it, or {remedy}",
         ) from None
-    device = Device(make(), id=dev_id, words=(words[0], list(words[1:]), options))
+    made_by = (words[0], list(words[1:]), options)
+    device = Device(make(), id=dev_id, trace=started.trace, words=made_by)
     serve(device, device.resume, started)
 
 
@@ -6543,6 +6770,7 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any
             **ID,
             "--background": FLAG,
             "--json": FLAG,
+            "--trace": TRACE,
             "--target": {
                 "nargs": "...",
                 "default": [],
@@ -6586,7 +6814,7 @@ def run_verb(words: Sequence[str]) -> int:
     for name, extra in arguments.items():
         parser.add_argument(name, **extra)
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
-    return function(parser.parse_args(words[1:])) or 0
+    return function(parser.parse_args(spelled_out(words[1:]))) or 0
 
 
 def print_help() -> None:

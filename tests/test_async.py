@@ -49,10 +49,11 @@ SIZE = 32 << 20
 class StandIn:
     """What a queue needs of a device, without a driver: every tag has a READ of 4 KiB."""
 
-    def __init__(self, target, depth=4, operation=ublk.UBLK_IO_OP_READ):
+    def __init__(self, target, depth=4, operation=ublk.UBLK_IO_OP_READ, trace=None):
         self.target, self.id, self.zoned, self.share_memory, self.shared = target, 0, False, False, {}
         self.info = SimpleNamespace(queue_depth=depth, max_io_buf_bytes=65536, flags=0)
         self.control = SimpleNamespace(legacy=False)
+        self.trace = trace
         self.desc_size, self.data_path = ublk.IO_DESC.size, ublk.MappedCopy
         self.char_fd = os.open(os.devnull, os.O_RDWR)
         self.wake_fd, self.wake_write = os.pipe()
@@ -90,10 +91,14 @@ class NopQueue(ublk.Queue):
         return super().collect(0 if self.ended else timeout)
 
 
+class TracedNopQueue(ublk.TracedQueue, NopQueue):
+    """The same as a queue of a traced disk."""
+
+
 def serve(target, rounds=1, **options):
     """Serve some requests of each tag by a stand-in; return the queue."""
     device = StandIn(target, **options)
-    queue = NopQueue(device, rounds)
+    queue = (TracedNopQueue if device.trace else NopQueue)(device, rounds)
     try:
         if hasattr(target, "start"):
             queue.call(target.start, 0)

@@ -98,6 +98,8 @@ MASKS = {
     r"\b\d{3}:\d+": "MAJOR:MINOR",
     r"(?<![-\d])\d+(?= +\d+:\d+\b)": "PID",                     # in front of an owner, in `list`
     r'(?<="pid": )\d+': "PID",
+    r'(?<="ns": )\d+': "TIME",
+    r'(?<="tag": )\d+': "TAG",
     r"(?m)^e2fsck .*": "VERSION",
     r"\d+(?=/\d+ (files|blocks))": "COUNT",                     # of what mkfs made
     r"(?m)^ *\d+  (\w+) +\d+ +\d+$": r"N \1 OFFSET LENGTH",    # of what ext4 writes, in `replay`
