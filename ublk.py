@@ -3186,7 +3186,7 @@ class Device:
         self.force = force
         self.batch = batch
         self.share_memory = share_memory
-        self.trace = Trace(trace) if trace else None
+        self.trace = None if trace is None else Trace(trace)
         self.zoned = hasattr(target, "zone_size")
         self.unprivileged = not privileged() if unprivileged is None else unprivileged
         self.directory = os.getcwd()  # where the words may name files
@@ -5438,7 +5438,7 @@ class TracedQueue(Queue):
                 )
                 self.tell(tag, "handler", by=way)
                 # With their commit, and answered, are chains that _answer_by_map() sent
-                if answer([tag]) and self.link_last and self.mapped:
+                if answer([tag]) and self.link_last and way == "_answer_by_map":
                     self.tell(tag, "result", result=self.results[tag])
                     self.tell(tag, "committed")
 
