@@ -116,7 +116,7 @@ def draw(records: Sequence[dict[str, Any]]) -> str:
     dropped = sum(record["requests"] for record in records if record["stage"] == "dropped")
     panels: list[tuple[str, list[Row]]] = []
     if rows := commands(records):
-        panels.append(("Control commands, in the time of the disk's whole life", rows[:SHOWN]))
+        panels.append(("Control commands, from the first to the last", rows[:SHOWN]))
     if all_lives:
         middle = statistics.median(life["committed"] - life["arrived"] for life in all_lives)
         panels.append(("Some requests: they wait (yellow), are served (blue), wait for their commit (grey)",

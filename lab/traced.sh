@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 
-disk=$(python3 ublk.py ram 64M --background --trace="$work/trace")
+disk=$(python3 ublk.py ram --size 64M --background --trace="$work/trace")
 mkfs.ext4 -q "$disk"
 mkdir "$work/mnt"
 mount "$disk" "$work/mnt"

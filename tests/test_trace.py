@@ -274,6 +274,7 @@ def test_a_trace_on_standard_error_is_text_between_other_messages():
 def test_a_new_server_may_be_traced(tmp_path):
     dead = orphan("null", "-r", "requeue")
     assert verb("recover", dead.id, "--background", f"--trace={tmp_path / 'trace'}").status == 0
+    verb("del", dead.id)
     assert "END_USER_RECOVERY" in (tmp_path / "trace").read_text()
 
 
@@ -283,4 +284,5 @@ def test_the_same_words_with_a_trace_are_the_same_disk(tmp_path):
     orphan(*words)
     done = verb(*words, "--background", f"--trace={tmp_path / 'trace'}")
     assert done.status == 0, done
+    verb("del", 5)
     assert "END_USER_RECOVERY" in (tmp_path / "trace").read_text()
