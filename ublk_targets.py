@@ -14,6 +14,8 @@ of its docstring.
 
 from __future__ import annotations
 
+import bisect
+import collections
 import ctypes
 import errno
 import fcntl
@@ -28,12 +30,14 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,12 +45,13 @@ import ublk
 from ublk import refuse
 
 PAGE_SIZE = mmap.PAGESIZE
-PIECE = 1 << 20  # bytes that are copied or written at once
+PIECE = 256 << 10  # bytes copied or compared at once; memory for more is made anew each time
 
 # linux/falloc.h and linux/fs.h
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+FICLONE = 0x40049409
 BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
 BLKPBSZGET = 0x127B
@@ -1789,10 +1794,24 @@ class Zoned(ublk.Target):
 # Recording a disk, and crashing it afterwards
 # =================================================================================================
 
-LOG_HEADER = Sealed(b"ublklog3", "Q", "a log of the target record")  # size of the disk
-# Kind, offset, length, CRC-32 of the data, which follow. A flush has in place of an offset how many
-# entries there were when it was asked for: it is for these.
-ENTRY = Sealed(b"entr", "IQQI", "an entry")
+LOG_HEADER = Sealed(b"ublklog4", "QI", "a log of the target record")  # sizes of disk and block
+# Kind, errno of a change that failed, offset, length, CRC-32 of the data, which follow. A flush has
+# in place of an offset how long the log was when it was asked for: it is for what stands up to there.
+ENTRY = Sealed(b"entr", "IIQQI", "an entry")
+KINDS = (*CHANGES, "mark")
+KINDS_WITH_DATA = (*WITH_DATA, "mark")
+RWF_APPEND = 0x10  # linux/fs.h
+
+
+def append(
+    fd: int, kind: str, data: Any = b"", offset: int = 0, length: int = 0, error: int = 0
+) -> None:
+    """Write an entry at the end of a log, at once: marks come from other processes. Raises OSError."""
+    head = ENTRY.pack(KINDS.index(kind), error, offset, length or len(data), zlib.crc32(data))
+    end = os.lseek(fd, 0, os.SEEK_END)
+    if os.pwritev(fd, [head, data], 0, RWF_APPEND) < len(head) + len(data):
+        os.ftruncate(fd, end)
+        raise OSError(errno.ENOSPC, "no room for it")
 
 
 class Record(Wrapper, ublk.Target):
@@ -1800,42 +1819,44 @@ class Record(Wrapper, ublk.Target):
 
     `ublk.py replay LOG` makes from it the disk as it was after any of them. An entry is written
     once the target has done its work and before the client hears of it. A log that is there is
-    continued: delete it before you record a disk that starts afresh.
+    continued: delete it before you record a disk that starts afresh. Where it has no room for an
+    entry, or is as large as --limit, the recording ends: from then on each change of the disk fails.
 
     log: the file for the log
     target: the target to be recorded, with its own arguments
+    limit: of the log, about: what is under way then is still written (none)
     """
 
-    def __init__(self, log: str, target: ublk.Target) -> None:
+    def __init__(
+        self, log: str, target: ublk.Target, *, limit: ublk.Size = ublk.Size(0)
+    ) -> None:
         super().__init__(target)
         refuse(hasattr(target, "zone_size"), "record", "a zoned disk cannot be recorded")
         self.offer(["flush"])  # of interest even where the target needs none
         self.lock = threading.Lock()
+        self.limit = limit or sys.maxsize
         self.log = open(log, "r+b" if os.path.exists(log) else "x+b", buffering=0)
         claim(self.log.fileno(), log)
         if not os.path.getsize(log):
-            self.log.write(LOG_HEADER.pack(self.size))
-        (size,) = LOG_HEADER.read(self.log.fileno(), log)
+            self.log.write(LOG_HEADER.pack(self.size, self.block_size))
+        size, _ = LOG_HEADER.read(self.log.fileno(), log)
         refuse(
             size != self.size,
             log,
             f"the log of a disk of {size} bytes, this one has {self.size}",
             "name another file",
         )
-        self.count = 0  # of whole entries
-        self.end = LOG_HEADER.size
+        end = LOG_HEADER.size
         for entry in entries(self.log):
-            self.count = entry.number
-            self.end = entry.end
-        self.log.truncate(self.end)  # without an entry the server was killed in
-        self.log.seek(self.end)
+            end = entry.end
+        self.log.truncate(end)  # without an entry the server was killed in
 
     def resized(self, size: int) -> None:
         """Note how large the disk has ever been: that is how large replay makes it."""
         if hasattr(self.target, "resized"):
             self.target.resized(size)
-        largest = max(size, *LOG_HEADER.read(self.log.fileno(), self.log.name))
-        write_all(self.log.fileno(), LOG_HEADER.pack(largest), 0)
+        largest, block = LOG_HEADER.read(self.log.fileno(), self.log.name)
+        write_all(self.log.fileno(), LOG_HEADER.pack(max(size, largest), block), 0)
         self.size = size
 
     async def call(self, name: str, *args: Any) -> Any:
@@ -1844,21 +1865,46 @@ class Record(Wrapper, ublk.Target):
         return await self.logged(name, *args)
 
     async def logged(self, name: str, *args: Any) -> None:
-        """Have the target do it, then append an entry."""
+        """Have the target do it, then append an entry, whether it has failed or not."""
         offset, length = extent(args)
+        end = os.fstat(self.log.fileno()).st_size
+        if end >= self.limit:
+            raise self._end("it has its limit")
         if name == "flush":
-            offset = self.count
-        if hasattr(self.target, name):
-            await moved(getattr(self.target, name), *args)
+            offset = end
         data = args[1] if name in WITH_DATA else b""
-        head = ENTRY.pack(CHANGES.index(name), offset, length, zlib.crc32(data))
-        with self.lock:
-            end = self.end + len(head) + len(data)
-            if os.writev(self.log.fileno(), [head, data]) != end - self.end:
-                self.log.truncate(self.log.seek(self.end))
-                raise OSError(errno.ENOSPC, "no room for the log")
-            self.end = end
-            self.count += 1
+        error = 0
+        try:
+            if hasattr(self.target, name):
+                await moved(getattr(self.target, name), *args)
+        except BaseException as failure:
+            error = getattr(failure, "errno", 0) or errno.EIO
+            raise
+        finally:
+            self._append(name, data, offset, length, error)
+
+    def mark(self, text: str) -> None:
+        """Note something between two changes, such as what was promised to be durable.
+
+        It is in the log when this returns. Any thread may call it.
+        """
+        self._append("mark", os.fsencode(text))
+
+    def _append(self, *entry: Any) -> None:
+        try:
+            with self.lock:
+                append(self.log.fileno(), *entry)
+        except OSError as error:
+            raise self._end(str(error.strerror)) from None
+
+    def _end(self, reason: str) -> OSError:
+        """Say, once, that the recording ends; return the error of all changes from now on."""
+        if self.limit:
+            ublk.say(
+                f"{self.log.name} ends: {reason}: from now on all changes of the disk fail"
+            )
+        self.limit = 0
+        return OSError(errno.ENOSPC, "no room in the log")
 
     def close(self) -> None:
         self.log.close()
@@ -1867,11 +1913,12 @@ class Record(Wrapper, ublk.Target):
 
 
 class Entry(NamedTuple):
-    """One change of a recorded disk; its data, if any, ends at end in the log."""
+    """A change of a recorded disk, or a mark; its data, if any, ends at end in the log."""
 
     number: int
     kind: str
-    offset: int
+    error: int  # errno, if it failed
+    offset: int  # of a flush: the number of the last entry that it is for
     length: int
     crc: int
     end: int
@@ -1881,37 +1928,279 @@ def entries(log: Any) -> Iterator[Entry]:
     """Yield the whole entries of a log; say where a kill cut off the last one."""
     limit = os.fstat(log.fileno()).st_size
     end = LOG_HEADER.size
+    ends: list[int] = []
     for number in itertools.count(1):
         if end == limit:
             return
         if end + ENTRY.size > limit:
             break
         fields = ENTRY.unpack(os.pread(log.fileno(), ENTRY.size, end))
-        if not fields or fields[0] >= len(CHANGES):
+        if not fields or fields[0] >= len(KINDS):
             raise wrong(
                 log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}"
             )
-        kind, offset, length, crc = fields
-        end += ENTRY.size + (length if CHANGES[kind] in WITH_DATA else 0)
+        kind, error, offset, length, crc = fields
+        end += ENTRY.size + (length if KINDS[kind] in KINDS_WITH_DATA else 0)
         if end > limit:
             break
-        yield Entry(number, CHANGES[kind], offset, length, crc, end)
+        if KINDS[kind] == "flush":
+            offset = bisect.bisect(ends, offset)
+        ends.append(end)
+        yield Entry(number, KINDS[kind], error, offset, length, crc, end)
     ublk.say(f"{log.name} is cut off after entry {number - 1}: the rest is left out")
 
 
-def apply(log: Any, entry: Entry, disk: Any) -> None:
-    """Do to a disk image what an entry says."""
-    if entry.kind in WITH_DATA:
-        data = os.pread(log.fileno(), entry.length, entry.end - entry.length)
-        if zlib.crc32(data) != entry.crc:
-            raise wrong(
-                log.name,
-                f"entry {entry.number} is damaged",
-                f"replay it --to {entry.number - 1}",
-            )
-        write_all(disk.fileno(), data, entry.offset)
-    elif entry.kind != "flush":
-        clear(disk.fileno(), entry.offset, entry.length)
+def data_of(log: Any, entry: Entry) -> bytes:
+    """Return the data of an entry. Raises UblkError where they are damaged."""
+    data = os.pread(log.fileno(), entry.length, entry.end - entry.length)
+    if zlib.crc32(data) != entry.crc:
+        raise wrong(
+            log.name,
+            f"entry {entry.number} is damaged",
+            f"replay it --to {entry.number - 1}",
+        )
+    return data
+
+
+class Part(NamedTuple):
+    """The part of a change that is on a disk."""
+
+    entry: Entry
+    offset: int  # on the disk
+    length: int
+
+    def apply(self, log: Any, disk: Any) -> None:
+        """Do it to a disk image."""
+        entry, offset, length = self
+        if entry.kind in WITH_DATA:
+            begin = offset - entry.offset
+            write_all(disk.fileno(), data_of(log, entry)[begin : begin + length], offset)
+        else:
+            clear(disk.fileno(), offset, length)
+
+
+def whole(entry: Entry) -> Part:
+    """Return all of a change."""
+    return Part(entry, entry.offset, entry.length)
+
+
+def lasts(entry: Entry) -> bool:
+    """Tell whether a change is durable by itself."""
+    return entry.kind == "write_fua" and not entry.error
+
+
+class Crash(NamedTuple):
+    """What a crash may leave of a disk.
+
+    path: an image of the disk, to be used at will until the next crash
+    entry: the last one of the log before the crash
+    mark: the last mark before it
+    state: "all" of what was written, "nothing" that was not flushed, or the number of a state in
+        which each write that was not flushed is there, absent or torn, at random
+    """
+
+    path: str
+    entry: Entry
+    mark: str
+    state: str
+    parts: tuple[Part, ...]  # what is there of what was not flushed
+
+
+@dataclass
+class Crashes:
+    """All crashes of a recorded disk that are worth a look, in order.
+
+    log: the log, open.
+    disk: an image, open, of the disk at the beginning. It follows with what no
+        crash takes back.
+    to: stop after this entry. The other arguments are options of replay.
+    """
+
+    log: Any
+    disk: Any
+    to: int | None = None
+    start: int = 0
+    every: str = "flush"
+    states: int = 0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        self.size, self.block = LOG_HEADER.read(self.log.fileno(), self.log.name)
+        self.entries = list(itertools.islice(entries(self.log), self.to))
+        self.points = 0  # crash points so far
+        self.settled: list[tuple[int, int]] = []  # where disk has changed: offset and length
+
+    def __iter__(self) -> Iterator[Crash]:
+        mark = ""
+        pending: list[Entry] = []  # what some crash may take back, or what comes after that
+        seen: set[tuple[Part, ...]] = set()  # states of the last crash point
+        for entry in self.entries:
+            if entry.kind == "mark":
+                mark = os.fsdecode(data_of(self.log, entry))
+                seen = set()
+            elif entry.kind != "flush":
+                pending.append(entry)
+            if self.is_point(entry):
+                self.points += 1
+                before, seen = seen, set()
+                for state, parts in self.states_of(pending, entry):
+                    if parts not in before and parts not in seen:
+                        yield Crash("", entry, mark, state, parts)
+                    seen.add(parts)
+            settled = self.settle(pending, entry)
+            if settled:
+                count = len(settled)
+                seen = {parts[count:] for parts in seen if parts[:count] == settled}
+        refuse(
+            not self.points,
+            self.log.name,
+            "there is no crash point to look at",
+            "take --every entry or another --from",
+        )
+
+    def is_point(self, entry: Entry) -> bool:
+        return entry.number >= self.start and (
+            self.every == "entry"
+            or entry.kind in ("flush", "write_fua", "mark")
+            or entry is self.entries[-1]
+        )
+
+    def states_of(
+        self, pending: Sequence[Entry], last: Entry
+    ) -> Iterator[tuple[str, tuple[Part, ...]]]:
+        """Yield the names of the states of a crash, and what is there of what is pending."""
+        yield "all", tuple(map(whole, pending))
+        yield "nothing", tuple(map(whole, filter(lasts, pending)))
+        for number in range(1, self.states + 1):
+            chance = random.Random(f"{self.seed} {last.number} {number}")
+            parts = [
+                whole(entry) if lasts(entry) and entry is not last else self.torn(entry, chance)
+                for entry in pending
+            ]
+            yield str(number), tuple(part for part in parts if part.length)
+
+    def torn(self, entry: Entry, chance: random.Random) -> Part:
+        """Draw what is there of a change: nothing, all, or what is on one side of a cut."""
+        cut = self.block * chance.randrange(max(1, entry.length // self.block))
+        length = entry.length
+        begin, end = chance.choice([(0, 0), (0, length), (0, cut), (cut, length)])
+        return Part(entry, entry.offset + begin, end - begin)
+
+    def outcome(self, entry: Entry) -> Part:
+        """Return what there is of a change in the end; drawn for one that failed."""
+        if entry.error:
+            return self.torn(entry, random.Random(f"{self.seed} {entry.number}"))
+        return whole(entry)
+
+    def settle(self, pending: list[Entry], last: Entry) -> tuple[Part, ...]:
+        """Do to the disk what no crash takes back after this entry; return it."""
+        covered = last.offset if last.kind == "flush" and not last.error else 0
+        parts = []
+        while pending and (pending[0].number <= covered or lasts(pending[0])):
+            part = self.outcome(pending.pop(0))
+            if part.length:
+                part.apply(self.log, self.disk)
+                self.settled.append(part[1:])
+                parts.append(part)
+        return tuple(parts)
+
+
+UNTOUCHED = 10**9  # ns since 1970: an image's time of change while nobody else has changed it
+
+
+class CrashImage:
+    """A file that becomes the disk of one crash after another, at the cost of what differs."""
+
+    def __init__(self, path: str, crashes: Crashes) -> None:
+        self.path = path
+        self.crashes = crashes
+        self.known = 0  # how many of crashes.settled are in it
+        self.parts: tuple[Part, ...] = ()
+        self.time = -1  # of its last change by us
+
+    def show(self, crash: Crash) -> Crash:
+        """Make the image that of a crash, the one that crashes has just come to."""
+        disk, log = self.crashes.disk, self.crashes.log
+        stale = {*self.crashes.settled[self.known :], *(part[1:] for part in self.parts)}
+        self.known = len(self.crashes.settled)
+        self.parts = crash.parts
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        with open(fd, "r+b", buffering=0) as image:
+            if os.fstat(fd).st_mtime_ns != self.time:
+                image.truncate(self.crashes.size)
+                stale = set() if cloned(disk, image) else {(0, self.crashes.size)}
+            for offset, length in stale:
+                make_same(disk.fileno(), fd, offset, length)
+            for part in crash.parts:
+                part.apply(log, image)
+            self.time = UNTOUCHED
+            os.utime(fd, ns=(self.time, self.time))
+        return crash._replace(path=self.path)
+
+
+def cloned(source: Any, target: Any) -> bool:
+    """Have a file share the blocks of another, and tell whether their file system can do that."""
+    try:
+        return fcntl.ioctl(target, FICLONE, source.fileno()) == 0
+    except OSError:
+        return False
+
+
+def next_data(fd: int, offset: int) -> int:
+    """Return where the next data of a file are, behind its holes; far away if there are none."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    return sys.maxsize
+
+
+def make_same(source: int, target: int, offset: int, length: int) -> None:
+    """Make a range of one file what it is in another, of which only data are read."""
+    end = offset + length
+    while True:
+        start, fd = min((next_data(fd, offset), fd) for fd in (source, target))
+        if start >= end:
+            return
+        offset = os.lseek(fd, start, os.SEEK_HOLE)
+        for at, count in pieces(start, min(offset, end) - start):
+            data = os.pread(source, count, at)
+            if data != os.pread(target, count, at):
+                write_all(target, data, at)
+
+
+def new_disk(log: Any, path: str, base: str) -> Any:
+    """Make the image of a recorded disk as it was when the recording began; return it, open."""
+    size, _ = LOG_HEADER.read(log.fileno(), log.name)
+    refuse(
+        bool(base) and os.path.getsize(base) > size,
+        base,
+        f"larger than the recorded disk of {size} bytes",
+        "name what the disk contained when the recording began",
+    )
+    with open(base or os.devnull, "rb") as source:
+        disk = open(path, "x+b", buffering=0)
+        disk.truncate(size)
+        if base:
+            make_same(source.fileno(), disk.fileno(), 0, size)
+    return disk
+
+
+def crashes(log: Any, base: Any = "", **options: Any) -> Iterator[Crash]:
+    """Yield all crashes of a recorded disk that are worth a look, each with an image of the disk.
+
+    base: an image of what the disk contained when the recording began; by
+        default zeroes.
+    options: to, start, every, states and seed, as --to, --from, --every,
+        --states and --seed of replay.
+    """
+    folder = os.path.dirname(os.path.abspath(log))
+    with open(log, "rb") as file, tempfile.TemporaryDirectory(dir=folder) as place:
+        with new_disk(file, f"{place}/disk", os.fspath(base)) as disk:
+            found = Crashes(file, disk, **options)
+            image = CrashImage(f"{place}/crash", found)
+            yield from map(image.show, found)
 
 
 def replay(argv: Sequence[str]) -> int:
@@ -1920,17 +2209,22 @@ def replay(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("log", help="what the target record has written")
     add("disk", nargs="?", help="the disk image to make; without it the entries are shown")
-    add("--base", help="what the disk contained when the recording began (nothing)")
-    add("--to", type=int, metavar="N", help="stop after this entry (the last)")
+    add("--mark", metavar="TEXT", help="note this in a log that is being written")
+    add(
+        "--base",
+        default="",
+        help="what the disk contained when the recording began (nothing)",
+    )
+    add("--to", type=ublk.number_of_bytes, metavar="N", help="stop after this entry (the last)")
     add(
         "--check",
         metavar="COMMAND",
-        help="for each crash point run a shell command on a copy of the "
-        "disk, {} in it being the copy's path; stop where it fails",
+        help="for each crash run a shell command on an image of the disk, {} in it being the "
+        "image's path; stop where it fails",
     )
     add(
         "--from",
-        type=int,
+        type=ublk.number_of_bytes,
         default=0,
         dest="start",
         metavar="N",
@@ -1940,116 +2234,147 @@ def replay(argv: Sequence[str]) -> int:
         "--every",
         choices=("flush", "entry"),
         default="flush",
-        help="crash points; the end is one, too (flush)",
+        help="crash points; FUA writes, marks and the end are some, too (flush)",
     )
     add(
-        "--lose",
-        type=int,
-        metavar="SEED",
-        help="at a crash lose about half of what was not flushed, at random",
+        "--states",
+        type=ublk.number_of_bytes,
+        default=0,
+        metavar="N",
+        help="at each, besides all and nothing of what was not flushed, look at N states in which "
+        "each such write is there, absent or torn, at random (0)",
+    )
+    add("--seed", type=int, default=1, help="makes the same random choices again (1)")
+    add(
+        "--jobs",
+        type=ublk.number_of_bytes,
+        default=1,
+        metavar="N",
+        help="so many checks at a time (1)",
     )
     options = parser.parse_args(argv)
-    if (options.check and not options.disk) or (options.to or 0) < 0:
-        parser.error("--check needs a disk image to make, and --to no less than 0")
+    if options.check and not (options.disk and options.jobs):
+        parser.error("--check needs a disk image to make, and a job")
+    if options.mark is not None:
+        mark(options.log, options.mark)
+        return 0
     with open(options.log, "rb") as log:
-        (size,) = LOG_HEADER.read(log.fileno(), log.name)
-        wanted = itertools.islice(entries(log), options.to)
         if not options.disk:
-            for entry in wanted:
-                print(
-                    f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}"
-                )
+            LOG_HEADER.read(log.fileno(), log.name)
+            for entry in itertools.islice(entries(log), options.to):
+                print(described(log, entry))
             return 0
-        refuse(
-            bool(options.base) and os.path.getsize(options.base) > size,
-            options.base,
-            f"larger than the recorded disk of {size} bytes",
-            "name what the disk contained when the recording began",
-        )
-        with open(options.disk, "x+b") as disk:
-            if options.base:
-                copy(options.base, options.disk)
-            disk.truncate(size)
+        with new_disk(log, options.disk, options.base) as disk:
+            found = Crashes(
+                log,
+                disk,
+                options.to,
+                start=options.start,
+                every=options.every,
+                states=options.states,
+                seed=options.seed,
+            )
             if options.check:
-                return find_bad_crash(log, wanted, disk, options)
-            for entry in wanted:
-                apply(log, entry, disk)
+                return find_bad_crash(found, options.check, options.jobs)
+            for entry in found.entries:
+                if entry.kind not in ("flush", "mark"):
+                    found.outcome(entry).apply(log, disk)
     return 0
 
 
-def find_bad_crash(log: Any, wanted: Iterator[Entry], disk: Any, options: Any) -> int:
-    """Check the disk after each crash point; tell the first bad one and keep its disk.
+def described(log: Any, entry: Entry) -> str:
+    """Return the line that shows an entry."""
+    line = f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}"
+    if entry.kind == "mark":
+        return f"{line}  {os.fsdecode(data_of(log, entry))}"
+    return f"{line}  {errno.errorcode.get(entry.error, entry.error)}" if entry.error else line
 
-    disk has what no crash takes back: a crash is a copy of it with some or all
-    of the rest.
-    """
-    path = f"{disk.name}.crash"
-    points = 0
-    chance = random.Random(options.lose)
-    pending: list[Entry] = []
-    seen = list(wanted)
-    for entry in seen:
-        pending.append(entry)
-        crash = options.every == "entry" or entry.kind in ("flush", "write_fua")
-        crash = crash or entry is seen[-1]
-        if crash and entry.number >= options.start:
-            points += 1
-            copy(disk.name, path)
-            with open(path, "r+b") as crashed:
-                for done in pending:
-                    lasts = options.lose is None or done.kind == "write_fua"
-                    if lasts or chance.random() < 0.5:
-                        apply(log, done, crashed)
-            status = run_check(options.check, entry, path)
+
+def mark(path: str, text: str) -> None:
+    """Append a mark to a log that a server is writing. Raises UblkError, OSError."""
+    with open(path, "r+b", buffering=0) as log:
+        LOG_HEADER.read(log.fileno(), path)
+        with suppress(BlockingIOError):
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            raise wrong(path, "nobody records to it", "mark it while its disk is served")
+        append(log.fileno(), "mark", os.fsencode(text))
+
+
+def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
+    """Check the disk after each crash; tell the first bad one and keep its disk."""
+    kept = f"{crashes.disk.name}.crash"
+    began = time.monotonic()
+    states = 0
+    with closing(checked(crashes, check, jobs)) as verdicts:
+        for crash, status in verdicts:
             if status:
-                print(
-                    f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
-                    f"status {status}: see {path}"
-                )
-                return 1
-            os.unlink(path)
-        if options.lose is None or entry.kind == "flush":
-            covered = entry.number if options.lose is None else entry.offset
-            for done in pending:
-                if done.number <= covered:
-                    apply(log, done, disk)
-            left = [done for done in pending if done.number > covered]
-            pending = [done for done in left if done.kind != "flush"]
-    refuse(
-        not points,
-        log.name,
-        "there is no crash point to look at",
-        "take --every entry or another --from",
-    )
-    print(f"good at {points} crash points")
-    return 0
-
-
-def run_check(check: str, entry: Entry, path: str) -> int:
-    """Run the check's command on the disk of a crash; return its status.
-
-    Raises UblkError where that is no verdict.
-    """
-    command = check.replace("{}", shlex.quote(path))
-    environment = {**os.environ, "UBLK_ENTRY": str(entry.number)}
-    status = subprocess.run(command, shell=True, check=False, env=environment).returncode
-    refuse(status in (126, 127), check, "it cannot be run", "name a command that is there")
+                os.replace(crash.path, kept)
+                break
+            states += 1
+            if sys.stderr.isatty():
+                show_progress(crash.entry.number, crashes, time.monotonic() - began)
+        else:
+            print(f"good at {crashes.points} crash points, {states} states")
+            return 0
     # Of itself the shell tells a signal as a negative number, of its command as 128 and more
+    refuse(status in (126, 127), check, "it cannot be run", "name a command that is there")
     refuse(
         status < 0 or status > 128,
         check,
-        f"it was killed at entry {entry.number}: status {status}",
-        f"the disk it looked at is {path}",
+        f"it was killed at entry {crash.entry.number}: status {status}",
+        f"the disk it looked at is {kept}",
     )
-    return status
+    entry = crash.entry
+    print(
+        f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
+        f"state {crash.state}: status {status}: see {kept}"
+    )
+    return 1
 
 
-def copy(source: str, path: str) -> None:
-    """Copy a disk image: cp knows of holes, and of file systems that can share blocks."""
+def checked(
+    crashes: Crashes, check: str, jobs: int
+) -> Generator[tuple[Crash, int], None, None]:
+    """Run a shell command on each crash, so many at a time; yield its statuses, in order."""
+    images = [CrashImage(f"{crashes.disk.name}.crash{job}", crashes) for job in range(jobs)]
+    idle = list(images)
+    running: collections.deque[tuple[Crash, CrashImage, Any]] = collections.deque()
     try:
-        subprocess.run(["cp", "--", source, path], check=True, capture_output=True, text=True)
-    except subprocess.CalledProcessError as error:
-        raise wrong(f"cp {source}", error.stderr.strip()) from None
+        for crash in itertools.chain(crashes, [None] * jobs):
+            if running and (crash is None or not idle):
+                shown, image, process = running.popleft()
+                yield shown, process.wait()
+                idle.append(image)
+            if crash:
+                image = idle.pop()
+                shown = image.show(crash)
+                running.append((shown, image, start_check(check, shown)))
+    finally:
+        for _, _, process in running:
+            process.wait()
+        for image in images:
+            with suppress(FileNotFoundError):
+                os.unlink(image.path)
+
+
+def start_check(check: str, crash: Crash) -> Any:
+    """Start the check's command on the disk of a crash."""
+    environment = {
+        **os.environ,
+        "UBLK_ENTRY": str(crash.entry.number),
+        "UBLK_MARK": crash.mark,
+        "UBLK_STATE": crash.state,
+    }
+    command = check.replace("{}", shlex.quote(crash.path))
+    return subprocess.Popen(command, shell=True, env=environment)
+
+
+def show_progress(number: int, crashes: Crashes, seconds: float) -> None:
+    """Say on a terminal how far a check is."""
+    last = len(crashes.entries)
+    left = seconds * (last - number) / (number + 1 - crashes.start)
+    end = f"{left:.0f} s left \r" if number < last else "\r\033[K"
+    print(f"entry {number} of {last}, {end}", end="", file=sys.stderr, flush=True)
 
 
 # =================================================================================================

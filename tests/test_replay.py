@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -186,19 +187,125 @@ def test_a_recording_that_cannot_be(run, log, tmp_path):
     assert len((tmp_path / "JUNK").read_bytes()) == 100
 
 
-def test_a_log_that_is_full_fails_the_write_and_stays_whole(run, targets, tmp_path):
-    log = Log(targets, tmp_path / "log")
-    log.do("write", 0, memoryview(b"1" * 4096))
+@contextmanager
+def no_room_in(path):
+    """Have files end a little after the present end of this one."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(log.path) + 1000, usual[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 1000, usual[1]))
     try:
-        assert error_of(now, log.disk.write(8192, memoryview(b"2" * 4096))) == errno.ENOSPC
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    log.do("write", 4096, memoryview(b"3" * 4096))
+
+
+def test_a_recording_without_room_ends_aloud_and_with_it_the_changes_of_the_disk(
+        run, targets, tmp_path, capfd):
+    log = Log(targets, tmp_path / "log")
+    log.do("write", 0, memoryview(b"1" * 4096))
+    with no_room_in(log.path):
+        assert error_of(now, log.disk.write(8192, memoryview(b"2" * 4096))) == errno.ENOSPC
+    before = bytes(log.disk.target.view)
+    assert error_of(now, log.disk.write(4096, memoryview(b"3" * 512))) == errno.ENOSPC
+    assert error_of(now, log.disk.flush()) == errno.ENOSPC
+    assert log.disk.target.view == before
+    assert capfd.readouterr().err == (
+        f"ublk: {log.path} ends: no room for it: from now on all changes of the disk fail\n")
     log.disk.close()
     assert run("replay", log.path, tmp_path / "disk").status == 0
-    assert (tmp_path / "disk").read_bytes()[:12288] == b"1" * 4096 + b"3" * 4096 + bytes(4096)
+    assert (tmp_path / "disk").read_bytes() == log.states[1]
+
+
+def test_a_log_has_a_limit_and_holds_all_that_was_done_until_then(run, targets, tmp_path):
+    disk = targets.Record(str(tmp_path / "log"), targets.Ram(size=1 << 20), limit=20000)
+    errors = [error_of(now, disk.write(4096 * number, memoryview(b"x" * 4096))) for number in range(20)]
+    assert errors == [0] * 5 + [errno.ENOSPC] * 15
+    disk.close()
+    assert run("replay", tmp_path / "log", tmp_path / "again").status == 0
+    assert (tmp_path / "again").read_bytes() == disk.target.view
+
+
+def test_a_change_that_failed_is_in_the_log_as_such(run, targets, tmp_path):
+    class Failing(Recorder):
+        def write(self, offset, buffer):
+            raise OSError(errno.EIO, "bad sector")
+
+        def flush(self):
+            raise RuntimeError("no errno")
+
+    disk = targets.Record(str(tmp_path / "log"), Failing())
+    assert error_of(now, disk.write(4096, memoryview(b"x" * 512))) == errno.EIO
+    with pytest.raises(RuntimeError):
+        now(disk.flush())
+    disk.close()
+    lines = [line.split() for line in run("replay", tmp_path / "log").out.splitlines()]
+    assert lines == [["1", "write", "4096", "512", "EIO"], ["2", "flush", "1", "0", "EIO"]]
+
+
+@pytest.fixture
+def failed(targets, tmp_path):
+    """A log in which a write of two sectors failed, and after that something was flushed."""
+    log = Log(targets, tmp_path / "log")
+    write, log.disk.target.write = log.disk.target.write, error
+    assert error_of(now, log.disk.write(0, memoryview(b"x" * 1024))) == errno.EIO
+    log.disk.target.write = write
+    for name, *args in (("write", 4096, memoryview(b"y" * 512)), ("flush",), ("mark", "flushed")):
+        getattr(log.disk, name)(*args) if name == "mark" else log.do(name, *args)
+    log.disk.close()
+    return log
+
+
+def error(*_):
+    raise OSError(errno.EIO, "bad sector")
+
+
+def test_what_a_write_that_failed_left_may_be_anything_and_a_flush_makes_it_last(targets, failed):
+    def found(crash):
+        with open(crash.path, "rb") as disk:
+            return disk.read(1024)[::512]
+
+    before, after = set(), []
+    for seed in range(30):
+        some = list(map(lambda crash: (crash.mark, found(crash)),
+                        targets.crashes(failed.path, states=4, seed=seed)))
+        before |= {left for mark, left in some if not mark}
+        after += [{left for mark, left in some if mark}]
+    assert before == {b"xx", b"\0\0", b"x\0", b"\0x"} == set().union(*after)
+    assert all(len(left) == 1 for left in after)
+
+
+# ---- marks ------------------------------------------------------------------------------------------
+
+def test_a_mark_is_in_the_log_when_the_call_returns(run, targets, tmp_path):
+    log = Log(targets, tmp_path / "log")
+    log.do("write", 0, memoryview(b"x" * 512))
+    log.disk.mark("half \u2192 done")
+    line = run("replay", log.path).out.splitlines()[1]
+    assert line.split(None, 4) == ["2", "mark", "0", "13", "half → done"]
+    log.do("write", 512, memoryview(b"y" * 512))
+    log.disk.close()
+    assert run("replay", log.path, tmp_path / "disk").status == 0
+    assert (tmp_path / "disk").read_bytes() == log.states[-1]
+
+
+def test_marks_come_from_the_shell_too_while_the_disk_changes(run, targets, tmp_path):
+    log = Log(targets, tmp_path / "log")
+    for number in range(5):
+        log.do("write", number * 512, memoryview(b"x" * 512))
+        assert run("replay", log.path, "--mark", f"row {number}").status == 0
+        log.do("flush")
+    log.disk.close()
+    lines = [line.split(None, 2)[1:] for line in run("replay", log.path).out.splitlines()]
+    assert [kind for kind, _ in lines] == ["write", "mark", "flush"] * 5
+    assert [rest.split()[0] for kind, rest in lines if kind == "flush"] == ["2", "5", "8", "11", "14"]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("log", "nobody records to it"), ("none", "none"), ("junk", "not a log")])
+def test_a_mark_that_nobody_would_notice_is_refused(run, log, tmp_path, name, says):
+    (tmp_path / "junk").write_bytes(bytes(100))
+    before = log.path.read_bytes()
+    assert_fails(run("replay", tmp_path / name, "--mark", "here"), 1, says)
+    assert log.path.read_bytes() == before and not (tmp_path / "none").exists()
 
 
 # ---- crashes ----------------------------------------------------------------------------------------
@@ -251,11 +358,11 @@ def crash_test(run, log, *words):
 
 
 @pytest.mark.parametrize("words, good, hasty, bad", [
+    ("", "good at 6 ", "good at 3 ", "good at 3 "),
     ("--every entry", "good at 12 ", "good at 9 ", "bad at entry 1: write 0 4096: "),
-    ("--every flush", "good at 6 ", "good at 3 ", "good at 3 "),
     ("--every entry --from 3", "good at 10 ", "good at 7 ", "bad at entry 4: write 0 4096: "),
-    ("--every entry --lose 1", "good at 12 ", "bad at entry ", "bad at entry "),
-    ("--every flush --lose 2", "good at 6 ", "bad at entry ", "bad at entry ")])
+    ("--states 8", "good at 6 ", "bad at entry 3: flush ", "bad at entry 3: flush "),
+    ("--states 8 --jobs 3", "good at 6 ", "bad at entry 3: flush ", "bad at entry 3: flush ")])
 def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path, words, good, hasty, bad):
     for name, verdict in (("good", good), ("hasty", hasty), ("bad", bad)):
         path = tmp_path / name
@@ -280,10 +387,17 @@ def test_what_was_not_looked_at_is_neither_good_nor_bad(run, log, tmp_path, word
     assert says in done.err.splitlines()[-1]
 
 
-def test_a_check_knows_which_crash_it_looks_at(run, log, tmp_path):
-    check = f"test -s {{}} && echo $UBLK_ENTRY >> {tmp_path}/seen"
+def test_a_check_knows_which_crash_it_looks_at(run, targets, log, tmp_path):
+    disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
+    for text in ("row 1", "row 2"):
+        now(disk.write(0, memoryview(os.urandom(512))))
+        disk.mark(text)
+    disk.close()
+    check = f"test -s {{}} && echo $UBLK_ENTRY, $UBLK_STATE, $UBLK_MARK >> {tmp_path}/seen"
     assert run("replay", log.path, tmp_path / "disk", "--check", check).status == 0
-    assert (tmp_path / "seen").read_text().split() == ["4", "7"]
+    assert (tmp_path / "seen").read_text().splitlines() == [
+        "4, all,", "4, nothing,", "9, all, row 1", "9, nothing, row 1",
+        "11, all, row 2", "11, nothing, row 2"]
 
 
 def test_the_end_of_a_log_is_a_crash_point_too(run, targets, tmp_path):
@@ -305,7 +419,7 @@ def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path
         database.record(number)
         database.header(number)
     log.disk.close()
-    assert crash_test(run, log.path, "--lose", seed).out == "good at 8 crash points\n"
+    assert crash_test(run, log.path, "--states", 4, "--seed", seed).out.startswith("good at 8 crash points, ")
 
 
 def test_a_crash_loses_writes_before_one_that_is_durable_by_itself(run, targets, tmp_path):
@@ -316,7 +430,7 @@ def test_a_crash_loses_writes_before_one_that_is_durable_by_itself(run, targets,
         database.record(number)
         database.header(number)
     log.disk.close()
-    done = crash_test(run, log.path, "--lose", 1)
+    done = crash_test(run, log.path)
     assert re.match(r"bad at entry [2468]: write_fua 0 4096: ", done.out), done
 
 
@@ -344,9 +458,174 @@ def test_a_flush_is_for_what_was_done_when_it_was_asked_for(run, targets, tmp_pa
     log.do("flush")
     log.disk.close()
     check = "test \"$(head -c 1 {})\" = x"
-    verdicts = [run("replay", log.path, tmp_path / f"disk{seed}", "--check", check, "--lose", seed,
-                    "--from", 3).status for seed in range(8)]
-    assert any(verdicts) == late
+    done = run("replay", log.path, tmp_path / "disk", "--check", check, "--from", 3)
+    assert done.status == late
+
+
+# ---- states of a crash ------------------------------------------------------------------------------
+
+def found_in(crash):
+    """Return the first byte of each sector of a crash's disk."""
+    return Path(crash.path).read_bytes()[::512]
+
+
+@pytest.fixture
+def torn(targets, tmp_path):
+    """A log: two writes of four sectors each, a flush, the same again with other data."""
+    log = Log(targets, tmp_path / "log", size=8192)
+    for name, *args in (("write", 0, b"a" * 2048), ("write", 4096, b"b" * 2048), ("flush",),
+                        ("write", 0, b"A" * 2048), ("write", 4096, b"B" * 2048)):
+        log.do(name, *[memoryview(arg) if isinstance(arg, bytes) else arg for arg in args])
+    log.disk.close()
+    return log
+
+
+def test_a_crash_leaves_all_nothing_or_of_each_write_some_sectors(targets, torn):
+    found = {(crash.entry.number, crash.state): found_in(crash)
+             for crash in targets.crashes(torn.path, states=99)}
+    assert found[3, "all"] == b"aaaa\0\0\0\0bbbb\0\0\0\0"
+    assert found[3, "nothing"] == bytes(16)
+    assert found[5, "all"] == b"AAAA\0\0\0\0BBBB\0\0\0\0"
+    last = [left for (number, state), left in found.items() if number == 5 and state != "all"]
+    new = {left[at:at + 4].decode().translate({97 + at // 8: "-"}) for left in last for at in (0, 8)}
+    assert new == {"----", "AAAA", "A---", "AA--", "AAA-", "-AAA", "--AA", "---A",
+                   "BBBB", "B---", "BB--", "BBB-", "-BBB", "--BB", "---B"}
+    assert {left[4:8] + left[12:] for left in last} == {bytes(8)}
+
+
+def test_a_write_is_torn_between_blocks_only(targets, tmp_path):
+    ram = targets.Ram(size=16384)
+    ram.block_size = 1024
+    disk = targets.Record(str(tmp_path / "log"), ram)
+    now(disk.write(0, memoryview(b"a" * 2048)))
+    disk.close()
+    assert {found_in(crash)[:4] for crash in targets.crashes(tmp_path / "log", states=50)} == {
+        b"aaaa", b"aa\0\0", b"\0\0aa", bytes(4)}
+
+
+def test_the_same_seed_gives_the_same_states(targets, torn):
+    def all_of(**options):
+        return [(crash.entry.number, crash.state, found_in(crash))
+                for crash in targets.crashes(torn.path, states=6, **options)]
+
+    usual = all_of()
+    assert usual == all_of(seed=1) != all_of(seed=2)
+    assert set(all_of(start=5)) == {crash for crash in usual if crash[0] == 5} | {(5, "nothing", usual[0][2])}
+
+
+def test_no_state_is_looked_at_twice(targets, torn):
+    found = [(crash.mark, found_in(crash)) for crash in targets.crashes(torn.path, states=30)]
+    assert len(found) == len(set(found)) > 20
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_bytes(b"!" * 9999), lambda path: os.truncate(path, 100), Path.unlink,
+    lambda path: damage(path, 4096, b"x"), lambda path: path.rename(path.with_name("other"))],
+    ids=["write", "truncate", "delete", "damage", "rename"])
+def test_what_a_check_does_to_an_image_is_not_in_the_next(targets, torn, spoil):
+    def contents(after):
+        for crash in targets.crashes(torn.path, states=8):
+            yield Path(crash.path).read_bytes()
+            after(Path(crash.path))
+
+    assert list(contents(spoil)) == list(contents(lambda path: None))
+
+
+@pytest.fixture
+def moved(monkeypatch):
+    """How many bytes this process reads and writes at places in files, call by call."""
+    sizes = []
+    for name in ("pread", "pwrite"):
+        def counted(fd, what, offset, call=getattr(os, name)):
+            sizes.append(what if isinstance(what, int) else len(what))
+            return call(fd, what, offset)
+        monkeypatch.setattr(os, name, counted)
+    return sizes
+
+
+def large(targets, directory):
+    """Make a base of 32 MiB, and a log of 50 writes, each flushed; return them."""
+    (directory / "base").write_bytes(b"x" * (32 << 20))
+    disk = targets.Record(str(directory / "log"), ublk.Null(size=32 << 20))
+    for number in range(50):
+        now(disk.write(number * 65536, memoryview(bytes([number]) * 4096)))
+        now(disk.flush())
+    disk.close()
+    return directory / "base", directory / "log"
+
+
+def test_a_crash_costs_what_differs_however_large_the_disk_is(targets, tmp_path, moved):
+    base, log = large(targets, tmp_path)
+    found = targets.crashes(log, base=base, states=4)
+    next(found)
+    del moved[:]
+    assert len(list(found)) > 50
+    assert sum(moved) < 32 << 20
+
+
+@kernel
+def test_where_files_share_blocks_a_check_may_write_at_no_greater_cost(targets, tmp_path, moved):
+    needs("mkfs.xfs")
+    with ublk.Device(targets.Ram(size=512 << 20)) as disk:
+        sh("mkfs.xfs", "-q", disk.path)
+        with mount_of(disk.path, tmp_path / "mnt") as place:
+            base, log = large(targets, place)
+            found = targets.crashes(log, base=base)
+            while next(found).entry.number < 4:
+                del moved[:]
+            for crash in found:
+                number = crash.entry.number // 2 - 1            # of the last write
+                with open(crash.path, "r+b") as image:
+                    image.seek(number * 65536)
+                    assert image.read(1)[0] == number
+                    image.seek(0)
+                    assert image.read(6) == bytes(6)
+                    image.seek(0)
+                    image.write(b"spoilt")
+            assert sum(moved) < 32 << 20
+
+
+def test_python_gets_each_crash_and_nothing_is_left(targets, torn, tmp_path):
+    before = set(tmp_path.iterdir())
+    found = targets.crashes(torn.path, states=2)
+    assert Path(next(found).path).is_file() and set(tmp_path.iterdir()) > before
+    found.close()
+    assert set(tmp_path.iterdir()) == before
+    with pytest.raises(ublk.UblkError, match="no crash point"):
+        list(targets.crashes(torn.path, start=6))
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_what_a_killed_replay_has_left_is_not_taken_for_a_crash(run, torn, tmp_path):
+    left = tmp_path / "disk.crash0"
+    left.write_bytes(b"x" * 8192)
+    os.utime(left, ns=(10**9, 10**9))
+    check = "test $UBLK_STATE != nothing || ! grep -q x {}"
+    assert run("replay", torn.path, tmp_path / "disk", "--check", check).status == 0
+
+
+def test_checks_run_side_by_side(run, torn, tmp_path):
+    (tmp_path / "here").mkdir()
+    check = (f"touch {tmp_path}/here/$$; for i in $(seq 200); do "
+             f"test $(ls {tmp_path}/here | wc -l) -ge 3 && exit 0; sleep 0.1; done; exit 1")
+    done = run("replay", torn.path, tmp_path / "disk", "--check", check, "--states", 3, "--jobs", 3)
+    assert done.out.startswith("good at 2 crash points"), done
+    assert sorted(os.listdir(tmp_path)) == ["disk", "here", "log"]
+
+
+def test_the_first_bad_crash_is_told_and_kept_though_a_later_one_ends_sooner(run, torn, tmp_path):
+    check = "test $UBLK_ENTRY = 3 && sleep 1; head -c 4608 {} | tail -c 512 | grep -qv '[bB]'"
+    done = run("replay", torn.path, tmp_path / "disk", "--check", check, "--jobs", 4)
+    assert done.out == f"bad at entry 3: flush 2 0: state all: status 1: see {tmp_path}/disk.crash\n"
+    assert (tmp_path / "disk.crash").read_bytes() == torn.states[2]
+    assert sorted(os.listdir(tmp_path)) == ["disk", "disk.crash", "log"]
+
+
+def test_a_terminal_shows_how_far_a_check_is(run, torn, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    done = run("replay", torn.path, tmp_path / "disk", "--check", "true")
+    assert [line.partition(",")[0] for line in done.err.split("\r")] == [
+        "entry 3 of 5", "entry 3 of 5", "entry 5 of 5", "\x1b[K"]
 
 
 @kernel
@@ -358,11 +637,26 @@ def test_crashes_of_a_real_disk(run, targets, tmp_path):
                 database = Database(partial(write_at, fd), partial(os.fsync, fd))
                 for number in (1, 2):
                     getattr(database, name)(number)
-        done = crash_test(run, tmp_path / name, "--every", "flush" if name == "good" else "entry")
+        done = crash_test(run, tmp_path / name, *([] if name == "good" else ["--every", "entry"]))
         assert done.out.startswith(verdict), done
     with open(tmp_path / "bad", "rb") as log:
         header = next(entry for entry in targets.entries(log) if entry.kind == "write" and entry.offset == 0)
     assert done.out.startswith(f"bad at entry {header.number}: write 0 4096")
+
+
+@kernel
+@pytest.mark.parametrize("name, flush, verdict", [
+    ("good", os.fsync, r"good at \d+ crash points"),
+    ("forgetful", lambda fd: None, r"bad at entry \d: mark 0 1: ")], ids=["good", "forgetful"])
+def test_a_real_disk_is_held_to_what_its_marks_promise(run, targets, tmp_path, name, flush, verdict):
+    log = tmp_path / "log"
+    with ublk.Device(targets.Record(str(log), targets.Ram(size=1 << 20))) as disk, opened(disk.path) as fd:
+        database = Database(partial(write_at, fd), partial(flush, fd))
+        for number in (1, 2, 3):
+            database.good(number)
+            assert run("replay", log, "--mark", number).status == 0
+    check = "test $(head -c 1 {} | od -An -tu1) -ge ${UBLK_MARK:-0}"
+    assert re.match(verdict, run("replay", log, tmp_path / "disk", "--check", check, "--states", 4).out)
 
 
 @kernel
