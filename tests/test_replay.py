@@ -202,12 +202,13 @@ def test_a_recording_without_room_ends_aloud_and_with_it_the_changes_of_the_disk
         run, targets, tmp_path, capfd):
     log = Log(targets, tmp_path / "log")
     log.do("write", 0, memoryview(b"1" * 4096))
+    whole = log.path.read_bytes()
     with no_room_in(log.path):
         assert error_of(now, log.disk.write(8192, memoryview(b"2" * 4096))) == errno.ENOSPC
     before = bytes(log.disk.target.view)
     assert error_of(now, log.disk.write(4096, memoryview(b"3" * 512))) == errno.ENOSPC
     assert error_of(now, log.disk.flush()) == errno.ENOSPC
-    assert log.disk.target.view == before
+    assert log.disk.target.view == before and log.path.read_bytes() == whole
     assert capfd.readouterr().err == (
         f"ublk: {log.path} ends: no room for it: from now on all changes of the disk fail\n")
     log.disk.close()
