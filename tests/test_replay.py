@@ -718,6 +718,19 @@ def write_file(path, text, *, sync):
 
 
 @kernel
+def test_a_real_disk_fails_what_its_log_has_no_room_for(run, tmp_path):
+    disk = Forked("record", "--limit", "64K", tmp_path / "log", "ram", "--size", "1M").live()
+    with opened(disk.path) as fd:
+        errors = [error_of(write_at, fd, at, b"c" * 16384) for at in range(0, 1 << 20, 16384)]
+        assert set(errors) == {0, errno.ENOSPC} and errors == sorted(errors)
+        assert error_of(os.fsync, fd) != 0
+        found = digest(disk.path)
+    assert disk.kill(signal.SIGTERM) == 0
+    assert run("replay", tmp_path / "log", tmp_path / "again").status == 0
+    assert digest(tmp_path / "again") == found
+
+
+@kernel
 def test_recovering_a_disk_that_is_served_leaves_its_log_alone(run, tmp_path):
     disk = Forked("record", tmp_path / "log", "ram", "--size", "1M", "-r", "reissue").live()
     with opened(disk.path) as fd:
