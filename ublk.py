@@ -3165,7 +3165,7 @@ class Device:
         batch: bool = False,
         share_memory: bool = False,
         force: bool = False,
-        trace: Callable[[int, str, dict[str, Any]], object] | None = None,
+        trace: Hearer | None = None,
         words: tuple[str, list[str], dict[str, Any]] | None = None,
     ) -> None:
         for name in PLAIN_METHODS:
@@ -5307,6 +5307,7 @@ def udev_rules() -> Iterator[str]:
 # to the last, and of the others how many there were.
 
 TOLD_EACH_SECOND = 100  # requests that a disk tells of
+Hearer = Callable[[int, str, dict[str, Any]], object]  # of time, stage, and the rest
 
 
 def names_of(prefix: str) -> dict[int, str]:
@@ -5345,7 +5346,7 @@ class Trace:
         thread at a time: when, what, and in a dict all about it.
     """
 
-    def __init__(self, hear: Callable[[int, str, dict[str, Any]], object]) -> None:
+    def __init__(self, hear: Hearer) -> None:
         self.hear = hear
         self.requests = 0  # that have come
         self._last = 0  # the number of the last one that is told of before the second ends
@@ -5472,7 +5473,7 @@ class TracedBatchQueue(TracedQueue, BatchQueue):
         super()._send(opcode)
 
 
-def narrator(path: str) -> Callable[[int, str, dict[str, Any]], object]:
+def narrator(path: str) -> Hearer:
     """Return what a Trace is heard by: a file gets JSON, standard error (as which "-" counts) text."""
     import json
 
