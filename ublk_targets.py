@@ -2108,15 +2108,15 @@ class Crashes:
 UNTOUCHED = 10**9  # ns since 1970: an image's time of change while nobody else has changed it
 
 
+@dataclass
 class CrashImage:
     """A file that becomes the disk of one crash after another, at the cost of what differs."""
 
-    def __init__(self, path: str, crashes: Crashes) -> None:
-        self.path = path
-        self.crashes = crashes
-        self.known = 0  # how many of crashes.settled are in it
-        self.parts: tuple[Part, ...] = ()
-        self.time = -1  # of its last change by us
+    path: str
+    crashes: Crashes
+    known: int = 0  # how many of crashes.settled are in it
+    parts: tuple[Part, ...] = ()
+    time: int = -1  # of its last change by us
 
     def show(self, crash: Crash) -> Crash:
         """Make the image that of a crash, the one that crashes has just come to."""
