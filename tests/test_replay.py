@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import resource
 import shutil
@@ -492,6 +493,40 @@ def test_a_crash_leaves_all_nothing_or_of_each_write_some_sectors(targets, torn)
     assert new == {"----", "AAAA", "A---", "AA--", "AAA-", "-AAA", "--AA", "---A",
                    "BBBB", "B---", "BB--", "BBB-", "-BBB", "--BB", "---B"}
     assert {left[4:8] + left[12:] for left in last} == {bytes(8)}
+
+
+def written(entries, data):
+    """Return the disk that these entries make, the slow way."""
+    disk = bytearray(16384)
+    for entry in entries:
+        if entry.kind != "flush":
+            disk[entry.offset:entry.offset + entry.length] = data[entry.number]
+    return disk
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_all_and_nothing_are_what_the_log_makes_of_them(targets, tmp_path, seed):
+    chance, data = random.Random(seed), {}
+    log = Log(targets, tmp_path / "log", size=16384)
+    log.disk.write_fua = partial(log.disk.logged, "write_fua")
+    for number in range(1, 41):
+        name = chance.choice(("write", "write", "write_fua", "discard", "flush"))
+        begin, end = sorted(512 * at for at in chance.sample(range(33), 2))
+        data[number] = bytes(end - begin) if name == "discard" else chance.randbytes(end - begin)
+        args = {"flush": (), "discard": (begin, end - begin)}
+        log.do(name, *args.get(name, (begin, memoryview(data[number]))))
+    log.disk.close()
+    with open(log.path, "rb") as file:
+        entries = list(targets.entries(file))
+    looked = 0
+    for crash in targets.crashes(log.path, states=3, every=chance.choice(("flush", "entry"))):
+        before = entries[:crash.entry.number]
+        flushed = max([entry.offset for entry in before[:-1] if entry.kind == "flush"], default=0)
+        durable = [entry for entry in before if entry.number <= flushed or entry.kind == "write_fua"]
+        wanted = {"all": before, "nothing": durable}.get(crash.state)
+        looked += wanted is not None
+        assert wanted is None or Path(crash.path).read_bytes() == written(wanted, data)
+    assert looked > 10
 
 
 def test_a_write_is_torn_between_blocks_only(targets, tmp_path):
