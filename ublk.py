@@ -1681,7 +1681,8 @@ class Target:
         write_zeroes(offset, length, unmap)   the blocks read as zeroes from now on; with unmap
                                         they may be given back; unmap may be left out
         resized(size)                   the disk gets a new size: resize() calls it before the disk
-                                        grows, `ublk.py resize` a moment after
+                                        grows, `ublk.py resize` a moment after; without it the
+                                        disk cannot grow beyond size
         start(index)                    called in each thread that serves a queue, before its
                                         first request
         close()                         the disk is gone
@@ -1776,6 +1777,10 @@ class Null(Target):
     """
 
     def __init__(self, *, size: Size = NULL_SIZE) -> None:
+        self.size = size
+
+    def resized(self, size: int) -> None:
+        """Have any size."""
         self.size = size
 
     def answer(self, queue: Queue, tags: list[int]) -> None:
@@ -3194,7 +3199,7 @@ class Device:
         self.follows = False  # whether somebody calls follow_size() again and again
         self.size = self.refused = 0  # the disk's, and what the target could not have
         self.refusal = ""
-        self.identity = new_identity()  # what tells it from any other of its number
+        self.identity = 0  # what tells it from any other of its number, once there is one
         self.info = ublksrv_ctrl_dev_info()
         self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
@@ -3345,6 +3350,7 @@ class Device:
         """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
         flags = self._flags()
         check_flags(flags, self.control.features)
+        self.identity = self.identity or new_identity()
         self.state = ADDING
         self.info = self.control.add_dev(
             self.id, self.queues, self.depth, self.max_io, flags, self.identity
@@ -3364,6 +3370,15 @@ class Device:
         for kind, (name, since) in PARAM_TYPES.items():
             if lost & kind:
                 raise newer_kernel(f"parameters {name}", since)
+
+    def _see_that_it_is_ours(self) -> None:
+        """Refuse to go on where there is no such device, or another that has its number by now."""
+        refuse(
+            self.state in (NEW, GONE) or not is_same(self.control, self.id, self.identity),
+            self.name,
+            "it is gone, or not there yet",
+            "see `ublk.py list`",
+        )
 
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
@@ -3427,6 +3442,7 @@ class Device:
             path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
         )
         self.char_fd = open_char(self.id, pause=self._pause)
+        self._see_that_it_is_ours()  # from here on the number can no longer become another's
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
         size = whole_pages(self.info.queue_depth * self.desc_size)
@@ -3546,14 +3562,17 @@ class Device:
 
     def resume(self) -> None:
         """What recover() does, for a Device that was not started."""
+        # Not before it can serve, or the old server's words would be lost.
+        save = partial(save_state, self)
         live = partial(self._go_live, "end_user_recovery")
-        self._alone(self._go_up, self._let_go, self._adopt, self._serve, live)
+        self._alone(self._go_up, self._let_go, self._adopt, self._serve, save, live)
 
     def _adopt(self) -> None:
         """Take over what the kernel knows of the device, once it is ready for a new server."""
         what = f"cannot recover {self.name}"
         self.info = self.control.get_dev_info(self.id)
-        self.identity = self.info.ublksrv_flags
+        self.identity = self.identity or self.info.ublksrv_flags
+        self._see_that_it_is_ours()
         refuse(
             not self.info.flags & UBLK_F_USER_RECOVERY,
             what,
@@ -3572,18 +3591,10 @@ class Device:
         )
         size = basic.dev_sectors * SECTOR
         self.target.block_size = 1 << basic.logical_bs_shift
+        if self.target.size != size:
+            fit(self.target, size)
         self.size = size
-        if self.target.size != size and hasattr(self.target, "resized"):
-            self.target.resized(size)
-        else:
-            refuse(
-                self.target.size < size,
-                what,
-                f"the target has {self.target.size} bytes, the disk {size}",
-                "give it a target as large as the disk",
-            )
         self._await_end_of_server(what)
-        save_state(self)
 
     def _await_end_of_server(self, what: str) -> None:
         """START_USER_RECOVERY, as soon as the kernel allows it."""
@@ -3649,6 +3660,7 @@ class Device:
         read_only: only for their writes. Returns its index for unshare().
         Raises UblkError; needs share_memory=True.
         """
+        self._see_that_it_is_ours()
         view = memoryview(memory)
         with self._sharing:
             index = self.control.reg_buf(self.id, address_of(view), len(view), read_only)
@@ -3657,6 +3669,7 @@ class Device:
 
     def unshare(self, index: int) -> None:
         """End what share() began. Raises UblkError."""
+        self._see_that_it_is_ours()
         with self._sharing:  # the driver may give its index to another
             self.control.unreg_buf(self.id, index)
             self.shared.pop(index).release()
@@ -3667,14 +3680,14 @@ class Device:
         Raises UblkError: EOPNOTSUPP before that, EINVAL for a size the disk
         cannot have.
         """
+        self._see_that_it_is_ours()
         check_new_size(self.control, self.id, size)
-        grows = size > self.target.size
-        resized = getattr(self.target, "resized", bool)
+        grows = size > self.size
         if grows:
-            resized(size)  # before the first request for what is new
+            fit(self.target, size)  # before the first request for what is new
         self.control.update_size(self.id, size)
         if not grows:
-            resized(size)
+            fit(self.target, size)
         self.size = size
 
     def follow_size(self) -> None:
@@ -3684,28 +3697,29 @@ class Device:
         then.
         """
         size = disk_size(self.id)
-        if size not in (0, self.size):
-            try:
-                self._follow(size)
-                save_state(self)  # where `resize` looks for the answer
-            except OSError as error:  # no reason to take a disk away
-                say(f"{self.name}: {error_line(error)}")
-
-    def _follow(self, size: int) -> None:
+        if size in (0, self.size):
+            return
         try:
-            if hasattr(self.target, "resized"):
-                self.target.resized(size)
+            fit(self.target, size)
             self.size = size
         except Exception as error:
             self.refused = size
             self.refusal = error_line(error)
             say(f"{self.name}: the target cannot have {size} bytes: {self.refusal}")
-            save_state(self)  # before the disk changes, for then `resize` looks there
+            self._note()  # before the disk changes, for then `resize` looks there
             try:
                 self.control.update_size(self.id, self.size)
             except UblkError as left:
                 say(f"{self.name} keeps a size its target does not have: {left}")
                 self.size = size  # not to try again for ever
+        self._note()
+
+    def _note(self) -> None:
+        """Save the state, where `resize` looks for the answer; that it fails ends no disk."""
+        try:
+            save_state(self)
+        except OSError as error:
+            say(f"{self.name}: {error_line(error)}")
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
@@ -3743,8 +3757,10 @@ class Device:
 
     def _let_go(self, delete: Callable[[], object] = bool) -> None:
         """Go down to GONE, and leave to the kernel what it has of the device, or delete it."""
-        self._end_server()
+        self._end_workers()
         try:
+            # While the node is open no other server can come: it would find
+            # what the target has yet to store.
             if self.state is LIVE:
                 self.state = ADDED
                 close = getattr(self.target, "close", bool)
@@ -3752,6 +3768,8 @@ class Device:
                 if not inspect.iscoroutinefunction(close) and is_awaitable(close()):
                     raise TypeError(f"{close!r} returned what nobody can await: make it async")
         finally:
+            self._close()
+            becomes(self._is_scanned, GRACE)
             delete()
             self._forget()
 
@@ -3767,13 +3785,10 @@ class Device:
             elif error.errno not in (errno.ENODEV, errno.ENOENT):  # it is gone, or its node is
                 raise
 
-    def _end_server(self) -> None:
-        """End the workers and give back everything that refers to /dev/ublkcN."""
+    def _end_workers(self) -> None:
         self._wake_workers()
         for worker in self._workers:
             worker.give_up()
-        self._close()
-        becomes(self._is_scanned, GRACE)
 
     def _delete(self) -> None:
         """Delete what ADD_DEV has made, or may have made."""
@@ -3889,6 +3904,22 @@ def check_new_size(control: Control, dev_id: int, size: int) -> None:
         not 0 < size < 1 << 63 or size % block,
         f"size {size}",
         f"not a positive multiple of the block size {block}",
+    )
+
+
+def fit(target: Target, size: int) -> None:
+    """Have a target take a size, in bytes; without resized() it cannot have more than it has.
+
+    Raises UblkError (EINVAL), or what its resized() raises.
+    """
+    if hasattr(target, "resized"):
+        target.resized(size)
+        return
+    refuse(
+        target.size < size,
+        f"{type(target).__name__} of {target.size} bytes",
+        f"it has no resized(), so it cannot have {size}",
+        "give it a target as large as the disk",
     )
 
 
@@ -6162,27 +6193,38 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
     on_signals(note)
     device.follows = True
     start()
-    with device:  # whatever happens now, the disk does not stay behind without a server
-        try:
-            started.live(device)
-        except BaseException:
-            if start == device.resume:
-                device.detach()  # but one that was there before waits for another
-            raise
-        notify(f"READY=1\nSTATUS=serving {device.path}")
-        # Not without end: a signal that comes just before a wait for ever would
-        # not end it.
-        pause = min(watchdog() / 2 or 1.0, 1.0)
-        while not device.wait(pause):
-            notify("WATCHDOG=1")
-            device.follow_size()
-        notify("STOPPING=1")
-        failure = device.failure
-        lasts = failure is None or device.info.flags & UBLK_F_USER_RECOVERY
-        if lasts and not device.interrupted:
+    try:
+        with device:  # whatever happens now, the disk does not stay behind without a server
+            serve_started(device, started, start == device.resume)
+    finally:
+        if device.id not in device_ids():
+            forget_state(device.id)
+
+
+def serve_started(device: Device, started: Started, recovers: bool) -> None:
+    """Tell that the disk is there, and serve it. Raises UblkError where a queue failed.
+
+    recovers: it was there before: where nobody can be told, it waits for
+    another server.
+    """
+    try:
+        started.live(device)
+    except BaseException:
+        if recovers:
             device.detach()
-    if device.id not in device_ids():
-        forget_state(device.id)
+        raise
+    notify(f"READY=1\nSTATUS=serving {device.path}")
+    # Not without end: a signal that comes just before a wait for ever would
+    # not end it.
+    pause = min(watchdog() / 2 or 1.0, 1.0)
+    while not device.wait(pause):
+        notify("WATCHDOG=1")
+        device.follow_size()
+    notify("STOPPING=1")
+    failure = device.failure
+    lasts = failure is None or device.info.flags & UBLK_F_USER_RECOVERY
+    if lasts and not device.interrupted:
+        device.detach()
     if failure is not None:
         raise failure
 
@@ -6202,12 +6244,10 @@ def notify(message: str) -> None:
     if address:
         import socket
 
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            try:
-                peer = f"\0{address[1:]}" if address[0] == "@" else address
-                channel.sendto(message.encode(), socket.MSG_DONTWAIT, peer)
-            except OSError:  # nobody listens, or reads: no reason to take a disk away
-                pass
+        peer = f"\0{address[1:]}" if address[0] == "@" else address
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as channel:
+            channel.sendto(message.encode(), socket.MSG_DONTWAIT, peer)
 
 
 def open_descriptors() -> list[int]:
@@ -6282,11 +6322,14 @@ def hear(reader: int, end: int) -> str:
     reader: of the pipe, which a helper it started may keep open longer.
     end: a pidfd of the process.
     """
+    news = select.poll()  # for select() there may be too many descriptors
+    news.register(reader, select.POLLIN)
+    news.register(end, select.POLLIN)
     text = b""
     while not text.endswith(b"\n"):  # a helper that it has started may keep the pipe open
         # Not without end: a signal that comes just before would not be passed
         # on.
-        ready = select.select([reader, end], [], [], 1.0)[0]
+        ready = dict(news.poll(1000))
         piece = os.read(reader, 1 << 16) if reader in ready else b""
         if ready and not piece:
             break
@@ -6375,6 +6418,7 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
         ) from None
     made_by = (words[0], list(words[1:]), options)
     device = Device(make(), id=dev_id, trace=started.trace, words=made_by)
+    device.identity = identity
     serve(device, device.resume, started)
 
 
@@ -6490,10 +6534,10 @@ def delete_devices(options: Any) -> int:
         failures = 0
         for dev_id in [*ids, *stale_states(ids)] if options.all else options.id:
             try:
-                control.get_dev_info(dev_id)
+                info = control.get_dev_info(dev_id)
                 if not options.force:
                     refuse_if_held(dev_id)
-                delete(control, dev_id)
+                delete(control, dev_id, identity=info.ublksrv_flags)
             except UblkError as error:
                 gone = error.errno == errno.ENODEV and forget_state(dev_id)
                 if not gone and not (options.all and error.errno in NOT_OURS):

@@ -277,7 +277,14 @@ class Loop(Mapped, ublk.Target):
 
     def resized(self, size: int) -> None:
         """Let a file grow with its disk; it is never cut, for that would lose data."""
-        if not self.is_block and size > os.fstat(self.fd).st_size:
+        there = os.lseek(self.fd, 0, os.SEEK_END)
+        refuse(
+            self.is_block and size > there,
+            self.path,
+            f"a device of {there} bytes, not {size}",
+            "make that one larger first",
+        )
+        if size > there:
             os.ftruncate(self.fd, size)
         self.size = size
 
@@ -552,6 +559,11 @@ class Stripe(Over, Mapped, ublk.Target):
         return await together(
             *[getattr(leg, name)(at, count, *how) for leg, at, count in spans]
         )
+
+    def resized(self, size: int) -> None:
+        for number, leg in enumerate(self.legs):
+            leg.resized(self.before(number, size))
+        self.size = size
 
     def close(self) -> None:
         for leg in self.legs:
@@ -1853,8 +1865,7 @@ class Record(Wrapper, ublk.Target):
 
     def resized(self, size: int) -> None:
         """Note how large the disk has ever been: that is how large replay makes it."""
-        if hasattr(self.target, "resized"):
-            self.target.resized(size)
+        ublk.fit(self.target, size)
         largest, block = LOG_HEADER.read(self.log.fileno(), self.log.name)
         write_all(self.log.fileno(), LOG_HEADER.pack(max(size, largest), block), 0)
         self.size = size

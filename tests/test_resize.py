@@ -28,6 +28,14 @@ from tests.support import (
 )
 
 
+class Growing(Ram):
+    """A disk in memory that may change its size."""
+
+    def resized(self, size):
+        self.data[self.size:] = bytes(max(size - self.size, 0))
+        self.size = size
+
+
 def size_of(disk):
     """Return the size of a disk as the kernel tells it."""
     return int(Path(f"/sys/block/ublkb{disk.id}/size").read_text()) * 512
@@ -98,11 +106,34 @@ def test_a_server_follows_whoever_changes_the_size(backing, control):
 @kernel
 @since("6.16")
 def test_a_disk_that_a_program_serves_is_resized_by_that_program(run):
-    with ublk.Device(Ram()) as disk:
+    with ublk.Device(Growing()) as disk:
         assert_fails(run("resize", disk.id, "2M"), 1, "a program serves it", errno.EINVAL)
         assert size_of(disk) == 1 << 20
         disk.resize(2 << 20)
         assert size_of(disk) == 2 << 20
+
+
+@kernel
+@since("6.16")
+def test_a_disk_does_not_grow_beyond_a_target_that_cannot(run, tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+    """)
+    with Forked(path) as disk:
+        assert_fails(run("resize", disk.id, "2M"), 1, "no resized()")
+        assert size_of(disk) == 1 << 20
+        assert run("resize", disk.id, "512K").status == run("resize", disk.id, "1M").status == 0
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@since("6.16")
+def test_a_program_does_not_grow_a_disk_beyond_its_target():
+    with ublk.Device(Ram()) as disk:
+        with pytest.raises(ublk.UblkError, match="no resized"):
+            disk.resize(2 << 20)
+        assert size_of(disk) == 1 << 20
 
 
 @kernel

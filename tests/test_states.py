@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -449,3 +451,129 @@ def test_a_state_file_that_cannot_be_written_does_not_end_a_server(driver, monke
         monkeypatch.setattr(ublk, "save_state", full)
         disk.follow_size()
     assert "ENOSPC" in capsys.readouterr().err
+
+
+def test_what_ended_a_server_is_told_though_its_disk_cannot_go(driver, handlers, monkeypatch, capsys):
+    def held(*_, **__):
+        driver.devices.clear()
+        raise ublk.UblkError(errno.ETIMEDOUT, "DEL_DEV")
+    monkeypatch.setattr(driver, "del_dev", held, raising=False)
+    disk, cause = new(), ublk.UblkError(errno.ENOMEM, "the cause")
+    live = SimpleNamespace(live=lambda disk: disk.report(disk._workers[0], cause))
+    assert error_of(ublk.serve, disk, disk.start, live) == errno.ENOMEM
+    assert "is stopped but not deleted" in capsys.readouterr().err
+
+
+def test_no_descriptor_for_news_to_systemd_is_no_reason_to_end(monkeypatch):
+    def too_many(*_):
+        raise OSError(errno.EMFILE, "too many")
+    monkeypatch.setattr(socket, "socket", too_many)
+    monkeypatch.setenv("NOTIFY_SOCKET", "/somewhere")
+    ublk.notify("READY=1")
+
+
+# ---- a number that is another's by now --------------------------------------------------------------
+
+@pytest.fixture
+def waiting(driver, monkeypatch):
+    """A device, number 7, that waits for a new server."""
+    driver.devices[7] = 1
+    monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
+        dev_id=7, ublksrv_flags=driver.devices[7], nr_hw_queues=1, queue_depth=4, ublksrv_pid=-1,
+        flags=ublk.UBLK_F_USER_RECOVERY, state=ublk.UBLK_S_DEV_QUIESCED))
+    monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(Target(), 4096))
+    yield driver
+    driver.devices.clear()
+
+
+@pytest.mark.parametrize("moment", ["set_params", "open"])
+def test_a_start_serves_no_other_device_of_its_number(driver, monkeypatch, moment):
+    def exchanged():
+        driver.devices[7] = 99
+    opened = ublk.open_char
+    if moment == "open":
+        monkeypatch.setattr(ublk, "open_char", lambda *words, **more: exchanged() or opened(*words, **more))
+    else:
+        driver.happens[moment] = exchanged
+    text = message(new().start)
+    assert driver.devices.pop(7) == 99
+    assert "it is gone, or not there yet" in text
+
+
+@pytest.mark.parametrize("moment", ["a target", "start_user_recovery"])
+def test_a_recovery_serves_no_other_device_of_its_number(waiting, monkeypatch, moment):
+    def exchanged():
+        waiting.devices[7] = 99
+    make = {"a target": lambda: exchanged() or Target()}.get(moment, Target)
+    monkeypatch.setattr(ublk, "load_state", lambda *_: {"target": "ram", "args": [], "cwd": os.getcwd()})
+    monkeypatch.setattr(ublk, "target_maker", lambda *_: make)
+    monkeypatch.setattr(ublk, "serve", lambda disk, start, started: start() or disk.detach())
+    waiting.happens["start_user_recovery"] = exchanged
+    assert "it is gone, or not there yet" in message(lambda: ublk.recover_from_state(7, None))
+
+
+def test_a_recovery_that_fails_leaves_the_state_file(waiting, tmp_path, monkeypatch):
+    monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path))
+    ublk.save_state(new(id=7, words=("mine", [], {})))
+    disk = new(id=7, words=("another", [], {}))
+    disk.target.start = lambda index: fails()
+    assert error_of(disk.resume) == errno.ENOMEM
+    assert ublk.load_state(7)["target"] == "mine"
+
+
+@pytest.mark.parametrize("command, words", [
+    ("resize", [2 << 20]), ("share", [mmap.mmap(-1, 4096)]), ("unshare", [0])])
+def test_a_device_that_is_gone_commands_no_other_of_its_number(driver, monkeypatch, command, words):
+    disk, sent = new(), []
+    with disk:
+        pass
+    disk.shared[0] = memoryview(b"")
+    driver.devices[7] = 99
+    monkeypatch.setattr(driver, "command", lambda name: sent.append(name) or 0)
+    monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(disk.target, 4096))
+    with contextlib.suppress(ublk.UblkError, TypeError):
+        getattr(disk, command)(*words)
+    assert driver.devices.pop(7) == 99
+    assert sent == []
+
+
+def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver, monkeypatch):
+    driver.devices[7] = 1
+    monkeypatch.setattr(ublk, "refuse_if_held", lambda dev_id: driver.devices.update({7: 99}))
+    ublk.delete_devices(SimpleNamespace(id=[7], all=False, force=False))
+    assert driver.devices.pop(7, None) == 99
+
+
+# ---- a size that a target cannot have ---------------------------------------------------------------
+
+@pytest.mark.parametrize("unwritable", [False, True])
+@pytest.mark.parametrize("able", [False, True], ids=["without resized()", "resized() fails"])
+def test_a_size_that_a_target_cannot_have_is_taken_back(driver, monkeypatch, tmp_path, able, unwritable):
+    sizes = []
+    monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
+    monkeypatch.setattr(driver, "update_size", lambda dev_id, size: sizes.append(size), raising=False)
+    with new() as disk:
+        if able:
+            disk.target.resized = lambda size: fails()
+        monkeypatch.setenv("UBLK_RUN_DIR", "/proc" if unwritable else str(tmp_path))
+        disk.follow_size()
+    assert sizes == [1 << 20]
+
+
+def test_a_program_cannot_grow_a_disk_beyond_its_target(driver, monkeypatch):
+    sizes = []
+    with new() as disk:
+        monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(disk.target, 4096))
+        monkeypatch.setattr(driver, "update_size", lambda dev_id, size: sizes.append(size), raising=False)
+        with contextlib.suppress(ublk.UblkError):
+            disk.resize(2 << 20)
+    assert sizes == []
+
+
+def test_a_target_is_closed_before_another_server_can_come(driver):
+    disk, nodes = new(), []
+    disk.target.close = lambda: nodes.append(disk.char_fd)
+    disk.start()
+    disk.detach()
+    assert driver.devices.pop(7) == disk.identity
+    assert len(nodes) == 1 and nodes[0] >= 0
