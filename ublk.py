@@ -2138,10 +2138,15 @@ class Queue:
         self.at_rest = False  # the driver has taken the last commit
         # Coroutines.
         self.loop: Any = None  # of asyncio, where there are coroutines
-        self._new_task: Any = None  # what makes one of its tasks
         self._memories: list[Any] = [None] * self.depth  # what they get of their requests
-        # What serves a tag's request; asyncio itself may forget it
-        self._tasks: dict[int, Any] = {}
+        # Requests of which no task has begun to await the end: tag, what to
+        # await, what makes a result of it, what may have to be continued.
+        self._begun: collections.deque[tuple[int, Any, Callable[[Any], int | None], Any]]
+        self._begun = collections.deque()
+        self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
+        self._fresh_tasks = 0  # of them have not begun to run
+        self._enough_tasks = 1  # how many to have for requests that come together
+        self.rounds = 0  # how often the loop has waited
         self._operations: dict[int, Operation] = {}
         self._last_operation = OPERATION
         self.exits = contextlib.ExitStack()  # gives back what the queue has, the last first
@@ -2656,31 +2661,46 @@ class Queue:
         if self.loop is None:
             self._begin_loop()
         self.in_flight += 1
-        task = self._new_task(self._see_through(tag, outcome, finish, *move))
-        if not task.done():
-            self._tasks[tag] = task
+        self._begun.append((tag, outcome, finish, move))
+        if self._fresh_tasks < self._enough_tasks:
+            self._add_task()
+        if len(self._begun) == 1:
+            self.loop.call_soon(self._see_to_tasks)
 
-    async def _see_through(
-        self,
-        tag: int,
-        awaitable: Any,
-        finish: Callable[[Any], int | None],
-        function: Any = None,
-        offset: int = 0,
-        buffer: Any = None,
-    ) -> None:
-        """Await what serves a request, and answer it."""
-        try:
-            outcome = await awaitable
-            if function is not None and is_short(outcome, buffer):
-                await transfer(function, outcome, offset, buffer)
-            result = finish(outcome)
-        except BaseException as error:  # even SystemExit: a client waits for an answer
-            result = None if self.closing else failed(error)
-        self.in_flight -= 1
-        self._tasks.pop(tag, None)
-        if result is not None and not self.closing:
-            self.complete(tag, result)
+    def _add_task(self) -> None:
+        self._fresh_tasks += 1
+        task = self.loop.create_task(self._see_through())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _see_to_tasks(self) -> None:
+        """Have twice as many tasks where all that there were have to wait."""
+        if not self._begun:
+            return
+        if not self._fresh_tasks:
+            self._enough_tasks = min(2 * self._enough_tasks, self.depth)
+            for _ in range(min(self._enough_tasks, len(self._begun))):
+                self._add_task()
+        self.loop.call_soon(self._see_to_tasks)
+
+    async def _see_through(self) -> None:
+        """Await what serves requests, one after the other until one has to wait, and answer them."""
+        self._fresh_tasks -= 1
+        rounds = self.rounds
+        while self._begun and self.rounds == rounds:
+            tag, awaitable, finish, move = self._begun.popleft()
+            try:
+                outcome = await awaitable
+                if move and is_short(outcome, move[-1]):
+                    await transfer(move[0], outcome, *move[1:])
+                result = finish(outcome)
+            except BaseException as error:  # even SystemExit: a client waits for an answer
+                result = None if self.closing else failed(error)
+            self.in_flight -= 1
+            if result is not None and not self.closing:
+                self.complete(tag, result)
+        if self.rounds == rounds:
+            self._enough_tasks = 1
 
     def _begin_loop(self) -> None:
         """Have an asyncio loop wait with the ring."""
@@ -2688,13 +2708,6 @@ class Queue:
 
         selector = RingSelector(self)
         self.loop = asyncio.SelectorEventLoop(selector)
-        self._new_task = self.loop.create_task
-        eager = getattr(asyncio, "eager_task_factory", None)
-        # Since Python 3.12: a task that need not wait ends where it begins
-        if eager is not None:
-            self.loop.set_task_factory(eager)
-            task: Any = asyncio.Task
-            self._new_task = partial(task, loop=self.loop, eager_start=True)
         self.loop.set_exception_handler(self._told)
         self.served[:] = [-1] * self.depth  # what was made ready has no memory of its own
         _here.queue = self
@@ -2713,7 +2726,7 @@ class Queue:
         if is_awaitable(outcome):
             if self.loop is None:
                 self._begin_loop()
-            task = self._new_task(end_of(outcome))
+            task = self.loop.create_task(end_of(outcome))
             task.add_done_callback(lambda _: self.loop.stop())
             while not task.done() and (self.closing or not self.leaving):
                 self.loop.run_forever()
@@ -2806,6 +2819,9 @@ class Queue:
         import asyncio
 
         deadline = time.monotonic() + LAST_WORDS
+        for _, awaitable, _, _ in self._begun:
+            getattr(awaitable, "close", bool)()
+        self._begun.clear()
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
             task.cancel()
@@ -2840,7 +2856,7 @@ class Queue:
         # target until the next run of the garbage collector.
         for table in (self._operations, self._tasks, self._handlers, self._buffers):
             table.clear()
-        self.loop = self._new_task = self.answer = None
+        self.loop = self.answer = None
         self.exits.close()
 
 
@@ -4556,10 +4572,12 @@ class BatchQueue(Queue):
 # what is ready, with the time until its next timer. RingSelector hands in a
 # POLL_ADD for each descriptor that somebody waits for, waits in io_uring_enter(),
 # and deals with what came: requests start handlers, POLL_ADDs become the answer
-# to the loop, operations resolve the future that a handler awaits. A handler
-# starts as a task, eagerly where Python can (3.12): it runs until it first has to
-# wait, and one that never does costs no round of the loop. When the queue ends,
-# tasks are cancelled and given LAST_WORDS to go.
+# to the loop, operations resolve the future that a handler awaits. Handlers run
+# in tasks. A task costs more than many a handler does, so those that need not
+# wait share one (a context variable that one of them leaves set is seen by the
+# next). One that waits keeps its task to its end; for the others there is
+# another, then two, then four. When the queue ends, tasks are cancelled and given
+# LAST_WORDS to go.
 
 LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
 _here = threading.local()  # .queue: the one whose loop runs in this thread
@@ -4724,6 +4742,7 @@ class RingSelector(selectors.SelectSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Answer the requests there are; return the descriptors that are ready."""
         queue = self.queue
+        queue.rounds += 1
         while self._unpolled:
             fd = self._unpolled.pop()
             self._poll(fd, self.get_map()[fd].events)

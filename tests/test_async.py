@@ -166,6 +166,45 @@ def test_handlers_that_never_wait_are_answered_again_and_again():
     assert sorted(answers) == sorted([(tag, 4096) for tag in range(16)] * 50)
 
 
+@pytest.mark.parametrize("waits, count", [(True, 40), (False, 1)])
+def test_each_request_that_waits_has_a_task_of_its_own(waits, count):
+    tasks = []
+
+    async def read(target, offset, buffer):
+        tasks.append(asyncio.current_task())
+        if waits:
+            await asyncio.sleep(0)
+
+    serve(target_of(read=read), depth=40)
+    assert len(tasks) == 40 and len(set(tasks)) == count
+
+
+def test_a_request_that_has_waited_shares_its_task_with_none_that_came_meanwhile():
+    seen = []
+
+    async def read(target, offset, buffer):
+        seen.append((asyncio.current_task(), waits := len(seen) % 3 == 0))
+        if waits:
+            await asyncio.sleep(0.001)
+
+    assert len(serve(target_of(read=read), rounds=30, depth=8).answers) == 240
+    waited = [task for task, waits in seen if waits]
+    assert len(set(waited)) == len(waited) == 80
+
+
+def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
+    async def never():
+        raise AssertionError
+
+    device = StandIn(target_of())
+    queue, handler = NopQueue(device), never()
+    queue._await(0, handler, int)
+    queue.wind_up()
+    assert inspect.getcoroutinestate(handler) == inspect.CORO_CLOSED and queue.answers == []
+    queue.close()
+    device.close()
+
+
 def test_a_part_is_continued_by_coroutines_and_plain_methods():
     def parts(target, offset, buffer):
         target.seen.append((offset, len(buffer)))

@@ -622,7 +622,7 @@ def test_a_client_may_use_memory_while_it_is_being_shared(memory):
     assert failed and not any(failed)
 
 
-def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory):
+def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory, monkeypatch):
     """The driver gives the index to the next as soon as it is free, in whatever thread."""
     device, threads = ublk.Device(Ram(), share_memory=True), []
 
@@ -632,6 +632,7 @@ def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory):
         threads[0].join(0.05)
 
     device._control = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=unregister)
+    monkeypatch.setattr(device, "_see_that_it_is_ours", bool)
     device.share(memory.ours)
     device.unshare(0)
     threads[0].join()

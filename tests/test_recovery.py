@@ -513,11 +513,15 @@ def test_recover_refuses_a_disk_that_does_not_exist(run):
 
 
 @kernel
-def test_recover_without_a_state_file(run, run_dir, backing):
+def test_recover_without_a_state_file(run, run_dir, backing, tmp_path):
+    path = target_file(tmp_path, """
+        class Small(ublk.Target):
+            size = 4096
+    """)
     disk = orphan("loop", backing, "-r", "reissue")
     (run_dir / f"{disk.id}.json").unlink()
     assert_fails(run("recover", disk.id), 1, "--target TARGET", errno.ENOENT)
-    assert_fails(run("recover", disk.id, "--target", "null", "--size", "4K"), 1, "as large as", errno.EINVAL)
+    assert_fails(run("recover", disk.id, "--target", path), 1, "as large as", errno.EINVAL)
     assert_fails(run("recover", disk.id, "--target", "loop", "/no/such"), 1, "/no/such", errno.ENOENT)
     assert state_of(disk.id) == "QUIESCED"
     disk = Forked("recover", disk.id, "--target", "loop", backing).live()
