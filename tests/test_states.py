@@ -509,7 +509,8 @@ def test_a_recovery_serves_no_other_device_of_its_number(waiting, monkeypatch, m
     monkeypatch.setattr(ublk, "target_maker", lambda *_: make)
     monkeypatch.setattr(ublk, "serve", lambda disk, start, started: start() or disk.detach())
     waiting.happens["start_user_recovery"] = exchanged
-    assert "it is gone, or not there yet" in message(lambda: ublk.recover_from_state(7, SimpleNamespace(trace=None)))
+    nobody = SimpleNamespace(trace=None)
+    assert "it is gone, or not there yet" in message(ublk.recover_from_state, 7, nobody)
 
 
 def test_a_recovery_that_fails_leaves_the_state_file(waiting, tmp_path, monkeypatch):
