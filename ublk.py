@@ -2699,8 +2699,8 @@ class Queue:
             self.in_flight -= 1
             if result is not None and not self.closing:
                 self.complete(tag, result)
-        if self.rounds == rounds:
-            self._enough_tasks = 1
+            if self.rounds == rounds:  # it need not wait: this task can do the others, too
+                self._enough_tasks = 1
 
     def _begin_loop(self) -> None:
         """Have an asyncio loop wait with the ring."""
