@@ -4,7 +4,8 @@
     ram       memory                                   loop      a file or a block device
     stripe    several files, chunk by chunk            cow       an overlay over a base
     zoned     a disk of zones, in memory or a file     nbd       what an NBD server serves
-    fault     another target that fails and stalls     record    another target, with a log to replay
+    fault     another target that fails and lies       cache     another target, with a drive's cache
+    record    another target, with a log to replay
 
 Lying beside ublk.py, this file adds these names to its command line: ``ublk.py
 loop disk.img``. The parameters of a class are its arguments there: positional
@@ -19,6 +20,7 @@ import collections
 import ctypes
 import errno
 import fcntl
+import hashlib
 import itertools
 import mmap
 import os
@@ -35,8 +37,9 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -92,6 +95,13 @@ def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
     """Cut a range into pieces: yield where each begins and its length."""
     for at in range(offset, offset + length, PIECE):
         yield at, min(PIECE, offset + length - at)
+
+
+def aligned(data: Any) -> memoryview:
+    """Copy data to memory that suits direct I/O."""
+    memory = memoryview(mmap.mmap(-1, len(data)))
+    memory[:] = data
+    return memory
 
 
 def clear(fd: int, offset: int, length: int) -> None:
@@ -431,6 +441,8 @@ def extent(args: Sequence[Any]) -> tuple[int, int]:
 # What a target may define: handlers of requests, and all else
 CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
 WITH_DATA = CHANGES[:2]
+TRANSFERS = ("read", *WITH_DATA)  # of which a handler may do but a part at a time
+Draw = Callable[..., float]  # returns a random number for each word
 HANDLERS = (
     "read",
     *CHANGES,
@@ -842,39 +854,59 @@ class Cow(ublk.Target):
 
 
 class Wrapper(Over):
-    """A part of targets over one other: they offer what it offers, no more and no less."""
+    """A part of targets over one other: they offer what it offers, but for what their class defines."""
 
     def __init__(self, target: ublk.Target) -> None:
         self.target = target
         for name in PROPERTIES:
-            if hasattr(target, name) and name not in vars(type(self)):
+            if hasattr(target, name) and not self.defines(name):
                 setattr(self, name, getattr(target, name))
-        self.offer(HANDLERS, target)
+        self.offer([name for name in HANDLERS if not self.defines(name)], target)
+
+    def defines(self, name: str) -> bool:
+        """Tell whether the class has that of its own."""
+        return getattr(type(self), name, None) is not getattr(ublk.Target, name, None)
 
     async def call(self, name: str, *args: Any) -> Any:
-        return await ublk.end_of(getattr(self.target, name)(*args))
+        """Have the target serve a request, to its end."""
+        handler = getattr(self.target, name)
+        if name in TRANSFERS:
+            return await moved(handler, *args)
+        return await ublk.end_of(handler(*args))
+
+
+def chance(*what: Any) -> float:
+    """Draw a number from 0 to below 1, at random, but always the same for the same things."""
+    digest = hashlib.blake2b(repr(what).encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little") / (1 << 48)
 
 
 class Fault(Wrapper, ublk.Target):
-    """Make another target fail, stall or lie.
+    """Make another target fail, stall, lie or corrupt.
 
-    What happens: --error, --delay, --jitter, --torn, --lost, --hang. When: --on, --range, --after,
-    --rate; a request must pass them all. Several faults are wrapped in each other: ``fault --on
-    read --error EIO --rate 0.01 fault --delay 5ms loop disk.img``. A disk that is full after 100M:
-    ``fault --on write --after 100M --error ENOSPC``; one slow sector: ``fault --range 1M --delay 2s``.
+    What happens: --error, --delay, --jitter, --torn, --lost, --flip, --astray, --hang. When: --on,
+    --range, --after, --rate or --bad-sectors, --skip, --count; a request must pass them all. Several
+    faults are wrapped in each other: ``fault --on read --error EIO --rate 0.01 fault --delay 5ms
+    loop disk.img``. A disk that is full after 100M: ``fault --on write --after 100M --error
+    ENOSPC``; bad sectors: ``fault --bad-sectors --rate 0.001 --error EIO``.
 
     on: operations, with commas between: read, write, flush, discard, write_zeroes (all of them)
     range: only requests that touch this sector or these bytes, such as 1M or 1M-2M
     after: only once so many bytes were written
     rate: only this share of the requests, at random
+    bad_sectors: that share of the sectors is bad, each until it is written: what reads one is struck
+    skip: let so many pass first
+    count: strike only so many, then all is well (0: no end)
     error: fail with this errno, such as EIO
     delay: take so much longer, such as 10ms
     jitter: and up to so much more, at random
     torn: of a write, do only a part from its beginning, at random
     lost: report success and do nothing: a flush that lies, a write that never happened
+    flip: of what is read or written, flip so many bits, at random
+    astray: read or write at another place of the disk, at random
     hang: wait until --control says otherwise
     control: a file that may appear and change meanwhile: its words replace all options above
-    seed: makes the same random choices again
+    seed: makes the same random choices again, in whatever order requests come
     target: the target that is to fail, with its own arguments
     """
 
@@ -886,17 +918,22 @@ class Fault(Wrapper, ublk.Target):
         range: str = "",
         after: ublk.Size = ublk.Size(0),
         rate: float = 1.0,
+        bad_sectors: bool = False,
+        skip: int = 0,
+        count: int = 0,
         error: str = "",
         delay: str = "0",
         jitter: str = "0",
         torn: bool = False,
         lost: bool = False,
+        flip: int = 0,
+        astray: bool = False,
         hang: bool = False,
         control: str = "",
         seed: int = 1,
     ) -> None:
         super().__init__(target)
-        self.on = on.split(",") if on else HANDLERS
+        self.on = on.split(",") if on else ["read"] if bad_sectors else HANDLERS
         refuse(
             not set(self.on) <= set(HANDLERS),
             f"--on {on}",
@@ -915,31 +952,60 @@ class Fault(Wrapper, ublk.Target):
             "not a share from 0 to 1",
             "write 0.01 for one in 100",
         )
+        refuse(min(skip, count, flip) < 0, "--skip, --count, --flip", "less than 0")
         self.range = span(range) if range else None
         self.after = after
         self.rate = rate
+        self.bad_sectors = bad_sectors
+        self.turns = itertools.count(-skip)
+        self.count = count or sys.maxsize
         self.error = getattr(errno, error, 0)
         self.delay = seconds(delay)
         self.jitter = seconds(jitter)
         self.torn = torn
         self.lost = lost
+        self.flip = flip
+        self.astray = astray
         self.hang = hang
         self.control = os.path.abspath(control) if control else ""
-        self.random = random.Random(seed)
-        self.written = 0
+        self.seed = seed
         self.seen: Any = None  # what the control file was when it was last read
-        self.rule = self  # whose options hold; another's once the control file is there
+        self.rule = self  # whose options hold; another's once there are other words
+        self.lock = threading.Lock()
+        # What has happened since these options hold
+        self.written = 0
+        self.healed: set[int] = set()  # offsets of sectors
+        self.chancy = rate < 1 or self.jitter or torn or flip or astray
+        self.asked: Counter[Any] = Counter()  # how often for what, if that matters
+
+    def match(self, name: str, offset: int, length: int, data: memoryview | None) -> bool:
+        """Tell whether this request is to be struck, if the options say so; to be overridden.
+
+        data: what is written, or what a read would find.
+        """
+        return True
+
+    def change(self, words: str) -> None:
+        """Have these words replace the options, from the next request on. Raises UblkError."""
+        try:
+            read = vars(ublk.target_parser(Fault, "fault").parse_args(shlex.split(words)))
+        except (ValueError, SystemExit):
+            raise wrong(f"fault {words}", "nobody understands this") from None
+        given = {name: value for name, value in read.items() if value is not None}
+        self.rule = Fault(**{**given, "target": self.target})
 
     async def call(self, name: str, *args: Any) -> Any:
         self.look()
         rule = self.rule
-        if rule.matches(name, args, self.written) and self.random.random() < rule.rate:
-            return await self.strike(rule, name, args)
-        return await self.pass_on(name, *args)
+        struck = rule.concerns(name, args) and await self.matches(name, args)
+        draw = rule.draw(name, *extent(args)) if struck else None
+        if draw is None:
+            return await self.serve(rule, name, args)
+        return await self.strike(rule, draw, name, args)
 
-    def matches(self, name: str, args: tuple[Any, ...], written: int) -> bool:
-        """Tell whether a request may be struck."""
-        if written < self.after or name.replace("_fua", "") not in self.on:
+    def concerns(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Tell whether the options are for such a request."""
+        if self.written < self.after or name.replace("_fua", "") not in self.on:
             return False
         if self.range is None or not args:  # a flush is of no range
             return self.range is None
@@ -947,56 +1013,230 @@ class Fault(Wrapper, ublk.Target):
         start, end = self.range
         return offset < end and offset + max(length, ublk.SECTOR) > start
 
-    def pass_on(self, name: str, *args: Any) -> Any:
-        """Have the wrapped target serve it."""
-        if name in WITH_DATA:
-            self.written += len(args[1])
-        return super().call(name, *args)
+    async def matches(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Ask match(), which is to see what a read finds."""
+        if name == "read" and type(self).match is not Fault.match:
+            await super().call(name, *args)
+        data = args[1] if name in TRANSFERS else None
+        return self.match(name, *extent(args), data)
 
-    async def strike(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
-        """Serve a request late, in part, not at all or with an error."""
+    def draw(self, name: str, offset: int, length: int) -> Draw | None:
+        """Return what draws a request's numbers; nothing where chance spares it."""
+        what = name.replace("_fua", ""), offset
+        with self.lock:
+            if self.chancy:
+                self.asked[what] += 1
+            draw = partial(chance, self.seed, *what, self.asked[what])
+        hit = self.bad(offset, length) if self.bad_sectors else draw("rate") < self.rate
+        return draw if hit and 0 <= next(self.turns) < self.count else None
+
+    def bad(self, offset: int, length: int) -> list[int]:
+        """Return where the bad sectors of a range are."""
+        start, end = self.range or (0, sys.maxsize)
+        first = max(offset, start - start % self.block_size)
+        sectors = range(first, min(offset + length, end), self.block_size)
+        there = [at for at in sectors if chance(self.seed, at) < self.rate]
+        return [at for at in there if at not in self.healed]
+
+    async def serve(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
+        """Have the target serve a request; note what was written."""
+        result = await super().call(name, *args)
+        offset, length = extent(args)
+        if name in WITH_DATA:
+            with rule.lock:
+                rule.written += length
+        if rule.bad_sectors and name in (*WITH_DATA, "write_zeroes"):
+            rule.healed.update(rule.bad(offset, length))
+        return result
+
+    async def strike(self, rule: Fault, draw: Draw, name: str, args: tuple[Any, ...]) -> Any:
+        """Serve a request late, in part, elsewhere, corrupted, not at all or with an error."""
         import asyncio
 
         if rule.delay or rule.jitter or rule.hang:
-            await asyncio.sleep(rule.delay + rule.jitter * self.random.random())
+            await asyncio.sleep(rule.delay + rule.jitter * draw("jitter"))
         while rule.hang and self.rule is rule:
             await asyncio.sleep(0.05)
             self.look()
-        torn = rule.torn and name in WITH_DATA
-        if torn:
-            await self.tear(name, *args)
+        lost = rule.lost and name not in ("read", "zone_append")  # which have a result
+        idle = lost or rule.error
+        if rule.torn and name in WITH_DATA:
+            offset, buffer = args
+            blocks = int(draw("torn") * (len(buffer) // self.block_size))
+            args = offset, buffer[: blocks * self.block_size]
+            idle = not blocks
+        result = None
+        if not idle:
+            if name in TRANSFERS:
+                args = rule.spoil(draw, name, *args)
+            result = await self.serve(rule, name, args)
+            if name == "read":
+                rule.flip_bits(draw, args[1])
         if rule.error:
             raise OSError(rule.error, os.strerror(rule.error))
-        return None if torn or rule.lost else await self.pass_on(name, *args)
+        return result
 
-    async def tear(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Write only some of the blocks, from the beginning."""
-        kept = self.random.randrange(len(buffer) // self.block_size) * self.block_size
-        if kept:
-            await moved(partial(self.pass_on, name), offset, buffer[:kept])
+    def spoil(self, draw: Draw, name: str, offset: int, buffer: memoryview) -> tuple[Any, ...]:
+        """Return where a transfer goes instead, and with what."""
+        if self.astray:
+            unit = self.boundary or self.block_size
+            own, inside = divmod(offset, unit)
+            places = (self.size - inside - len(buffer)) // unit + 1
+            step = 1 + int(draw("astray") * (places - 1))
+            offset = (own + step) % places * unit + inside
+        if self.flip and name != "read":
+            buffer = aligned(buffer)
+            self.flip_bits(draw, buffer)
+        return offset, buffer
+
+    def flip_bits(self, draw: Draw, buffer: memoryview) -> None:
+        """Make some bits of a buffer wrong, if that is wished for."""
+        for number in range(self.flip):
+            bit = int(draw("flip", number) * len(buffer) * 8)
+            buffer[bit // 8] ^= 1 << bit % 8
 
     def look(self) -> None:
         """Take the options from the control file when that has changed."""
         if not self.control:
             return
-        seen: Any = None
-        with suppress(OSError):
-            status = os.stat(self.control)
-            seen = status.st_mtime_ns, status.st_size, status.st_ino
-        if seen == self.seen:
-            return
-        self.seen = seen
-        self.written = 0
+        with self.lock:
+            seen: Any = None
+            with suppress(OSError), open(self.control, "rb") as file:
+                # The same words may be written again
+                seen = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
+            if seen == self.seen:
+                return
+            self.seen = seen
+            if seen is None:
+                self.rule = self
+                return
+            try:
+                self.change(os.fsdecode(seen[1]))
+            except ublk.UblkError as error:
+                ublk.say(f"{self.control} is ignored: {error}")
+
+
+class Cache(Wrapper, ublk.Target):
+    """Keep what is written to another target in memory until a flush, as a drive with a cache does.
+
+    A server that is killed has lost it; and a power cut is the file --cut: where it appears, what
+    was not flushed is lost, but the disk goes on. Its clients should not: with ``fault`` above it,
+    their requests fail meanwhile. A server that ends well flushes.
+
+    cache_size: how much to keep; when there is more, the oldest eighth is written to the target
+    cut: a file that may appear; it is removed once the next request has found it
+    target: the target that has what is durable, with its own arguments
+    """
+
+    def __init__(
+        self,
+        target: ublk.Target,
+        *,
+        cache_size: ublk.Size = ublk.Size(64 << 20),
+        cut: str = "",
+    ) -> None:
+        super().__init__(target)
+        refuse(
+            hasattr(target, "zone_size") or self.metadata_size,
+            "cache",
+            "not for a disk with zones or metadata",
+        )
+        self.cache_size = cache_size
+        self.cut_file = os.path.abspath(cut) if cut else ""
+        self.blocks: dict[int, bytes] = {}  # by their offsets, the oldest first
+        self.changing = threading.Lock()  # held while the target is changed
+        self.looking = threading.Lock()
+
+    def cut(self) -> None:
+        """Lose what is not durable. Any thread may call it, also a handler."""
+        self.blocks.clear()
+
+    def look(self) -> None:
+        """Cut the power where there is the file that says so."""
+        if self.cut_file:
+            with self.looking:
+                if os.path.exists(self.cut_file):
+                    self.cut()
+                    os.unlink(self.cut_file)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        self.look()
+        newer = self.kept(offset, len(buffer))  # before a flush beside us forgets it
+        if len(newer) * self.block_size < len(buffer):
+            await super().call("read", offset, buffer)
+        for at, data in newer.items():
+            buffer[at - offset :][: self.block_size] = data
+
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        self.look()
+        while (
+            self.blocks and len(self.blocks) * self.block_size + len(buffer) > self.cache_size
+        ):
+            await self.write_back(self.cache_size // 8 // self.block_size + 1)
+        for at in range(0, len(buffer), self.block_size):
+            self.blocks[offset + at] = bytes(buffer[at:][: self.block_size])
+
+    async def flush(self) -> None:
+        self.look()
+        await self.write_back(None)
+
+    async def call(self, name: str, *args: Any) -> Any:
+        """Have the target do at once what is no plain write: in place of what is older."""
+        self.look()
+        async with self.alone():
+            older = self.kept(*extent(args))
+            await super().call(name, *args)
+            self.forget(older)
+
+    async def write_back(self, count: int | None) -> None:
+        """Write so many of the oldest blocks to the target, or all, durably."""
+        async with self.alone():
+            blocks = dict(itertools.islice(self.blocks.copy().items(), count))
+            for _, run in itertools.groupby(enumerate(sorted(blocks)), self.run_of):
+                offsets = [at for _, at in run]
+                data = aligned(b"".join(blocks[at] for at in offsets))
+                await super().call("write", offsets[0], data)
+            if count is None and hasattr(self.target, "flush"):
+                await super().call("flush")
+            self.forget(blocks)  # no sooner: what fails is done again
+
+    def run_of(self, numbered: tuple[int, int]) -> tuple[int, int, int]:
+        """Return what is the same for all blocks that make one write: they lie side by side."""
+        number, at = numbered
+        start = at - number * self.block_size
+        return start, at // PIECE, at // (self.boundary or PIECE)
+
+    def kept(self, offset: int, length: int) -> dict[int, bytes]:
+        """Return the blocks of a range that are here."""
+        span = range(offset, offset + length, self.block_size)
+        some = len(span) < len(self.blocks)  # a discard may be of more than there is
+        wanted = span if some else [at for at in self.blocks.copy() if at in span]
+        found = ((at, self.blocks.get(at)) for at in wanted)
+        return {at: data for at, data in found if data}
+
+    def forget(self, blocks: dict[int, bytes]) -> None:
+        """Keep these no longer, but what has been written since."""
+        for at, data in blocks.items():
+            if self.blocks.get(at) is data:
+                self.blocks.pop(at, None)
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Wait until nobody else changes the target, on whichever queue's loop."""
+        import asyncio
+
+        while not self.changing.acquire(blocking=False):
+            await asyncio.sleep(0.001)
         try:
-            with open(self.control, encoding="utf-8") as file:
-                words = shlex.split(file.read(4096))
-            read = vars(ublk.target_parser(Fault, "fault").parse_args(words))
-            given = {name: value for name, value in read.items() if value is not None}
-            self.rule = Fault(**{**given, "target": self.target}).rule
-        except FileNotFoundError:
-            self.rule = self
-        except (OSError, ValueError, SystemExit) as error:
-            ublk.say(f"{self.control} is ignored: {error}")
+            yield
+        finally:
+            self.changing.release()
+
+    async def close(self) -> None:
+        try:
+            await self.flush()
+        finally:
+            await ublk.end_of(getattr(self.target, "close", bool)())
 
 
 def span(text: str) -> tuple[int, int]:

@@ -19,6 +19,7 @@ STACKS = {
     "stripe": "stripe LOWER OTHER --chunk 16K",
     "fault": "fault loop LOWER",
     "record": "record LOG loop LOWER",
+    "cache": "cache loop LOWER",
     "nbd": "nbd URI",
 }
 

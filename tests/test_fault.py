@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -14,12 +15,14 @@ import pytest
 
 import ublk
 from tests.support import (
+    AsyncRam,
     Ram,
     Recorder,
     error_of,
     files,
     in_flight,
     kernel,
+    now,
     opened,
     read_at,
     until,
@@ -45,8 +48,9 @@ from tests.support import (
     ({"after": 4096}, "write", (0, bytes(512)), 4096, True),
 ])
 def test_which_requests_a_fault_is_for(targets, options, name, args, written, expected):
-    rule = targets.Fault(targets.Ram(size=4 << 20), **options).rule
-    assert rule.matches(name, args, written) is expected
+    fault = targets.Fault(targets.Ram(size=4 << 20), **options)
+    fault.written = written
+    assert fault.concerns(name, args) is expected
 
 
 @pytest.mark.parametrize("text, number", [("0", 0), ("2", 2), ("1.5s", 1.5), ("10ms", 0.01), ("200us", 2e-4)])
@@ -71,6 +75,195 @@ def test_a_wrapper_offers_what_its_target_does(targets, tmp_path):
         assert not hasattr(above, "map"), "requests would go around it"
 
 
+def fails(call, *args):
+    """Tell whether a handler fails."""
+    return bool(error_of(lambda: asyncio.run(call(*args))))
+
+
+def read(disk, offset=0, length=4096):
+    """Read without a driver."""
+    buffer = memoryview(bytearray(length))
+    now(disk.read(offset, buffer))
+    return bytes(buffer)
+
+
+DATA = memoryview(b"n" * 4096)
+
+
+def test_the_same_seed_makes_the_same_faults(targets):
+    def faults(seed):
+        fault = targets.Fault(targets.Ram(size=4 << 20), on="write", rate=0.3, error="EIO", seed=seed)
+        return [number for number in range(64) if fails(fault.write, 0, DATA)]
+    first = faults(1)
+    assert 5 < len(first) < 40
+    assert faults(1) == first != faults(2)
+
+
+@pytest.mark.parametrize("what", [{"error": "EIO"}, {"torn": True, "flip": 3}, {"astray": True}])
+def test_choices_are_the_same_in_whatever_order_requests_come(targets, what):
+    class Noting(AsyncRam):
+        async def write(self, offset, buffer):
+            written.append((offset, bytes(buffer)))
+            await super().write(offset, buffer)
+
+    async def run(order, seed):
+        disk = targets.Fault(Noting(), on="write", rate=0.6, seed=seed, **what)
+        places = list(range(0, 1 << 20, 32 << 10))
+        order(places)
+        for _ in range(2):
+            await asyncio.gather(*[disk.write(at, DATA) for at in places], return_exceptions=True)
+
+    def faults(order=lambda places: None, seed=1):
+        written.clear()
+        asyncio.run(run(order, seed))
+        return sorted(written)
+    written = []
+    forwards = faults()
+    assert faults(list.reverse) == faults(random.Random(1).shuffle) == forwards != faults(seed=2)
+
+
+class Short(Ram):
+    """A disk that transfers a block at a time."""
+
+    def read(self, offset, buffer):
+        super().read(offset, buffer[:512])
+        return 512
+
+    def write(self, offset, buffer):
+        super().write(offset, buffer[:512])
+        return 512
+
+
+@pytest.mark.parametrize("options", [{"after": 8192}, {"skip": 2}, {"rate": 0.5, "seed": 3}])
+def test_a_request_that_is_done_in_parts_is_one_request(targets, options):
+    def faults(below):
+        fault = targets.Fault(below, on="write", error="EIO", **options)
+        return [fails(fault.write, number % 2 * 4096, DATA) for number in range(16)]
+    assert faults(Short()) == faults(Ram()) and 0 < sum(faults(Ram())) < 16
+
+
+def test_some_pass_some_are_struck_and_then_all_is_well(targets):
+    fault = targets.Fault(Ram(), on="write", skip=2, count=3, error="EIO")
+    assert [fails(fault.write, at * 4096, DATA) for at in range(8)] == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert not fails(fault.read, 0, memoryview(bytearray(512)))
+
+
+def test_bad_sectors_stay_bad_until_they_are_written(targets):
+    fault = targets.Fault(targets.Ram(size=1 << 20), bad_sectors=True, rate=0.1, error="EIO", range="64K-1M")
+
+    def bad():
+        return [at for at in range(0, 1 << 20, 512) if fails(fault.read, at, memoryview(bytearray(512)))]
+    before = bad()
+    assert 100 < len(before) < 300 and before[0] >= 64 << 10 and bad() == before
+    first, second, *others = before
+    assert not fails(fault.write, first, DATA[:512]) and not fails(fault.write_zeroes, second, 512, True)
+    assert bad() == others and read(fault, first, 512) == DATA[:512]
+    assert fails(fault.read, others[0] & -4096, memoryview(bytearray(4096)))
+    now(fault.write(0, memoryview(bytes(1 << 20))))
+    assert bad() == []
+
+
+def bits(data, other):
+    """Return how many bits of these differ."""
+    return sum(bin(one ^ two).count("1") for one, two in zip(data, other))
+
+
+@pytest.mark.parametrize("on, of_disk, of_read", [("write", 1, 1), ("read", 0, 1)])
+def test_bits_are_flipped_on_the_way_to_the_disk_or_from_it(targets, on, of_disk, of_read):
+    below = Ram()
+    fault = targets.Fault(below, on=on, flip=1)
+    now(fault.write(8192, DATA))
+    assert bits(below.data[8192:12288], DATA) == of_disk
+    assert bits(read(fault, 8192), DATA) == of_read and bytes(DATA) == b"n" * 4096
+
+
+@pytest.mark.parametrize("boundary", [0, 64 << 10])
+def test_a_transfer_that_goes_astray_lands_within_the_disk_but_elsewhere(targets, boundary):
+    for at in range(0, 1 << 20, 60 << 10):
+        below = Recorder()
+        below.boundary = boundary
+        below.data[at:at + 4096] = DATA
+        fault = targets.Fault(below, astray=True)
+        assert read(fault, at) != DATA
+        now(fault.write(at, DATA))
+        (_, there, length), = below.calls
+        assert there != at and 0 <= there <= (1 << 20) - 4096 and length == 4096 and not there % 512
+        assert not boundary or there // boundary == (there + length - 1) // boundary
+
+
+def test_where_a_disk_has_no_other_place_a_transfer_stays(targets):
+    fault = targets.Fault(targets.Ram(size=4096), astray=True)
+    now(fault.write(0, DATA))
+    assert fault.target.view == DATA
+
+
+def test_a_lost_append_to_a_zone_happens_for_nobody_knows_where_it_would_be(targets):
+    disk = targets.Fault(targets.Zoned(size=64 << 20, zone_size=8 << 20), lost=True)
+    assert asyncio.run(disk.zone_append(0, DATA)) == 0
+    assert asyncio.run(disk.zone_append(0, DATA)) == 4096
+
+
+def test_a_subclass_decides_by_content(targets):
+    class Headers(targets.Fault):
+        def match(self, name, offset, length, data):
+            asked.append((name, offset, length))
+            return data is not None and bytes(data[:6]) == b"SQLite"
+
+    asked = []
+    fault = Headers(Ram(), error="EIO")
+    header = memoryview(b"SQLite".ljust(512, b"\0"))
+    assert [fails(fault.write, 0, header), fails(fault.write, 0, DATA)] == [True, False]
+    fault.target.data[1024:1536] = header
+    assert [fails(fault.read, at, memoryview(bytearray(512))) for at in (1024, 512)] == [True, False]
+    fault.on = ["read"]
+    assert not fails(fault.write, 0, header)
+    assert asked == [("write", 0, 512), ("write", 0, 4096), ("read", 1024, 512), ("read", 512, 512)]
+
+
+def test_a_subclass_keeps_what_it_defines(targets):
+    class Closing(targets.Fault):
+        def close(self):
+            closed.append(True)
+
+    class Further(Closing):
+        pass
+
+    closed, below = [], Ram()
+    below.close = lambda: closed.append(False)
+    Further(below).close()
+    assert closed == [True]
+
+
+def test_the_next_request_obeys_a_change(targets):
+    fault = targets.Fault(Ram(), error="EIO")
+    assert fails(fault.write, 0, DATA)
+    fault.change("--on read --count 1 --error EIO")
+    calls = fault.write, fault.read, fault.read
+    assert [fails(call, 0, memoryview(bytearray(512))) for call in calls] == [False, True, False]
+    for words in "--nonsense", "'", "--error ENONSENSE", "--skip -1":
+        with pytest.raises(ublk.UblkError):
+            fault.change(words)
+    assert not fails(fault.write, 0, DATA)
+
+
+def test_the_next_request_obeys_the_control_file_however_quickly_it_changes(targets, tmp_path):
+    path = tmp_path / "ctl"
+    fault = targets.Fault(Ram(), control=str(path))
+    for words, failing in [("--on write --error EIO", True), ("--on flush --error EIO", False)] * 2:
+        path.write_text(words)
+        os.utime(path, (1, 1))              # as if there were no time between
+        assert fails(fault.write, 0, DATA) is failing
+
+
+def test_words_that_are_written_again_count_anew(targets, tmp_path):
+    path = tmp_path / "ctl"
+    fault = targets.Fault(Ram(), control=str(path))
+    for second in 1, 2:
+        path.write_text("--count 1 --error EIO")
+        os.utime(path, (second, second))
+        assert [fails(fault.write, 0, DATA) for _ in range(2)] == [True, False]
+
+
 @kernel
 def test_faults_are_where_and_what_they_are_told(targets):
     fault = targets.Fault(targets.Ram(size=4 << 20), on="read", range="64K-96K", error="EIO")
@@ -79,17 +272,6 @@ def test_faults_are_where_and_what_they_are_told(targets):
         found = [error_of(read_at, fd, at << 10, 4096) for at in (60, 64, 92, 96)]
         assert found == [0, errno.EIO, errno.EIO, 0]
         assert error_of(read_at, fd, 0, 128 << 10) == errno.EIO
-
-
-@kernel
-def test_the_same_seed_makes_the_same_faults(targets):
-    def faults(seed):
-        fault = targets.Fault(targets.Ram(size=4 << 20), on="write", rate=0.3, error="EIO", seed=seed)
-        with ublk.Device(fault) as disk, opened(disk.path) as fd:
-            return [number for number in range(64) if error_of(write_at, fd, 0, bytes(512)) == errno.EIO]
-    first = faults(1)
-    assert 5 < len(first) < 40
-    assert faults(1) == first != faults(2)
 
 
 @kernel
@@ -199,3 +381,16 @@ def test_a_disk_that_hangs_can_be_taken_away(targets, capfd):
         thread.join()
     stopper.join()
     assert found == [errno.EIO] and "its requests fail now" in capfd.readouterr().err
+
+
+@kernel
+def test_corruption_reaches_a_disk_with_direct_transfers(targets, workshop):
+    below = targets.Loop("a.img", direct=True)
+    flipping = targets.Fault(below, on="write", range="0-4K", flip=1)
+    fault = targets.Fault(flipping, on="write", range="1M", astray=True)
+    with ublk.Device(fault) as disk, opened(disk.path) as fd:
+        write_at(fd, 0, bytes(DATA))
+        write_at(fd, 1 << 20, bytes(DATA))
+        assert bits(read_at(fd, 0, 4096), DATA) == 1
+        assert read_at(fd, 1 << 20, 4096) == bytes(4096)
+    assert Path("a.img").read_bytes()[4096:].count(bytes(DATA)) == 1

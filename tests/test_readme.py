@@ -61,7 +61,8 @@ CONTINUED = {
 GIVEN = {
     "ublk-py-1": "truncate -s 64M disk.img",
     "targets-1": "truncate -s 64M disk.img",
-    "targets-2": "qemu-img create -q -f qcow2 disk.qcow2 64M",
+    "targets-3": "mkfs.ext4 -q disk.img 64M",
+    "targets-4": "qemu-img create -q -f qcow2 disk.qcow2 64M",
     "output-1": "truncate -s 256M disk.img && ublk.py loop disk.img --background",
     "errors-1": "truncate -s 64M disk.img",
     "when-the-server-dies-1":

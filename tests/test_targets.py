@@ -48,9 +48,10 @@ COMMAND_LINES = {
     "stripe": "stripe a.img b.img --chunk 20K",
     "cow": "cow base.img overlay.cow",
     "fault": "fault --jitter 100us --rate 0.1 fault --on flush --delay 1ms loop a.img",
+    "cache": "cache --cache-size 1M loop a.img",
 }
 
-VOLATILE = {"ram"}
+VOLATILE = {"ram", "cache"}
 
 every_target = pytest.mark.parametrize("name", COMMAND_LINES)
 lasting = pytest.mark.parametrize("name", [name for name in COMMAND_LINES if name not in VOLATILE])
@@ -191,6 +192,11 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     ("fault --jitter soon ram", 1, "time soon", errno.EINVAL),
     ("fault --after all ram", 2, "--after", None),
     ("fault --seed x ram", 2, "--seed", None),
+    ("fault --skip=-1 ram", 1, "less than 0", errno.EINVAL),
+    ("fault --count few ram", 2, "--count", None),
+    ("cache", 2, "a target is missing", None),
+    ("cache --cache-size much ram", 2, "--cache-size", None),
+    ("cache zoned", 1, "zones or metadata", errno.EINVAL),
 ])
 def test_bad_words_for_disks_of_several_files(two_files, no_driver, run, words, status, says, number):
     assert_fails(run(*words.split()), status, says, number)
