@@ -441,13 +441,14 @@ def run_all(all_suites: Sequence[Suite], jobs: int) -> list[Suite]:
 def lint() -> int:
     """Check every Python file of the project."""
     make_venv("pytest", "ruff", "mypy", "vermin")
-    files = sorted([*PROJECT.glob("*.py"), *HERE.glob("*.py"), *PROJECT.glob("tests/*.py")])
+    files = sorted([*PROJECT.glob("*.py"), *HERE.glob("*.py"), *PROJECT.glob("tests/*.py"),
+                    *PROJECT.glob("learn/*.py")])
     tools = [["ruff", "check", "--no-cache"], ["mypy", "--no-error-summary", f"--cache-dir={CACHE}/mypy"]]
     commands: list[list[object]] = [[VENV / "bin" / tool, *options, *files] for tool, *options in tools]
     commands.append([VENV / "bin/ruff", "format", "--no-cache", "--check", "ublk.py", "ublk_targets.py"])
     # Of the library, mypy knows no Python this old any more, and ruff only the syntax.
     commands.append([VENV / "bin/vermin", "--quiet", "--no-tips", "--violations", f"-t={OLDEST_PYTHON}-",
-                     "ublk.py", "ublk_targets.py"])
+                     "ublk.py", "ublk_targets.py", "learn"])
     commands.append([sys.executable, HERE / "mutants.py", "--fits"])
     return max(subprocess.run(list(map(str, command)), cwd=PROJECT, check=False).returncode
                for command in commands)

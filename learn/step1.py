@@ -4,140 +4,100 @@
     python3 learn/step1.py FILE
 """
 import ctypes
-import mmap
 import os
 import sys
-from ctypes import c_int32, c_long, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
+from mmap import mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
 IO_URING_ENTER = 426
-IORING_OFF_SQ_RING = 0          # what of a ring to map
-IORING_OFF_SQES = 0x10000000
+IORING_OFF_SQES = 0x10000000    # what of a ring to map: its queues are at 0, its SQEs here
 IORING_ENTER_GETEVENTS = 1      # wait for completions
 IORING_OP_READ = 22
 
 
-class Offsets(ctypes.Structure):
-    """Where the parts of a queue stand in the mapping: io_sqring_offsets and io_cqring_offsets."""
-    _fields_ = [
-        ("head", c_uint32),
-        ("tail", c_uint32),
-        ("ring_mask", c_uint32),
-        ("ring_entries", c_uint32),
-        ("flags_or_overflow", c_uint32),
-        ("dropped_or_cqes", c_uint32),
-        ("array", c_uint32),
-        ("reserved", c_uint32 * 3),
-    ]
+def structure(*lines):
+    """Make a structure of C from types, each with the names of the fields that have it."""
+    fields = []
+    for part in ", ".join(lines).split(", "):
+        kind, *names = part.split()
+        kind = getattr(ctypes, "c_" + kind)
+        for name in names:
+            fields.append((name, kind))
+    return type("structure", (ctypes.Structure,), {"_fields_": fields})
 
 
-class Params(ctypes.Structure):
-    """io_uring_params: what the kernel tells of a new ring."""
-    _fields_ = [
-        ("sq_entries", c_uint32),
-        ("cq_entries", c_uint32),
-        ("reserved", c_uint32 * 8),
-        ("sq_off", Offsets),
-        ("cq_off", Offsets),
-    ]
-
-
-class SQE(ctypes.Structure):
-    """io_uring_sqe: what the kernel is to do."""
-    _fields_ = [
-        ("opcode", c_uint8),
-        ("flags", c_uint8),
-        ("ioprio", c_uint16),
-        ("fd", c_int32),
-        ("off", c_uint64),
-        ("addr", c_uint64),
-        ("len", c_uint32),
-        ("rw_flags", c_uint32),
-        ("user_data", c_uint64),
-        ("rest", c_uint64 * 3),
-    ]
-
-
-class CQE(ctypes.Structure):
-    """io_uring_cqe: whose answer it is, and a result as of a system call."""
-    _fields_ = [
-        ("user_data", c_uint64),
-        ("res", c_int32),
-        ("flags", c_uint32),
-    ]
-
-
+Setup = structure(              # io_uring_params: what the kernel tells of a new ring
+    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd",
+    "uint32 resv1 resv2 resv3",
+    "uint32 sq_head sq_tail sq_mask sq_size sq_flags dropped sq_array resv4",
+    "uint64 sq_address",
+    "uint32 cq_head cq_tail cq_mask cq_size overflow cqes cq_flags resv5",
+    "uint64 cq_address",
+)
+SQE = structure(                # io_uring_sqe: what the kernel is to do
+    "uint8 opcode flags",
+    "uint16 ioprio",
+    "int32 fd",
+    "uint64 off addr, uint32 len rw_flags",
+    "uint64 user_data resv1 resv2 resv3",
+)
+CQE = structure(                # io_uring_cqe: whose answer it is, and what a system call would return
+    "uint64 user_data",
+    "int32 res",
+    "uint32 flags",
+)
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def syscall(*arguments):
     """Make a system call, whose arguments all are as wide as C's long."""
-    words = map(c_long, arguments)
-    result = libc.syscall(*words)
+    result = libc.syscall(*map(c_long, arguments))
     if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
     return result
 
 
-class Ring:
-    """Two queues shared with the kernel: submissions (SQ), and completions (CQ)."""
+# A ring is two queues shared with the kernel: submissions (SQ), and completions
+# (CQ). Whoever adds to a queue moves its tail, whoever takes moves its head.
+setup = Setup()
+ring = syscall(IO_URING_SETUP, 4, addressof(setup))
+end = setup.sq_array + 4 * setup.sq_entries
+queues = mmap(ring, end)
+sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
+cq_head = c_uint32.from_buffer(queues, setup.cq_head)
+cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
+sqes = mmap(ring, 4096, offset=IORING_OFF_SQES)
 
-    def __init__(self, entries):
-        params = Params()
-        address = ctypes.addressof(params)
-        self.fd = syscall(IO_URING_SETUP, entries, address)
-        sq = params.sq_off
-        cq = params.cq_off
-        sq_end = sq.array + 4 * params.sq_entries
-        cq_end = cq.dropped_or_cqes + 16 * params.cq_entries
-        size = max(sq_end, cq_end)
-        memory = mmap.mmap(self.fd, size, offset=IORING_OFF_SQ_RING)
-        self.sq_tail = c_uint32.from_buffer(memory, sq.tail)
-        self.cq_head = c_uint32.from_buffer(memory, cq.head)
-        array_type = c_uint32 * params.sq_entries
-        self.array = array_type.from_buffer(memory, sq.array)
-        cqes_type = CQE * params.cq_entries
-        self.cqes = cqes_type.from_buffer(memory, cq.dropped_or_cqes)
-        sqes_type = SQE * params.sq_entries
-        size = ctypes.sizeof(sqes_type)
-        memory = mmap.mmap(self.fd, size, offset=IORING_OFF_SQES)
-        self.sqes = sqes_type.from_buffer(memory)
 
-    def submit(self, sqe):
-        """Put a submission into its queue, have the kernel take it, wait for a completion."""
-        tail = self.sq_tail.value
-        slot = tail % len(self.sqes)
-        self.sqes[slot] = sqe
-        self.array[slot] = slot
-        self.sq_tail.value = tail + 1
-        syscall(
-            IO_URING_ENTER, self.fd,
-            1,                              # submission to take
-            1,                              # completion to wait for
-            IORING_ENTER_GETEVENTS, 0, 0)
+def submit(sqe):
+    """Have the kernel take a submission."""
+    # The array at sq_array says which SQE each entry of the queue means. It is
+    # all zeroes, and the first SQE is free again after the system call.
+    data = bytes(sqe)
+    sqes[:len(data)] = data
+    sq_tail.value += 1
+    syscall(IO_URING_ENTER, ring, 1, 0, 0, 0, 0)
 
-    def completion(self):
-        """Take the oldest completion out of its queue."""
-        head = self.cq_head.value
-        slot = head % len(self.cqes)
-        cqe = CQE.from_buffer_copy(self.cqes[slot])
-        self.cq_head.value = head + 1
-        return cqe
+
+def wait():
+    """Wait for a completion, and take it out of its queue."""
+    syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
+    slot = cq_head.value % setup.cq_entries
+    cqe = CQE.from_buffer_copy(cqes[slot])
+    cq_head.value += 1
+    return cqe
 
 
 def main(path):
-    ring = Ring(4)
-    print("submissions:", len(ring.sqes))
-    buffer = ctypes.create_string_buffer(4096)      # must live until the completion
-    sqe = SQE()
-    sqe.opcode = IORING_OP_READ
+    buffer = create_string_buffer(4096)     # must live until the completion
+    sqe = SQE(opcode=IORING_OP_READ, user_data=7)
     sqe.fd = os.open(path, os.O_RDONLY)
-    sqe.addr = ctypes.addressof(buffer)
-    sqe.len = len(buffer)
-    sqe.user_data = 7
-    ring.submit(sqe)
-    cqe = ring.completion()
+    sqe.addr = addressof(buffer)
+    sqe.len = sizeof(buffer)
+    submit(sqe)
+    cqe = wait()
     print("user_data:", cqe.user_data)
     print("res:", cqe.res)
     if cqe.res < 0:
@@ -146,5 +106,4 @@ def main(path):
     print(data.decode(), end="")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+main(sys.argv[1])

@@ -4,49 +4,64 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import re
-import subprocess
 import sys
 
 import pytest
 
-from tests.support import HERE
+from tests.support import HERE, before, kernel, since
 
 sys.path.append(str(HERE / "lab"))
+import lessons
 from measure import docstring_lines, tokens_by_line
 
-LEARN = HERE / "learn"
-STEPS = sorted(LEARN.glob("step*.py"))
-PAGE = (LEARN / "README.md").read_text()
+STEPS = sorted((HERE / "learn").glob("step*.py"))
 
 
-def shown(step):
-    """Return the commands of a step, each with what its page shows it to print."""
-    section = re.search(rf"(?ms)^## Step {step}:.*?(?=^## |\Z)", PAGE)[0]
-    text = "".join(f"{line}\n" for line in re.findall(r"(?m)^    (\S.*)$", section.partition("```")[0]))
-    return [part.partition("\n")[::2] for part in re.split(r"(?m)^\$ ", text)[1:]]
+def marked(part):
+    """Return a part of the page, with the kernels it is for."""
+    marks = [kernel] if part.needs_root else []
+    if part.since:
+        marks.append(since(part.since))
+    if part.before:
+        marks.append(before(part.before))
+    return pytest.param(part, id=str(part), marks=marks)
 
 
-@pytest.mark.parametrize("step", [1])
-def test_a_step_without_a_driver_prints_what_its_page_shows(step, tmp_path):
-    (tmp_path / "learn").symlink_to(LEARN)
-    commands = shown(step)
-    assert len(commands) > 1
-    for command, text in commands:
-        done = subprocess.run(command, shell=True, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=60)
-        assert done.stdout == text, command
+@pytest.mark.parametrize("part", [marked(part) for part in lessons.parts()])
+def test_a_step_prints_what_its_page_shows(part):
+    assert len(part.commands) > 0
+    assert lessons.run(part) == ""
+
+
+def test_every_step_has_its_commands_on_the_page():
+    shown = {f"step{part.step}" for part in lessons.parts() if f"step{part.step}.py" in str(part.commands)}
+    assert shown == {path.stem for path in STEPS}
+
+
+def code(path):
+    """Return the lines of a program that are code, without comments, and how many tokens they have."""
+    source = path.read_text()
+    tokens = tokens_by_line(source, docstring_lines(ast.parse(source)))
+    lines = source.splitlines()
+    return [lines[number - 1].partition("  #")[0].strip() for number in sorted(tokens)], sum(tokens.values())
 
 
 @pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
 def test_a_step_is_short_and_plain(path):
-    source = path.read_text()
-    tokens = tokens_by_line(source, docstring_lines(ast.parse(source)))
-    assert len(source.splitlines()) <= 150
-    assert sum(tokens.values()) / len(tokens) <= 7
+    lines, tokens = code(path)
+    assert len(lines) <= 150
+    assert round(tokens / len(lines), 1) <= 7
+
+
+@pytest.mark.parametrize(("path", "previous"), list(zip(STEPS[1:], STEPS)))
+def test_a_step_adds_little_to_the_one_before(path, previous):
+    changes = difflib.ndiff(code(previous)[0], code(path)[0])
+    assert sum(line.startswith("+ ") for line in changes) <= 40
 
 
 @pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
 def test_a_step_stands_alone(path):
     modules = set(re.findall(r"(?m)^(?:import|from) (\w+)", path.read_text()))
-    assert not modules - {"ctypes", "mmap", "os", "sys"}
+    assert not modules - {"ctypes", "errno", "mmap", "os", "sys", "time"}
