@@ -21,6 +21,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import inspect
 import itertools
 import mmap
 import os
@@ -2084,6 +2085,12 @@ class Record(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse(hasattr(target, "zone_size"), "record", "a zoned disk cannot be recorded")
+        refuse(
+            inspect.iscoroutinefunction(getattr(target, "close", None)),
+            "record",
+            "a cache cannot be recorded, nor what else must wait when it closes",
+            "record what is below it: cache record LOG ...",
+        )
         self.offer(["flush"])  # of interest even where the target needs none
         self.lock = threading.Lock()
         self.limit = limit or sys.maxsize

@@ -196,6 +196,7 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     ("fault --count few ram", 2, "--count", None),
     ("cache", 2, "a target is missing", None),
     ("cache --cache-size much ram", 2, "--cache-size", None),
+    ("record log cache ram", 1, "record what is below it", errno.EINVAL),
     ("cache zoned", 1, "zones or metadata", errno.EINVAL),
 ])
 def test_bad_words_for_disks_of_several_files(two_files, no_driver, run, words, status, says, number):
