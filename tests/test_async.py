@@ -392,8 +392,10 @@ class InFlight(ublk.Target):
     async def wait(self, buffer):
         try:
             await ublk.uring_read(self.reader, buffer, 0)
-        finally:
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.01)                   # it may take its time to clean up
             self.cancelled += 1
+            raise
 
     async def read(self, offset, buffer):
         self.buffer = buffer
