@@ -933,6 +933,13 @@ def now(coroutine):
     return end.value.value
 
 
+def read(disk, offset=0, length=4096):
+    """Read without a driver."""
+    buffer = memoryview(bytearray(length))
+    now(disk.read(offset, buffer))
+    return bytes(buffer)
+
+
 def damage(path, offset, data):
     with open(path, "r+b") as file:
         file.seek(offset)

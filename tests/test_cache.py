@@ -26,6 +26,7 @@ from tests.support import (
     needs,
     now,
     opened,
+    read,
     read_at,
     recovered,
     sh,
@@ -33,13 +34,6 @@ from tests.support import (
 )
 
 OLD, NEW, NEWER = (memoryview(letter * 4096) for letter in (b"o", b"n", b"m"))
-
-
-def read(disk, offset=0, length=4096):
-    """Read without a driver."""
-    buffer = memoryview(bytearray(length))
-    now(disk.read(offset, buffer))
-    return bytes(buffer)
 
 
 def test_what_is_written_is_read_at_once_and_reaches_the_target_with_a_flush(targets):

@@ -25,6 +25,7 @@ from tests.support import (
     kernel,
     now,
     opened,
+    read,
     read_at,
     until,
     write_at,
@@ -79,13 +80,6 @@ def test_a_wrapper_offers_what_its_target_does(targets, tmp_path):
 def fails(call, *args):
     """Tell whether a handler fails."""
     return bool(error_of(lambda: asyncio.run(call(*args))))
-
-
-def read(disk, offset=0, length=4096):
-    """Read without a driver."""
-    buffer = memoryview(bytearray(length))
-    now(disk.read(offset, buffer))
-    return bytes(buffer)
 
 
 DATA = memoryview(b"n" * 4096)
