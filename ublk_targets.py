@@ -16,7 +16,6 @@ of its docstring.
 from __future__ import annotations
 
 import bisect
-import collections
 import ctypes
 import errno
 import fcntl
@@ -38,7 +37,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
 
 def aligned(data: Any) -> memoryview:
     """Copy data to memory that suits direct I/O."""
-    memory = memoryview(mmap.mmap(-1, len(data)))
+    memory = memoryview(ublk.private_memory(len(data)))
     memory[:] = data
     return memory
 
@@ -443,7 +442,6 @@ def extent(args: Sequence[Any]) -> tuple[int, int]:
 CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
 WITH_DATA = CHANGES[:2]
 TRANSFERS = ("read", *WITH_DATA)  # of which a handler may do but a part at a time
-Draw = Callable[..., float]  # returns a random number for each word
 HANDLERS = (
     "read",
     *CHANGES,
@@ -880,6 +878,9 @@ def chance(*what: Any) -> float:
     """Draw a number from 0 to below 1, at random, but always the same for the same things."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=6).digest()
     return int.from_bytes(digest, "little") / (1 << 48)
+
+
+Draw = Callable[..., float]  # returns a random number for each word
 
 
 class Fault(Wrapper, ublk.Target):
@@ -2596,7 +2597,7 @@ def checked(
     """Run a shell command on each crash, so many at a time; yield its statuses, in order."""
     images = [CrashImage(f"{crashes.disk.name}.crash{job}", crashes) for job in range(jobs)]
     idle = list(images)
-    running: collections.deque[tuple[Crash, CrashImage, Any]] = collections.deque()
+    running: deque[tuple[Crash, CrashImage, Any]] = deque()
     try:
         for crash in itertools.chain(crashes, [None] * jobs):
             if running and (crash is None or not idle):

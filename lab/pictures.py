@@ -59,7 +59,6 @@ def lives(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if "request" in record:
             life = found.setdefault(record["request"], {"tag": record["tag"]})
             life[record["stage"]] = record["ns"]            # the last time, where a chain broke
-            life.setdefault("sectors", record.get("sectors"))
             if record["stage"] == "decoded":
                 life.update(op=record["op"], sectors=record["sectors"])
     return [life for life in found.values() if all(stage in life for _, *ends in PHASES for stage in ends)]
