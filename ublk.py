@@ -3389,12 +3389,11 @@ class Device:
 
     def _see_that_it_is_ours(self) -> None:
         """Refuse to go on where there is no such device, or another that has its number by now."""
-        refuse(
-            self.state in (NEW, GONE) or not is_same(self.control, self.id, self.identity),
-            self.name,
-            "it is gone, or not there yet",
-            "see `ublk.py list`",
-        )
+        gone = self.state in (NEW, GONE) or not is_same(self.control, self.id, self.identity)
+        self._refuse_another(gone)
+
+    def _refuse_another(self, another: bool) -> None:
+        refuse(another, self.name, "it is gone, or not there yet", "see `ublk.py list`")
 
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
@@ -3588,7 +3587,7 @@ class Device:
         what = f"cannot recover {self.name}"
         self.info = self.control.get_dev_info(self.id)
         self.identity = self.identity or self.info.ublksrv_flags
-        self._see_that_it_is_ours()
+        self._refuse_another(self.info.ublksrv_flags != self.identity)
         refuse(
             not self.info.flags & UBLK_F_USER_RECOVERY,
             what,
@@ -5528,14 +5527,17 @@ def narrator(path: str) -> Hearer:
     import json
 
     def narrate(ns: int, stage: str, more: dict[str, Any]) -> None:
-        if path == "-":
-            text = json.dumps(more).translate(PLAIN)
-            return say(f"{ns / 1e9:.6f} {stage:<9} {text}")
+        text = json.dumps(more).translate(PLAIN)
+        say(f"{ns / 1e9:.6f} {stage:<9} {text}")
+
+    def note(ns: int, stage: str, more: dict[str, Any]) -> None:
         line = json.dumps({"ns": ns, "stage": stage, **more})
         os.write(fd, f"{line}\n".encode())
 
-    fd = 2 if path == "-" else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    return narrate
+    if path == "-":
+        return narrate
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    return note
 
 
 # =================================================================================================
@@ -6026,13 +6028,8 @@ TRACE: Any = {
     "metavar": "[=FILE]",
     "help": "tell what the disk does, on standard error, or in a file as JSON",
 }
-TOLD = (
-    "background",
-    "force",
-    "json",
-    "debug",
-    "trace",
-)  # options about the command, not about the disk
+# Options about the command, not about the disk
+TOLD = ("background", "force", "json", "debug", "trace")
 
 
 def create(words: Sequence[str]) -> int:
