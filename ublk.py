@@ -6116,7 +6116,7 @@ def launch(
         return in_background(run, started, inherited, identity)
     sys.stdout = sys.stderr  # where a target may print what it likes
     try:
-        run(started)
+        started.run(run)
     finally:
         sys.stdout = started.out
     return 0
@@ -6131,9 +6131,16 @@ class Started:
 
     def __init__(self, options: Any) -> None:
         self.json = options.json
-        self.trace = narrator(options.trace) if options.trace else None
+        self.trace_path = options.trace
+        self.trace: Hearer | None = None
         self.out = sys.stdout
         self.news = -1
+
+    def run(self, run: Callable[[Started], None]) -> None:
+        """Run what serves a disk, with the trace that was asked for."""
+        if self.trace_path:
+            self.trace = narrator(self.trace_path)
+        run(self)
 
     def tell(self, news: str) -> None:
         """Write to the parent, if there is one; one that has gone has no use for it."""
@@ -6300,12 +6307,13 @@ def in_background(
     if child == 0:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
+        for fd in {reader, *inherited} - {started.news}:
+            # The number stays taken: whoever of our caller's has it may close it yet
+            os.dup2(null, fd, inheritable=False)
         started.out = open(os.dup(1), "w", encoding="utf-8")
         os.dup2(null, 0)
         os.dup2(null, 1)
-        for fd in (null, reader, *inherited):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        os.close(null)
         to_the_end(run, started)
     os.close(started.news)
     end = os.pidfd_open(child)
@@ -6375,7 +6383,7 @@ def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
     status = 0
     sys.stdout = sys.stderr
     try:
-        run(started)
+        started.run(run)
     except SystemExit as end:  # of the parser of a target's words, which has told why
         status = 2 if end.code else 0
     except BaseException as error:

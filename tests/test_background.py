@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -265,3 +266,22 @@ def test_systemd_hears_that_a_disk_is_recovered(backing, tmp_path):
         channel.settimeout(60)
         with Forked(*RESTARTED, backing, change=lambda: os.environ.update(NOTIFY_SOCKET=address)):
             assert channel.recv(4096).startswith(b"READY=1\n")
+
+
+def test_a_number_of_the_callers_never_becomes_another_file(tmp_path, monkeypatch):
+    """Where a program calls main(), its objects live on in the server, and may yet let go of theirs."""
+    monkeypatch.setattr(ublk, "on_signals", lambda action: None)
+    callers = open(os.devnull, "rb")
+    told = tmp_path / "trace"
+
+    def serve(started):
+        callers.close()
+        print("begun", file=started.out, flush=True)
+        started.trace(0, "begun", {})
+        started.tell("live")
+        os._exit(0)
+
+    started = ublk.Started(SimpleNamespace(json=False, trace=str(told)))
+    assert ublk.in_background(serve, started, [callers.fileno()], 0) == 0
+    os.wait()
+    assert "begun" in told.read_text()
