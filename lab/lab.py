@@ -372,35 +372,38 @@ ONCE = ("tests/test_readme.py", "tests/test_plugin.py")
 # What is about single targets. The oldest driver has what all of them promise, in test_targets.py.
 NOT_ON_THE_OLDEST = tuple(f"tests/test_{name}.py" for name in (
     "cache", "cow", "durable", "fault", "nbd", "raid", "replay", "stripe", "zoned"))
-PARTS = 2           # machines that share a kernel's tests: many short runs fill the processors better
+PARTS = 2           # of a kernel's tests, and of the native ones: many short runs fill the processors better
 
 
 def suites(kernels: Sequence[str], word: str, host: bool, pairs: bool, timeout: float,
-           reports: Path) -> list[Suite]:
-    """What needs no driver natively and the rest in each kernel, or all of it natively."""
+           reports: Path) -> list[list[Suite]]:
+    """What needs no driver natively, then the rest in each kernel; or all of it natively."""
     limited = ["timeout", "--kill-after=10", str(timeout)]
     # Bytecode that is written here saves each virtual machine ten seconds.
     native = {**os.environ, "UBLK_HEADERS": str(HEADERS), "PYTHONUNBUFFERED": "1",
               "PYTHONDONTWRITEBYTECODE": ""}
-    report = reports / "host.xml"
     if host:
+        report = reports / "host.xml"
         everything = pytest_command(sys.executable, "", word, report)
-        return [Suite("host", limited + everything, report, {**native, "UBLK_TEST_KERNEL": "host"})]
-    natively = pytest_command(str(VENV / "bin/python"), "not kernel", word, report)
-    result = [Suite("host", limited + natively, report, native)]
+        return [[Suite("host", limited + everything, report, {**native, "UBLK_TEST_KERNEL": "host"})]]
+    natives = []
+    machines = []
+    parts = ["0/1"] if word else [f"{part}/{PARTS}" for part in range(PARTS)]
+    for number, part in enumerate(parts, 1):
+        report = reports / f"host-{number}.xml"
+        command = pytest_command(str(VENV / "bin/python"), "not kernel", word, report)
+        natives.append(Suite(f"host/{number}", limited + command, report, {**native, "UBLK_TEST_PART": part}))
     more = ["--cpus=4", "--env=UBLK_TEST_ALL=1"] if pairs else []
     for kernel in kernels:
         elsewhere = (ONCE if kernel != kernels[0] else ()) + (NOT_ON_THE_OLDEST if kernel == "6.1" else ())
         left_out = [f"--ignore={path}" for path in elsewhere]
-        for part in range(1 if word else PARTS):
-            where = kernel if word else f"{kernel}/{part + 1}"
-            report = reports / f"{kernel}-{part}.xml"
-            dealt = [] if word else [f"--env=UBLK_TEST_PART={part}/{PARTS}"]
+        for number, part in enumerate(parts, 1):
+            report = reports / f"{kernel}-{number}.xml"
             boot = [sys.executable, str(HERE / "lab.py"), "run", kernel, f"--timeout={timeout}",
-                    f"--report={report}", *more, *dealt, "--"]
+                    f"--report={report}", *more, f"--env=UBLK_TEST_PART={part}", "--"]
             command = pytest_command("python3", "kernel", word, GUEST_REPORT, left_out)
-            result.append(Suite(where, boot + command, report))
-    return result
+            machines.append(Suite(f"{kernel}/{number}", boot + command, report))
+    return [natives, machines]
 
 
 def test(kernels: Sequence[str], word: str, host: bool, pairs: bool, jobs: int, timeout: float) -> int:
@@ -422,15 +425,14 @@ def test(kernels: Sequence[str], word: str, host: bool, pairs: bool, jobs: int, 
     return 0 if executed and all(suite.good(bool(word)) for suite in done) else 1
 
 
-def run_all(all_suites: Sequence[Suite], jobs: int) -> list[Suite]:
-    """Run the native part, whose bytecode the others load, then these, so many at once."""
+def run_all(rounds: Sequence[Sequence[Suite]], jobs: int) -> list[Suite]:
+    """Run round after round, so many suites at once: the native ones leave bytecode for the others."""
     running: list[subprocess.Popen[str]] = []
     printing = threading.Lock()
-    first, *others = all_suites
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            first.run(printing, running)
-            return [first, *pool.map(lambda suite: suite.run(printing, running), others)]
+            return [done for suites in rounds
+                    for done in pool.map(lambda suite: suite.run(printing, running), suites)]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
