@@ -5639,6 +5639,11 @@ def companion() -> Any:
         return None
 
 
+def is_target(item: Any) -> bool:
+    """Tell whether something is a class of targets."""
+    return isinstance(item, type) and issubclass(item, Target)
+
+
 def known_targets() -> dict[str, type[Target]]:
     """Return the targets that may be named on the command line, by name.
 
@@ -5649,7 +5654,7 @@ def known_targets() -> dict[str, type[Target]]:
     return {
         name.lower(): item
         for name, item in names.items()
-        if isinstance(item, type) and issubclass(item, Target) and item is not Target
+        if is_target(item) and item is not Target
     }
 
 
@@ -5686,9 +5691,7 @@ def load_target(path: str, name: str) -> type[Target]:
     classes = {
         key: item
         for key, item in vars(module).items()
-        if isinstance(item, type)
-        and issubclass(item, Target)
-        and item.__module__ == module.__name__
+        if is_target(item) and item.__module__ == module.__name__
     }
     if name in classes:
         return classes[name]
@@ -5830,7 +5833,7 @@ def reading(kind: Any, name: str) -> dict[str, Any]:
         return {"type": choice({str(value): value for value in values})}
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return {"type": choice({member.name.lower(): member for member in kind})}
-    if isinstance(kind, type) and issubclass(kind, Target):
+    if is_target(kind):
         return {"nargs": "..."}
     shape = typing.get_origin(kind) or kind
     if shape in LISTS:
@@ -5917,8 +5920,8 @@ def target_maker(words: Sequence[str], read_only: bool = False) -> Callable[[], 
     read = vars(target_parser(cls, word, rest).parse_args(rest))
     # What was given
     values = {name: value for name, value in read.items() if value not in (None, [])}
-    for name, (_, kind) in parameters(cls).items():
-        if isinstance(kind, type) and issubclass(kind, Target):
+    for name, (parameter, kind) in parameters(cls).items():
+        if is_target(kind) and (name in values or parameter.default is parameter.empty):
             values[name] = target_maker(read[name], read_only)
         if name == "read_only" and read_only:
             values[name] = True
@@ -5941,7 +5944,7 @@ def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
         if name not in given:
             continue
         value = given[name]
-        if isinstance(kind, type) and issubclass(kind, Target):
+        if is_target(kind):
             value = value()
         elif isinstance(value, list):
             shape = typing.get_origin(kind) or kind
@@ -6893,7 +6896,8 @@ def print_help() -> None:
         "(`ublk.py TARGET --help` tells more):"
     )
     for name, cls in sorted(known_targets().items()):
-        print(f"  {name:<12} {(cls.__doc__ or '').splitlines()[0]}")
+        idea, _, _ = (cls.__doc__ or "").partition("\n")
+        print(f"  {name:<12} {idea}")
     print("  FILE.py:CLASS  a Target of your own\n\ncommands:")
     for verb, (_, text, _) in VERBS.items():
         print(f"  {verb:<12} {text}")

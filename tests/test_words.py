@@ -308,7 +308,9 @@ def taking(directory, parameters):
     ("first=1, /, second=2, *rest", "--second 5 x", [1, 5, ("x",)]),
     ("*rest: int", "1 2", [(1, 2)]),
     ("*rest: typing.Literal['a', 'b']", "b a", [("b", "a")]),
-    ("*, some: list[typing.Literal['a', 'b']]", "--some b a", [["b", "a"]])])
+    ("*, some: list[typing.Literal['a', 'b']]", "--some b a", [["b", "a"]]),
+    ("below: typing.Optional[ublk.Target] = None", "", [None]),
+    ("*, below: ublk.Target = None", "", [None])])
 def test_words_reach_the_parameters_they_are_meant_for(tmp_path, parameters, words, given):
     assert ublk.make_target([str(taking(tmp_path, parameters)), *words.split()]).given == given
 
@@ -339,6 +341,11 @@ def printing_to(out, *words):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run([sys.executable, UBLK, *words], stdout=out, stderr=subprocess.PIPE, text=True,
                           check=False, env=environment)
+
+
+def test_help_does_without_docstrings():
+    text = sh(sys.executable, "-OO", UBLK, "--help").stdout
+    assert "null" in text and "--queues" in text
 
 
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["check"], ["null", "--help"]])
