@@ -6982,9 +6982,14 @@ def error_line(error: BaseException) -> str:
     return " ".join(text.splitlines())
 
 
-if __name__ == "__main__":
-    exit_status = main()
+def command() -> NoReturn:
+    """Be the command `ublk`, to the end of the process."""
+    status = main()
     if _left_behind:  # Python would wait for its threads, if need be for ever
         sys.stdout.flush()
-        os._exit(exit_status)
-    sys.exit(exit_status)
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    command()

@@ -170,6 +170,19 @@ def test_what_is_installed_is_two_modules_and_a_command_and_nothing_else(install
     assert said == f"ublk.py {ublk.__version__}\n"
 
 
+# A handler that does not return, in a thread that Python would wait for.
+STUCK = """
+import threading, ublk
+threading.Thread(target=threading.Event().wait).start()
+ublk._left_behind.append("its target")
+"""
+
+
+def test_the_installed_command_ends_whatever_a_handler_does(installed):
+    done = sh(sys.executable, "-c", STUCK + COMMAND, "unknown", cwd=installed, check=False, timeout=60)
+    assert done.returncode == 2 and "unknown target" in done.stderr
+
+
 @pytest.mark.parametrize("conftest", ["", CONFTEST], ids=["alone", "with-conftest"])
 def test_an_installed_project_offers_its_fixtures(installed, tmp_path, conftest):
     theirs = tmp_path / "theirs"
