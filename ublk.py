@@ -5764,7 +5764,7 @@ READERS: dict[Any, Callable[[str], Any]] = {
     Any: str,
     object: str,
 }
-LISTS = {list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable}
+LISTS = [list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable]
 
 
 def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
@@ -5824,7 +5824,7 @@ def reading(kind: Any, name: str) -> dict[str, Any]:
     Raises UblkError (EINVAL) for a type that they cannot become, which is
     better found out now than by the disk's data.
     """
-    if kind in READERS:
+    if kind in list(READERS):  # what is no type, such as [int], may have no hash
         return {"type": READERS[kind]}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -6729,8 +6729,8 @@ def checks() -> Iterator[tuple[str, str, str]]:
     )
     command = f"{shlex.quote(PROGRAM[0])} -I {shlex.quote(PROGRAM[1])}"
     install = (
-        f"{command} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm control "
-        "--reload && udevadm trigger (as root)"
+        f"once, as root: {command} udev-rules > /etc/udev/rules.d/60-ublk.rules && udevadm "
+        "control --reload && udevadm trigger"
     )
     if loaded and not os.path.exists("/dev/ublk-control"):
         yield (

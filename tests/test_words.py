@@ -228,7 +228,7 @@ def test_help_tells_defaults_and_may_have_percent_signs(monkeypatch, run):
 
 
 @pytest.mark.parametrize("annotation", [
-    "dict", "'Nowhere'", "list[bytes]", "typing.Union[int, str]", "complex"])
+    "dict", "[int]", "'Nowhere'", "list[bytes]", "typing.Union[int, str]", "complex"])
 def test_a_type_that_is_not_understood_is_refused(tmp_path, annotation):
     path = target_file(tmp_path, f"""
         import typing
