@@ -2141,10 +2141,9 @@ class Queue:
         self._memories: list[Any] = [None] * self.depth  # what they get of their requests
         # Requests of which no task has begun to await the end: tag, what to
         # await, what makes a result of it, what may have to be continued.
-        self._begun: collections.deque[tuple[int, Any, Callable[[Any], int | None], Any]]
-        self._begun = collections.deque()
+        self.begun: collections.deque[tuple[int, Any, Callable[[Any], int | None], Any]]
+        self.begun = collections.deque()
         self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
-        self._fresh_tasks = 0  # of them have not begun to run
         self._enough_tasks = 1  # how many to have for requests that come together
         self.rounds = 0  # how often the loop has waited
         self._operations: dict[int, Operation] = {}
@@ -2250,7 +2249,7 @@ class Queue:
             if self.loop is None:
                 self.answer(self.collect(A_MOMENT if self.ended else None))
             else:
-                self.loop.run_forever()  # which waits by RingSelector.select()
+                self._run_loop()
         self._hand_in()
         self.closing = True
 
@@ -2661,34 +2660,22 @@ class Queue:
         if self.loop is None:
             self._begin_loop()
         self.in_flight += 1
-        self._begun.append((tag, outcome, finish, move))
-        if self._fresh_tasks < self._enough_tasks:
-            self._add_task()
-        if len(self._begun) == 1:
-            self.loop.call_soon(self._see_to_tasks)
+        self.begun.append((tag, outcome, finish, move))
 
-    def _add_task(self) -> None:
-        self._fresh_tasks += 1
-        task = self.loop.create_task(self._see_through())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _see_to_tasks(self) -> None:
-        """Have twice as many tasks where all that there were have to wait."""
-        if not self._begun:
-            return
-        if not self._fresh_tasks:
-            self._enough_tasks = min(2 * self._enough_tasks, self.depth)
-            for _ in range(min(self._enough_tasks, len(self._begun))):
-                self._add_task()
-        self.loop.call_soon(self._see_to_tasks)
+    def add_tasks(self, more: bool) -> None:
+        """Add tasks for what was begun, twice as many if those of the last round all had to wait."""
+        if more:
+            self._enough_tasks *= 2
+        for _ in range(min(self._enough_tasks, len(self.begun))):
+            task = self.loop.create_task(self._see_through())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _see_through(self) -> None:
         """Await what serves requests, one after the other until one has to wait, and answer them."""
-        self._fresh_tasks -= 1
         rounds = self.rounds
-        while self._begun and self.rounds == rounds:
-            tag, awaitable, finish, move = self._begun.popleft()
+        while self.begun and self.rounds == rounds:
+            tag, awaitable, finish, move = self.begun.popleft()
             try:
                 outcome = await awaitable
                 if move and is_short(outcome, move[-1]):
@@ -2712,6 +2699,13 @@ class Queue:
         self.served[:] = [-1] * self.depth  # what was made ready has no memory of its own
         _here.queue = self
 
+    def _run_loop(self) -> None:
+        """Run the loop, which waits by RingSelector.select(), until it is stopped."""
+        try:
+            self.loop.run_forever()
+        except SystemExit as error:  # which asyncio lets out of a task beside the requests
+            show(error)
+
     def _told(self, loop: Any, context: dict[str, Any]) -> None:
         """Show what failed where nobody awaits it: a callback, a task beside the requests."""
         error = context.get("exception")
@@ -2729,7 +2723,7 @@ class Queue:
             task = self.loop.create_task(end_of(outcome))
             task.add_done_callback(lambda _: self.loop.stop())
             while not task.done() and (self.closing or not self.leaving):
-                self.loop.run_forever()
+                self._run_loop()
             if task.done():
                 task.result()
 
@@ -2819,9 +2813,9 @@ class Queue:
         import asyncio
 
         deadline = time.monotonic() + LAST_WORDS
-        for _, awaitable, _, _ in self._begun:
+        for _, awaitable, _, _ in self.begun:
             getattr(awaitable, "close", bool)()
-        self._begun.clear()
+        self.begun.clear()
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
             task.cancel()
@@ -2852,12 +2846,12 @@ class Queue:
         _left_behind.extend(self._operations.values())
         if self.answer is not None and self.mapped and not self.at_rest:
             _left_behind.append(self.path.memory)
+        self.exits.close()  # before tasks can go, whose last words may touch the ring
         # What refers to the queue here would keep it, its buffers and its
         # target until the next run of the garbage collector.
         for table in (self._operations, self._tasks, self._handlers, self._buffers):
             table.clear()
         self.loop = self.answer = None
-        self.exits.close()
 
 
 # What is not made ready: requests without data, durable ones, shared memory.
@@ -4573,9 +4567,10 @@ class BatchQueue(Queue):
 # and deals with what came: requests start handlers, POLL_ADDs become the answer
 # to the loop, operations resolve the future that a handler awaits. Handlers run
 # in tasks. A task costs more than many a handler does, so those that need not
-# wait share one (a context variable that one of them leaves set is seen by the
-# next). One that waits keeps its task to its end; for the others there is
-# another, then two, then four. When the queue ends, tasks are cancelled and given
+# wait share one (a context variable that one of them leaves set, or a
+# cancellation of the task that it leaves unheard, is the next one's). One that
+# waits keeps its task to its end; in the next round there are two for the
+# others, then four. When the queue ends, tasks are cancelled and given
 # LAST_WORDS to go.
 
 LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
@@ -4747,10 +4742,12 @@ class RingSelector(selectors.SelectSelector):
             self._poll(fd, self.get_map()[fd].events)
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
-        tags = queue.collect(timeout)
+        left = bool(queue.begun) and not queue.closing
+        tags = queue.collect(0 if left else timeout)
         if not queue.closing:
             if tags:
                 queue.answer(tags)
+            queue.add_tasks(left)
             if queue.is_over():
                 queue.loop.stop()
         # A handler that began by now may have had others take their place
@@ -5508,8 +5505,8 @@ class TracedQueue(Queue):
             self.tell(tag, "committed")
         super().commit()
 
-    def close(self) -> None:
-        super().close()
+    def wind_up(self) -> None:
+        super().wind_up()
         self.trace.tell_dropped()
 
 

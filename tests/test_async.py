@@ -6,6 +6,7 @@ from __future__ import annotations
 import array
 import asyncio
 import concurrent.futures
+import contextlib
 import errno
 import gc
 import inspect
@@ -190,6 +191,42 @@ def test_a_request_that_has_waited_shares_its_task_with_none_that_came_meanwhile
     assert len(serve(target_of(read=read), rounds=30, depth=8).answers) == 240
     waited = [task for task, waits in seen if waits]
     assert len(set(waited)) == len(waited) == 80
+
+
+def test_tasks_that_are_cancelled_before_they_begin_keep_nobody_waiting(capfd):
+    async def read(target, offset, buffer):
+        if offset == 4096:
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+        await asyncio.sleep(0.001)
+
+    assert len(serve(target_of(read=read), rounds=4, depth=8).answers) == 32
+
+
+def test_what_a_handler_does_when_it_is_thrown_away_touches_no_ring(monkeypatch, capfd):
+    monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
+    seen = []
+
+    async def read(target, offset, buffer):
+        with contextlib.suppress(asyncio.CancelledError):
+            os.write(target.device.wake_write, b"!")
+            await asyncio.sleep(5)
+        try:
+            await asyncio.Event().wait()                # whatever it is told
+        finally:
+            seen.append(target.queue.ring.fd)
+
+    target = target_of(read=read)
+    target.device = StandIn(target, depth=1)
+    queue = target.queue = NopQueue(target.device)
+    queue.exits.callback(gc.collect)                    # which may come at any time
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    queue.close()
+    gc.collect()
+    assert seen == [-1]
+    target.device.close()
 
 
 def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
@@ -588,6 +625,22 @@ def test_a_task_beside_the_requests_that_fails_says_so(capfd):
     assert serve(target_of(read=read), depth=1).answers == [(0, 4096)]
     gc.collect()                        # for asyncio tells of it when the task is gone
     assert "the reason why" in capfd.readouterr().err
+
+
+def test_a_task_beside_the_requests_ends_no_server(capfd):
+    async def leave():
+        sys.exit(3)
+
+    async def start(target, index):
+        asyncio.ensure_future(leave())
+        await asyncio.sleep(0.001)
+
+    async def read(target, offset, buffer):
+        await asyncio.ensure_future(leave())
+
+    answers = serve(target_of(start=start, read=read), depth=2).answers
+    assert sorted(answers) == [(0, -errno.EIO), (1, -errno.EIO)]
+    assert "SystemExit: 3" in capfd.readouterr().err
 
 
 def test_a_loop_that_a_target_stops_goes_on():

@@ -25,7 +25,8 @@ from tests.support import (
     since,
     verb,
 )
-from tests.test_async import serve, target_of
+from tests.test_async import StandIn, TracedNopQueue, serve, target_of
+from tests.test_states import in_child
 
 STAGES = ["arrived", "decoded", "handler", "result", "committed"]
 
@@ -137,6 +138,15 @@ def test_nobody_hears_it_and_the_requests_are_served_all_the_same(capfd):
     queue = serve(Ram(), trace=ublk.Trace(deaf))
     assert sorted(queue.answers) == [(tag, 4096) for tag in range(4)]
     assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_a_forked_child_tells_nothing_and_waits_for_nobody_who_does():
+    device = StandIn(Ram(), trace=ublk.Trace(Records()))
+    queue = TracedNopQueue(device, 1)
+    with queue.trace._lock:
+        assert in_child(queue.close) == 0
+    queue.close()
+    device.close()
 
 
 def test_a_file_gets_an_object_a_line(tmp_path):
