@@ -160,7 +160,7 @@ def say(text: str) -> None:
     """Tell whoever watches standard error; that nobody does must hurt neither request nor disk."""
     try:
         print(f"ublk: {text}", file=sys.stderr, flush=True)
-    except OSError:
+    except Exception:  # a program may have closed it, or put anything there
         pass
 
 
@@ -6113,6 +6113,8 @@ def launch(
     """
     started = Started(options)
     if options.background:
+        if options.trace == "-":  # for which the log has no room
+            raise Usage("--background leaves standard error: name a file, --trace=FILE")
         return in_background(run, started, inherited, identity)
     sys.stdout = sys.stderr  # where a target may print what it likes
     try:

@@ -632,7 +632,7 @@ def test_a_task_beside_the_requests_ends_no_server(capfd):
         sys.exit(3)
 
     async def start(target, index):
-        asyncio.ensure_future(leave())
+        target.task = asyncio.ensure_future(leave())
         await asyncio.sleep(0.001)
 
     async def read(target, offset, buffer):

@@ -11,6 +11,7 @@ import mmap
 import os
 import signal
 import struct
+import sys
 import threading
 
 import pytest
@@ -31,7 +32,7 @@ from tests.support import (
     until,
     write_at,
 )
-from tests.test_async import NopQueue, StandIn, serve
+from tests.test_async import NopQueue, StandIn, serve, target_of
 
 BLKDISCARD = 0x1277                 # linux/fs.h
 
@@ -42,6 +43,16 @@ class Raised(Exception):
 
 def raises(number, frame):
     raise Raised
+
+
+def test_a_standard_error_that_is_closed_ends_no_queue(monkeypatch):
+    def read(target, offset, buffer):
+        return 1 // 0
+
+    with open(os.devnull, "w", encoding="utf-8") as error:
+        monkeypatch.setattr(sys, "stderr", error)
+    answers = serve(target_of(read=read), rounds=10, depth=1).answers
+    assert answers == [(0, -errno.EIO)] * 10
 
 
 def test_a_signal_handler_that_raises_leaves_the_rings_counts_right():
