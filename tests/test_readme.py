@@ -7,6 +7,7 @@ for any lines; what differs from one machine to the next is masked, see MASKS.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ import ublk
 from tests.support import (
     HERE,
     IN_LAB,
+    UBLK,
     await_state,
     devices_left,
     kernel,
@@ -36,7 +38,8 @@ from tests.support import (
 
 # Why a block is not run.
 NOT_RUN = {
-    "ublk-py-4": "starts a virtual machine",
+    "learn-it-1": "runs in the project's directory",
+    "first-steps-1": "starts a virtual machine",
     "on-a-machine-without-the-driver-1": "starts a virtual machine",
     "how-ublk-works-1": "names of nodes",
     "how-ublk-works-2": "a drawing",
@@ -60,6 +63,7 @@ CONTINUED = {
 # What a block takes for granted.
 GIVEN = {
     "ublk-py-1": "truncate -s 64M disk.img",
+    "test-with-it-1": "truncate -s 64M disk.img",
     "targets-1": "truncate -s 64M disk.img",
     "targets-3": "mkfs.ext4 -q disk.img 64M",
     "targets-4": "qemu-img create -q -f qcow2 disk.qcow2 64M",
@@ -322,6 +326,21 @@ def test_the_forms_are_all_there(run):
 @pytest.mark.parametrize("verb, options", forms().items())
 def test_a_form_names_options_that_are_there(run, verb, options):
     assert options <= set(re.findall(r"--[a-z-]+", run(verb, "--help").out))
+
+
+ROUTE = re.findall(r"^\| (.*\?) \| (.*) \| (`.*`) \|$", (HERE / "README.md").read_text(), re.M)
+CHAPTERS = re.findall(r"^# =+\n# ([^:\n]+).*\n# =+$", UBLK.read_text(), re.M)
+
+
+@pytest.mark.parametrize("question, chapter, names", ROUTE, ids=[question for question, _, _ in ROUTE])
+def test_a_question_leads_to_a_chapter_and_names_that_are_there(question, chapter, names):
+    assert chapter in CHAPTERS
+    for name in names.replace("`", "").split(", "):
+        operator.attrgetter(name)(ublk)
+
+
+def test_there_is_a_question_on_every_chapter_but_the_first():
+    assert {chapter for _, chapter, _ in ROUTE} == set(CHAPTERS[1:])
 
 
 TARGETS = re.findall(r"^\| `(\w+)` \|.*\| `ublk\.py (.*)` \|$", (HERE / "README.md").read_text(), re.M)
