@@ -2059,6 +2059,18 @@ async def end_of(outcome: Any) -> Any:
     return await outcome if is_awaitable(outcome) else outcome
 
 
+def succeeded(function: Callable[..., Any], outcome: object) -> int:
+    """Return 0 for what the function of a request without data returned. Raises TypeError.
+
+    For a False, a negative number or a thing that nobody can await tells of no
+    success.
+    """
+    good = outcome is None or (isinstance(outcome, int) and outcome >= 0)
+    if not good or outcome is False:
+        raise TypeError(f"{function!r} returned {outcome!r}, from which nobody learns its end")
+    return 0
+
+
 async def transfer(
     function: Callable[..., Any], outcome: Any, offset: int, buffer: memoryview
 ) -> None:
@@ -2525,15 +2537,8 @@ class Queue:
         Good is 0, since a length of 2 GiB and more does not fit where the
         driver looks for the result.
         """
-
-        def finish(outcome: object) -> int:
-            if outcome is None or (isinstance(outcome, int) and outcome >= 0):
-                return 0
-            raise TypeError(
-                f"{function!r} returned {outcome!r}, from which nobody learns its end"
-            )
-
-        return self._end(tag, function(*arguments(flags, offset, length)), finish)
+        outcome = function(*arguments(flags, offset, length))
+        return self._end(tag, outcome, partial(succeeded, function))
 
     def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path

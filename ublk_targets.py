@@ -39,7 +39,7 @@ import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -129,7 +129,6 @@ class Ram(ublk.Target):
     checksum: which one: crc, ip, crc64 or none
     """
 
-    processes = True  # forked later they see the same disk: memory of a file is shared
     metadata_fd = -1
 
     def __init__(
@@ -145,6 +144,8 @@ class Ram(ublk.Target):
         self.size = size
         self.fd = os.memfd_create("ram")
         weakref.finalize(self, os.close, self.fd)
+        self.view = memoryview(b"")
+        self.growing = threading.Lock()
         self.reach(size)
         if metadata_size:
             self.metadata_size = metadata_size
@@ -154,30 +155,32 @@ class Ram(ublk.Target):
 
     def reach(self, size: int) -> None:
         """Have that much memory; its pages exist once they are written."""
-        before = os.fstat(self.fd).st_size
-        os.ftruncate(self.fd, max(size, before))
-        try:
-            self.view = memoryview(mmap.mmap(self.fd, 0))
-        except BaseException:
-            os.ftruncate(self.fd, before)
-            raise
+        with self.growing:  # a mapping that is longer than its file kills who uses it
+            before = len(self.view)
+            if size <= before:
+                return
+            os.ftruncate(self.fd, size)
+            try:
+                self.view = memoryview(mmap.mmap(self.fd, size))
+            except BaseException:
+                os.ftruncate(self.fd, before)
+                raise
+
+    def part(self, offset: int, length: int) -> memoryview:
+        """Return the memory of a range. If there is none the disk has grown: no request is beyond that."""
+        if offset + length > len(self.view):
+            self.reach(offset + length)
+        return self.view[offset : offset + length]
 
     def resized(self, size: int) -> None:
         self.reach(size)
         self.size = size
 
     def read(self, offset: int, buffer: memoryview) -> None:
-        end = offset + len(buffer)
-        # The disk has grown: no request is for what lies behind its end
-        if end > len(self.view):
-            self.reach(end)
-        buffer[:] = self.view[offset:end]
+        buffer[:] = self.part(offset, len(buffer))
 
     def write(self, offset: int, buffer: memoryview) -> None:
-        end = offset + len(buffer)
-        if end > len(self.view):
-            self.reach(end)
-        self.view[offset:end] = buffer
+        self.part(offset, len(buffer))[:] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         clear(self.fd, offset, length)  # which gives pages back
@@ -425,11 +428,13 @@ async def together(*coroutines: Any) -> None:
 
 
 async def moved(handler: Any, *args: Any) -> None:
-    """Have a target's handler, coroutine or not, serve a request to its end."""
+    """Have a target's handler, coroutine or not, serve a request to its end, as a queue does."""
     if len(args) == 2 and not isinstance(args[1], int):
         await ublk.transfer(handler, handler(*args), *args)
-    else:
-        await ublk.end_of(handler(*args))
+        return
+    if len(args) == 3 and not ublk.takes_unmap(handler):
+        args = args[:2]
+    ublk.succeeded(handler, await ublk.end_of(handler(*args)))
 
 
 def extent(args: Sequence[Any]) -> tuple[int, int]:
@@ -452,30 +457,17 @@ HANDLERS = (
     "zone_reset",
     "zone_reset_all",
 )
+# The rest. Memory of clients need not suit a target below another, which gets that one's own.
 PROPERTIES = (
-    "size",
-    "block_size",
-    "physical_block_size",
-    "boundary",
-    "read_only",
-    "rotational",
-    "discard_granularity",
-    "max_segments",
-    "max_segment_size",
+    *(name for name in vars(ublk.Target) if name[0] != "_" and name != "dma_alignment"),
     "zone_size",
     "max_open_zones",
     "max_active_zones",
     "max_append",
-    "metadata_size",
-    "checksum",
-    "read_metadata",
-    "write_metadata",
     "report_zones",
     "resized",
     "start",
     "close",
-    "once",
-    "files",
 )
 
 
@@ -855,6 +847,12 @@ class Cow(ublk.Target):
 class Wrapper(Over):
     """A part of targets over one other: they offer what it offers, but for what their class defines."""
 
+    size: Any = property(lambda self: self.target.size)
+    block_size: Any = property(
+        lambda self: self.target.block_size,
+        lambda self, size: setattr(self.target, "block_size", size),
+    )
+
     def __init__(self, target: ublk.Target) -> None:
         self.target = target
         for name in PROPERTIES:
@@ -869,9 +867,9 @@ class Wrapper(Over):
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target serve a request, to its end."""
         handler = getattr(self.target, name)
-        if name in TRANSFERS:
-            return await moved(handler, *args)
-        return await ublk.end_of(handler(*args))
+        if name == "zone_append":
+            return await ublk.end_of(handler(*args))
+        return await moved(handler, *args)
 
 
 def chance(*what: Any) -> float:
@@ -1363,6 +1361,7 @@ class NbdConnection:
         self.flags = 0
         self.minimum = 1
         self.maximum = 32 << 20
+        self.refused: set[int] = set()  # cookies of requests, by a server that is shutting down
         self.socket: Any = None
         self.reader: Any = None  # streams, once what comes before TLS is over
         self.writer: Any = None
@@ -1690,12 +1689,16 @@ class Nbd(ublk.Target):
             raise OSError(
                 errno.EPROTO, "the server sent no reply to any request but something else"
             )
-        if error == errno.ESHUTDOWN:  # NBD has it mean: ask again, elsewhere
-            raise OSError(error, "the server is shutting down")
-        if request.room and not error:
-            request.room[:] = await self.connection.take(len(request.room))
         self.heard = time.monotonic()
-        self._end(request, error if error in errno.errorcode or not error else errno.EIO)
+        refused = self.connection.refused
+        if error == errno.ESHUTDOWN:  # not done: the next connection gets it
+            refused.add(cookie)
+        else:
+            if request.room and not error:
+                request.room[:] = await self.connection.take(len(request.room))
+            self._end(request, error if error in errno.errorcode or not error else errno.EIO)
+        if self.pending and self.pending.keys() <= refused:
+            raise OSError(errno.ESHUTDOWN, "the server is shutting down")
 
     def _lose(self, error: OSError) -> None:
         """Settle what becomes of the requests of a connection, and of what was done by it."""
@@ -2057,15 +2060,26 @@ KINDS_WITH_DATA = (*WITH_DATA, "mark")
 RWF_APPEND = 0x10  # linux/fs.h
 
 
+@contextmanager
+def growing(fd: int) -> Iterator[None]:
+    """Have no other process add to a log meanwhile: marks come from anywhere."""
+    fcntl.lockf(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
 def append(
     fd: int, kind: str, data: Any = b"", offset: int = 0, length: int = 0, error: int = 0
 ) -> None:
-    """Write an entry at the end of a log, at once: marks come from other processes. Raises OSError."""
+    """Write an entry at the end of a log, or nothing. Raises OSError."""
     head = ENTRY.pack(KINDS.index(kind), error, offset, length or len(data), zlib.crc32(data))
-    end = os.lseek(fd, 0, os.SEEK_END)
-    if os.pwritev(fd, [head, data], 0, RWF_APPEND) < len(head) + len(data):
-        os.ftruncate(fd, end)
-        raise OSError(errno.ENOSPC, "no room for it")
+    with growing(fd):
+        end = os.lseek(fd, 0, os.SEEK_END)
+        if os.pwritev(fd, [head, data], 0, RWF_APPEND) < len(head) + len(data):
+            os.ftruncate(fd, end)
+            raise OSError(errno.ENOSPC, "no room for it")
 
 
 class Record(Wrapper, ublk.Target):
@@ -2097,8 +2111,9 @@ class Record(Wrapper, ublk.Target):
         self.limit = limit or sys.maxsize
         self.log = open(log, "r+b" if os.path.exists(log) else "x+b", buffering=0)
         claim(self.log.fileno(), log)
+        self.largest = self.size
         if not os.path.getsize(log):
-            self.log.write(LOG_HEADER.pack(self.size, self.block_size))
+            self._head()
         size, _ = LOG_HEADER.read(self.log.fileno(), log)
         refuse(
             size != self.size,
@@ -2106,17 +2121,24 @@ class Record(Wrapper, ublk.Target):
             f"the log of a disk of {size} bytes, this one has {self.size}",
             "name another file",
         )
-        end = LOG_HEADER.size
-        for entry in entries(self.log):
-            end = entry.end
-        self.log.truncate(end)  # without an entry the server was killed in
+        with growing(self.log.fileno()):
+            end = LOG_HEADER.size
+            for entry in entries(self.log):
+                end = entry.end
+            self.log.truncate(end)  # without an entry the server was killed in
+
+    def _head(self) -> None:
+        """Note how large the disk has ever been, and of which blocks all its writes are."""
+        write_all(self.log.fileno(), LOG_HEADER.pack(self.largest, self.block_size), 0)
+
+    async def start(self, index: int) -> None:
+        self._head()  # its block size is settled now
+        await ublk.end_of(getattr(self.target, "start", bool)(index))
 
     def resized(self, size: int) -> None:
-        """Note how large the disk has ever been: that is how large replay makes it."""
         ublk.fit(self.target, size)
-        largest, block = LOG_HEADER.read(self.log.fileno(), self.log.name)
-        write_all(self.log.fileno(), LOG_HEADER.pack(max(size, largest), block), 0)
-        self.size = size
+        self.largest = max(size, self.largest)
+        self._head()
 
     async def call(self, name: str, *args: Any) -> Any:
         if name not in CHANGES:

@@ -934,8 +934,10 @@ def test_a_request_ends_after_the_awaitable_that_its_handler_returned(operation,
     assert answers_of(operation, **{name: lambda *_: waits}) == length and waits.ended
 
 
-def test_a_negative_number_is_no_success(capfd):
-    assert answers_of(FLUSH, flush=lambda _: -errno.EIO) == -errno.EIO
+@pytest.mark.parametrize("outcome", [-errno.ENOSPC, False])
+def test_a_negative_number_is_no_success(outcome, capfd, monkeypatch):
+    monkeypatch.setattr(ublk, "_bugs", {})          # a bug is shown once a line
+    assert answers_of(FLUSH, flush=lambda _: outcome) == -errno.EIO
     assert "TypeError" in capfd.readouterr().err
 
 

@@ -506,6 +506,29 @@ def test_nbd_a_write_to_a_server_that_talks_nonsense_is_never_sent_again(targets
         assert fake.commands.count(WRITE) == 1
 
 
+def test_nbd_what_a_server_that_shuts_down_still_does_is_waited_for_not_sent_again(targets, here):
+    """What it refuses to do the next one gets."""
+    async def work():
+        fake.ignores, fake.answer = WRITE, answers
+        write = asyncio.ensure_future(errno_of(target.write(0, PAGE)))
+        await asyncio.sleep(0)
+        buffer = bytearray(4096)
+        await target.read(fake.SPOT, memoryview(buffer))
+        assert buffer == fake.data[fake.SPOT:][:4096]
+        return await write
+
+    def answers(peer, cookie, data):
+        fake.ignores = None
+        peer.sendall(simple(cookie, errno.ESHUTDOWN))
+        peer.sendall(simple(cookie - 1))
+        fake.take(peer, 1 << 30)
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == 0
+        assert fake.commands.count(WRITE) == 1 and fake.commands.count(READ) == 2
+
+
 def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
     async def work():
         fake.dies_of = WRITE

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,57 @@ def test_a_recording_without_room_ends_aloud_and_with_it_the_changes_of_the_disk
     log.disk.close()
     assert run("replay", log.path, tmp_path / "disk").status == 0
     assert (tmp_path / "disk").read_bytes() == log.states[1]
+
+
+def mark_meanwhile(targets, path):
+    """Have another process mark a log: go on once it has, or is kept waiting; return it."""
+    child = os.fork()
+    if child == 0:
+        targets.mark(str(path), "here")
+        os._exit(0)
+    for _ in range(15):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.02)
+    return child
+
+
+def test_a_mark_that_comes_as_an_entry_finds_no_room_stays(run, targets, tmp_path, monkeypatch):
+    log, pwritev, pid, marking = Log(targets, tmp_path / "log"), os.pwritev, os.getpid(), []
+
+    def cut_short(fd, buffers, *how):
+        if os.getpid() == pid:
+            marking.append(mark_meanwhile(targets, log.path))
+            del buffers[1:]
+        return pwritev(fd, buffers, *how)
+    monkeypatch.setattr(os, "pwritev", cut_short)
+    assert error_of(now, log.disk.write(0, memoryview(b"x" * 512))) == errno.ENOSPC
+    os.waitpid(marking[0], 0)
+    assert run("replay", log.path).out.split() == ["1", "mark", "0", "4", "here"]
+
+
+def test_a_mark_that_comes_as_a_log_is_continued_stays(run, targets, log, monkeypatch):
+    def entries(file, call=targets.entries):
+        yield from call(file)
+        marking.append(mark_meanwhile(targets, log.path))
+
+    marking, before = [], run("replay", log.path).out
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "entries", entries)
+        disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
+    os.waitpid(marking[0], 0)
+    disk.close()
+    assert run("replay", log.path).out.replace(before, "").split() == ["8", "mark", "0", "4", "here"]
+
+
+def test_a_write_is_torn_between_the_blocks_of_the_disk_as_it_is_served(targets, tmp_path):
+    disk = targets.Record(str(tmp_path / "log"), targets.Ram(size=16384))
+    disk.block_size = 4096                          # as --block-size does
+    now(disk.start(0))
+    now(disk.write(0, memoryview(b"a" * 8192)))
+    disk.close()
+    assert {found_in(crash)[:16] for crash in targets.crashes(tmp_path / "log", states=50)} == {
+        b"a" * 16, b"a" * 8 + bytes(8), bytes(8) + b"a" * 8, bytes(16)}
 
 
 def test_a_log_has_a_limit_and_holds_all_that_was_done_until_then(run, targets, tmp_path):

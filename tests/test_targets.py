@@ -18,6 +18,7 @@ import ublk
 from tests.support import (
     Fio,
     Forked,
+    Ram,
     assert_fails,
     carries,
     content_of,
@@ -27,6 +28,7 @@ from tests.support import (
     kernel,
     message,
     needs,
+    now,
     opened,
     read_at,
     recovered,
@@ -218,6 +220,64 @@ def test_every_word_and_option_of_a_target_is_explained(name):
     parser = ublk.target_parser(ublk.known_targets()[name], name)
     said = {action.dest: (action.help or "").partition("(default")[0].strip() for action in parser._actions}
     assert "" not in said.values(), said
+
+
+def test_memory_that_grows_for_two_at_once_is_there_for_both(targets, monkeypatch):
+    """A mapping longer than its file would kill the server that uses it."""
+    disk, truncate = targets.Ram(size=4096), os.ftruncate
+    other = threading.Thread(target=disk.reach, args=(12288,))
+
+    def slowly(fd, size):
+        if size == 8192:
+            other.start()
+            other.join(0.2)                         # until it is done, or waits
+        truncate(fd, size)
+    monkeypatch.setattr(os, "ftruncate", slowly)
+    disk.reach(8192)
+    other.join()
+    assert len(disk.view) == os.fstat(disk.fd).st_size == 12288
+
+
+WRAPPERS = {
+    "fault": lambda targets, below, _: targets.Fault(below),
+    "cache": lambda targets, below, _: targets.Cache(below),
+    "record": lambda targets, below, directory: targets.Record(str(directory / "log"), below),
+}
+every_wrapper = pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS)
+
+
+@every_wrapper
+def test_a_target_that_is_not_told_of_unmap_may_lie_below_another(targets, tmp_path, make):
+    class Plain(Ram):
+        def write_zeroes(self, offset, length):
+            self.data[offset:offset + length] = bytes(length)
+
+    disk = make(targets, Plain(8192), tmp_path)
+    disk.target.data[:] = b"x" * 8192
+    now(disk.write_zeroes(4096, 4096, True))
+    assert disk.target.data == b"x" * 4096 + bytes(4096)
+
+
+@every_wrapper
+@pytest.mark.parametrize("outcome", [False, -5, "done"])
+def test_what_a_target_returns_that_is_no_success_is_none_above_it(
+        targets, tmp_path, make, outcome):
+    class Odd(Ram):
+        flush = discard = lambda self, *_: outcome
+
+    disk = make(targets, Odd(), tmp_path)
+    for call in disk.flush(), disk.discard(0, 4096):
+        with pytest.raises(TypeError, match="from which nobody learns its end"):
+            now(call)
+
+
+@every_wrapper
+def test_a_disk_over_another_is_as_large_as_that_and_has_its_blocks(targets, tmp_path, make):
+    disk = targets.Fault(make(targets, targets.Ram(size=1 << 20), tmp_path))
+    disk.resized(2 << 20)
+    disk.block_size = 4096
+    assert disk.size == disk.target.size == disk.target.target.size == 2 << 20
+    assert disk.target.block_size == disk.target.target.block_size == 4096
 
 
 def test_discards_of_a_device_keep_no_other_request_waiting(targets, tmp_path):
