@@ -872,6 +872,12 @@ class Wrapper(Over):
         return await moved(handler, *args)
 
 
+def refuse_more_than_data(what: str, target: ublk.Target) -> None:
+    """Raise UblkError for a disk that has zones or metadata."""
+    more = hasattr(target, "zone_size") or target.metadata_size
+    refuse(more, what, "not for a disk with zones or metadata")
+
+
 def chance(*what: Any) -> float:
     """Draw a number from 0 to below 1, at random, but always the same for the same things."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=6).digest()
@@ -1136,25 +1142,21 @@ class Cache(Wrapper, ublk.Target):
         cut: str = "",
     ) -> None:
         super().__init__(target)
-        refuse(
-            hasattr(target, "zone_size") or self.metadata_size,
-            "cache",
-            "not for a disk with zones or metadata",
-        )
+        refuse_more_than_data("cache", target)
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets, the oldest first
         self.changing = threading.Lock()  # held while the target is changed
-        self.looking = threading.Lock()
+        self.lock = threading.Lock()
 
     def cut(self) -> None:
         """Lose what is not durable. Any thread may call it, also a handler."""
-        self.blocks.clear()
+        self.blocks = {}
 
     def look(self) -> None:
         """Cut the power where there is the file that says so."""
         if self.cut_file:
-            with self.looking:
+            with self.lock:
                 if os.path.exists(self.cut_file):
                     self.cut()
                     os.unlink(self.cut_file)
@@ -1173,8 +1175,9 @@ class Cache(Wrapper, ublk.Target):
             self.blocks and len(self.blocks) * self.block_size + len(buffer) > self.cache_size
         ):
             await self.write_back(self.cache_size // 8 // self.block_size + 1)
-        for at in range(0, len(buffer), self.block_size):
-            self.blocks[offset + at] = bytes(buffer[at:][: self.block_size])
+        with self.lock:  # or forget() could take it for what was there
+            for at in range(0, len(buffer), self.block_size):
+                self.blocks[offset + at] = bytes(buffer[at:][: self.block_size])
 
     async def flush(self) -> None:
         self.look()
@@ -1191,8 +1194,11 @@ class Cache(Wrapper, ublk.Target):
     async def write_back(self, count: int | None) -> None:
         """Write so many of the oldest blocks to the target, or all, durably."""
         async with self.alone():
+            before_a_cut = self.blocks
             blocks = dict(itertools.islice(self.blocks.copy().items(), count))
             for _, run in itertools.groupby(enumerate(sorted(blocks)), self.run_of):
+                if self.blocks is not before_a_cut:
+                    raise OSError(errno.EIO, "the power was cut")
                 offsets = [at for _, at in run]
                 data = aligned(b"".join(blocks[at] for at in offsets))
                 await super().call("write", offsets[0], data)
@@ -1216,9 +1222,10 @@ class Cache(Wrapper, ublk.Target):
 
     def forget(self, blocks: dict[int, bytes]) -> None:
         """Keep these no longer, but what has been written since."""
-        for at, data in blocks.items():
-            if self.blocks.get(at) is data:
-                self.blocks.pop(at, None)
+        with self.lock:
+            for at, data in blocks.items():
+                if self.blocks.get(at) is data:
+                    self.blocks.pop(at, None)  # or cut() has
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
@@ -2099,7 +2106,7 @@ class Record(Wrapper, ublk.Target):
         self, log: str, target: ublk.Target, *, limit: ublk.Size = ublk.Size(0)
     ) -> None:
         super().__init__(target)
-        refuse(hasattr(target, "zone_size"), "record", "a zoned disk cannot be recorded")
+        refuse_more_than_data("record", target)
         refuse(
             inspect.iscoroutinefunction(getattr(target, "close", None)),
             "record",

@@ -8,6 +8,8 @@ import errno
 import os
 import random
 import signal
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -133,6 +135,21 @@ def test_a_file_cuts_the_power_before_the_next_request_once(targets, tmp_path, n
     assert read(disk, 4096) == (NEWER if name == "write" else bytes(4096))
 
 
+def test_a_flush_during_which_the_power_is_cut_fails_and_writes_no_more(targets):
+    class Cutting(Volatile):
+        def write(self, offset, buffer):
+            super().write(offset, buffer)
+            disk.cut()
+
+    disk = targets.Cache(Cutting(bytes(OLD) * 3))
+    now(disk.write(0, NEW))
+    now(disk.write(8192, NEW))
+    with pytest.raises(OSError, match="the power was cut"):
+        now(disk.flush())
+    now(disk.flush())
+    assert disk.target.data == bytes(NEW) + bytes(OLD) * 2
+
+
 def test_a_full_cache_writes_back_the_oldest(targets):
     below = Recorder()
     disk = targets.Cache(below, cache_size=64 << 10)
@@ -249,11 +266,31 @@ def test_a_server_that_ends_well_loses_nothing(targets):
     assert closed == [bytes(4096) + bytes(NEW)]
 
 
+def test_what_another_queue_writes_as_a_block_is_forgotten_stays(targets):
+    class Blocks(dict):
+        def get(self, at):
+            found = super().get(at)
+            if other.ident is None and not below.cached:        # once it is flushed
+                other.start()
+                other.join(0.2)                                 # until it is done, or waits
+            return found
+
+    below = Volatile(bytes(4096))
+    disk = targets.Cache(below)
+    other = threading.Thread(target=lambda: now(disk.write(0, NEWER[:512])))
+    disk.blocks = Blocks()
+    now(disk.write(0, NEW[:512]))
+    now(disk.flush())
+    other.join()
+    assert read(disk, 0, 512) == NEWER[:512]
+
+
 @pytest.mark.parametrize("make", [lambda targets: targets.Zoned(size=64 << 20),
                                   lambda targets: targets.Ram(size=1 << 20, metadata_size=8)])
-def test_a_disk_that_is_more_than_its_data_has_no_cache(targets, make):
-    with pytest.raises(ublk.UblkError, match="zones or metadata"):
-        targets.Cache(make(targets))
+def test_a_disk_that_is_more_than_its_data_has_no_cache_nor_log(targets, tmp_path, make):
+    for above in targets.Cache, partial(targets.Record, str(tmp_path / "log")):
+        with pytest.raises(ublk.UblkError, match="zones or metadata"):
+            above(make(targets))
 
 
 # ---- with a driver ------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_replay_of_what_cannot_be(run, log, tmp_path, words, status, text):
 def test_a_recording_that_cannot_be(run, log, tmp_path):
     assert_fails(run("record", log.path, "ram", "--size", "2M"), 1, "the log of a disk of 1048576 bytes")
     assert_fails(run("record", tmp_path, "ram"), 1, str(tmp_path), errno.EISDIR)
-    assert_fails(run("record", tmp_path / "x", "zoned"), 1, "zoned", errno.EINVAL)
+    assert_fails(run("record", tmp_path / "x", "zoned"), 1, "zones", errno.EINVAL)
     assert run("record", tmp_path / "y").status == 2
     (tmp_path / "JUNK").write_bytes(os.urandom(100))
     assert_fails(run("record", tmp_path / "JUNK", "ram"), 1, "not a log", errno.EINVAL)
