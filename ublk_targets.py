@@ -861,7 +861,9 @@ class Wrapper(Over):
         self.offer([name for name in HANDLERS if not self.defines(name)], target)
 
     def defines(self, name: str) -> bool:
-        """Tell whether the class has that of its own."""
+        """Tell whether the class has that of its own. A durable write would go around its write()."""
+        if name == "write_fua" and self.defines("write"):
+            return True
         return getattr(type(self), name, None) is not getattr(ublk.Target, name, None)
 
     async def call(self, name: str, *args: Any) -> Any:
@@ -1143,6 +1145,7 @@ class Cache(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("cache", target)
+        self.offer(["write_fua"], target)
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets, the oldest first

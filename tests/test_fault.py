@@ -230,6 +230,15 @@ def test_a_subclass_keeps_what_it_defines(targets):
     assert closed == [True]
 
 
+def test_a_durable_write_does_not_go_around_a_subclass(targets):
+    class Shouting(targets.Fault):
+        async def write(self, offset, buffer):
+            await self.call("write", offset, memoryview(bytes(buffer).upper()))
+
+    assert not hasattr(Shouting(Recorder()), "write_fua")
+    assert hasattr(targets.Fault(Recorder()), "write_fua")
+
+
 def test_the_next_request_obeys_a_change(targets):
     fault = targets.Fault(Ram(), error="EIO")
     assert fails(fault.write, 0, DATA)
