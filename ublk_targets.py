@@ -2017,7 +2017,8 @@ class Zoned(ublk.Target):
             return
         with self.lock:
             for zone, resets, wp in moved:
-                if zone.resets == resets:
+                # Another flush may have come further meanwhile
+                if zone.resets == resets and wp > zone.durable:
                     self._note(zone, zone.wp, wp)
                     zone.durable = wp
         await self.disk.flush()

@@ -144,6 +144,24 @@ def test_a_zone_that_is_reset_during_a_flush_stays_empty(targets, tmp_path):
     disk.close()
 
 
+def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp_path):
+    path, page = tmp_path / "zones", memoryview(os.urandom(4096))
+    disk = zoned(targets, file=str(path))
+    disk.zone_append(1 << 20, page)
+
+    async def flush():
+        disk.disk.flush = nothing_to_wait_for()
+        disk.zone_append(1 << 20, page)
+        await disk.flush()
+    disk.disk.flush = flush
+    now(disk.flush())
+    disk.close()
+    start_machine_anew(targets, path)
+    disk = targets.Zoned(file=str(path))
+    assert disk.zones[1].wp == (1 << 20) + 8192
+    disk.close()
+
+
 def nothing_to_wait_for():
     """Make a coroutine function that counts its calls."""
     async def function():
