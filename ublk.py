@@ -1676,7 +1676,8 @@ class Target:
 
     A disk offers the following only where the class defines it:
         flush()                         make all completed writes durable
-        write_fua(offset, buffer)       a write that is durable when it returns; wants flush too
+        write_fua(offset, buffer)       a write that is durable when it returns; wants flush too,
+                                        and no zones
         discard(offset, length)         the content is no longer needed
         write_zeroes(offset, length, unmap)   the blocks read as zeroes from now on; with unmap
                                         they may be given back; unmap may be left out
@@ -1877,11 +1878,9 @@ class MappedCopy:
     def __init__(self, queue: Queue) -> None:
         self.queue: Any = queue
         self.max_io = queue.max_io
-        self.views: list[memoryview] = []
         queue.exits.callback(self.close)
         self.memory = private_memory(queue.depth * queue.max_io)
-        self.view = memoryview(self.memory)
-        self.views.append(self.view)
+        self.view = queue.kept(memoryview(self.memory))
         # Tag -> bytes of its buffer that hold a client's data
         self.written: dict[int, int] = {}
         self.base = address_of(self.view)
@@ -1917,12 +1916,12 @@ class MappedCopy:
         sqes = ring.sqes[depth * 64 : 2 * depth * 64]
         words = sqes.cast("I")
         longs = sqes.cast("Q")
-        self.opcodes = sqes[::64]
-        self.offsets = longs[1::8]
-        self.fds = words[1::16]
-        self.lengths = words[6::16]
-        self.rw_flags = words[7::16]
-        self.views += [self.opcodes, self.offsets, self.fds, self.lengths, self.rw_flags]
+        kept = self.queue.kept
+        self.opcodes = kept(sqes[::64])
+        self.offsets = kept(longs[1::8])
+        self.fds = kept(words[1::16])
+        self.lengths = kept(words[6::16])
+        self.rw_flags = kept(words[7::16])
 
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
@@ -1989,9 +1988,7 @@ class MappedCopy:
         """Let a handler that never returned do no harm should it go on after close()."""
 
     def close(self) -> None:
-        """Give the buffers back; a handler that still holds one keeps them alive."""
-        for view in self.views:
-            view.release()
+        """Let go of the queue; a handler that still has a buffer keeps that alive."""
         self.queue = None
 
 
@@ -2052,6 +2049,12 @@ def is_short(count: int | None, buffer: memoryview) -> bool:
 def is_awaitable(outcome: object) -> bool:
     """Tell whether a handler has not ended: it returned a coroutine, a Future or the like."""
     return outcome is not None and hasattr(outcome, "__await__")
+
+
+def at_once(outcome: object) -> None:
+    """Raise TypeError where one of the PLAIN_METHODS has not ended: it would never run."""
+    if is_awaitable(outcome):
+        raise TypeError(f"{outcome!r}, for which nobody waits: return what is there at once")
 
 
 async def end_of(outcome: Any) -> Any:
@@ -2171,7 +2174,7 @@ class Queue:
         """Get what a queue may fail to get."""
         size = self.depth * device.desc_size
         self._look_at(
-            self._kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8
+            self.kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8
         )
         own = (1 + device.data_path.stages) * self.depth  # SQE slots with a fixed use
         self.ring = Ring(own + 64)
@@ -2179,8 +2182,8 @@ class Queue:
         self._free_slots = list(range(own + 1, self.ring.entries))
         self._used_slots: list[int] = []
         # Of each tag's command
-        self.results = self._kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
-        self.addresses = self._kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
+        self.results = self.kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
+        self.addresses = self.kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
         self.path: Any = device.data_path(self)
         self.shared = SharedCopy(self.shared_addresses, device.shared)
         self._wake(own, device.wake_fd)
@@ -2189,15 +2192,15 @@ class Queue:
 
     def _look_at(self, descriptors: memoryview, apart: int) -> None:
         """Make a view of each member of the request descriptors, which lie apart times 8 bytes apart."""
-        words = self._kept(descriptors.cast("I"))
-        longs = self._kept(descriptors.cast("Q"))
-        self.flags = self._kept(words[:: 2 * apart])
-        self.sectors = self._kept(words[1 :: 2 * apart])
-        self.requests = self._kept(longs[::apart])
-        self.starts = self._kept(longs[1::apart])
-        self.shared_addresses = self._kept(longs[2::apart])
+        words = self.kept(descriptors.cast("I"))
+        longs = self.kept(descriptors.cast("Q"))
+        self.flags = self.kept(words[:: 2 * apart])
+        self.sectors = self.kept(words[1 :: 2 * apart])
+        self.requests = self.kept(longs[::apart])
+        self.starts = self.kept(longs[1::apart])
+        self.shared_addresses = self.kept(longs[2::apart])
 
-    def _kept(self, view: memoryview) -> memoryview:
+    def kept(self, view: memoryview) -> memoryview:
         """Have the end of the queue release a view of memory that is not its own."""
         self.exits.callback(view.release)
         return view
@@ -2267,9 +2270,7 @@ class Queue:
 
     def is_over(self) -> bool:
         """Tell whether the loop is to end."""
-        if not self.ended:
-            return self.leaving
-        return self.leaving or (self._is_quiet() and self._idle())
+        return self.leaving or (bool(self.ended) and self._is_quiet() and self._idle())
 
     def _is_quiet(self) -> bool:
         """Tell whether all tags have ended, or a moment has brought no news of the others."""
@@ -2289,10 +2290,19 @@ class Queue:
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
         if stands(self.target, "answer") and not self.needs_handlers:
-            return partial(self.target.answer, self)
+            return self._answer_by_target
         if self.mapped:
             return self._answer_by_map
         return self._answer_by_handler
+
+    def _answer_by_target(self, tags: list[int]) -> None:
+        """Have the target's answer() serve; what it leaves where it fails gets an error."""
+        try:
+            at_once(self.target.answer(self, tags))
+        except BaseException as error:  # even SystemExit: clients wait for an answer
+            result = failed(error)
+            for tag in set(tags).difference(self._done):
+                self.complete(tag, result)
 
     def _answer_by_handler(self, tags: list[int]) -> None:
         """Have the target's methods serve; a READ or WRITE like the tag's last one at once.
@@ -2564,11 +2574,11 @@ class Queue:
         size = length // self.target.block_size * self.target.metadata_size
         if flags & 0xFF == UBLK_IO_OP_WRITE:
             if flags & UBLK_IO_F_INTEGRITY:
-                self.target.write_metadata(offset, self.path.metadata(tag, size))
+                at_once(self.target.write_metadata(offset, self.path.metadata(tag, size)))
             return self._write(tag, flags, offset, length)
         if flags & UBLK_IO_F_INTEGRITY:
             buffer = memoryview(bytearray(size))
-            self.target.read_metadata(offset, buffer)
+            at_once(self.target.read_metadata(offset, buffer))
             self.path.give_metadata(tag, buffer)
         return self._read(tag, flags, offset, length)
 
@@ -2996,10 +3006,11 @@ def params_of(target: Any, max_io: int) -> Any:
     for what, value in ("size", target.size), ("boundary", target.boundary):
         refuse(value % block, f"{what} {value}", f"not a multiple of the block size {block}")
     flushes = hasattr(target, "flush")
-    durable = flushes and stands(target, "write_fua")
+    zoned = hasattr(target, "zone_size")
+    # An append has no way to be durable by itself
+    durable = flushes and stands(target, "write_fua") and not zoned
     discards = hasattr(target, "discard")
     zeroes = hasattr(target, "write_zeroes")
-    zoned = hasattr(target, "zone_size")
     attrs = (
         UBLK_ATTR_READ_ONLY * bool(target.read_only)
         | UBLK_ATTR_ROTATIONAL * bool(target.rotational)
@@ -3927,7 +3938,7 @@ def fit(target: Target, size: int) -> None:
     Raises UblkError (EINVAL), or what its resized() raises.
     """
     if hasattr(target, "resized"):
-        target.resized(size)
+        at_once(target.resized(size))
         return
     refuse(
         target.size < size,
@@ -4350,9 +4361,9 @@ class BatchQueue(Queue):
     buffer's address in mapped copy, then the sector of an append on a zoned
     disk.
 
-    Elements gather in _pending. One commit at a time is under way, _sent,
-    because slot and memory are its own; how many bytes of it were taken the CQE
-    says, and the rest goes first in the next. What is not here is as in Queue.
+    One commit at a time is under way, that of the tags in _sent, because slot
+    and memory are its own; how many bytes of it were taken the CQE says, and
+    the rest goes first in the next. What is not here is as in Queue.
     """
 
     # provided buffers, and how many tags go into each
@@ -4361,8 +4372,7 @@ class BatchQueue(Queue):
     link_last = 0  # a chain has no COMMIT at its end: its last CQE is needed
 
     def __init__(self, device: Device, index: int) -> None:
-        self._pending: list[bytes] = []  # elements for the next commit
-        self._sent: list[bytes] = []  # those of the one that is on its way
+        self._sent: list[int] = []  # tags whose commit is on its way
         self._cleaning: set[int] = set()  # tags whose broken chain is being cleaned up
         super().__init__(device, index)
 
@@ -4417,7 +4427,7 @@ class BatchQueue(Queue):
         self._send(UBLK_U_IO_PREP_IO_CMDS)
         while self._sent:
             self.collect()
-        self._pending.clear()  # it takes all or none, and counts none
+        self._done.clear()  # it takes all or none, and counts none
         self._fetch_again()
         self.ring.enter()
 
@@ -4437,29 +4447,22 @@ class BatchQueue(Queue):
 
     def prepare(self, tag: int, result: int) -> None:
         super().prepare(tag, result)
-        self._elements[tag] = self._element(tag, result)
-
-    def repeat(self, tags: list[int]) -> None:
-        self._pending += [self._elements[tag] for tag in tags]
-
-    def _element(self, tag: int, result: int) -> bytes:
-        """Return what a commit says of one request."""
         index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
         element = ELEMENT.pack(tag, index, result) + self._tails[tag]
         if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
             element += self._lba
             self._lba = NOWHERE
-        return element
+        self._elements[tag] = element
 
     def appended(self, tag: int, sector: int) -> None:
         self._lba = struct.pack("=Q", sector)  # an error is the handler's
 
     def _send(self, opcode: int) -> None:
-        """Have all pending elements committed (or prepared) by the next enter()."""
-        elements = b"".join(self._pending)
+        """Have all that is done committed (or prepared) by the next enter()."""
+        self._sent = self._done
+        self._done = []
+        elements = b"".join([self._elements[tag] for tag in self._sent])
         self.memory[self._elements_at : self._elements_at + len(elements)] = elements
-        self._sent = self._pending
-        self._pending = []
         self.ring.prepare(
             self._prep_slot,
             IORING_OP_URING_CMD,
@@ -4475,7 +4478,7 @@ class BatchQueue(Queue):
         self.ring.push(self._prep_slot)
 
     def commit(self) -> None:
-        if self._pending and not self._sent:  # one at a time: they share slot and memory
+        if self._done and not self._sent:  # one at a time: they share slot and memory
             self._send(UBLK_U_IO_COMMIT_IO_CMDS)
 
     def collect(self, timeout: float | None = None) -> list[int]:
@@ -4509,14 +4512,14 @@ class BatchQueue(Queue):
         return tags
 
     def _hand_in(self) -> None:
-        while self._pending or self._sent:
+        while self._done or self._sent:
             self.collect(1.0)
 
     def _committed(self, result: int) -> None:
         """See to it that every element was taken: those behind a failed one were not."""
         if result < 0:
             raise UblkError(-result, f"queue {self.index} cannot commit")
-        self._pending = self._sent[result // self.element_size :] + self._pending
+        self._done = self._sent[result // self.element_size :] + self._done
         self._sent = []
 
     def _answer_by_map(self, tags: list[int]) -> int:
@@ -5475,7 +5478,7 @@ class TracedQueue(Queue):
 
     def _answer(self) -> Callable[[list[int]], object]:
         answer = super()._answer()
-        way = getattr(answer, "func", answer).__name__
+        way = answer.__name__
 
         def answer_each(tags: list[int]) -> None:
             for tag in tags:
@@ -5518,10 +5521,9 @@ class TracedQueue(Queue):
 class TracedBatchQueue(TracedQueue, BatchQueue):
     """The same with batches."""
 
-    def _send(self, opcode: int) -> None:
-        for element in self._pending:
-            self.tell(ELEMENT.unpack_from(element)[0], "committed")
-        super()._send(opcode)
+    def commit(self) -> None:
+        if not self._sent:
+            super().commit()
 
 
 def narrator(path: str) -> Hearer:
@@ -6598,11 +6600,15 @@ def quiesce(options: Any) -> None:
     )
     with Control() as control:
         require(UBLK_F_QUIESCE & ~(control.features or 0))
-        control.get_dev_info(options.id)
-        control.quiesce_dev(options.id, options.timeout)
-        if not becomes(
-            lambda: control.get_dev_info(options.id).state != UBLK_S_DEV_LIVE, SERVER_TIMEOUT
-        ):
+        server = control.get_dev_info(options.id).ublksrv_pid
+
+        def has_left() -> bool:
+            # Again and again: a queue without a free tag is not told (up to 7.3)
+            control.quiesce_dev(options.id, options.timeout)
+            info = control.get_dev_info(options.id)
+            return info.state != UBLK_S_DEV_LIVE or info.ublksrv_pid != server
+
+        if not becomes(has_left, SERVER_TIMEOUT + options.timeout):
             raise UblkError(
                 errno.ETIMEDOUT,
                 f"device {options.id}",

@@ -23,6 +23,7 @@ from tests.support import (
     Ram,
     error_of,
     fio_verify,
+    in_flight,
     kernel,
     opened,
     read_at,
@@ -195,6 +196,32 @@ def test_quiesce_loses_no_write_that_is_on_its_way(tmp_path, monkeypatch, option
         fio.busy()
         assert fio.finish() == 0
     assert fio.errors == 0
+    assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@since("6.16")
+def test_a_queue_whose_tags_are_all_busy_is_quiesced_once_they_are_not(tmp_path):
+    """The driver tells only those tags of it that are idle at that moment."""
+    path = target_file(tmp_path, """
+        class Slow(ublk.Target):
+            size = 1 << 20
+            def read(self, offset, buffer):
+                pass
+            def write(self, offset, buffer):
+                time.sleep(0.5)
+    """)
+    disk, errors = Forked(f"{path}:Slow", "--depth=1", "-r", "requeue").live(), []
+    with opened(disk.path) as fd:
+        writer = threading.Thread(target=lambda: errors.extend(
+            error_of(write_at, fd, 4096 * number, b"w" * 4096) for number in range(4)))
+        writer.start()
+        until(lambda: in_flight(disk)[1])
+        assert ublk.main(["quiesce", str(disk.id)]) == 0
+        assert disk.wait() == 0
+        disk = recovered(disk)
+        writer.join()
+    assert errors == [0] * 4
     assert disk.kill(signal.SIGTERM) == 0
 
 
@@ -471,10 +498,63 @@ def test_an_append_that_landed_nowhere_fails_alone_with_batches_too(position):
     queue.handle(2)
     device.target.zone_append = lambda *_: 4096
     queue.handle(3)
-    elements = [struct.unpack("=HxxiQQ", element) for element in queue._pending]
+    elements = [struct.unpack("=HxxiQQ", queue._elements[tag]) for tag in queue._done]
     assert [(*ends, sector) for *ends, _, sector in elements] == [(2, -errno.EIO, 0), (3, 4096, 8)]
     queue.close()
     device.close()
+
+
+@pytest.mark.parametrize("kind", [ublk.Queue, ublk.BatchQueue])
+def test_what_a_failing_answer_leaves_gets_an_error(kind):
+    def answer(queue, tags):
+        queue.complete(tags[1], 4096)
+        raise SystemExit(3)
+
+    device = StandIn(ublk.Null())
+    device.target.answer = answer
+    queue = kind(device, 0)
+    queue._answer()([1, 2, 3])
+    results = {tag: queue.results[tag] for tag in queue._done}
+    assert results == {1: -errno.EIO, 2: 4096, 3: -errno.EIO} and len(queue._done) == 3
+    queue.close()
+    device.close()
+
+
+async def later():
+    """What a plain method must not return."""
+
+
+@pytest.mark.parametrize("name, operation", [
+    ("answer", 0), ("read_metadata", ublk.UBLK_IO_OP_READ), ("write_metadata", ublk.UBLK_IO_OP_WRITE)])
+def test_what_nobody_can_wait_for_is_no_success(name, operation):
+    outcome = later()
+    device = StandIn(ublk.Null(), operation=operation | ublk.UBLK_IO_F_INTEGRITY)
+    device.target.metadata_size = 8 if "metadata" in name else 0
+    setattr(device.target, name, lambda *_: outcome)
+    queue = ublk.Queue(device, 0)
+    queue.path.metadata, queue.path.give_metadata = lambda *_: bytes(8), lambda *_: 8
+    queue.path.lasting = False                  # as with user copy
+    queue._answer()([2])
+    assert queue._done == [2] and queue.results[2] == -errno.EIO
+    outcome.close()
+    queue.close()
+    device.close()
+
+
+def test_a_size_that_nobody_can_wait_for_is_no_size():
+    outcome, target = later(), Ram()
+    target.resized = lambda size: outcome
+    with pytest.raises(TypeError, match="at once"):
+        ublk.fit(target, 4096)
+    outcome.close()
+
+
+def test_a_write_is_durable_by_itself_only_where_an_append_is_too():
+    target = Passing()
+    assert ublk.params_of(target, 65536).basic.attrs & ublk.UBLK_ATTR_FUA
+    target.zone_size, target.max_append = 1 << 20, 65536
+    target.max_open_zones = target.max_active_zones = 0
+    assert not ublk.params_of(target, 65536).basic.attrs & ublk.UBLK_ATTR_FUA
 
 
 @pytest.mark.parametrize("boundary", [100, 512, 6144])
