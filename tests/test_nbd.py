@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import random
 import re
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,10 +22,12 @@ import pytest
 
 import ublk
 from tests.support import (
+    CONTINUE,
     Fio,
     Forked,
     assert_fails,
     carries,
+    completed,
     digest,
     error_of,
     fio_verify,
@@ -33,6 +37,7 @@ from tests.support import (
     read_at,
     recovered,
     sh,
+    since,
     until,
     write_at,
 )
@@ -128,11 +133,33 @@ def test_nbd_an_export_that_is_not_there(run, here, tmp_path, new_image):
 # ---- hostile servers ------------------------------------------------------------------------------
 
 
+class Breaking:
+    """A connection that its server ends after so many bytes in both directions together."""
+
+    def __init__(self, peer, limit):
+        self.peer, self.left = peer, limit
+
+    def sendall(self, data):
+        self.peer.sendall(data[:self.left])
+        self._spend(len(data))
+
+    def recv(self, count):
+        data = self.peer.recv(min(count, self.left))
+        self._spend(len(data))
+        return data
+
+    def _spend(self, count):
+        self.left -= count
+        if self.left <= 0:
+            raise EOFError
+
+
 class FakeNbd:
     """An NBD server in a thread, with a disk in memory, that misbehaves as a test wants.
 
     hello(peer) greets each connection, answer(peer, cookie, data) answers the next request to read
-    at SPOT, where udev does not look. Where they are missing it does well.
+    at SPOT, where udev does not look. Where they are missing it does well. limits are the numbers of bytes
+    after which its next connections break.
     """
 
     SPOT = 340 << 10
@@ -141,7 +168,7 @@ class FakeNbd:
         self.path, self.hello, self.answer = path, hello, answer
         self.info = [struct.pack(">HQH", 0, size, flags), *info]
         self.data, self.connections, self.longest = bytearray(os.urandom(1 << 20)), 0, 0
-        self.commands, self.dies_of, self.ignores = [], None, None
+        self.commands, self.dies_of, self.ignores, self.limits = [], None, None, iter(())
 
     def __enter__(self):
         family, address = self.path if isinstance(self.path, tuple) else (socket.AF_UNIX, str(self.path))
@@ -167,9 +194,10 @@ class FakeNbd:
                 return
             with peer:
                 self.connections += 1
+                limited = Breaking(peer, next(self.limits, sys.maxsize))
                 try:
-                    (self.hello or self.shake_hands)(peer)
-                    self._serve(peer)
+                    (self.hello or self.shake_hands)(limited)
+                    self._serve(limited)
                 except (OSError, EOFError):
                     pass
 
@@ -540,6 +568,24 @@ def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
         assert fake.commands.count(WRITE) == 2 and fake.data[:4096] == PAGE
 
 
+def test_nbd_a_connection_may_break_at_any_byte(targets, here, monkeypatch):
+    """Of a greeting, of a request, of a reply: each is asked for again, and nothing is mixed up."""
+    sleep, limits = asyncio.sleep, [*range(1, 300), *range(300, 1300, 37)]
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(seconds / 100))
+
+    async def work():
+        fake.limits, fake.dies_of, buffer = iter(limits), READ, bytearray(512)
+        while fake.connections < len(limits) + 2:
+            data = os.urandom(512)
+            await target.write(fake.SPOT, memoryview(data))
+            await target.read(fake.SPOT, memoryview(buffer))
+            assert buffer == data
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, work)
+
+
 def test_nbd_connecting_again_keeps_nobody_waiting(targets, here):
     goes_on, waited = threading.Event(), []
 
@@ -597,9 +643,9 @@ def certificates(directory):
     """Make an authority, and what it says of localhost, as nbdkit names them."""
     needs("openssl")
     key, ca = directory / "server-key.pem", directory / "ca-cert.pem"
-    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", 2]
-    sh(*new, "-keyout", directory / "ca-key.pem", "-out", ca, "-subj", "/CN=authority")
-    sh("openssl", "req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", directory / "request",
+    new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    sh(*new, "-x509", "-days", 2, "-keyout", directory / "ca-key.pem", "-out", ca, "-subj", "/CN=authority")
+    sh(*new, "-keyout", key, "-out", directory / "request",
        "-subj", "/CN=localhost")
     (directory / "names").write_text("subjectAltName=DNS:localhost\n")
     sh("openssl", "x509", "-req", "-days", 2, "-in", directory / "request", "-CA", ca, "-CAcreateserial",
@@ -727,22 +773,104 @@ def test_nbd_an_export_for_reading_makes_a_disk_for_reading(targets, here, new_i
             assert refused.value.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
 
 
-@kernel
-def test_nbd_a_server_restarted_under_load_loses_nothing(targets, here, new_image):
-    words = "nbdkit", "-f", "--unix", "AT", "file", new_image("16M"), here
-    with ExitStack() as stack:
-        server = stack.enter_context(nbd_server(*words))
-        disk = stack.enter_context(ublk.Device(targets.Nbd(nbd_uri(here))))
-        with Fio(disk, "--size=1M") as fio:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                fio.busy()
-                server.send_signal(number)
-                server.wait()
-                here.unlink(missing_ok=True)
-                server = stack.enter_context(nbd_server(*words))
+NBDKIT = "nbdkit", "-f", "--unix", "AT"
+SERVERS = {     # of the file IMAGE; in DIRECTORY are certificates
+    "qemu-nbd": ("qemu-nbd", "-t", "-f", "raw", "-k", "AT", "IMAGE"),
+    "nbdkit": (*NBDKIT, "file", "IMAGE"),
+    "tls": (*NBDKIT, "--tls=require", "--tls-certificates=DIRECTORY", "file", "IMAGE"),
+    "delay": (*NBDKIT, "--filter=delay", "file", "IMAGE", "rdelay=10ms", "wdelay=10ms"),
+    "error": (*NBDKIT, "--filter=error", "file", "IMAGE", "error=EIO", "error-rate=10%"),
+    "cache": (*NBDKIT, "--filter=cache", "file", "IMAGE", "cache=writeback"),
+}
+# What a cache loses is no fault, unless it was to be durable
+FIO_WORDS = {"error": CONTINUE, "cache": ["--sync=1"]}
+
+
+class Server:
+    """One of SERVERS at a socket, of an image, and how it is reached."""
+
+    def __init__(self, name, image, where):
+        files = certificates(where.parent) if name == "tls" else {}
+        ours = {"IMAGE": str(image), "DIRECTORY": str(where.parent)}
+        self.words = [re.sub("IMAGE|DIRECTORY", lambda found: ours[found[0]], word) for word in SERVERS[name]]
+        self.uri = nbd_uri(where).replace("nbd", "nbds", 1) if name == "tls" else nbd_uri(where)
+        self.where, self.ca, self.stack = where, files.get("ca", ""), ExitStack()
+        self.start()
+
+    def start(self):
+        self.process = self.stack.enter_context(nbd_server(*self.words, self.where))
+
+    def restart(self, number=signal.SIGKILL):
+        """End it by a signal and start another."""
+        self.process.send_signal(number)
+        self.process.wait()
+        self.where.unlink(missing_ok=True)
+        self.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+
+@pytest.mark.parametrize("name", ["qemu-nbd", "tls", "cache"])
+def test_nbd_a_flush_vouches_for_what_was_written_whenever_its_server_dies(targets, here, new_image, name):
+    chance, found = random.Random(name), memoryview(bytearray(4096))
+    blocks = {4096 * number: memoryview(bytearray(4096)) for number in range(16)}
+
+    async def kill():
+        await asyncio.sleep(chance.random() / 50)
+        server.restart()
+
+    async def write():
+        await asyncio.gather(*(target.write(at, block) for at, block in blocks.items()))
+
+    async def work():
+        for killed_before_the_flush in (True, False) * 2:
+            killer = asyncio.ensure_future(kill())
+            for block in blocks.values():
+                block[:] = chance.randbytes(4096)
+            await write()
+            if killed_before_the_flush:
+                await killer
+                await target.read(0, found)
+            while await errno_of(target.flush()):
+                await write()
+            await killer
+            for at, block in blocks.items():
+                await target.read(at, found)
+                assert found == block
+
+    with Server(name, new_image("1M"), here) as server:
+        target = targets.Nbd(server.uri, ca=server.ca)
+        served(target, work)
+
+
+def kill_nbd_servers(targets, name, image, where, ends, pause=None):
+    """Have fio verify what a server of SERVERS serves, while this is ended and started, once for each signal.
+
+    pause(fio) is what happens before each end. Returns how many requests were served, and how many failed.
+    """
+    with Server(name, image, where) as server:
+        target = targets.Nbd(server.uri, ca=server.ca)
+        with ublk.Device(target) as disk, Fio(disk, "--size=1M", *FIO_WORDS.get(name, ())) as fio:
+            for number in ends:
+                (pause or Fio.busy)(fio)
+                server.restart(number)
             fio.busy()
             fio.finish()
-        assert fio.errors == 0
+            return completed(disk), fio.errors
+
+
+# The others are in lab/soak.py
+@kernel
+@pytest.mark.parametrize("name, ends", [
+    ("nbdkit", [signal.SIGTERM, signal.SIGKILL]),
+    *(pytest.param(name, [signal.SIGKILL], marks=since("7.0")) for name in ("tls", "error", "cache"))])
+def test_nbd_a_server_restarted_under_load_loses_nothing(targets, here, new_image, name, ends):
+    errors = kill_nbd_servers(targets, name, new_image("16M"), here, ends)[1]
+    assert bool(errors) == (name == "error")
 
 
 @kernel
