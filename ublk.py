@@ -2936,7 +2936,7 @@ NEW = "new"
 STARTING = "starting"  # it has asked the kernel for nothing that lasts
 ADDING = "adding"  # the kernel was asked for a device: its identity tells whether it is there
 ADDED = "added"  # the device is there, and ours to delete
-LIVE = "live"  # so is the disk, and its target's close() is due
+LIVE = "live"  # so is the disk
 GONE = "gone"  # the device is gone, or is not ours any more
 
 RECOVERY_MODES = {
@@ -3234,13 +3234,16 @@ class Device:
         self.failure: BaseException | None = None
         self.interrupted = ""  # why it is to end, where somebody has said so
         self.state = NEW
+        self.recovers = False  # whether the disk was there before
         self._control: Control | None = None
         self._workers: list[Worker] = []
         self._scanner: Any = None  # the process that looks for partitions
         self._lock = threading.Lock()  # held for a moment, while workers end
         self._life = threading.RLock()  # held by the one thread that changes the state
         self._changing = False  # whether it does
-        self._sharing = threading.Lock()  # held while memory is shared or no longer so
+        self._changes = threading.Lock()  # held while memory is shared, or the size changes
+        self._closing = threading.Lock()  # held while the target is closed
+        self._closed = False  # whether it was
         # Free once the end has come. A lock may be released by a signal's
         # handler; an Event or a Condition may not be touched by one, nor be
         # left by an exception that it raises.
@@ -3311,9 +3314,10 @@ class Device:
             what,
             f"{remedy}, or --force it",
         )
-        add = partial(self._add, params_of(self.target, self.max_io))
+        shape = partial(self._shape, params_of(self.target, self.max_io))
         live = partial(self._go_live, "start_dev")
-        self._alone(self._go_up, self._take_away, add, self._serve, live, self._scan)
+        steps = self._add, self._open, shape, self._serve, live, self._scan
+        self._alone(self._go_up, self._take_away, *steps)
 
     def _alone(self, change: Callable[..., None], *words: Any) -> None:
         """Change the state; every other thread that would has to wait.
@@ -3372,22 +3376,30 @@ class Device:
         if self.wait(seconds):
             raise self._cause()
 
-    def _add(self, params: Any) -> None:
-        """ADD_DEV and SET_PARAMS; what the kernel drops without a word becomes an error."""
+    def _add(self) -> None:
+        """ADD_DEV; what the kernel drops without a word becomes an error."""
         flags = self._flags()
         check_flags(flags, self.control.features)
-        self.identity = self.identity or new_identity()
+        self.identity = self.identity or new_identity(self.follows)
         self.state = ADDING
         self.info = self.control.add_dev(
             self.id, self.queues, self.depth, self.max_io, flags, self.identity
         )
         self.id = self.info.dev_id
         self.state = ADDED
+        require(flags & ~self.info.flags)
+
+    def _open(self) -> None:
+        """Open /dev/ublkcN. Only from here on can the number no longer become another's."""
+        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK, self._pause)
+        self.char_fd = open_char(self.id, pause=self._pause)
+        self._see_that_it_is_ours()
+
+    def _shape(self, params: Any) -> None:
+        """SET_PARAMS, and the state file; what the kernel drops without a word becomes an error."""
         forget_state(self.id)  # of an earlier device of that number, and its log
         self.size = self.target.size
-        save_state(self)  # first of all, for who cleans up should this server die at once
-        require(flags & ~self.info.flags)
-        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK, self._pause)
+        save_state(self)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
         lost = params.types & ~self.control.get_params(self.id).types
@@ -3459,15 +3471,13 @@ class Device:
         return next((name for name in names if not DATA_PATHS[name].features & ~known), "copy")
 
     def _serve(self) -> None:
-        """Open /dev/ublkcN, map the request descriptors and start a worker for each queue.
+        """Map the request descriptors and start a worker for each queue.
 
         Ends when all tags of all queues are fetched.
         """
         self.data_path = next(
             path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
         )
-        self.char_fd = open_char(self.id, pause=self._pause)
-        self._see_that_it_is_ours()  # from here on the number can no longer become another's
         self.wake_fd, self.wake_write = os.pipe()
         count = self.info.nr_hw_queues
         size = whole_pages(self.info.queue_depth * self.desc_size)
@@ -3504,7 +3514,7 @@ class Device:
             worker.ended = True
             try:
                 if self.failure is not None and all(worker.ended for worker in self._workers):
-                    self._close_files()  # the kernel fails the requests that died with a worker
+                    self._close_all()  # the kernel fails the requests that died with a worker
             finally:
                 self._end_waits()
 
@@ -3525,11 +3535,19 @@ class Device:
     def last_to_leave(self, worker: Worker) -> bool:
         """Hear from a worker that its queue is served no more.
 
-        Returns whether all of a live disk's have left.
+        Returns whether it is the last to leave a target that is to be closed.
         """
         with self._lock:
             worker.left = True
-            return self.state is LIVE and all(other.left for other in self._workers)
+            return self.used and all(other.left for other in self._workers)
+
+    @property
+    def used(self) -> bool:
+        """Whether a request may have come, so that the target has to be closed."""
+        # To a disk that is recovered they may come once a queue is fetched
+        return self.state is LIVE or (
+            self.recovers and any(worker.fetched for worker in self._workers)
+        )
 
     def _wake_workers(self) -> None:
         """Tell every queue to leave its loop; a worker's report may close the pipe meanwhile."""
@@ -3590,27 +3608,19 @@ class Device:
         # Not before it can serve, or the old server's words would be lost.
         save = partial(save_state, self)
         live = partial(self._go_live, "end_user_recovery")
-        self._alone(self._go_up, self._let_go, self._adopt, self._serve, save, live)
+        self.recovers = True
+        steps = self._await_end_of_server, self._open, self._adopt, self._serve, save, live
+        self._alone(self._go_up, self._let_go, *steps)
 
     def _adopt(self) -> None:
-        """Take over what the kernel knows of the device, once it is ready for a new server."""
-        what = f"cannot recover {self.name}"
-        self.info = self.control.get_dev_info(self.id)
-        self.identity = self.identity or self.info.ublksrv_flags
-        self._refuse_another(self.info.ublksrv_flags != self.identity)
-        refuse(
-            not self.info.flags & UBLK_F_USER_RECOVERY,
-            what,
-            "it was not made to be recovered",
-            f"delete it (`ublk.py del {self.id}`) and create it with -r",
-        )
+        """Have the target be as the disk is."""
         params = self.control.get_params(self.id)
         basic = params.basic
         kept = params.integrity.metadata_size
         given = self.target.metadata_size
         refuse(
             given != kept,
-            what,
+            f"cannot recover {self.name}",
             f"the target has {given} bytes of metadata beside a block, the disk {kept}",
             "give it the target it had",
         )
@@ -3619,14 +3629,22 @@ class Device:
         if self.target.size != size:
             fit(self.target, size)
         self.size = size
-        self._await_end_of_server(what)
 
-    def _await_end_of_server(self, what: str) -> None:
+    def _await_end_of_server(self) -> None:
         """START_USER_RECOVERY, as soon as the kernel allows it."""
+        what = f"cannot recover {self.name}"
         begun = time.monotonic()
         told = False
         while True:
-            info = self.control.get_dev_info(self.id)
+            info = self.info = self.control.get_dev_info(self.id)
+            self.identity = self.identity or info.ublksrv_flags
+            self._refuse_another(info.ublksrv_flags != self.identity)
+            refuse(
+                not info.flags & UBLK_F_USER_RECOVERY,
+                what,
+                "it was not made to be recovered",
+                f"delete it (`ublk.py del {self.id}`) and create it with -r",
+            )
             refuse(
                 info.state == UBLK_S_DEV_DEAD,
                 what,
@@ -3687,7 +3705,7 @@ class Device:
         """
         self._see_that_it_is_ours()
         view = memoryview(memory)
-        with self._sharing:
+        with self._changes:
             index = self.control.reg_buf(self.id, address_of(view), len(view), read_only)
             self.shared[index] = view
         return index
@@ -3695,7 +3713,7 @@ class Device:
     def unshare(self, index: int) -> None:
         """End what share() began. Raises UblkError."""
         self._see_that_it_is_ours()
-        with self._sharing:  # the driver may give its index to another
+        with self._changes:  # the driver may give its index to another
             self.control.unreg_buf(self.id, index)
             self.shared.pop(index).release()
 
@@ -3705,15 +3723,20 @@ class Device:
         Raises UblkError: EOPNOTSUPP before that, EINVAL for a size the disk
         cannot have.
         """
-        self._see_that_it_is_ours()
-        check_new_size(self.control, self.id, size)
-        grows = size > self.size
-        if grows:
-            fit(self.target, size)  # before the first request for what is new
+        with self._changes:
+            self._see_that_it_is_ours()
+            check_new_size(self.control, self.id, size)
+            grows = size > self.size
+            if grows:
+                fit(self.target, size)  # before the first request for what is new
+            self._update_size(size)
+            if not grows:
+                fit(self.target, size)
+            self.size = size
+
+    def _update_size(self, size: int) -> None:
+        self._see_that_it_is_ours()  # the target may have taken its time
         self.control.update_size(self.id, size)
-        if not grows:
-            fit(self.target, size)
-        self.size = size
 
     def follow_size(self) -> None:
         """Where somebody else changed the disk's size, have the target follow.
@@ -3733,7 +3756,7 @@ class Device:
             say(f"{self.name}: the target cannot have {size} bytes: {self.refusal}")
             self._note()  # before the disk changes, for then `resize` looks there
             try:
-                self.control.update_size(self.id, self.size)
+                self._update_size(self.size)
             except UblkError as left:
                 say(f"{self.name} keeps a size its target does not have: {left}")
                 self.size = size  # not to try again for ever
@@ -3742,6 +3765,7 @@ class Device:
     def _note(self) -> None:
         """Save the state, where `resize` looks for the answer; that it fails ends no disk."""
         try:
+            self._see_that_it_is_ours()
             save_state(self)
         except OSError as error:
             say(f"{self.name}: {error_line(error)}")
@@ -3784,19 +3808,31 @@ class Device:
         """Go down to GONE, and leave to the kernel what it has of the device, or delete it."""
         self._end_workers()
         try:
-            # While the node is open no other server can come: it would find
-            # what the target has yet to store.
+            self._close_all()
+        finally:
             if self.state is LIVE:
                 self.state = ADDED
-                close = getattr(self.target, "close", bool)
-                # Else the last queue's loop has done it
-                if not inspect.iscoroutinefunction(close) and is_awaitable(close()):
-                    raise TypeError(f"{close!r} returned what nobody can await: make it async")
-        finally:
             self._close()
             becomes(self._is_scanned, GRACE)
             delete()
             self._forget()
+
+    def _close_all(self) -> None:
+        """Close the target, once, and then the node.
+
+        While that is open no other server can come: it would find what the
+        target has yet to store.
+        """
+        try:
+            with self._closing:
+                due = self.used and not self._closed
+                close = getattr(self.target, "close", bool)
+                self._closed = self._closed or due
+                # Else the last queue's loop has done it
+                if due and not inspect.iscoroutinefunction(close) and is_awaitable(close()):
+                    raise TypeError(f"{close!r} returned what nobody can await: make it async")
+        finally:
+            self._close_files()
 
     def _stop_disk(self, timeout: float) -> None:
         if not is_same(self.control, self.id, self.identity):
@@ -3820,11 +3856,19 @@ class Device:
         try:
             if self.state is ADDING:
                 clean_up(self.identity)
-            if self.state is ADDED:
+            if self.state is ADDED and not self._has_another_server():
                 delete(self.control, self.id, identity=self.identity)
         except UblkError:  # told once is enough
             self._forget()
             raise
+
+    def _has_another_server(self) -> bool:
+        """Tell whether another process has recovered what our server let go."""
+        try:
+            info = self.control.get_dev_info(self.id)
+        except UblkError:
+            return False
+        return is_served(info) and info.ublksrv_pid != os.getpid()
 
     def _forget(self) -> None:
         self.state = GONE
@@ -3857,10 +3901,12 @@ class Device:
             for mapping in self.descriptors:
                 mapping.close()
             self.descriptors.clear()
-            for fd in (self.char_fd, self.wake_fd, self.wake_write):
+            for name in ("char_fd", "wake_fd", "wake_write"):
+                fd = getattr(self, name)
+                # First, as a signal's handler may raise once it is closed
+                setattr(self, name, -1)
                 if fd >= 0:
                     os.close(fd)
-            self.char_fd = self.wake_fd = self.wake_write = -1
 
 
 _served: weakref.WeakSet[Device] = weakref.WeakSet()
@@ -4035,20 +4081,21 @@ def delete(
 
     Raises UblkError (EBUSY): stopped, but it goes only when they close it.
     """
-    if identity is not None and not is_same(control, dev_id, identity):
-        if dev_id not in device_ids():
-            forget_state(dev_id)
-        return
-    forget_state(dev_id)
     remedy = f"end its server, then `ublk.py del {dev_id}`"
     try:
+        # Two DEL_DEV at a time would wait for each other.
+        if control.legacy:
+            fcntl.flock(control.fd, fcntl.LOCK_EX)
+        if identity is not None and not is_same(control, dev_id, identity):
+            if dev_id not in device_ids():
+                forget_state(dev_id)
+            return
+        forget_state(dev_id)
         # Up to Linux 6.3 the kernel's thread that stops a disk may be left with
         # the last reference to /dev/ublkcN, and drop it only when it has
         # nothing else to do: given DEL_DEV, which waits for just that, it would
         # wait for ever. So this stops the disk first and sees the node closed.
-        # And two DEL_DEV at a time would wait for each other.
         if control.legacy:
-            fcntl.flock(control.fd, fcntl.LOCK_EX)
             control.stop_dev(dev_id, timeout)
             with contextlib.suppress(FileNotFoundError):
                 os.close(open_char(dev_id, timeout))
@@ -4873,10 +4920,25 @@ def holders(dev_id: int) -> list[str]:
     return [*openers(disk), *mounts(disk), *swaps(disk), *disks_above(disk, partitions)]
 
 
-def is_node_of(path: str, disk: str) -> bool:
-    """Tell whether a path is a disk's node or a partition's; that of a deleted one ends in " (deleted)"."""
+def is_node_of(path: str, disk: str, file: str = "") -> bool:
+    """Tell whether a path is the node of a disk or of a partition, by whatever name.
+
+    That of a deleted one ends in " (deleted)". file: where to look instead.
+    """
     name = path.partition(" ")[0]
-    return name == f"/dev/{disk}" or re.fullmatch(rf"/dev/{disk}p[0-9]+", name) is not None
+    if re.fullmatch(rf"/dev/{disk}(p[0-9]+)?", name):
+        return True
+    try:
+        # Elsewhere may be a file system that hangs
+        number = os.stat(file or name).st_rdev if name.startswith("/dev/") else 0
+    except OSError:
+        return False
+    return is_number_of(f"{os.major(number)}:{os.minor(number)}", disk)
+
+
+def is_number_of(number: str, disk: str) -> bool:
+    """Tell whether a block device's number, MAJOR:MINOR, is that of a disk or a partition."""
+    return disk in link_of(f"/sys/dev/block/{number}").split("/")
 
 
 def children(directory: str) -> list[str]:
@@ -4912,8 +4974,8 @@ def process_ids() -> list[str]:
 def openers(disk: str) -> Iterator[str]:
     """Yield the processes that have a disk open."""
     for pid in process_ids():
-        links = [link_of(f"/proc/{pid}/fd/{fd}") for fd in children(f"/proc/{pid}/fd")]
-        if any(is_node_of(link, disk) for link in links):
+        links = [f"/proc/{pid}/fd/{fd}" for fd in children(f"/proc/{pid}/fd")]
+        if any(is_node_of(link_of(link), disk, link) for link in links):
             yield f"{''.join(lines_of(f'/proc/{pid}/comm'))} (pid {pid})"
 
 
@@ -4923,9 +4985,12 @@ def mounts(disk: str) -> Iterator[str]:
     namespaces = {link_of(f"/proc/{pid}/ns/mnt"): pid for pid in process_ids()}
     namespaces.update({ours: "self", "": "self"})
     for namespace, pid in namespaces.items():
-        for line in lines_of(f"/proc/{pid}/mounts") if namespace else []:
-            source, place = line.split()[:2]
-            if is_node_of(source, disk):
+        for line in lines_of(f"/proc/{pid}/mountinfo") if namespace else []:
+            _, _, number, _, place, *more = line.split()
+            source = more[
+                more.index("-") + 2
+            ]  # which has any name, and some file systems no number
+            if is_number_of(number, disk) or is_node_of(source, disk):
                 where = "" if namespace == ours else f" of pid {pid}"
                 yield f"the mount at {place}{where}"
 
@@ -4971,9 +5036,13 @@ def refuse_if_held(dev_id: int) -> None:
         time.sleep(0.05)
 
 
-def new_identity() -> int:
-    """Return 64 random bits by which a device is known; its number may be another's tomorrow."""
-    return 1 + secrets.randbelow((1 << 64) - 1)
+def new_identity(follows: bool) -> int:
+    """Return 64 bits by which a device is known; its number may be another's tomorrow.
+
+    They are random but for the lowest: whether the server looks at the size by
+    itself.
+    """
+    return secrets.randbits(63) << 1 | follows
 
 
 def is_same(control: Control, dev_id: int, identity: int) -> bool:
@@ -6050,7 +6119,7 @@ def create(words: Sequence[str]) -> int:
     make = target_maker([words[0], *args], options.read_only)
     made_by = {name: value for name, value in vars(options).items() if name not in TOLD}
     made_by["words"] = [words[0], *args]
-    identity = new_identity()
+    identity = new_identity(True)
 
     def first(started: Started) -> None:
         if options.id in device_ids():
@@ -6227,22 +6296,21 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
     start()
     try:
         with device:  # whatever happens now, the disk does not stay behind without a server
-            serve_started(device, started, start == device.resume)
+            serve_started(device, started)
     finally:
         if device.id not in device_ids():
             forget_state(device.id)
 
 
-def serve_started(device: Device, started: Started, recovers: bool) -> None:
+def serve_started(device: Device, started: Started) -> None:
     """Tell that the disk is there, and serve it. Raises UblkError where a queue failed.
 
-    recovers: it was there before: where nobody can be told, it waits for
-    another server.
+    One that was there before waits for another server where nobody can be told.
     """
     try:
         started.live(device)
     except BaseException:
-        if recovers:
+        if device.recovers:
             device.detach()
         raise
     notify(f"READY=1\nSTATUS=serving {device.path}")
@@ -6379,9 +6447,8 @@ def clean_up(identity: int) -> None:
     with contextlib.suppress(UblkError), Control() as control:
         for dev_id in device_ids() if identity else ():
             try:
-                if control.get_dev_info(dev_id).ublksrv_flags != identity:
-                    continue
-                delete(control, dev_id)
+                if control.get_dev_info(dev_id).ublksrv_flags == identity:
+                    delete(control, dev_id, identity=identity)
             except UblkError as error:
                 if error.errno not in NOT_OURS:
                     say(f"device {dev_id} is left behind: {error}")
@@ -6630,7 +6697,7 @@ def resize(options: Any) -> None:
         served = alive(info.ublksrv_pid)
         check_new_size(control, options.id, options.size)
         refuse(
-            served and state and not state.get("follows"),
+            served and not state.get("follows", info.ublksrv_flags & 1),
             what,
             "a program serves it, and is not asked",
             "have that program call Device.resize()",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 from contextlib import contextmanager
 
@@ -61,6 +62,23 @@ def by_a_mount_in_another_namespace(disk, tmp_path):
 
 
 @contextmanager
+def under_another_name(disk, directory, by, tmp_path):
+    node, number = f"{directory}/another-name", os.stat(disk).st_rdev
+    os.mknod(node, 0o600 | stat.S_IFBLK, number)
+    with by(node, tmp_path) as who:
+        yield who
+    os.unlink(node)
+
+
+def by_a_program_under_another_name(disk, tmp_path):
+    return under_another_name(disk, "/dev", by_a_program, tmp_path)
+
+
+def by_a_mount_under_another_name(disk, tmp_path):
+    return under_another_name(disk, tmp_path, by_a_mount, tmp_path)
+
+
+@contextmanager
 def by_swap(disk, tmp_path):
     sh("mkswap", disk)
     sh("swapon", disk)
@@ -85,7 +103,8 @@ def by_md(disk, tmp_path):
     sh("mdadm", "--stop", name)
 
 
-HOLDERS = [by_ourselves, by_a_program, by_a_mount, by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md]
+HOLDERS = [by_ourselves, by_a_program, by_a_program_under_another_name, by_a_mount, by_a_mount_under_another_name,
+           by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md]
 
 
 @kernel

@@ -105,8 +105,10 @@ def test_a_server_follows_whoever_changes_the_size(backing, control):
 
 @kernel
 @since("6.16")
-def test_a_disk_that_a_program_serves_is_resized_by_that_program(run):
+@pytest.mark.parametrize("seen", [True, False], ids=["with its state file", "without"])
+def test_a_disk_that_a_program_serves_is_resized_by_that_program(run, seen):
     with ublk.Device(Growing()) as disk:
+        assert seen or ublk.forget_state(disk.id)
         assert_fails(run("resize", disk.id, "2M"), 1, "a program serves it", errno.EINVAL)
         assert size_of(disk) == 1 << 20
         disk.resize(2 << 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import select
@@ -35,7 +36,7 @@ class Driver:
 
     def __init__(self):
         self.features, self.legacy, self.devices = (1 << 64) - 1, False, {}
-        self.enough, self.happens, self.lock = bool, {}, threading.Lock()
+        self.enough, self.happens, self.sent, self.lock = bool, {}, [], threading.Lock()
         self.fd = os.open(os.devnull, os.O_RDWR)
 
     def close(self):
@@ -52,6 +53,7 @@ class Driver:
         try:
             if self.enough():
                 raise ublk.UblkError(errno.ECANCELED, name)
+            self.sent.append(name)
             effect()
             self.happens.pop(name, bool)()
         finally:
@@ -276,6 +278,25 @@ def test_ctrl_c_in_any_command_leaves_nothing(driver, command):
     assert (disk.state, driver.devices) == (ublk.GONE, {})
 
 
+@pytest.mark.parametrize("which", ["char_fd", "wake_fd", "wake_write"])
+def test_ctrl_c_closes_no_descriptor_twice(driver, monkeypatch, which):
+    disk, closed, close = new(), [], os.close
+    disk.start()
+    unlucky = getattr(disk, which)
+
+    def closing(fd):
+        close(fd)
+        closed.append(fd)
+        if fd == unlucky:
+            interrupts()
+    monkeypatch.setattr(os, "close", closing)
+    with pytest.raises(KeyboardInterrupt):
+        disk.stop()
+    monkeypatch.setattr(os, "close", lambda fd: closed.append(fd) if fd == unlucky else close(fd))
+    disk.stop()
+    assert closed.count(unlucky) == 1
+
+
 def test_a_handler_of_a_signal_may_stop_what_is_being_stopped(driver):
     disk = new()
     old = signal.signal(signal.SIGUSR1, lambda *_: disk.stop())
@@ -486,18 +507,17 @@ def waiting(driver, monkeypatch):
     driver.devices.clear()
 
 
-@pytest.mark.parametrize("moment", ["set_params", "open"])
+@pytest.mark.parametrize("moment", ["is_usable", "open_char"])
 def test_a_start_serves_no_other_device_of_its_number(driver, monkeypatch, moment):
-    def exchanged():
+    def exchanged(*words, original=getattr(ublk, moment), **more):
         driver.devices[7] = 99
-    opened = ublk.open_char
-    if moment == "open":
-        monkeypatch.setattr(ublk, "open_char", lambda *words, **more: exchanged() or opened(*words, **more))
-    else:
-        driver.happens[moment] = exchanged
+        ublk.save_state(new(id=7, words=("another", [], {})))
+        return original(*words, **more)
+    monkeypatch.setattr(ublk, moment, exchanged)
     text = message(new().start)
     assert driver.devices.pop(7) == 99
     assert "it is gone, or not there yet" in text
+    assert (driver.sent, ublk.load_state(7)["target"]) == (["add_dev"], "another")
 
 
 @pytest.mark.parametrize("moment", ["a target", "start_user_recovery"])
@@ -511,6 +531,36 @@ def test_a_recovery_serves_no_other_device_of_its_number(waiting, monkeypatch, m
     waiting.happens["start_user_recovery"] = exchanged
     nobody = SimpleNamespace(trace=None)
     assert "it is gone, or not there yet" in message(ublk.recover_from_state, 7, nobody)
+
+
+def test_a_recovery_fits_no_target_to_another_device_of_its_number(waiting, monkeypatch):
+    def exchanged(*_, original=ublk.open_char, **__):
+        waiting.devices[7] = 99
+        return original(7)
+    monkeypatch.setattr(ublk, "open_char", exchanged)
+    disk, sizes = new(Target(2 << 20), id=7), []
+    disk.target.resized = sizes.append
+    assert "it is gone, or not there yet" in message(disk.resume)
+    assert sizes == []
+
+
+def test_a_recovery_that_waits_prepares_no_other_device_of_its_number(waiting, monkeypatch):
+    def info(dev_id):
+        state = ublk.UBLK_S_DEV_LIVE if waiting.devices[7] == 1 else ublk.UBLK_S_DEV_QUIESCED
+        answer = ublk.ublksrv_ctrl_dev_info(
+            ublksrv_flags=waiting.devices[7], flags=ublk.UBLK_F_USER_RECOVERY, ublksrv_pid=-1, state=state)
+        waiting.devices[7] = 99
+        return answer
+    monkeypatch.setattr(waiting, "get_dev_info", info)
+    assert "it is gone, or not there yet" in message(new(id=7).resume)
+    assert waiting.sent == []
+
+
+@pytest.mark.parametrize("command, closed", [("start_user_recovery", 0), ("end_user_recovery", 1)])
+def test_a_failed_recovery_closes_a_target_that_requests_may_have_come_to(waiting, command, closed):
+    disk, waiting.happens[command] = new(id=7), fails
+    assert error_of(disk.resume) == errno.ENOMEM
+    assert disk.target.closed == closed
 
 
 def test_a_recovery_that_fails_leaves_the_state_file(waiting, tmp_path, monkeypatch):
@@ -536,6 +586,65 @@ def test_a_device_that_is_gone_commands_no_other_of_its_number(driver, monkeypat
         getattr(disk, command)(*words)
     assert driver.devices.pop(7) == 99
     assert sent == []
+
+
+@pytest.mark.parametrize("moment", ["resize", "follow_size"])
+def test_no_other_device_is_resized_or_noted_while_a_target_takes_its_time(driver, monkeypatch, moment):
+    def resized(size):
+        driver.devices[7] = 99
+        ublk.save_state(new(id=7, words=("another", [], {})))
+        raise_if(moment == "follow_size")
+    monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
+    with new() as disk:
+        monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(disk.target, 4096))
+        disk.target.resized = resized
+        with contextlib.suppress(ublk.UblkError):
+            getattr(disk, moment)(*[2 << 20][:moment == "resize"])
+    assert driver.devices.pop(7) == 99
+    assert "update_size" not in driver.sent and ublk.load_state(7)["target"] == "another"
+
+
+def raise_if(wanted):
+    if wanted:
+        fails()
+
+
+def test_two_threads_change_a_size_one_after_the_other(driver, monkeypatch):
+    disk, done, second = new(), [], threading.Event()
+
+    def resized(size):
+        done.append(("target", size))
+        if size == 4 << 20:
+            threading.Thread(target=lambda: (disk.resize(3 << 20), second.set())).start()
+            second.wait(0.2)
+    disk.target.resized = resized
+    driver.update_size = lambda dev_id, size: done.append(("disk", size))
+    with disk:
+        monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(disk.target, 4096))
+        disk.resize(4 << 20)
+        assert second.wait(10)
+    assert done == [("target", 4 << 20), ("disk", 4 << 20), ("disk", 3 << 20), ("target", 3 << 20)]
+
+
+def test_a_server_that_failed_deletes_no_disk_that_another_has_recovered(driver, monkeypatch):
+    disk = new(recovery="requeue")
+    disk.start()
+    disk.report(disk._workers[0], ublk.UblkError(errno.ENOMEM, "no"))
+    for worker in disk._workers:
+        worker.join()
+    monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
+        ublksrv_flags=disk.identity, ublksrv_pid=os.getppid(), state=ublk.UBLK_S_DEV_LIVE))
+    disk.stop()
+    assert driver.devices.pop(7, None) == disk.identity
+
+
+def test_del_takes_no_other_device_of_its_number_while_it_waits_for_another_del(driver, monkeypatch):
+    def flock(fd, how):
+        driver.devices[7] = 99
+    monkeypatch.setattr(fcntl, "flock", flock)
+    driver.devices[7], driver.legacy = 1, True
+    ublk.delete(driver, 7, identity=1)
+    assert (driver.devices.pop(7, None), driver.sent) == (99, [])
 
 
 def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver, monkeypatch):
@@ -571,10 +680,13 @@ def test_a_program_cannot_grow_a_disk_beyond_its_target(driver, monkeypatch):
     assert sizes == []
 
 
-def test_a_target_is_closed_before_another_server_can_come(driver):
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_target_is_closed_before_another_server_can_come(driver, failed):
     disk, nodes = new(), []
     disk.target.close = lambda: nodes.append(disk.char_fd)
     disk.start()
+    if failed:
+        disk.report(disk._workers[0], ublk.UblkError(errno.ENOMEM, "no"))
     disk.detach()
     assert driver.devices.pop(7) == disk.identity
     assert len(nodes) == 1 and nodes[0] >= 0

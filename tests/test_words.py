@@ -365,7 +365,7 @@ def test_a_reader_that_has_enough_is_no_news():
 
 
 def test_a_server_that_found_no_driver_has_left_nothing_to_clean_up(no_driver, capfd):
-    ublk.clean_up(ublk.new_identity())
+    ublk.clean_up(ublk.new_identity(False))
     assert capfd.readouterr().err == ""         # the server has told why, in its one line
 
 
