@@ -4881,10 +4881,12 @@ class Poll(Operation):
 # **Identity.** All of this is dangerous in one way: a number is not a device.
 # Number 3 may have been deleted and given to another image while nobody looked,
 # and whoever "recovers" it with the first image destroys the second's file
-# system under its clients' hands. So each device gets 64 random bits, which the
-# driver keeps in `ublksrv_flags` and hands back. They are compared before a
-# state file is believed and before anything is deleted that somebody else might
-# have made.
+# system under its clients' hands. So each device gets 64 bits of its own, random
+# but for one, which the driver keeps in `ublksrv_flags` and hands back. They are
+# compared before a state file is believed and before anything is deleted that
+# somebody else might have made. And a number is sure only while one has its
+# /dev/ublkcN open: so a server opens that first, and tells the driver
+# everything else then.
 #
 # **State.** One small JSON file for each served device tells what the kernel
 # does not know: the target's words, the directory they were given in, and of
