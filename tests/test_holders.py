@@ -103,8 +103,8 @@ def by_md(disk, tmp_path):
     sh("mdadm", "--stop", name)
 
 
-HOLDERS = [by_ourselves, by_a_program, by_a_program_under_another_name, by_a_mount, by_a_mount_under_another_name,
-           by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md]
+HOLDERS = [by_ourselves, by_a_program, by_a_program_under_another_name, by_a_mount,
+           by_a_mount_under_another_name, by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md]
 
 
 @kernel

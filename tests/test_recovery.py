@@ -329,7 +329,7 @@ def test_quiesce_and_recover_without_an_error(backing, run, words):
 @kernel
 def test_a_signal_ends_a_server_that_recovers(backing):
     def change():
-        def wait(self, what):
+        def wait(self):
             print("RECOVERING", file=sys.stderr)
             while True:                 # in steps, as the product waits: a signal may come just before one
                 self._pause(0.05)
