@@ -3773,9 +3773,11 @@ class Device:
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
 
-        Handlers get timeout seconds to end what they are doing, then their requests fail. Any thread may
-        call it, but those of the handlers. Raises UblkError (EBUSY) that names who still holds the disk
-        open: the device goes when they close it.
+        A disk that has another server by now, or was quiesced for one, is left
+        to that. Handlers get timeout seconds to end what they are doing, then
+        their requests fail. Any thread may call it, but those of the handlers.
+        Raises UblkError (EBUSY) that names who still holds the disk open: the
+        device goes when they close it.
         """
         refuse(
             threading.current_thread() in self._workers,
@@ -3796,13 +3798,28 @@ class Device:
 
     def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
         """Go down to GONE. What a KeyboardInterrupt keeps from it is done the next time."""
+        delete: Callable[[], object] = self._delete
         try:
-            if self.state in (ADDED, LIVE) and any(
+            if self._is_anothers():
+                delete = bool
+            elif self.state in (ADDED, LIVE) and any(
                 worker.is_alive() for worker in self._workers
             ):
                 self._stop_disk(timeout)
         finally:
-            self._let_go(self._delete)
+            self._let_go(delete)
+
+    def _is_anothers(self) -> bool:
+        """Tell whether the next server has the disk, or it waits for that as somebody quiesced it."""
+        if self.state is not LIVE or not any(worker.ended for worker in self._workers):
+            return False
+        try:
+            info = self.control.get_dev_info(self.id)
+        except UblkError:
+            return False
+        if self.failure is not None:
+            return is_served(info) and info.ublksrv_pid != os.getpid()
+        return bool(info.flags & UBLK_F_QUIESCE) and info.state != UBLK_S_DEV_DEAD
 
     def _let_go(self, delete: Callable[[], object] = bool) -> None:
         """Go down to GONE, and leave to the kernel what it has of the device, or delete it."""
@@ -3856,19 +3873,11 @@ class Device:
         try:
             if self.state is ADDING:
                 clean_up(self.identity)
-            if self.state is ADDED and not self._has_another_server():
+            if self.state is ADDED:
                 delete(self.control, self.id, identity=self.identity)
         except UblkError:  # told once is enough
             self._forget()
             raise
-
-    def _has_another_server(self) -> bool:
-        """Tell whether another process has recovered what our server let go."""
-        try:
-            info = self.control.get_dev_info(self.id)
-        except UblkError:
-            return False
-        return is_served(info) and info.ublksrv_pid != os.getpid()
 
     def _forget(self) -> None:
         self.state = GONE

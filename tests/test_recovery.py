@@ -327,6 +327,17 @@ def test_quiesce_and_recover_without_an_error(backing, run, words):
 
 
 @kernel
+@since("6.16")
+def test_a_program_leaves_a_disk_that_was_quiesced_to_the_next_server(run):
+    with ublk.Device(Ram(), recovery="requeue", queues=2) as disk:
+        leaving = threading.Thread(target=lambda: disk.wait() and disk.stop())
+        leaving.start()
+        assert run("quiesce", disk.id).status == 0
+        leaving.join()
+    assert state_of(disk.id) == "QUIESCED" and run("del", disk.id).status == 0
+
+
+@kernel
 def test_a_signal_ends_a_server_that_recovers(backing):
     def change():
         def wait(self):

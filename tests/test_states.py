@@ -626,15 +626,20 @@ def test_two_threads_change_a_size_one_after_the_other(driver, monkeypatch):
     assert done == [("target", 4 << 20), ("disk", 4 << 20), ("disk", 3 << 20), ("target", 3 << 20)]
 
 
-def test_a_server_that_failed_deletes_no_disk_that_another_has_recovered(driver, monkeypatch):
-    disk = new(recovery="requeue")
+@pytest.mark.parametrize("end", ["failed", "quiesced"])
+def test_a_program_deletes_no_disk_that_another_has_recovered_or_will(driver, monkeypatch, end):
+    disk = new(recovery="requeue", queues=2)
     disk.start()
-    disk.report(disk._workers[0], ublk.UblkError(errno.ENOMEM, "no"))
-    for worker in disk._workers:
-        worker.join()
+    if end == "failed":
+        for worker in disk._workers:
+            disk.report(worker, ublk.UblkError(errno.ENOMEM, "no"))
+    else:
+        disk.report(disk._workers[1], None)
+    pid = os.getppid() if end == "failed" else os.getpid()
     monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
-        ublksrv_flags=disk.identity, ublksrv_pid=os.getppid(), state=ublk.UBLK_S_DEV_LIVE))
+        ublksrv_flags=disk.identity, ublksrv_pid=pid, state=ublk.UBLK_S_DEV_LIVE, flags=ublk.UBLK_F_QUIESCE))
     disk.stop()
+    assert "stop_dev" not in driver.sent
     assert driver.devices.pop(7, None) == disk.identity
 
 
