@@ -7,11 +7,11 @@ help: ## what can be made
 
 run: ## the main job, step by step: on this machine's driver (as root), else in a virtual machine [KERNEL=7.3]
 	@if [ -e /dev/ublk-control ] && [ "$$(id -u)" = 0 ]; then sh lab/demo.sh; \
-	else $(LAB) run $(or $(KERNEL),7.3) -- sh lab/demo.sh; fi
+	else echo "Starting a virtual machine ..."; $(LAB) run $(or $(KERNEL),7.3) -- sh lab/demo.sh; fi
 
 learn: ## the steps of learn/README.md: on this machine's driver (as root), else in a virtual machine [STEP=3 only that one, KERNEL=7.3]
 	@if [ "$(STEP)" = 1 ] || [ -e /dev/ublk-control ] && [ "$$(id -u)" = 0 ]; then $(PYTHON) lab/lessons.py $(STEP); \
-	else $(LAB) run $(or $(KERNEL),7.3) -- python3 lab/lessons.py $(STEP); fi
+	else echo "Starting a virtual machine ..."; $(LAB) run $(or $(KERNEL),7.3) -- python3 lab/lessons.py $(STEP); fi
 
 test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one, K=word as in pytest -k, ALL=1 each path with everything, HOST=1 no virtual machine]
 	@$(LAB) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(K),-k "$(K)") $(if $(ALL),--all) $(if $(HOST),--host)

@@ -34,6 +34,7 @@ VARIES = [                          # numbers that differ from run to run, and l
 class Part(NamedTuple):
     """Commands, each with what it prints, for kernels since and before a release."""
     step: int
+    title: str
     since: str
     before: str
     commands: list[tuple[str, str]]
@@ -57,12 +58,12 @@ def parts() -> list[Part]:
     """Return what the page has to run: each step, and what of it is different on older kernels."""
     found = []
     page = re.sub(r"(?ms)^```.*?^```$", "", PAGE.read_text())
-    for step, text in re.findall(r"(?ms)^## Step (\d):(.*?)(?=^## |\Z)", page):
+    for step, title, text in re.findall(r"(?ms)^## Step (\d): ([^\n]*)(.*?)(?=^## |\Z)", page):
         text, _, older = text.partition("\n### Before Linux ")
         limit = older.partition("\n")[0]
-        found.append(Part(int(step), limit, "", commands(text)))
+        found.append(Part(int(step), title, limit, "", commands(text)))
         if older:
-            found.append(Part(int(step), "", limit, commands(older)))
+            found.append(Part(int(step), title, "", limit, commands(older)))
     return found
 
 
@@ -124,7 +125,7 @@ def run(part: Part, show: bool = False) -> str:
                 print(command, flush=True)
             text = shell.run(command[2:], expected)
             if show:
-                print(text, end="", flush=True)
+                print(re.sub(r"(?m) +$", "", text), end="", flush=True)
             if plain(text) != plain(expected):
                 return f"{command}\nprinted\n{text}and not\n{expected}"
     finally:
@@ -139,20 +140,25 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def main(steps: list[int]) -> int:
+    unknown = set(steps) - {part.step for part in parts()}
+    if unknown:
+        print(f"learn/README.md has no step {min(unknown)}")
+        return 2
     driver = os.path.exists("/dev/ublk-control") and os.geteuid() == 0
     for part in parts():
         here = release(os.uname().release)
         fits = release(part.since) <= here and (not part.before or here < release(part.before))
         if not fits or (steps and part.step not in steps):
             continue
-        print(f"\n\033[1mStep {part.step}\033[0m")
+        print(f"\n\033[1mStep {part.step}: {part.title}\033[0m")
         if part.needs_root and not driver:
-            print("needs root and a ublk driver")
+            print("needs root and a ublk driver: `make learn` has both, if need be in a virtual machine")
             return 1
         different = run(part, show=True)
         if different:
             print(f"\nThat is not what learn/README.md shows:\n{different}")
             return 1
+    print("\nWhat has happened there, and why, is told in learn/README.md.")
     return 0
 
 
