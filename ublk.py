@@ -741,7 +741,7 @@ LBMD_PI_CSUM_CRC64_NVME = 4
 # change are written anew.
 
 # These three have the same numbers on every architecture that Python runs on
-# but alpha.
+# but alpha and MIPS.
 SYS_io_uring_setup = 425
 SYS_io_uring_enter = 426
 SYS_io_uring_register = 427
@@ -1269,12 +1269,17 @@ class Control:
         self.close()
 
     def close(self) -> None:
-        """Close the control node and its ring."""
-        if self.fd >= 0:
-            self.ring.close()
-            os.close(self.fd)
-            self.fd = -1
-            _left_behind.extend(self._buffers.values())
+        """Close the control node and its ring, once no thread has a command on it."""
+        with self._lock:
+            if self.fd >= 0:
+                self.ring.close()
+                os.close(self.fd)
+                self.fd = -1
+                _left_behind.extend(self._buffers.values())
+
+    def unlock(self) -> None:
+        """Forget that a thread had a command on it, which a forked child does not have."""
+        self._lock = threading.Lock()
 
     # ---- how a command is sent -----------------------------------------------------------------
 
@@ -1345,7 +1350,7 @@ class Control:
         Returns the result: ETIMEDOUT, negative, where it was cancelled for
         being late.
         """
-        if self.enough():
+        if self.fd < 0 or self.enough():
             return -errno.ECANCELED
         token = self._token + 1  # what _submit() gives it, which a signal's handler may leave
         ended = False
@@ -2757,35 +2762,29 @@ class Queue:
         The parameters are the fields of io_uring_sqe, length in bytes. Raises
         OSError (EAGAIN) where the kernel takes no more of them.
         """
-        slot = self._free_slot()
         number = self._last_operation + 1
-        self.ring.prepare(slot, opcode, fd, off, addr, length, rw_flags, number)
+        self._put(opcode, fd, off, addr, length, rw_flags, number)
         self._operations[number] = operation
         self._last_operation = number
-        self._free_slots.pop()
-        self._used_slots.append(slot)
-        self.ring.push(slot)
         return number
 
     def cancel(self, number: int) -> None:
         """Have the kernel end an operation, which it may do already, soon or never."""
-        self.ring.prepare(
-            self._free_slot(), IORING_OP_ASYNC_CANCEL, addr=number, user_data=OPERATION
-        )
-        slot = self._free_slots.pop()
-        self._used_slots.append(slot)
-        self.ring.push(slot)
+        self._put(IORING_OP_ASYNC_CANCEL, addr=number, user_data=OPERATION)
         self.ring.enter()  # or its descriptor could become another file's before it is begun
 
-    def _free_slot(self) -> int:
-        """Return a slot for an SQE of an operation."""
+    def _put(self, *fields: Any, **more: Any) -> None:
+        """Put an SQE of an operation on the ring."""
         if not self._free_slots:
             self.commit()
             self.ring.enter()
             self._recycle()
         if not self._free_slots:
             raise OSError(errno.EAGAIN, "the kernel takes no more operations")
-        return self._free_slots[-1]
+        slot = self._free_slots[-1]
+        self.ring.prepare(slot, *fields, **more)
+        self._used_slots.append(self._free_slots.pop())
+        self.ring.push(slot)
 
     def _recycle(self) -> None:
         """Use the slots of SQEs again that the kernel has taken."""
@@ -3888,7 +3887,9 @@ class Device:
 
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
-        # Another thread may have had them
+        # Another thread may have had these locks
+        if self._control is not None:
+            self._control.unlock()
         self._life = threading.RLock()
         self._lock = threading.Lock()
         for worker in self._workers:
@@ -4618,7 +4619,9 @@ class BatchQueue(Queue):
 # has come: a task that is cancelled has the operation cancelled and goes on
 # only when that has ended. Of threads, and of other tasks of a handler that
 # failed, nobody knows when they end: so what a coroutine gets is memory of its
-# request's own, not the tag's, which is another request's by then. And a
+# request's own, not the tag's, which is another request's by then. (But for the
+# first that a plain method returns: only then is it known that there are any.)
+# And a
 # descriptor's number is used only while it is open: what was asked for under it
 # is begun, by an enter(), before anybody is told that it ended.
 #

@@ -331,6 +331,43 @@ def test_a_forked_child_takes_no_lock_that_another_thread_held(driver):
         assert child == 0 and driver.devices == {7: disk.identity}
 
 
+@pytest.fixture
+def control(monkeypatch):
+    """A control plane whose commands all end well, and mean nothing."""
+    monkeypatch.setattr(ublk, "IORING_OP_URING_CMD", ublk.IORING_OP_NOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda path, flags, open=os.open: open(os.devnull, flags))
+        made = ublk.Control()
+    yield made
+    made.close()
+
+
+def test_a_control_plane_may_be_closed_beside_commands(control):
+    told = []
+
+    def commands():
+        with contextlib.suppress(ublk.UblkError):
+            while True:
+                control.stop_dev(7)
+        told.append(threading.current_thread())
+
+    threads = [threading.Thread(target=commands) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: control._token > 100)
+    control.close()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 3
+
+
+def test_a_forked_child_waits_for_no_command(control):
+    disk = new()
+    disk._control = control
+    with control._lock:
+        assert in_child(disk.disown) == 0
+
+
 def in_child(function):
     """Call a function in a forked child, in a thread of its own; return its exit status, or None."""
     forked, status = [], []
