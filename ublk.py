@@ -3353,9 +3353,9 @@ class Device:
                 step()
             self.control.enough = bool
         except BaseException as error:
+            self.control.enough = bool  # first of all, or no command could undo anything
             over = isinstance(error, UblkError) and self.wait(0)
             cause = self._cause() if over else error
-            self.control.enough = bool
             try:
                 undo()
             except UblkError as left:
@@ -3911,7 +3911,7 @@ class Device:
             for mapping in self.descriptors:
                 mapping.close()
             self.descriptors.clear()
-            for name in ("char_fd", "wake_fd", "wake_write"):
+            for name in ("wake_write", "wake_fd", "char_fd"):
                 fd = getattr(self, name)
                 # First, as a signal's handler may raise once it is closed
                 setattr(self, name, -1)

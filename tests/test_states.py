@@ -324,6 +324,24 @@ def test_an_error_of_a_targets_close_does_not_keep_the_device(driver):
     assert driver.devices == {}
 
 
+def test_a_second_interruption_of_a_start_leaves_a_device_that_can_be_stopped(driver):
+    disk = new()
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    def fails():
+        disk.wait = interrupted
+        raise ublk.UblkError(errno.EINVAL, "a start")
+
+    driver.happens["set_params"] = fails
+    with pytest.raises(KeyboardInterrupt):
+        disk.start()
+    del disk.wait
+    disk.stop()
+    assert driver.devices == {}
+
+
 def test_a_forked_child_takes_no_lock_that_another_thread_held(driver):
     with new() as disk:
         with disk._lock, disk._life:
