@@ -19,6 +19,10 @@ test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one,
 soak: ## kill servers under load, again and again, in a virtual machine [ROUNDS=100, KERNEL=7.3, MODE="reissue ext4"]
 	@$(LAB) run $(or $(KERNEL),7.3) --timeout=86400 -- python3 lab/soak.py --rounds $(or $(ROUNDS),100) $(MODE)
 
+gluster: ## one disk on three copies of GlusterFS, whose servers are killed under load, in a virtual machine [ROUNDS=5]
+	@$(LAB) run 7.3 --install=glusterfs-server --install=qemu-block-extra -- \
+	python3 lab/stores.py --rounds $(or $(ROUNDS),5) gluster
+
 lab: ## fetch what the tests need: emulator, file system tools, kernels [KERNEL=7.2 only that one]
 	@$(LAB) fetch $(KERNEL)
 
@@ -46,4 +50,4 @@ lint: ## ruff, mypy, nothing newer than Python 3.9 (vermin), a list of mutants t
 clean: ## remove what Python left in the work tree
 	@rm -rf __pycache__ lab/__pycache__ tests/__pycache__ build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-.PHONY: help run learn test mutants soak lab bench pictures profile measure lint clean
+.PHONY: help run learn test mutants soak gluster lab bench pictures profile measure lint clean

@@ -87,8 +87,8 @@ def answer(*command: object) -> str:
     return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def fetch(kernels: Sequence[str]) -> None:
-    """Make the lab complete for these kernels; nothing happens when it is."""
+def fetch(kernels: Sequence[str], packages: Sequence[str] = ()) -> None:
+    """Make the lab complete for these kernels, with further packages; nothing happens when it is."""
     if not shutil.which("dpkg") or answer("dpkg", "--print-architecture").strip() != "amd64":
         fail("the lab needs a Debian machine with an amd64 processor")
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def fetch(kernels: Sequence[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for leftover in CACHE.glob(".new-*"):
             shutil.rmtree(leftover)
-        install_packages()
+        install_packages([*PACKAGES, *packages])
         make_venv("pytest")
         fetch_headers()
         for name in kernels:
@@ -105,9 +105,8 @@ def fetch(kernels: Sequence[str]) -> None:
 
 # ---- programs --------------------------------------------------------------------------------------------
 
-def install_packages() -> None:
-    """Install the Debian packages that are missing on this machine."""
-    wanted = list(PACKAGES)
+def install_packages(wanted: list[str]) -> None:
+    """Install those of these Debian packages that are missing on this machine."""
     if not OLD_VIRTIOFSD.exists() and not NEW_VIRTIOFSD.exists():
         bookworm = 'VERSION_ID="12"' in Path("/etc/os-release").read_text()
         wanted.append("qemu-system-common" if bookworm else "virtiofsd")

@@ -82,6 +82,7 @@ class Machine:
     fail_on_oops: bool = True
     interactive: bool = False
     report: Optional[Path] = None           # where the host finds what the guest leaves as GUEST_REPORT
+    packages: Sequence[str] = ()            # what the command needs of Debian, beside what all do
     home: Path = field(init=False)
     console: Path = field(init=False)
 
@@ -94,7 +95,7 @@ class Machine:
 
 def run(machine: Machine) -> int:
     """Boot a kernel, run a command in it, return its exit status."""
-    fetch([machine.kernel])
+    fetch([machine.kernel], machine.packages)
     if os.geteuid() != 0:
         # virtiofsd shows the guest all of this machine's files.
         os.execvp("sudo", ["sudo", "env", f"UBLK_LAB={CACHE}", sys.executable, *sys.argv])
@@ -470,6 +471,8 @@ def parse(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
         verb.add_argument("--memory", default="3G")
         verb.add_argument("--timeout", type=float, default=3600, metavar="SECONDS")
         verb.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+        verb.add_argument("--install", action="append", default=[], metavar="PACKAGE",
+                          help="a Debian package that the command needs, too")
         verb.add_argument("--fail-on-oops", action=argparse.BooleanOptionalAction, default=True)
         if name == "run":
             verb.add_argument("--report", type=Path, metavar="FILE",
@@ -503,7 +506,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     interactive = options.verb == "shell"
     command = ["bash"] if interactive else options.command
     return run(Machine(options.kernel, command, options.cpus, options.memory, options.timeout, options.env,
-                       options.fail_on_oops, interactive, None if interactive else options.report))
+                       options.fail_on_oops, interactive, None if interactive else options.report,
+                       options.install))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ Modes, each N rounds (100):
                 no error, every synced file whole, and fsck content in the end
     cow         kill servers of an overlay at random moments, also while they start: every write that was
                 done is there, no block is torn, the base is as it was
+    nbd         kill NBD servers of several kinds at random moments, also while their client comes back,
+                under fio with checksums: no wrong data, and no error but those that a server makes
 
 Prints one line for each mode; the exit status is 1 if one of them failed.
 """
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tests.support as t
 import ublk
 from tests.test_cow import kill_overlays
+from tests.test_nbd import SERVERS, kill_nbd_servers
 from tests.test_recovery import Files, churn, file_system
 
 Result = dict[str, Any]
@@ -125,7 +128,26 @@ def cow(image: Path, rounds: int) -> Result:
     return kill_overlays(image.parent, rounds, lambda number: progress("cow", number, rounds))
 
 
-MODES = {function.__name__: function for function in (reissue, requeue, fail, quiesce, ext4, cow)}
+def nbd(image: Path, rounds: int) -> Result:
+    """kill -9 of the server behind the server."""
+    result = {}
+    for name in SERVERS:
+        left = iter(range(rounds))
+
+        def pause(fio: Any, left: Any = left) -> None:
+            number = next(left)
+            if number % 3 == 0:
+                fio.busy()
+            time.sleep(random.random() / 2)
+            progress("nbd", number, rounds)
+        requests, failed = kill_nbd_servers(ublk.companion(), name, image, image.parent / "socket",
+                                            [signal.SIGKILL] * rounds, pause)
+        assert bool(failed) == (name == "error")
+        result[f"requests of {name}"] = requests
+    return result
+
+
+MODES = {function.__name__: function for function in (reissue, requeue, fail, quiesce, ext4, cow, nbd)}
 
 
 def features() -> int:

@@ -44,6 +44,8 @@ NOT_RUN = {
     "how-ublk-works-1": "names of nodes",
     "how-ublk-works-2": "a drawing",
     "states-1": "a drawing",
+    "one-disk-on-many-machines-1": "`make gluster` does this",
+    "one-disk-on-many-machines-2": "so does lab/stores.py",
     "command-line-1": "forms, not commands: see below",
     "systemd-1": "a unit, and there is no systemd in the lab",
     "systemd-2": "a line of /etc/fstab",
