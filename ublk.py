@@ -3234,7 +3234,7 @@ class Device:
         self.interrupted = ""  # why it is to end, where somebody has said so
         self.state = NEW
         self.recovers = False  # whether the disk was there before
-        self._control: Control | None = None
+        self.control: Any = None  # the control plane, from the start to the end
         self._workers: list[Worker] = []
         self._scanner: Any = None  # the process that looks for partitions
         self._lock = threading.Lock()  # held for a moment, while workers end
@@ -3261,13 +3261,6 @@ class Device:
             if kind is None:
                 raise
             say(str(error))  # what went wrong first matters more
-
-    @property
-    def control(self) -> Control:
-        """The control plane, opened when first needed."""
-        if self._control is None:
-            self._control = TracedControl(self.trace) if self.trace else Control()
-        return self._control
 
     @property
     def name(self) -> str:
@@ -3344,6 +3337,7 @@ class Device:
             raise UblkError(
                 errno.EALREADY, self.name, "this Device was started before", "make a new Device"
             )
+        self.control = TracedControl(self.trace) if self.trace else Control()
         self.control.enough = partial(self.wait, 0)
         self.state = STARTING
         atexit.register(self.__exit__, SystemExit)
@@ -3881,9 +3875,8 @@ class Device:
     def _forget(self) -> None:
         self.state = GONE
         atexit.unregister(self.__exit__)
-        if self._control is not None:
-            self._control.close()
-            self._control = None
+        if self.control is not None:
+            self.control.close()
 
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
@@ -5197,17 +5190,12 @@ def check_files(what: str, files: Any) -> None:
             _, *number_now, size_now = file_identity(path)
         except OSError as error:
             raise UblkError(error.errno or errno.ENOENT, f"{what}: {path}") from None
+        another = "another file than it was made of" if number != number_now else ""
         refuse(
-            number != number_now,
+            another or size_now < size,
             what,
-            f"{path} is another file than it was made of",
+            f"{path} is {another or 'shorter than it was'}",
             "put that one back, or name its target with --target",
-        )
-        refuse(
-            size_now < size,
-            what,
-            f"{path} is shorter than it was",
-            "restore it, or name its target with --target",
         )
 
 
@@ -5262,12 +5250,8 @@ def forget_state(dev_id: int) -> bool:
 
 def stale_states(ids: Sequence[int]) -> list[int]:
     """Return the devices that have a state file and are not among ids."""
-    try:
-        names = os.listdir(run_dir())
-    except OSError:
-        return []
-    digits = [name[:-5] for name in names if name.endswith(".json") and name[:-5].isdecimal()]
-    found = {int(text) for text in digits if len(text) < 8 and f"{int(text)}.json" in names}
+    names = [name[:-5] for name in children(run_dir()) if name.endswith(".json")]
+    found = {int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,6}", name)}
     return sorted(found - set(ids))
 
 

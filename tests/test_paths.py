@@ -633,7 +633,7 @@ def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory, monke
         threads[0].start()
         threads[0].join(0.05)
 
-    device._control = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=unregister)
+    device.control = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=unregister)
     monkeypatch.setattr(device, "_see_that_it_is_ours", bool)
     device.share(memory.ours)
     device.unshare(0)

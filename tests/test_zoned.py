@@ -350,7 +350,7 @@ def test_a_file_system_finds_its_appends_on_every_data_path(targets, tmp_path, o
 def test_a_driver_that_loses_where_appends_land_is_not_asked_for_any(targets):
     """Of appends that were committed so, 7.3's block_rq_complete told the start of the zone."""
     device = ublk.Device(targets.Zoned(), data_path="auto-zero-copy", batch=True, unprivileged=False)
-    device._control = SimpleNamespace(features=-1)
+    device.control = SimpleNamespace(features=-1)
     assert "the driver loses where appends land" in message(device._flags)
 
 
