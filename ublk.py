@@ -1490,9 +1490,9 @@ class Control:
         """
         self._run(UBLK_CMD_STOP_DEV, dev_id, timeout=timeout)
 
-    def try_stop_dev(self, dev_id: int) -> None:
+    def try_stop_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """TRY_STOP_DEV (7.0): the same, but EBUSY where somebody has the disk open."""
-        self._run(UBLK_CMD_TRY_STOP_DEV, dev_id)
+        self._run(UBLK_CMD_TRY_STOP_DEV, dev_id, timeout=timeout)
 
     def set_params(self, dev_id: int, params: Any) -> None:
         """SET_PARAMS: the geometry of a device that was not started yet.
@@ -5025,22 +5025,37 @@ def disks_above(disk: str, partitions: Sequence[str]) -> Iterator[str]:
             yield name
 
 
-def refuse_if_held(dev_id: int) -> None:
-    """Raise UblkError (EBUSY) that names who uses a disk.
+def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
+    """Stop a disk that nobody uses, or raise UblkError (EBUSY) that names who does.
 
     Who has it open for a moment only is given that moment; udev and partx,
     which look at every disk, are nobody's use.
     """
     deadline = time.monotonic() + PASSING
-    while found := [name for name in holders(dev_id) if not name.startswith(LOOKERS)]:
+    while True:
+        found = holders(dev_id)
+        users = [name for name in found if not name.startswith(LOOKERS)]
+        # We may not see all of them; from 7.0 on the driver does
+        if not users and (found or try_stop(control, dev_id, identity)):
+            return
         if time.monotonic() > deadline:
             raise UblkError(
                 errno.EBUSY,
                 f"device {dev_id} is in use",
-                f"by {', '.join(found)}",
+                f"by {', '.join(users) or 'somebody'}",
                 f"end that first, or `ublk.py del {dev_id} --force`",
             )
         time.sleep(0.05)
+
+
+def try_stop(control: Control, dev_id: int, identity: int) -> bool:
+    """TRY_STOP_DEV, where there is that and a disk; tell whether nobody has it open."""
+    if (control.features or 0) & UBLK_F_SAFE_STOP_DEV and is_same(control, dev_id, identity):
+        try:
+            control.try_stop_dev(dev_id, GRACE)
+        except UblkError as error:
+            return error.errno != errno.EBUSY
+    return True
 
 
 def new_identity(follows: bool) -> int:
@@ -6634,7 +6649,7 @@ def delete_devices(options: Any) -> int:
             try:
                 info = control.get_dev_info(dev_id)
                 if not options.force:
-                    refuse_if_held(dev_id)
+                    stop_if_unused(control, dev_id, info.ublksrv_flags)
                 delete(control, dev_id, identity=info.ublksrv_flags)
             except UblkError as error:
                 gone = error.errno == errno.ENODEV and forget_state(dev_id)
@@ -6666,12 +6681,15 @@ def quiesce(options: Any) -> None:
     with Control() as control:
         require(UBLK_F_QUIESCE & ~(control.features or 0))
         server = control.get_dev_info(options.id).ublksrv_pid
+        control.quiesce_dev(options.id, options.timeout)
 
         def has_left() -> bool:
+            info = control.get_dev_info(options.id)
+            if info.state != UBLK_S_DEV_LIVE or info.ublksrv_pid != server:
+                return True
             # Again and again: a queue without a free tag is not told (up to 7.3)
             control.quiesce_dev(options.id, options.timeout)
-            info = control.get_dev_info(options.id)
-            return info.state != UBLK_S_DEV_LIVE or info.ublksrv_pid != server
+            return False
 
         if not becomes(has_left, SERVER_TIMEOUT + options.timeout):
             raise UblkError(

@@ -22,6 +22,7 @@ from tests.support import (
     opened,
     read_at,
     sh,
+    since,
     until,
     with_partition,
 )
@@ -74,6 +75,12 @@ def by_a_program_under_another_name(disk, tmp_path):
     return under_another_name(disk, "/dev", by_a_program, tmp_path)
 
 
+@contextmanager
+def by_a_program_that_is_not_found(disk, tmp_path):
+    with under_another_name(disk, tmp_path, by_a_program, tmp_path):
+        yield "by somebody"
+
+
 def by_a_mount_under_another_name(disk, tmp_path):
     return under_another_name(disk, tmp_path, by_a_mount, tmp_path)
 
@@ -104,7 +111,8 @@ def by_md(disk, tmp_path):
 
 
 HOLDERS = [by_ourselves, by_a_program, by_a_program_under_another_name, by_a_mount,
-           by_a_mount_under_another_name, by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md]
+           by_a_mount_under_another_name, by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md,
+           pytest.param(by_a_program_that_is_not_found, marks=since("7.0"))]
 
 
 @kernel

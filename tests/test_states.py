@@ -709,9 +709,9 @@ def test_del_takes_no_other_device_of_its_number_while_it_waits_for_another_del(
 
 def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver, monkeypatch):
     driver.devices[7] = 1
-    monkeypatch.setattr(ublk, "refuse_if_held", lambda dev_id: driver.devices.update({7: 99}))
+    monkeypatch.setattr(ublk, "holders", lambda dev_id: driver.devices.update({7: 99}) or [])
     ublk.delete_devices(SimpleNamespace(id=[7], all=False, force=False))
-    assert driver.devices.pop(7, None) == 99
+    assert (driver.devices.pop(7, None), driver.sent) == (99, [])
 
 
 # ---- a size that a target cannot have ---------------------------------------------------------------
