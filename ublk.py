@@ -42,7 +42,7 @@ of device node:
 Both planes are spoken over io_uring, with its command ``IORING_OP_URING_CMD``.
 A life in brief:
 
-    ADD_DEV  ->  SET_PARAMS  ->  open and mmap /dev/ublkcN  ->  FETCH every tag  ->  START_DEV
+    ADD_DEV  ->  open /dev/ublkcN  ->  SET_PARAMS  ->  mmap, FETCH every tag  ->  START_DEV
     ... requests ...
     STOP_DEV (every tag ends with ENODEV)  ->  close /dev/ublkcN  ->  DEL_DEV
 
@@ -1653,17 +1653,18 @@ def device_ids() -> list[int]:
 #   - Whatever goes wrong in a handler, the request ends: an OSError with its
 #     own errno, anything else with EIO.
 #
-# **From nothing to a disk, and back.** ADD_DEV, SET_PARAMS, open and map
-# /dev/ublkcN, a thread for each queue, FETCH for every tag, START_DEV. On the
-# way back STOP_DEV comes first, while the threads still serve: it waits for the
+# **From nothing to a disk, and back.** ADD_DEV, open /dev/ublkcN, SET_PARAMS,
+# map it, a thread for each queue, FETCH for every tag, START_DEV. On the way
+# back STOP_DEV comes first, while the threads still serve: it waits for the
 # requests they have, then ends every parked command with ENODEV, by which the
-# threads know that they are to leave. Only when they have, and every descriptor
-# and mapping of /dev/ublkcN is gone, DEL_DEV can end. A start that fails in the
-# middle goes the same way back. The order matters more than it seems: START_DEV
-# after STOP_DEV on one open node crashes kernels before 7.3, so a Device lives
-# once; and a thread that dies with a tag in its hands leaves a queue that is
-# deaf, so the others are told to leave, too, and the kernel fails what the dead
-# one had.
+# threads know that they are to leave. When they have, the target is closed;
+# only when every descriptor and mapping of /dev/ublkcN is gone, DEL_DEV can
+# end. A start that fails in the middle goes the same way back. The order
+# matters more than it seems: START_DEV after STOP_DEV on one open node crashes
+# kernels before 7.3, so a Device lives once; a thread that dies with a tag in
+# its hands leaves a queue that is deaf, so the others are told to leave, too,
+# and the kernel fails what the dead one had; and once the node is closed the
+# next server may come, so the target has stored by then what it has to.
 
 
 class Target:
@@ -4901,7 +4902,8 @@ class Poll(Operation):
 #
 # **Who holds a disk.** A disk in use can be stopped but not deleted, and its
 # users get errors; so whoever is about to delete one asks first, and names
-# them: processes, mounts, swap, disks on top.
+# them: processes, mounts, swap, disks on top. From 7.0 on the driver says
+# itself whether there are any.
 #
 # What kernels do that one has to know. Up to 6.15 a server killed after it has
 # mapped a queue and before its disk is there cannot be recovered, only deleted.
