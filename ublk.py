@@ -3351,6 +3351,8 @@ class Device:
             self.control.enough = bool  # first of all, or no command could undo anything
             over = isinstance(error, UblkError) and self.wait(0)
             cause = self._cause() if over else error
+            if isinstance(cause, OSError):
+                cause = self._named(cause)
             try:
                 undo()
             except UblkError as left:

@@ -241,6 +241,16 @@ def test_a_worker_that_ends_while_the_disk_starts_ends_the_start(driver):
     assert "it was stopped before the disk was there" in message(disk.start)
 
 
+@pytest.mark.parametrize("step", ["open_char", "map_descriptors", "file_identity"])
+def test_whatever_a_start_fails_of_is_an_error_of_ours(driver, monkeypatch, step):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+    disk = new()
+    disk.target.files = [__file__]
+    monkeypatch.setattr(ublk, step, fail)
+    assert "the server of device 7: Too many open files (24 EMFILE)" in message(disk.start)
+
+
 class Unspeakable(Exception):
     def __str__(self):
         raise ValueError
