@@ -117,7 +117,7 @@ def driver(monkeypatch):
     yield found
     os.close(found.fd)
     assert found.devices == {}
-    until(lambda: not any(thread.name.startswith("ublk7q") for thread in threading.enumerate()))
+    until(lambda: not any(thread.name.startswith("ublk7q") for thread in threading.enumerate()), seconds=10)
 
 
 def new(target=None, **options):
