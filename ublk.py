@@ -3884,8 +3884,7 @@ class Device:
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
         # Another thread may have had these locks
-        if self._control is not None:
-            self._control.unlock()
+        self.control.unlock()
         self._life = threading.RLock()
         self._lock = threading.Lock()
         for worker in self._workers:

@@ -391,7 +391,7 @@ def test_a_control_plane_may_be_closed_beside_commands(control):
 
 def test_a_forked_child_waits_for_no_command(control):
     disk = new()
-    disk._control = control
+    disk.control = control
     with control._lock:
         assert in_child(disk.disown) == 0
 
