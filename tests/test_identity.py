@@ -89,7 +89,7 @@ def test_who_cleans_up_leaves_anothers_device_alone(undo):
     mine = ublk.Device(Ram())
     with ublk.Device(Ram()) as other:
         if undo == "stop":
-            mine.id, mine.state = other.id, ublk.ADDED
+            mine.id, mine.state, mine.control = other.id, ublk.ADDED, ublk.Control()
             mine.stop()
         else:
             ublk.clean_up(mine.identity)
