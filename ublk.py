@@ -3095,8 +3095,14 @@ class Worker(threading.Thread):
         self.index = index
         self.cpus = cpus
         self.queue: Queue | None = None
+        self.asked = False  # to begin
         self.fetched = self.left = self.ended = self.given_up = False  # how far it has come
         self._closes = threading.Lock()  # taken by who closes the queue
+
+    def start(self) -> None:
+        """Begin, a moment later."""
+        self.asked = True
+        super().start()
 
     def run(self) -> None:
         """Serve, and report how it ended."""
@@ -3146,7 +3152,8 @@ class Worker(threading.Thread):
 
     def give_up(self) -> None:
         """Wait for its end, then take the requests from a handler that does not return: they fail."""
-        if self.ident is None:  # it could not be started
+        # A thread whose start() was interrupted begins all the same
+        if not self.asked or not becomes(lambda: self.ident is not None, GRACE):
             return
         self.join(GRACE)
         if self.queue is not None and self._closes.acquire(blocking=False):

@@ -334,6 +334,24 @@ def test_an_error_of_a_targets_close_does_not_keep_the_device(driver):
     assert driver.devices == {}
 
 
+def test_a_thread_that_begins_though_its_start_was_interrupted_is_waited_for(driver, monkeypatch):
+    disk, seen = new(), []
+
+    def interrupted(thread, start=threading.Thread.start):
+        later = threading.Timer(0.2, start, [thread])
+        start(later)
+        raise KeyboardInterrupt
+
+    def serve(worker):
+        seen.append(worker.device.char_fd)
+
+    monkeypatch.setattr(ublk.Worker, "serve", serve)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupted)
+        disk.start()
+    assert len(seen) == 1 and seen[0] >= 0
+
+
 def test_a_second_interruption_of_a_start_leaves_a_device_that_can_be_stopped(driver):
     disk = new()
 
