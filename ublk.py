@@ -3100,9 +3100,18 @@ class Worker(threading.Thread):
         self._closes = threading.Lock()  # taken by who closes the queue
 
     def start(self) -> None:
-        """Begin, a moment later."""
+        """Begin, if only a moment later."""
         self.asked = True
         super().start()
+
+    def goes_on(self) -> bool:
+        """Tell whether it has yet to end.
+
+        A signal's handler that raises keeps a Thread from knowing that: start()
+        may not hear of the beginning, and join() takes it for the end (before
+        Python 3.13).
+        """
+        return self.asked and not self.ended
 
     def run(self) -> None:
         """Serve, and report how it ended."""
@@ -3152,10 +3161,7 @@ class Worker(threading.Thread):
 
     def give_up(self) -> None:
         """Wait for its end, then take the requests from a handler that does not return: they fail."""
-        # A thread whose start() was interrupted begins all the same
-        if not self.asked or not becomes(lambda: self.ident is not None, GRACE):
-            return
-        self.join(GRACE)
+        becomes(lambda: not self.goes_on(), GRACE)
         if self.queue is not None and self._closes.acquire(blocking=False):
             self.given_up = True
             self.queue.path.abandon()
@@ -3806,7 +3812,7 @@ class Device:
             if self._is_anothers():
                 delete = bool
             elif self.state in (ADDED, LIVE) and any(
-                worker.is_alive() for worker in self._workers
+                worker.goes_on() for worker in self._workers
             ):
                 self._stop_disk(timeout)
         finally:

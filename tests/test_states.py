@@ -352,6 +352,24 @@ def test_a_thread_that_begins_though_its_start_was_interrupted_is_waited_for(dri
     assert len(seen) == 1 and seen[0] >= 0
 
 
+def test_an_end_that_was_interrupted_waits_for_the_threads_the_next_time(driver, monkeypatch):
+    disk, go, seen = new(), threading.Event(), []
+
+    def serve(worker):
+        serves(worker)
+        go.wait(10)
+        seen.append(worker.device.char_fd)
+
+    monkeypatch.setattr(ublk.Worker, "serve", serve)
+    disk.start()
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        disk.stop()
+    threading.Timer(0.1, go.set).start()
+    disk.stop()
+    assert len(seen) == 1 and seen[0] >= 0
+
+
 def test_a_second_interruption_of_a_start_leaves_a_device_that_can_be_stopped(driver):
     disk = new()
 
