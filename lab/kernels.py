@@ -49,9 +49,9 @@ DEFAULT_KERNELS = ("7.3", "6.1", "6.12")
 NEWEST_SUITE = "trixie-backports"
 
 PACKAGES = """
-    binutils btrfs-progs busybox-static e2fsprogs f2fs-tools fio gcc kmod libc6-dev libelf1 make mdadm
-    mount nbd-client nbdkit nbdkit-plugin-python passwd procps python3-venv qemu-system-x86 qemu-utils udev
-    util-linux xfsprogs xz-utils zstd
+    binutils btrfs-progs busybox-static e2fsprogs f2fs-tools fio gcc git kmod libc6-dev libelf1 make
+    mdadm mount nbd-client nbdkit nbdkit-plugin-python passwd procps python3-venv qemu-system-x86 qemu-utils
+    udev util-linux xfsprogs xz-utils zstd
 """.split()
 # Part of QEMU, in C, in Debian 12; a package of its own, in Rust and with other options, since Debian 13.
 OLD_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
