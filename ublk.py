@@ -5512,7 +5512,7 @@ class Trace:
         with self._lock:
             try:
                 self.hear(time.monotonic_ns(), stage, more)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 show(error)
 
     def number(self) -> int:

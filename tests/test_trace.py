@@ -131,9 +131,12 @@ def test_each_second_begins_anew(monkeypatch):
     assert [record["requests"] for record in records] == [2]
 
 
-def test_nobody_hears_it_and_the_requests_are_served_all_the_same(capfd):
+@pytest.mark.parametrize("error", [OSError(28, "no space left"), SystemExit(1)])
+def test_nobody_hears_it_and_the_requests_are_served_all_the_same(error, monkeypatch, capfd):
+    monkeypatch.setattr(ublk, "_bugs", {})
+
     def deaf(*_):
-        raise OSError(28, "no space left")
+        raise error
 
     queue = serve(Ram(), trace=ublk.Trace(deaf))
     assert sorted(queue.answers) == [(tag, 4096) for tag in range(4)]
