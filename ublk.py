@@ -3521,11 +3521,14 @@ class Device:
                 self._wake_workers()
         finally:
             worker.ended = True
+            over = all(worker.ended for worker in self._workers)
             try:
-                if self.failure is not None and all(worker.ended for worker in self._workers):
+                if self.failure is not None and over:
                     self._close_all()  # the kernel fails the requests that died with a worker
             finally:
-                self._end_waits()
+                # An idle queue leaves a quiesced disk before one that is busy
+                if over or self.failure is not None or self.state is not LIVE:
+                    self._end_waits()
 
     def _named(self, failure: BaseException) -> UblkError:
         """Return what to tell of a worker's failure."""

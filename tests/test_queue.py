@@ -201,17 +201,18 @@ def test_quiesce_loses_no_write_that_is_on_its_way(tmp_path, monkeypatch, option
 
 @kernel
 @since("6.16")
-def test_a_queue_whose_tags_are_all_busy_is_quiesced_once_they_are_not(tmp_path):
-    """The driver tells only those tags of it that are idle at that moment."""
+@pytest.mark.parametrize("option", ["--depth=1", "--queues=2"])
+def test_quiesce_waits_for_a_busy_queue(tmp_path, option):
+    """The driver tells only idle tags: none of a queue that has no other, all of an idle queue at once."""
     path = target_file(tmp_path, """
         class Slow(ublk.Target):
             size = 1 << 20
             def read(self, offset, buffer):
                 pass
-            def write(self, offset, buffer):
-                time.sleep(0.5)
+            async def write(self, offset, buffer):
+                await asyncio.sleep(0.5)
     """)
-    disk, errors = Forked(f"{path}:Slow", "--depth=1", "-r", "requeue").live(), []
+    disk, errors = Forked(f"{path}:Slow", option, "-r", "requeue").live(), []
     with opened(disk.path) as fd:
         writer = threading.Thread(target=lambda: errors.extend(
             error_of(write_at, fd, 4096 * number, b"w" * 4096) for number in range(4)))
