@@ -9,9 +9,19 @@ run: ## the main job, step by step: on this machine's driver (as root), else in 
 	@if [ -e /dev/ublk-control ] && [ "$$(id -u)" = 0 ]; then sh lab/demo.sh; \
 	else echo "Starting a virtual machine ..."; $(LAB) run $(or $(KERNEL),7.3) -- sh lab/demo.sh; fi
 
-learn: ## the steps of learn/README.md: on this machine's driver (as root), else in a virtual machine [STEP=3 only that one, KERNEL=7.3]
+learn: ## the steps of learn/README.md: on this machine's driver (as root), else in a virtual machine [STEP=3 only that one, CHECK=2 mine.py an exercise, KERNEL=7.3]
+ifdef CHECK
+	@$(PYTHON) lab/exercises.py $(CHECK) $(EXERCISE)
+else
 	@if [ "$(STEP)" = 1 ] || [ -e /dev/ublk-control ] && [ "$$(id -u)" = 0 ]; then $(PYTHON) lab/lessons.py $(STEP); \
 	else echo "Starting a virtual machine ..."; $(LAB) run $(or $(KERNEL),7.3) -- python3 lab/lessons.py $(STEP); fi
+endif
+
+ifdef CHECK     # a goal beside `learn` is the file to check
+EXERCISE := $(filter-out learn,$(MAKECMDGOALS))
+$(EXERCISE): learn
+	@:
+endif
 
 test: ## the test suite, natively and in real kernels [KERNEL=7.3 only that one, K=word as in pytest -k, ALL=1 each path with everything, HOST=1 no virtual machine]
 	@$(LAB) test $(if $(KERNEL),--kernel $(KERNEL)) $(if $(K),-k "$(K)") $(if $(ALL),--all) $(if $(HOST),--host)

@@ -369,7 +369,7 @@ def pytest_command(python: str, marks: str, word: str, report: object,
 
 
 # What is about the project's own programs, and the same with every driver: the first kernel has it.
-ONCE = ("tests/test_readme.py", "tests/test_plugin.py", "tests/test_proof.py")
+ONCE = ("tests/test_readme.py", "tests/test_plugin.py", "tests/test_proof.py", "tests/test_exercises.py")
 # What is about single targets. The oldest driver has what all of them promise, in test_targets.py.
 NOT_ON_THE_OLDEST = tuple(f"tests/test_{name}.py" for name in (
     "cache", "cow", "durable", "fault", "nbd", "raid", "replay", "stripe", "zoned"))
