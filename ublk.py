@@ -2462,7 +2462,8 @@ class Queue:
         """
         if self.in_flight or self.asked:
             return False
-        self.at_rest = not self.mapped or not self._has_requests()
+        all_ended = len(self.ended) == self.depth
+        self.at_rest = not self.mapped or all_ended or not self._has_requests()
         return self.at_rest
 
     def _has_requests(self) -> bool:

@@ -398,6 +398,18 @@ def test_a_queue_that_ends_waits_for_data_it_has_asked_for():
     assert served_while_ending(([], {0}), NOTHING, NOTHING, ([1], set()), NOTHING, NOTHING, asked=[1]) == [1]
 
 
+def test_a_queue_whose_tags_have_all_ended_needs_no_other_ring(monkeypatch):
+    """There may be no descriptor left for one."""
+    device = StandIn(InFile(None))
+    queue = NopQueue(device)
+    queue.ended.update(range(queue.depth))
+    with monkeypatch.context() as patch:
+        patch.setattr(ublk, "Ring", None)
+        assert queue._idle() and queue.at_rest
+    queue.close()
+    device.close()
+
+
 MAKING = {"ring": (ublk, "Ring"), "memory": (ublk, "address_of"), "chains": (ublk.Ring, "prepare"),
           "file": (ublk.os, "dup"), "table": (ublk.Ring, "register_sparse_buffers"),
           "shared memory": (ublk, "SharedCopy"), "the last step": (ublk.Queue, "_wake")}
