@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bugs import TABLE, Row
+from bugs import TABLE, Row, fsync
 
 import ublk
 import ublk_targets
@@ -76,17 +76,18 @@ def record(row: Row, log: Path) -> None:
     disk = ublk_targets.Record(str(log), ram)
     with ublk.Device(disk) as device:
         if system is None:
-            return work(row, Path(device.path), disk)
+            return work(row, Path(device.path), disk, device.path)
         sh(*system.mkfs.split(), device.path)
         options = ["-o", system.options] if system.options else []
         with mounted(device.path, log.with_name("mnt"), *options) as place:
-            return work(row, place, disk)
+            return work(row, place, disk, device.path)
 
 
-def work(row: Row, place: Path, disk: Any) -> None:
+def work(row: Row, place: Path, disk: Any, path: str) -> None:
     """Have a program work; before the first mark and after the last there is nothing to look at."""
     row.program.begin(place)
     os.sync()
+    fsync(Path(path))                                               # also where no file system would flush
     disk.mark("0")
     row.program.work(place, lambda number: disk.mark(str(number)))
     disk.mark("end")
@@ -108,6 +109,8 @@ def look(row: Row, image: str, promised: int, place: Path) -> str:
     place.mkdir(exist_ok=True)
     words = ["mount", "-t", row.file_system.kind, "-o", "loop", image, str(place)]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if re.search("unknown filesystem|loop device", done.stderr):    # that says nothing of what is on the disk
+        raise RuntimeError(done.stderr)
     if done.returncode == 32:                                       # of mount(8): the mount failed
         return "it cannot be mounted"
     done.check_returncode()
