@@ -413,6 +413,15 @@ def test_check_wants_no_udev_rules_where_there_is_no_udev(run, monkeypatch):
         assert ("missing  udev rules" in run("check").out) == ("/run/udev" in paths)
 
 
+@pytest.mark.parametrize("words, works", [
+    ("{python} -I {ublk}", True), ("'{python}' -I '{ublk}'", True), ("/no/python3 -I {ublk}", False),
+    ("{python} -I /no/ublk.py", False), ("mine", False)])
+def test_check_tells_of_rules_whose_program_has_gone(words, works):
+    asks = f'PROGRAM="{words} udev-owner %k", OWNER="%c{{{{1}}}}"'.format(python=sys.executable, ublk=UBLK)
+    assert ublk.asks_for_owner(f'KERNEL=="ublk[bc][0-9]*", {asks}') == works
+    assert not ublk.asks_for_owner(f"# {asks}")
+
+
 class Waiting:
     """A control plane with one device, which waits for a server."""
 
