@@ -27,6 +27,7 @@ import time
 import traceback
 import uuid
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,11 @@ def durable(disk: Any, store: Any, gateway: Gateway, rounds: int, directory: Pat
     return f"{t.completed(disk) - before} requests"
 
 
+def goes_on_or_ends(files: Any, before: int) -> bool:
+    """Tell whether files are written again, or none can be."""
+    return len(files.synced()) > before + 1 or files.process.poll() is not None
+
+
 def synced(disk: Any, store: Any, gateway: Gateway, rounds: int, directory: Path) -> str:
     """Kill qemu-nbd under a file system, which may lose what was not synced, and must be told so."""
     count, failed = 0, 0
@@ -221,7 +227,8 @@ def synced(disk: Any, store: Any, gateway: Gateway, rounds: int, directory: Path
             for _ in range(3):
                 files.busy()
             gateway.restart()
-            time.sleep(5)
+            before = len(files.synced())
+            t.until(partial(goes_on_or_ends, files, before), "the file system", 300)
             failed += files.process.poll() is not None
             for process in (files.process, others):
                 process.kill()
