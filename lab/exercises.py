@@ -412,6 +412,17 @@ def own_end(trial: Trial) -> None:
          "The program is gone, the disk is not: it has to be deleted.")
 
 
+def helper(trial: Trial) -> None:
+    trial.serve()
+    must(trial.await_(Path(f"{trial.image}.usage").exists), "Nobody writes disk.img.usage any more.")
+    trial.kill()
+    trial.start()
+    trial.read(0, 65536,
+               "The server was killed and started again, and START_USER_RECOVERY says that the device is "
+               "busy: who, that still lives, has /dev/ublkc42, or the ring whose commands wait there, open "
+               "or mapped?")
+
+
 class Exercise(NamedTuple):
     """What there is to do, the program to start from, and what tries the result."""
     title: str
@@ -429,6 +440,7 @@ EXERCISES = {
     7: Exercise("why does this server hang? The start", BROKEN[7], begun),
     8: Exercise("why does this server hang? A fair share", BROKEN[8], lost),
     9: Exercise("why does this server hang? Ctrl-C", BROKEN[9], own_end),
+    10: Exercise("why does this server hang? A helper", BROKEN[10], helper),
 }
 
 

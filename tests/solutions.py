@@ -106,6 +106,24 @@ BROKEN = {
 +                pass
 +            sys.exit("deleted")
 '''),
+    10: change(step(5), '''
+-"""Step 5, a disk that outlives its server: run it again, and it takes the disk over.
++"""A disk that outlives its server, with a helper: "why does this server hang?"
+
++def usage(image):
++    """Write to a file how full the image is, again and again."""
++    while True:
++        with open(sys.argv[1] + ".usage", "w") as file:
++            print(os.fstat(image).st_blocks // 2, "KiB", file=file)
++        time.sleep(1)
++
++
+ def serve(image, start):
+
+     io = IoCommand(addr=addressof(buffer))
++    if os.fork() == 0:
++        usage(image)
+'''),
 }
 
 SOLUTIONS = {
@@ -273,6 +291,32 @@ SOLUTIONS = {
 +            descs.close()
 +            os.close(file)
 '''),
+    10: change(BROKEN[10], '''
+ libc = ctypes.CDLL(None, use_errno=True)
++
++
++def usage(image):
++    while True:
++        with open(sys.argv[1] + ".usage", "w") as file:
++            print(os.fstat(image).st_blocks // 2, "KiB", file=file)
++        time.sleep(1)
++
++
++if os.fork() == 0:                      # before there is a ring or a device, which the child would keep
++    usage(os.open(sys.argv[1], os.O_RDONLY))
+
+-def usage(image):
+-    """Write to a file how full the image is, again and again."""
+-    while True:
+-        with open(sys.argv[1] + ".usage", "w") as file:
+-            print(os.fstat(image).st_blocks // 2, "KiB", file=file)
+-        time.sleep(1)
+-
+-
+
+-    if os.fork() == 0:
+-        usage(image)
+'''),
 }
 
 # What is changed in a solution, and the words of the answer that must help.
@@ -358,6 +402,7 @@ WRONG = [
 -            while wait().user_data != COMMANDS["DEL_DEV"]:
 -                pass
 ''', "the disk is not"),
+    (10, "is not mended", BROKEN[10], "that still lives"),
 ]
 
 # The same, only with ALL=1.
@@ -392,6 +437,15 @@ ALSO_WRONG = [
     (9, "keeps the descriptors", '''
 -            descs.close()
 ''', "open, or mapped"),
+    (10, "has no helper", '''
+-if os.fork() == 0:                      # before there is a ring or a device, which the child would keep
+-    usage(os.open(sys.argv[1], os.O_RDONLY))
+''', "any more"),
+    (10, "keeps the descriptors", change(BROKEN[10], '''
+     if os.fork() == 0:
++        os.close(file)
+         usage(image)
+'''), "that still lives"),
 ]
 
 
