@@ -3255,7 +3255,7 @@ class Device:
         self._lock = threading.Lock()  # held for a moment, while workers end
         self._life = threading.RLock()  # held by the one thread that changes the state
         self._changing = False  # whether it does
-        self._changes = threading.Lock()  # held while memory is shared, or the size changes
+        self._changes = threading.RLock()  # held while memory is shared, or the size changes
         self._closing = threading.Lock()  # held while the target is closed
         self._closed = False  # whether it was
         # Free once the end has come. A lock may be released by a signal's
@@ -5156,7 +5156,9 @@ def make_run_dir() -> None:
         or status.st_mode & 0o022
         or not os.access(path, os.W_OK)
     ):
-        raise UblkError(errno.EPERM, what, "not you alone may write there", OWN_RUN_DIR)
+        raise UblkError(
+            errno.EPERM, what, "not you, and you alone, may write there", OWN_RUN_DIR
+        )
 
 
 def save_state(device: Device) -> None:
