@@ -135,7 +135,7 @@ def answer(desc, buffer):
 def serve():
     """Start the disk and answer its requests, one at a time, until it is deleted."""
     file = os.open(f"/dev/ublkc{DEV_ID}", os.O_RDWR)
-    descs = mmap(file, sizeof(IoDesc), prot=PROT_READ)
+    descs = mmap(file, sizeof(IoDesc), prot=PROT_READ)      # of queue 1: at 4096 * 24 in the file
     buffer = create_string_buffer(65536)
     io = IoCommand(addr=addressof(buffer))
     submit(file, "FETCH_REQ", io)
@@ -160,6 +160,7 @@ def main():
             COMMANDS[name] &= 0xFF      # the oldest drivers know the bare numbers only
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID)
     manage("ADD_DEV", info)
+    # The first part of Params counts (types=1): blocks of 2**9 bytes, 128 sectors at most
     params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
     params.dev_sectors = 2048           # 1 MiB
     manage("SET_PARAMS", params)

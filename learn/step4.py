@@ -133,7 +133,7 @@ def answer(image, desc, buffer):
     op = desc.op_flags & 0xFF
     offset = 512 * desc.start_sector
     size = done = 512 * desc.nr_sectors
-    data = memoryview(buffer)[:size]
+    data = memoryview(buffer).cast("B")[:size]
     if op == UBLK_IO_OP_READ:
         done = os.preadv(image, [data], offset)
     elif op == UBLK_IO_OP_WRITE:
@@ -177,6 +177,7 @@ def main():
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID)
     manage("ADD_DEV", info)
     image = os.open(sys.argv[1], os.O_RDWR)
+    # Two parts of Params count (types=3): the first, and the fields about DISCARD
     params = Params(sizeof(Params), types=3, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
     params.dev_sectors = os.path.getsize(image) // 512
     params.attrs = 4                    # a volatile cache: FLUSH makes it durable

@@ -135,7 +135,7 @@ def answer(image, desc, buffer):
     op = desc.op_flags & 0xFF
     offset = 512 * desc.start_sector
     size = done = 512 * desc.nr_sectors
-    data = memoryview(buffer)[:size]
+    data = memoryview(buffer).cast("B")[:size]
     if op == UBLK_IO_OP_READ:
         done = os.preadv(image, [data], offset)
     elif op == UBLK_IO_OP_WRITE:
@@ -179,7 +179,7 @@ def main():
     if manage("ADD_DEV", info) == -errno.EEXIST:
         while manage("START_USER_RECOVERY", info) == -errno.EBUSY:
             time.sleep(1)               # until the old server is gone
-        serve(image, "END_USER_RECOVERY")
+        serve(image, "END_USER_RECOVERY")       # does not return: what follows is for a new disk
     params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
     params.dev_sectors = os.path.getsize(image) // 512
     params.attrs = 4                    # a volatile cache: FLUSH makes it durable

@@ -97,7 +97,7 @@ order = (c_uint32 * 64).from_buffer(queues, setup.sq_array)
 for slot in range(64):          # each entry of the queue has an SQE of its own
     order[slot] = slot
 cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
-sqes = mmap(ring, 8192, offset=IORING_OFF_SQES)
+sqes = mmap(ring, 8192, offset=IORING_OFF_SQES)     # 64 of 128 bytes
 control = os.open("/dev/ublk-control", os.O_RDWR)
 
 
@@ -126,7 +126,7 @@ def manage(name, payload):
     """Have the control node do a command, and show how it ends."""
     command = ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload))
     submit(control, name, command)
-    cqe = next(wait())
+    cqe = next(wait())              # only this one is under way
     print(f"{name}: {os.strerror(-cqe.res)}", file=sys.stderr)
     if cqe.res < 0:
         sys.exit(1)
