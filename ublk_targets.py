@@ -1578,7 +1578,6 @@ class Nbd(ublk.Target):
                 self.tls.load_cert_chain(certificate)
         asyncio.run(self._meet())
         self.connection: Any = None
-        self.pending: dict[int, NbdRequest] = {}  # by cookie
         self.cookie = 0
         self.heard = 0.0  # when the last reply came, or there was nothing to wait for
         self.given_up = False  # this connection, by us
@@ -1618,6 +1617,7 @@ class Nbd(ublk.Target):
         import asyncio
 
         refuse(index, self.uri, "there is one connection", "use one queue")
+        self.pending: dict[int, NbdRequest] = {}  # by cookie
         self.connection = await self._connect()
         loop = asyncio.get_running_loop()
         self.tasks = loop.create_task(self._receive()), loop.create_task(self._watch())
@@ -2200,8 +2200,7 @@ class Record(Wrapper, ublk.Target):
 
     def close(self) -> None:
         self.log.close()
-        if hasattr(self.target, "close"):
-            self.target.close()
+        getattr(self.target, "close", bool)()
 
 
 class Entry(NamedTuple):
@@ -2611,7 +2610,7 @@ def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
     # Of itself the shell tells a signal as a negative number, of its command as 128 and more
     refuse(status in (126, 127), check, "it cannot be run", "name a command that is there")
     refuse(
-        status < 0 or status > 128,
+        status < 0 or 128 < status < 255,  # which scripts end with that die
         check,
         f"it was killed at entry {crash.entry.number}: status {status}",
         f"the disk it looked at is {kept}",

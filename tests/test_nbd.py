@@ -557,6 +557,25 @@ def test_nbd_what_a_server_that_shuts_down_still_does_is_waited_for_not_sent_aga
         assert fake.commands.count(WRITE) == 1 and fake.commands.count(READ) == 2
 
 
+def test_nbd_a_disk_that_starts_anew_sends_nothing_of_its_last_life(targets, here):
+    async def unanswered():
+        fake.ignores = WRITE
+        write = asyncio.ensure_future(target.write(0, PAGE))
+        while WRITE not in fake.commands:
+            await asyncio.sleep(0.01)
+        write.cancel()
+
+    async def work():
+        fake.ignores, fake.dies_of = None, READ
+        await target.read(0, bytearray(4096))
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, unanswered)
+        served(target, work)
+        assert fake.commands.count(WRITE) == 1
+
+
 def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
     async def work():
         fake.dies_of = WRITE

@@ -441,6 +441,12 @@ def test_what_was_not_looked_at_is_neither_good_nor_bad(run, log, tmp_path, word
     assert says in done.err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("status", [1, 125, 128, 255])
+def test_a_check_says_with_any_status_of_its_own_that_a_crash_is_bad(run, log, tmp_path, status):
+    done = run("replay", log.path, tmp_path / "disk", "--check", f"exit {status}")
+    assert done.out.startswith("bad at entry 4") and f"status {status}: " in done.out
+
+
 def test_a_check_knows_which_crash_it_looks_at(run, targets, log, tmp_path):
     disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
     for text in ("row 1", "row 2"):
