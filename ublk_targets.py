@@ -1842,6 +1842,7 @@ class Zoned(ublk.Target):
         self.max_active_zones = max_active
         self.lock = threading.Lock()
         self.path = file
+        self.files = [file] if file else []
         if not file:
             fd = os.memfd_create("zoned")
             weakref.finalize(self, os.close, fd)
@@ -2119,6 +2120,7 @@ class Record(Wrapper, ublk.Target):
         )
         self.offer(["flush"])  # of interest even where the target needs none
         self.lock = threading.Lock()
+        self.files = [*target.files, log]
         self.limit = limit or sys.maxsize
         self.log = open(log, "r+b" if os.path.exists(log) else "x+b", buffering=0)
         claim(self.log.fileno(), log)

@@ -312,6 +312,14 @@ def test_a_device_that_a_killed_server_still_holds_is_waited_for(targets, tmp_pa
     os.close(fd)
 
 
+@pytest.mark.parametrize("words, names", [
+    ("loop a.img", "a.img"), ("stripe a.img b.img", "a.img b.img"), ("cow a.img x.cow", "a.img x.cow"),
+    ("zoned --file z --size 64M", "z"), ("zoned", ""), ("cache record log fault loop a.img", "a.img log")])
+def test_a_target_names_all_files_that_a_recovered_disk_must_find(two_files, words, names):
+    target = ublk.make_target(words.split())
+    assert list(target.files) == names.split()
+
+
 # ---- one server for one file -----------------------------------------------------------------------
 
 def record(targets, log, image):
