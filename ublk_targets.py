@@ -517,9 +517,8 @@ class Stripe(Over, Mapped, ublk.Target):
         ]
         self.files = paths
         self.boundary = chunk
-        self.block_size = max(leg.block_size for leg in legs)
-        self.physical_block_size = max(leg.physical_block_size for leg in legs)
-        self.dma_alignment = max(leg.dma_alignment for leg in legs)
+        for name in ("block_size", "physical_block_size", "dma_alignment"):
+            setattr(self, name, max(getattr(leg, name) for leg in legs))
         refuse(
             chunk <= 0 or chunk % self.block_size,
             f"chunk of {chunk} bytes",
@@ -2601,7 +2600,8 @@ def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
     with closing(checked(crashes, check, jobs)) as verdicts:
         for crash, status in verdicts:
             if status:
-                os.replace(crash.path, kept)
+                with suppress(FileNotFoundError):  # the check may have removed it
+                    os.replace(crash.path, kept)
                 break
             states += 1
             if sys.stderr.isatty():

@@ -441,9 +441,10 @@ def test_what_was_not_looked_at_is_neither_good_nor_bad(run, log, tmp_path, word
     assert says in done.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("status", [1, 125, 128, 255])
-def test_a_check_says_with_any_status_of_its_own_that_a_crash_is_bad(run, log, tmp_path, status):
-    done = run("replay", log.path, tmp_path / "disk", "--check", f"exit {status}")
+@pytest.mark.parametrize("check, status", [
+    *[(f"exit {number}", number) for number in (1, 125, 128, 255)], ("rm {}; exit 1", 1)])
+def test_a_check_says_with_any_status_of_its_own_that_a_crash_is_bad(run, log, tmp_path, check, status):
+    done = run("replay", log.path, tmp_path / "disk", "--check", check)
     assert done.out.startswith("bad at entry 4") and f"status {status}: " in done.out
 
 
