@@ -1649,7 +1649,7 @@ class Nbd(ublk.Target):
         if not self.pending:
             self.heard = request.begun
         self.pending[self.cookie] = request
-        if self.connection:
+        if self.connection and not self.connection.writer.is_closing():
             self.connection.writer.write(request.message)
         error = await request.done
         if error:

@@ -605,6 +605,17 @@ def test_nbd_a_connection_may_break_at_any_byte(targets, here, monkeypatch):
         served(target, work)
 
 
+def test_nbd_a_lost_connection_is_told_of_once_whoever_meets_it(targets, here, capfd, caplog):
+    async def work():
+        fake.peer.shutdown(socket.SHUT_RDWR)
+        await asyncio.gather(*(target.write(0, PAGE) for _ in range(20)))
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, work)
+    assert capfd.readouterr().err.count("\n") == 1 and not caplog.records
+
+
 def test_nbd_connecting_again_keeps_nobody_waiting(targets, here):
     goes_on, waited = threading.Event(), []
 
