@@ -1711,11 +1711,11 @@ class Target:
                                         data; all ones (0xFF) for blocks never written: check nothing
         write_metadata(offset, buffer)  keep it; both are called before read and write
 
-    **Coroutines.** All but the PLAIN_METHODS may be an ``async def``, or return
-    something else that can be awaited. The queue then runs an asyncio loop,
-    whose ring also does uring_read and the like, and serves other requests
-    meanwhile. A close() that is one runs on the loop of the queue that ends
-    last.
+    **Coroutines.** All but the PLAIN_METHODS may be an ``async def``, or, in a
+    class that has one (start() will do), return something else that can be
+    awaited. Its queues run an asyncio loop, whose ring also does uring_read and
+    the like, and serve other requests meanwhile. A close() that is one runs on
+    the loop of the queue that ends last.
 
     **What is returned.** None, or for read and write the number of bytes moved:
     what is short is asked for again.
@@ -2358,7 +2358,7 @@ class Queue:
     def _go_on(
         self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview
     ) -> None:
-        """See a READ or WRITE through that was made ready: a coroutine, or a part."""
+        """See a READ or WRITE through that was made ready, of which a part is done."""
 
         def finish(_: object) -> None:
             self.repeat([tag])
@@ -2678,9 +2678,11 @@ class Queue:
 
         move: of what moves data the function, offset and buffer, for a part may
         have to be continued.
+
+        Raises TypeError where there is no loop: it has no memory of its own.
         """
         if self.loop is None:
-            self._begin_loop()
+            raise TypeError(f"{outcome!r} of a plain class: make the method, or start(), async")
         self.in_flight += 1
         self.begun.append((tag, outcome, finish, move))
 
@@ -2718,7 +2720,6 @@ class Queue:
         selector = RingSelector(self)
         self.loop = asyncio.SelectorEventLoop(selector)
         self.loop.set_exception_handler(self._told)
-        self.served[:] = [-1] * self.depth  # what was made ready has no memory of its own
         _here.queue = self
 
     def _run_loop(self) -> None:
@@ -4631,14 +4632,14 @@ class BatchQueue(Queue):
 # has come: a task that is cancelled has the operation cancelled and goes on
 # only when that has ended. Of threads, and of other tasks of a handler that
 # failed, nobody knows when they end: so what a coroutine gets is memory of its
-# request's own, not the tag's, which is another request's by then. (But for the
-# first that a plain method returns: only then is it known that there are any.)
-# And a
+# request's own, not the tag's, which is another request's by then. And a
 # descriptor's number is used only while it is open: what was asked for under it
 # is begun, by an enter(), before anybody is told that it ended.
 #
 # A queue of a target without coroutines never comes here, and never imports
-# asyncio.
+# asyncio. It has no memory to give to one either, so which of them a queue is
+# must be known from the start: a plain class that returns a coroutine gets an
+# error.
 #
 # How the loop and the ring fit together. asyncio's loop asks its selector for
 # what is ready, with the time until its next timer. RingSelector hands in a

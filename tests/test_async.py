@@ -117,6 +117,10 @@ def target_of(**methods):
     return type("Mine", (ublk.Target,), {"size": SIZE, **methods})()
 
 
+async def async_start(target, index):
+    """Have the queues of a class with plain handlers run a loop."""
+
+
 def results_of(body):
     """Run the coroutine function body as the handler of one READ; return the results of the request."""
     async def read(target, offset, buffer):
@@ -233,7 +237,7 @@ def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
     async def never():
         raise AssertionError
 
-    device = StandIn(target_of())
+    device = StandIn(target_of(start=async_start))
     queue, handler = NopQueue(device), never()
     queue._await(0, handler, int)
     queue.wind_up()
@@ -265,14 +269,24 @@ def test_a_count_that_cannot_be_is_an_error(count):
     assert serve(target_of(read=read), depth=1).answers == [(0, -errno.EIO)]
 
 
-def test_a_plain_method_may_return_a_coroutine():
-    async def later(buffer):
-        await asyncio.sleep(0)
-
+def test_a_plain_method_may_return_a_coroutine_where_another_is_one():
     def read(target, offset, buffer):
-        return later(buffer)
+        return asyncio.sleep(0)
 
-    assert sorted(serve(target_of(read=read), rounds=3).answers) == sorted([(t, 4096) for t in range(4)] * 3)
+    queue = serve(target_of(read=read, start=async_start), rounds=3)
+    assert sorted(queue.answers) == sorted([(tag, 4096) for tag in range(4)] * 3)
+
+
+@pytest.mark.parametrize("operation", [ublk.UBLK_IO_OP_READ, ublk.UBLK_IO_OP_WRITE])
+def test_what_may_outlive_its_request_never_has_the_memory_of_a_tag(operation, capfd, monkeypatch):
+    monkeypatch.setattr(ublk, "_bugs", {})          # a bug is shown once a line
+
+    def move(target, offset, buffer):
+        return Later()
+
+    queue = serve(target_of(read=move, write=move), depth=1, operation=operation, rounds=3)
+    assert queue.answers == [(0, -errno.EIO)] * 3 and queue.loop is None
+    assert "make the method, or start(), async" in capfd.readouterr().err
 
 
 def test_asyncio_never_comes_in_where_methods_are_plain():
@@ -516,7 +530,7 @@ def test_readiness_is_told_as_long_as_it_lasts():
 class LeavesBehind(ublk.Target):
     """Its first request is plain; the third fails, and what it has begun goes on when the fourth has come."""
 
-    size, turn = SIZE, 0
+    size, turn, start = SIZE, 0, async_start
 
     def __init__(self, begin):
         self.begin, (self.reader, self.writer) = begin, os.pipe()
@@ -911,7 +925,7 @@ def test_each_queue_has_a_loop_of_its_own():
 
 def answers_of(operation=ublk.UBLK_IO_OP_READ, **methods):
     """Return the result of one request that a target with these methods serves."""
-    return serve(target_of(**methods), depth=1, operation=operation).answers[0][1]
+    return serve(target_of(start=async_start, **methods), depth=1, operation=operation).answers[0][1]
 
 
 class Later:
@@ -946,9 +960,7 @@ def test_a_future_of_a_pool_is_awaited():
         future = target.future = asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.05)
         return future
 
-    async def start(target, index):
-        pass
-    target = target_of(flush=flush, start=start)
+    target = target_of(flush=flush, start=async_start)
     assert serve(target, depth=1, operation=FLUSH).answers == [(0, 0)] and target.future.done()
 
 
