@@ -1185,6 +1185,10 @@ class Cache(Wrapper, ublk.Target):
         self.look()
         await self.write_back(None)
 
+    def resized(self, size: int) -> None:
+        self.forget(self.kept(size, self.size))  # for the target has no place there
+        ublk.fit(self.target, size)
+
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target do at once what is no plain write: in place of what is older."""
         self.look()

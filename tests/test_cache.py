@@ -150,6 +150,19 @@ def test_a_flush_during_which_the_power_is_cut_fails_and_writes_no_more(targets)
     assert disk.target.data == bytes(NEW) + bytes(OLD) * 2
 
 
+def test_what_lay_behind_the_end_of_a_smaller_disk_is_written_nowhere(targets):
+    class Resized(Recorder):
+        def resized(self, size):
+            self.size = size
+
+    disk = targets.Cache(Resized(1 << 20))
+    for at in (0, 508 << 10, 512 << 10, 1020 << 10):
+        now(disk.write(at, NEW))
+    disk.resized(512 << 10)
+    now(disk.flush())
+    assert [call[1:] for call in disk.target.calls[:-1]] == [(0, 4096), (508 << 10, 4096)]
+
+
 def test_a_full_cache_writes_back_the_oldest(targets):
     below = Recorder()
     disk = targets.Cache(below, cache_size=64 << 10)
