@@ -2185,7 +2185,7 @@ class Queue:
         own = (1 + device.data_path.stages) * self.depth  # SQE slots with a fixed use
         self.ring = Ring(own + 64)
         self.exits.callback(self.ring.close)
-        self._free_slots = list(range(own + 1, self.ring.entries))
+        self.free_slots = list(range(own + 1, self.ring.entries))
         self._used_slots: list[int] = []
         # Of each tag's command
         self.results = self.kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
@@ -2778,15 +2778,15 @@ class Queue:
 
     def _put(self, *fields: Any, **more: Any) -> None:
         """Put an SQE of an operation on the ring."""
-        if not self._free_slots:
+        if not self.free_slots:
             self.commit()
             self.ring.enter()
             self._recycle()
-        if not self._free_slots:
+        if not self.free_slots:
             raise OSError(errno.EAGAIN, "the kernel takes no more operations")
-        slot = self._free_slots[-1]
+        slot = self.free_slots[-1]
         self.ring.prepare(slot, *fields, **more)
-        self._used_slots.append(self._free_slots.pop())
+        self._used_slots.append(self.free_slots.pop())
         self.ring.push(slot)
 
     def _recycle(self) -> None:
@@ -2796,7 +2796,7 @@ class Queue:
         for tag in self._appended:
             self.addresses[tag] = 0
         self._appended.clear()
-        self._free_slots += self._used_slots
+        self.free_slots += self._used_slots
         self._used_slots.clear()
 
     def _operation_done(self, user_data: int, result: int) -> None:
@@ -3816,12 +3816,14 @@ class Device:
         try:
             if self._is_anothers():
                 delete = bool
-            elif self.state in (ADDED, LIVE) and any(
-                worker.goes_on() for worker in self._workers
-            ):
+                becomes(self._is_served_no_more, timeout)  # its busy queues leave last
+            elif self.state in (ADDED, LIVE) and not self._is_served_no_more():
                 self._stop_disk(timeout)
         finally:
             self._let_go(delete)
+
+    def _is_served_no_more(self) -> bool:
+        return not any(worker.goes_on() for worker in self._workers)
 
     def _is_anothers(self) -> bool:
         """Tell whether the next server has the disk, or it waits for that as somebody quiesced it."""
@@ -4454,8 +4456,8 @@ class BatchQueue(Queue):
         ]
         self._elements = [b""] * self.depth
         self.element_size = 8 * (1 + copies + device.zoned)
-        self._prep_slot = self._free_slots.pop()
-        self._fetch_slot = self._free_slots.pop()
+        self._prep_slot = self.free_slots.pop()
+        self._fetch_slot = self.free_slots.pop()
         flags = UBLK_BATCH_F_HAS_BUF_ADDR * copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
         if self.path.features & UBLK_F_AUTO_BUF_REG:
             flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
@@ -4817,13 +4819,13 @@ class RingSelector(selectors.SelectSelector):
         """Answer the requests there are; return the descriptors that are ready."""
         queue = self.queue
         queue.rounds += 1
-        while self._unpolled:
+        while self._unpolled and queue.free_slots:
             fd = self._unpolled.pop()
             self._poll(fd, self.get_map()[fd].events)
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
         left = bool(queue.begun) and not queue.closing
-        tags = queue.collect(0 if left else timeout)
+        tags = queue.collect(0 if left or self._unpolled else timeout)
         if not queue.closing:
             if tags:
                 queue.answer(tags)

@@ -506,6 +506,25 @@ def test_a_descriptor_that_is_forgotten_may_become_another():
     assert results_of(body) == [4096]
 
 
+def test_readiness_is_told_though_the_kernel_takes_nothing_for_a_while():
+    async def body(_):
+        loop, queue, heard = asyncio.get_running_loop(), ublk._here.queue, asyncio.Event()
+        enter, refusals = queue.ring.enter, [True, True, True]
+        queue.ring.enter = lambda *words: enter(*words) if words or not refusals else refusals.pop()
+        reader, writer = os.pipe()
+        os.write(writer, b"!")
+        queue._used_slots += queue.free_slots
+        queue.free_slots.clear()
+        queue.ring.push(queue._used_slots[-1])
+        loop.add_reader(reader, heard.set)
+        await heard.wait()
+        loop.remove_reader(reader)
+        os.close(reader)
+        os.close(writer)
+
+    assert results_of(body) == [4096]
+
+
 def test_readiness_is_told_as_long_as_it_lasts():
     async def body(_):
         loop, heard = asyncio.get_running_loop(), []

@@ -739,9 +739,28 @@ def test_a_program_deletes_no_disk_that_another_has_recovered_or_will(driver, mo
     pid = os.getppid() if end == "failed" else os.getpid()
     monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
         ublksrv_flags=disk.identity, ublksrv_pid=pid, state=ublk.UBLK_S_DEV_LIVE, flags=ublk.UBLK_F_QUIESCE))
-    disk.stop()
+    disk.stop(0)
     assert "stop_dev" not in driver.sent
     assert driver.devices.pop(7, None) == disk.identity
+
+
+def test_the_busy_queue_of_a_quiesced_disk_ends_by_itself(driver, monkeypatch):
+    quiesced, told = threading.Event(), []
+
+    def serve(worker):
+        worker.fetched = True
+        quiesced.wait()
+        if worker.index:
+            told.extend(select.select([worker.device.wake_fd], [], [], 0.2)[0])
+    monkeypatch.setattr(ublk.Worker, "serve", serve)
+    monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
+        ublksrv_flags=disk.identity, state=ublk.UBLK_S_DEV_LIVE, flags=ublk.UBLK_F_QUIESCE))
+    disk = new(recovery="requeue", queues=2)
+    disk.start()
+    quiesced.set()
+    until(lambda: disk._workers[0].ended)
+    disk.stop()
+    assert told == [] and driver.devices.pop(7) == disk.identity
 
 
 def test_del_takes_no_other_device_of_its_number_while_it_waits_for_another_del(driver, monkeypatch):
