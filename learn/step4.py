@@ -133,7 +133,7 @@ def answer(image, desc, buffer):
     op = desc.op_flags & 0xFF
     offset = 512 * desc.start_sector
     size = done = 512 * desc.nr_sectors
-    data = memoryview(buffer).cast("B")[:size]
+    data = memoryview(buffer).cast("B")[:size]      # of bytes; a FLUSH has none
     if op == UBLK_IO_OP_READ:
         done = os.preadv(image, [data], offset)
     elif op == UBLK_IO_OP_WRITE:
@@ -142,6 +142,7 @@ def answer(image, desc, buffer):
         os.fdatasync(image)
     elif op == UBLK_IO_OP_DISCARD:
         libc.fallocate(image, PUNCH_HOLE, c_long(offset), c_long(size))
+    # Nothing else comes, as SET_PARAMS announces nothing else.
     return done if done == size else -errno.EIO
 
 

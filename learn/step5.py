@@ -178,7 +178,7 @@ def main():
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID, flags=RECOVERY)
     if manage("ADD_DEV", info) == -errno.EEXIST:
         while manage("START_USER_RECOVERY", info) == -errno.EBUSY:
-            time.sleep(1)               # until the old server is gone
+            time.sleep(1)               # until the old server is gone; for ever if there was none
         serve(image, "END_USER_RECOVERY")       # does not return: what follows is for a new disk
     params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
     params.dev_sectors = os.path.getsize(image) // 512
