@@ -87,6 +87,7 @@ def test_the_state_of_another_device_is_not_believed(run, backing, tmp_path):
 @pytest.mark.parametrize("undo", ["stop", "clean_up"])
 def test_who_cleans_up_leaves_anothers_device_alone(undo):
     mine = ublk.Device(Ram())
+    mine.identity = ublk.new_identity(True)
     with ublk.Device(Ram()) as other:
         if undo == "stop":
             mine.id, mine.state, mine.control = other.id, ublk.ADDED, ublk.Control()
