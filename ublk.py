@@ -3632,14 +3632,25 @@ class Device:
         basic = params.basic
         kept = params.integrity.metadata_size
         given = self.target.metadata_size
-        refuse(
-            given != kept,
-            f"cannot recover {self.name}",
-            f"the target has {given} bytes of metadata beside a block, the disk {kept}",
-            "give it the target it had",
-        )
+        block = 1 << basic.logical_bs_shift
+        for another, reason in (
+            (
+                given != kept,
+                f"the target has {given} bytes of metadata beside a block, the disk {kept}",
+            ),
+            (
+                self.target.block_size > block,
+                f"the target has blocks of {self.target.block_size} bytes, the disk of {block}",
+            ),
+            (
+                hasattr(self.target, "flush")
+                and not basic.attrs & (UBLK_ATTR_VOLATILE_CACHE | UBLK_ATTR_READ_ONLY),
+                "the target has a flush() that the disk would never call",
+            ),
+        ):
+            refuse(another, f"cannot recover {self.name}", reason, "give it the target it had")
         size = basic.dev_sectors * SECTOR
-        self.target.block_size = 1 << basic.logical_bs_shift
+        self.target.block_size = block
         if self.target.size != size:
             fit(self.target, size)
         self.size = size
@@ -3774,7 +3785,8 @@ class Device:
             except UblkError as left:
                 say(f"{self.name} keeps a size its target does not have: {left}")
                 self.size = size  # not to try again for ever
-        self._note()
+        else:
+            self._note()
 
     def _note(self) -> None:
         """Save the state, where `resize` looks for the answer; that it fails ends no disk."""
@@ -3834,7 +3846,7 @@ class Device:
         except UblkError:
             return False
         if self.failure is not None:
-            return is_served(info) and info.ublksrv_pid != os.getpid()
+            return info.state == UBLK_S_DEV_LIVE and info.ublksrv_pid != os.getpid()
         return bool(info.flags & UBLK_F_QUIESCE) and info.state != UBLK_S_DEV_DEAD
 
     def _let_go(self, delete: Callable[[], object] = bool) -> None:
@@ -4990,8 +5002,8 @@ def link_of(path: str) -> str:
 def lines_of(path: str) -> list[str]:
     """Return the lines of a file of the kernel's; none if it is gone, or not ours to read."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().splitlines()
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            return [line.rstrip("\n") for line in file]  # of which names may have others' ends
     except OSError:
         return []
 
@@ -6725,9 +6737,11 @@ def quiesce(options: Any) -> None:
 
         def has_left() -> bool:
             info = control.get_dev_info(options.id)
-            if info.state != UBLK_S_DEV_LIVE or info.ublksrv_pid != server:
+            served = info.state == UBLK_S_DEV_LIVE and info.ublksrv_pid == server
+            if not served and info.state != UBLK_S_DEV_DEAD:
                 return True
-            # Again and again: a queue without a free tag is not told (up to 7.3)
+            # Again and again: a queue without a free tag is not told (up to 7.3);
+            # and a disk that was stopped is an error
             control.quiesce_dev(options.id, options.timeout)
             return False
 
@@ -6750,7 +6764,10 @@ def resize(options: Any) -> None:
     with Control() as control:
         info = control.get_dev_info(options.id)
         state = load_state(options.id, info.ublksrv_flags)
-        served = alive(info.ublksrv_pid)
+        # A server whose process is not seen may be another container's
+        served = alive(info.ublksrv_pid) or not becomes(
+            lambda: control.get_dev_info(options.id).state != UBLK_S_DEV_LIVE, LAST_BREATH
+        )
         check_new_size(control, options.id, options.size)
         refuse(
             served and not state.get("follows", info.ublksrv_flags & 1),
@@ -6773,8 +6790,9 @@ def await_server(control: Control, dev_id: int, size: int, identity: int) -> Non
     """
     what = f"cannot resize device {dev_id}"
     begun = time.monotonic()
-    while time.monotonic() < begun + SERVER_TIMEOUT and alive(
-        control.get_dev_info(dev_id).ublksrv_pid
+    while (
+        time.monotonic() < begun + SERVER_TIMEOUT
+        and control.get_dev_info(dev_id).state == UBLK_S_DEV_LIVE
     ):
         now, _ = geometry(control, dev_id)
         state = load_state(dev_id, identity)

@@ -162,3 +162,9 @@ def test_del_all_takes_the_disks_that_nobody_uses(run, monkeypatch):
         assert done.status == 1 and f"device {used.id} is in use" in done.err
         assert ublk.device_ids() == [used.id]
         assert idle.wait() == 0
+
+
+def test_a_name_does_not_end_a_line_of_the_kernels(tmp_path):
+    lines = ["/mnt/a\rb\x0c", "", "/mnt/\x85\u2028c"]
+    (tmp_path / "mounts").write_bytes("".join(f"{line}\n" for line in lines).encode())
+    assert ublk.lines_of(str(tmp_path / "mounts")) == lines

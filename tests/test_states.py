@@ -39,10 +39,10 @@ class Driver:
         self.enough, self.happens, self.sent, self.lock = bool, {}, [], threading.Lock()
         self.fd = os.open(os.devnull, os.O_RDWR)
 
-    def close(self):
+    def close(self, *_):
         pass
 
-    __enter__ = __exit__ = lambda self, *_: self
+    __enter__, __exit__ = lambda self: self, close
 
     def __getattr__(self, name):
         """Make any other command: it has no effect, but for what is to happen in it."""
@@ -673,6 +673,14 @@ def test_a_recovery_that_fails_leaves_the_state_file(waiting, tmp_path, monkeypa
     assert ublk.load_state(7)["target"] == "mine"
 
 
+@pytest.mark.parametrize("name, value", [("flush", bool), ("block_size", 4096)])
+def test_a_recovery_takes_no_target_that_needs_more_than_its_disk_does(waiting, name, value):
+    disk = new(id=7)
+    setattr(disk.target, name, value)
+    assert "give it the target it had" in message(disk.resume)
+    assert "end_user_recovery" not in waiting.sent
+
+
 @pytest.mark.parametrize("command, words", [
     ("resize", [2 << 20]), ("share", [mmap.mmap(-1, 4096)]), ("unshare", [0])])
 def test_a_device_that_is_gone_commands_no_other_of_its_number(driver, monkeypatch, command, words):
@@ -727,16 +735,16 @@ def test_two_threads_change_a_size_one_after_the_other(driver, monkeypatch):
     assert done == [("target", 4 << 20), ("disk", 4 << 20), ("disk", 3 << 20), ("target", 3 << 20)]
 
 
-@pytest.mark.parametrize("end", ["failed", "quiesced"])
+@pytest.mark.parametrize("end", ["failed", "failed, and its next server is in another container", "quiesced"])
 def test_a_program_deletes_no_disk_that_another_has_recovered_or_will(driver, monkeypatch, end):
     disk = new(recovery="requeue", queues=2)
     disk.start()
-    if end == "failed":
+    if end != "quiesced":
         for worker in disk._workers:
             disk.report(worker, ublk.UblkError(errno.ENOMEM, "no"))
     else:
         disk.report(disk._workers[1], None)
-    pid = os.getppid() if end == "failed" else os.getpid()
+    pid = {"failed": os.getppid(), "quiesced": os.getpid()}.get(end, -1)
     monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
         ublksrv_flags=disk.identity, ublksrv_pid=pid, state=ublk.UBLK_S_DEV_LIVE, flags=ublk.UBLK_F_QUIESCE))
     disk.stop(0)
@@ -793,6 +801,36 @@ def test_a_size_that_a_target_cannot_have_is_taken_back(driver, monkeypatch, tmp
         monkeypatch.setenv("UBLK_RUN_DIR", "/proc" if unwritable else str(tmp_path))
         disk.follow_size()
     assert sizes == [1 << 20]
+
+
+def test_a_size_that_is_not_taken_back_is_not_told_as_followed(driver, monkeypatch, tmp_path):
+    monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
+    driver.happens["update_size"] = fails
+    with new() as disk:
+        disk.follow_size()
+        assert ublk.load_state(7)["size"] == 1 << 20
+
+
+def commanded(driver, monkeypatch, *infos):
+    """Have a device be as these tell, one after the other, and have no state file."""
+    left = [ublk.ublksrv_ctrl_dev_info(ublksrv_flags=1, state=state, ublksrv_pid=pid) for state, pid in infos]
+    monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: left.pop(0) if left[1:] else left[0])
+    monkeypatch.setattr(driver, "get_params", lambda *_, **__: ublk.params_of(Target(), 4096))
+    monkeypatch.setattr(ublk, "load_state", lambda *_: {})
+
+
+def test_resize_waits_for_a_server_in_another_container(driver, monkeypatch):
+    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_LIVE, -1))
+    monkeypatch.setattr(ublk, "LAST_BREATH", 0.1)
+    assert "its target cannot have" in message(ublk.resize, SimpleNamespace(id=7, size=2 << 20))
+    assert driver.sent == ["update_size"]
+
+
+def test_a_disk_that_is_stopped_was_not_quiesced(driver, monkeypatch):
+    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_LIVE, 9), (ublk.UBLK_S_DEV_DEAD, -1))
+    driver.happens["quiesce_dev"] = lambda: driver.happens.update(quiesce_dev=fails)
+    assert error_of(ublk.quiesce, SimpleNamespace(id=7, timeout=1)) == errno.ENOMEM
 
 
 def test_a_program_cannot_grow_a_disk_beyond_its_target(driver, monkeypatch):
