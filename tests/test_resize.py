@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,10 @@ def test_any_error_of_a_target_is_the_commands(run, tmp_path):
         for size in ("2M", "512K"):
             assert_fails(run("resize", disk.id, size), 1, "not today")
             assert size_of(disk) == 1 << 20
+        # Where its server's process is not seen
+        there = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, ublk.__file__]
+        done = subprocess.run([*there, "resize", str(disk.id), "2M"], capture_output=True, text=True)
+        assert done.returncode == 1 and "not today" in done.stderr
         assert disk.kill(signal.SIGTERM) == 0
 
 
