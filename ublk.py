@@ -3770,7 +3770,7 @@ class Device:
         then.
         """
         size = disk_size(self.id)
-        if size in (0, self.size):
+        if size in (0, self.size) or self.state is not LIVE:
             return
         try:
             fit(self.target, size)
@@ -5028,7 +5028,7 @@ def mounts(disk: str) -> Iterator[str]:
     namespaces.update({ours: "self", "": "self"})
     for namespace, pid in namespaces.items():
         for line in lines_of(f"/proc/{pid}/mountinfo") if namespace else []:
-            _, _, number, _, place, *more = line.split()
+            _, _, number, _, place, *more = line.split(" ")
             source = more[
                 more.index("-") + 2
             ]  # which has any name, and some file systems no number
@@ -5070,10 +5070,11 @@ def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
     while True:
         found = holders(dev_id)
         users = [name for name in found if not name.startswith(LOOKERS)]
+        late = time.monotonic() > deadline
         # We may not see all of them; from 7.0 on the driver does
-        if not users and (found or try_stop(control, dev_id, identity)):
+        if not users and (try_stop(control, dev_id, identity) or (found and late)):
             return
-        if time.monotonic() > deadline:
+        if late:
             raise UblkError(
                 errno.EBUSY,
                 f"device {dev_id} is in use",

@@ -682,13 +682,15 @@ def test_a_recovery_takes_no_target_that_needs_more_than_its_disk_does(waiting, 
 
 
 @pytest.mark.parametrize("command, words", [
-    ("resize", [2 << 20]), ("share", [mmap.mmap(-1, 4096)]), ("unshare", [0])])
+    ("resize", [2 << 20]), ("follow_size", []), ("share", [mmap.mmap(-1, 4096)]), ("unshare", [0])])
 def test_a_device_that_is_gone_commands_no_other_of_its_number(driver, monkeypatch, command, words):
     disk, sent = new(), []
     with disk:
         pass
     disk.shared[0] = memoryview(b"")
     driver.devices[7] = 99
+    monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
+    disk.target.resized = sent.append
     monkeypatch.setattr(driver, "command", lambda name: sent.append(name) or 0)
     monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(disk.target, 4096))
     with contextlib.suppress(ublk.UblkError, TypeError):
