@@ -2355,10 +2355,13 @@ class Crashes:
         )
 
     def is_point(self, entry: Entry) -> bool:
+        """Tell whether to look at crashes after an entry: also where one comes that is durable by itself."""
+        kinds = [each.kind for each in self.entries[entry.number - 1 : entry.number + 1]]
         return entry.number >= self.start and (
             self.every == "entry"
-            or entry.kind in ("flush", "write_fua", "mark")
-            or entry is self.entries[-1]
+            or kinds[0] in ("flush", "mark")
+            or "write_fua" in kinds
+            or len(kinds) == 1
         )
 
     def states_of(
@@ -2530,7 +2533,7 @@ def replay(argv: Sequence[str]) -> int:
         "--every",
         choices=("flush", "entry"),
         default="flush",
-        help="crash points; FUA writes, marks and the end are some, too (flush)",
+        help="crash points; also before and after FUA writes, at marks and at the end (flush)",
     )
     add(
         "--states",

@@ -471,6 +471,18 @@ def test_the_end_of_a_log_is_a_crash_point_too(run, targets, tmp_path):
     assert (done.status, done.out.partition(":")[0]) == (1, "bad at entry 2")
 
 
+def test_data_that_precede_what_says_that_they_are_there_are_found_without_it(run, targets, tmp_path):
+    """As where a page is written that the write-ahead log, written durably, does not know yet."""
+    log = Log(targets, tmp_path / "log")
+    log.do("write", 0, memoryview(b"x" * 512))
+    now(log.disk.logged("write_fua", 4096, memoryview(b"y" * 512)))
+    log.do("flush")
+    log.disk.close()
+    check = "! head -c 1 {} | grep -q x || head -c 4097 {} | grep -q y"
+    done = run("replay", log.path, tmp_path / "disk", "--check", check)
+    assert done.out.startswith("bad at entry 1: write 0 512: state all")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path, seed):
     log = Log(targets, tmp_path / "log")
