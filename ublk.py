@@ -3501,6 +3501,8 @@ class Device:
             try:
                 worker.start()
             except RuntimeError as error:
+                for other in self._workers[worker.index :]:
+                    other.left = True  # for whoever is the last
                 raise UblkError(
                     errno.EAGAIN,
                     f"the server of {self.name}",
@@ -3633,6 +3635,9 @@ class Device:
         kept = params.integrity.metadata_size
         given = self.target.metadata_size
         block = 1 << basic.logical_bs_shift
+        attrs = basic.attrs
+        flushes = hasattr(self.target, "flush")
+        durable = stands(self.target, "write_fua")
         for another, reason in (
             (
                 given != kept,
@@ -3643,9 +3648,12 @@ class Device:
                 f"the target has blocks of {self.target.block_size} bytes, the disk of {block}",
             ),
             (
-                hasattr(self.target, "flush")
-                and not basic.attrs & (UBLK_ATTR_VOLATILE_CACHE | UBLK_ATTR_READ_ONLY),
-                "the target has a flush() that the disk would never call",
+                flushes and not attrs & (UBLK_ATTR_VOLATILE_CACHE | UBLK_ATTR_READ_ONLY),
+                "the target has a flush(), which the kernel would not call",
+            ),
+            (
+                attrs & UBLK_ATTR_FUA and not durable,
+                "the target has no write_fua() for its write(), and the kernel would call it",
             ),
         ):
             refuse(another, f"cannot recover {self.name}", reason, "give it the target it had")
@@ -3918,7 +3926,9 @@ class Device:
         # Another thread may have had these locks
         self.control.unlock()
         self._life = threading.RLock()
+        self._changes = threading.RLock()
         self._lock = threading.Lock()
+        self._closing = threading.Lock()
         for worker in self._workers:
             if worker.queue is not None:
                 worker.queue.close()

@@ -528,6 +528,7 @@ def test_recover_without_a_state_file(run, run_dir, backing, tmp_path):
     path = target_file(tmp_path, """
         class Small(ublk.Target):
             size = 4096
+            write = write_fua = print
     """)
     disk = orphan("loop", backing, "-r", "reissue")
     (run_dir / f"{disk.id}.json").unlink()

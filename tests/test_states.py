@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from tests.support import Ram, error_of, message, until
+from tests.support import Ram, Volatile, error_of, message, until
 
 
 class Target(Ram):
@@ -390,7 +390,7 @@ def test_a_second_interruption_of_a_start_leaves_a_device_that_can_be_stopped(dr
 
 def test_a_forked_child_takes_no_lock_that_another_thread_held(driver):
     with new() as disk:
-        with disk._lock, disk._life:
+        with disk._lock, disk._life, disk._changes, disk._closing:
             child = in_child(lambda: (disk.disown(), disk.stop()))
         assert child == 0 and driver.devices == {7: disk.identity}
 
@@ -679,6 +679,49 @@ def test_a_recovery_takes_no_target_that_needs_more_than_its_disk_does(waiting, 
     setattr(disk.target, name, value)
     assert "give it the target it had" in message(disk.resume)
     assert "end_user_recovery" not in waiting.sent
+
+
+def test_a_recovery_that_lacks_a_thread_closes_a_target_in_its_loop(waiting, monkeypatch):
+    class Woken(Kept):
+        def call(self, function, *_):
+            closed.append(function)
+
+        def run(self):
+            select.select([disk.wake_fd], [], [])
+
+    async def close():
+        pass
+
+    def start(worker, start=ublk.Worker.start):
+        if worker.index:
+            until(lambda: disk._workers[0].fetched)
+            raise RuntimeError("can't start new thread")
+        start(worker)
+    info, closed = waiting.get_dev_info(7), []
+    info.nr_hw_queues = 3
+    monkeypatch.setattr(waiting, "get_dev_info", lambda dev_id: info)
+    monkeypatch.setattr(ublk.Worker, "serve", SERVE)
+    monkeypatch.setattr(ublk.Worker, "start", start)
+    monkeypatch.setattr(ublk, "Queue", Woken)
+    disk = new(id=7)
+    disk.target.close = close
+    assert error_of(disk.resume) == errno.EAGAIN
+    assert closed == [close]
+
+
+class Overridden(Volatile):
+    """Would not see what is written durably."""
+
+    def write(self, offset, buffer):
+        pass
+
+
+def test_a_recovery_takes_no_target_whose_write_is_passed_by(waiting, monkeypatch):
+    monkeypatch.setattr(waiting, "get_params", lambda dev_id: ublk.params_of(Volatile(bytes(1 << 20)), 4096))
+    disk = new(Volatile(bytes(1 << 20)), id=7)
+    disk.resume()
+    disk.detach()
+    assert "no write_fua() for its write()" in message(new(Overridden(bytes(1 << 20)), id=7).resume)
 
 
 @pytest.mark.parametrize("command, words", [
