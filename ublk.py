@@ -4943,6 +4943,11 @@ class Poll(Operation):
 # private to its owner, never executed, and never believed over what the kernel
 # says.
 #
+# **What the kernel was told.** A disk's blocks, whether it has a cache to flush
+# and whether a write can be durable by itself were told before it was there, by
+# the first server, for good. A target that would be asked for less than it
+# needs, or for what it cannot do, would lose data without a word: it is refused.
+#
 # **Who holds a disk.** A disk in use can be stopped but not deleted, and its
 # users get errors; so whoever is about to delete one asks first, and names
 # them: processes, mounts, swap, disks on top. From 7.0 on the driver says
