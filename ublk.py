@@ -2462,8 +2462,7 @@ class Queue:
         """
         if self.in_flight or self.asked:
             return False
-        all_ended = len(self.ended) == self.depth
-        self.at_rest = not self.mapped or all_ended or not self._has_requests()
+        self.at_rest = not self.mapped or not self._has_requests()
         return self.at_rest
 
     def _has_requests(self) -> bool:
@@ -2473,6 +2472,8 @@ class Queue:
         an idle tag with EBUSY, for one with a request in another way.
         """
         tags = [tag for tag in range(self.depth) if tag not in self.ended]
+        if not tags:
+            return False
         ring = Ring(self.depth)
         for tag in tags:
             ring.prepare(
@@ -2819,17 +2820,29 @@ class Queue:
         self.ring.push(slot)
 
     def wind_up(self) -> None:
-        """End the tasks that still run, and wait for what the kernel still does for them.
+        """End the tasks that still run, and wait for what the kernel still does.
 
-        For LAST_WORDS at most. To be called by the queue's own thread, before
-        close().
+        For LAST_WORDS at most: a write that it does later could land on one of
+        the next server. To be called by the queue's own thread, before close().
         """
         self.closing = True
-        if self.loop is None:
-            return
+        deadline = time.monotonic() + LAST_WORDS
+        if self.loop is not None:
+            self._end_loop()
+        while time.monotonic() < deadline and (self._operations or self._has_chains()):
+            self.ended.update(self.collect(A_MOMENT))  # requests for the next server
+
+    def _has_chains(self) -> bool:
+        """Tell, where no request is answered any more, whether a chain may be under way."""
+        if self.answer is not None and self.mapped and not self.at_rest:
+            self.at_rest = not self._has_requests()
+            return not self.at_rest
+        return False
+
+    def _end_loop(self) -> None:
+        """End the tasks that still run."""
         import asyncio
 
-        deadline = time.monotonic() + LAST_WORDS
         for _, awaitable, _, _ in self.begun:
             getattr(awaitable, "close", bool)()
         self.begun.clear()
@@ -2848,8 +2861,6 @@ class Queue:
             operation.future = None  # which could call the loop
         self.loop.close()
         del _here.queue
-        while self._operations and time.monotonic() < deadline:
-            self.collect(0.1)
 
     def close(self) -> None:
         """Close the ring, which makes the kernel take back every parked command.
@@ -4621,9 +4632,8 @@ class BatchQueue(Queue):
         self.in_flight += pushed // self.path.stages
         return pushed
 
-    def _idle(self) -> bool:
-        self.at_rest = not self.in_flight
-        return self.at_rest
+    def _has_requests(self) -> bool:
+        return self.in_flight > 0
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
         if tag in self._cleaning:  # not the end of a chain: its request was served otherwise

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import fcntl
 import gc
+import io
 import mmap
 import os
 import signal
@@ -469,6 +470,49 @@ def test_a_buffer_that_the_kernel_may_still_fill_is_kept():
         device.close()
     os.close(writer)
     assert [type(left) for left in ublk._left_behind[kept:]] == [mmap.mmap]
+
+
+def test_a_queue_that_leaves_waits_for_what_the_kernel_moves():
+    kept, looks = len(ublk._left_behind), [False, True, True]
+    device = StandIn(InFile(io.BytesIO()), depth=4)
+    queue = NopQueue(device)
+    queue.fetch()
+    queue.answer, queue._has_requests = queue._answer(), looks.pop
+    queue.wind_up()
+    queue.close()
+    device.close()
+    assert looks == [] and len(ublk._left_behind) == kept
+
+
+class Begun(Ram):
+    """Tells that a write has begun, and takes its time."""
+
+    def __init__(self):
+        super().__init__(4 << 20)
+        self.begun = threading.Event()
+
+    async def write(self, offset, buffer):
+        self.begun.set()
+        await asyncio.sleep(0.5)
+        super().write(offset, buffer)
+
+
+@kernel
+def test_a_disk_is_let_go_once_the_kernel_has_moved_its_data():
+    """Or the write would fail, and later, all the same, be done."""
+    errors, below = [], Begun()
+    with ublk.Device(below, partition_scan=False) as lower, \
+            open(os.open(lower.path, os.O_RDWR | os.O_DIRECT), "r+b", buffering=0) as file:
+        disk = ublk.Device(InFile(file), recovery="requeue", data_path="copy", partition_scan=False)
+        disk.start()
+        with opened(disk.path) as fd:
+            writer = threading.Thread(target=lambda: errors.append(error_of(write_at, fd, 0, b"w" * 4096)))
+            writer.start()
+            assert below.begun.wait(10), errors
+            disk.detach()
+            writer.join()
+        assert ublk.main(["del", str(disk.id)]) == 0
+    assert errors == [0]
 
 
 class Passing(Ram):
