@@ -19,17 +19,23 @@ from measure import docstring_lines, tokens_by_line
 STEPS = sorted((HERE / "learn").glob("step*.py"))
 
 
-def marked(part):
-    """Return a part of the page, with the kernels it is for."""
-    marks = [kernel] if part.needs_root else []
-    if part.since:
-        marks.append(since(part.since))
-    if part.before:
-        marks.append(before(part.before))
-    return pytest.param(part, id=str(part), marks=marks)
+def marked(needs_root):
+    """Return the parts of the page that need root or do not, each with the kernels it is for."""
+    for part in lessons.parts():
+        marks = [since(part.since)] if part.since else []
+        marks += [before(part.before)] if part.before else []
+        if part.needs_root == needs_root:
+            yield pytest.param(part, id=str(part), marks=marks)
 
 
-@pytest.mark.parametrize("part", [marked(part) for part in lessons.parts()])
+@pytest.mark.parametrize("part", list(marked(needs_root=False)))
+def test_a_step_for_everybody_prints_what_its_page_shows(part):
+    assert len(part.commands) > 0
+    assert lessons.run(part) == ""
+
+
+@kernel
+@pytest.mark.parametrize("part", list(marked(needs_root=True)))
 def test_a_step_prints_what_its_page_shows(part):
     assert len(part.commands) > 0
     assert lessons.run(part) == ""
