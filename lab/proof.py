@@ -18,9 +18,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,27 +48,10 @@ class Found(NamedTuple):
 
 # ---- recording -------------------------------------------------------------------------------------------
 
-def sh(*words: object) -> None:
-    """Run a program that must succeed."""
-    done = subprocess.run(list(map(str, words)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{words} ended with {done.returncode}:\n{done.stdout}")
-
-
-@contextmanager
-def mounted(device: str, place: Path, *options: str) -> Iterator[Path]:
-    """Mount a file system."""
-    place.mkdir(exist_ok=True)
-    sh("mount", *options, device, place)
-    try:
-        yield place
-    finally:
-        sh("umount", place)
-
-
 def record(row: Row, log: Path) -> None:
-    """Have a program work on a recorded disk."""
+    """Have a program work on a recorded disk, in the lab or where else the tests can run."""
+    from tests.support import mount_of, sh
+
     system = row.file_system
     ram = ublk_targets.Ram(size=ublk.Size(system.size if system else 1 << 20))
     ram.block_size = BLOCK if system else 512
@@ -79,7 +61,7 @@ def record(row: Row, log: Path) -> None:
             return work(row, Path(device.path), disk, device.path)
         sh(*system.mkfs.split(), device.path)
         options = ["-o", system.options] if system.options else []
-        with mounted(device.path, log.with_name("mnt"), *options) as place:
+        with mount_of(device.path, log.with_name("mnt"), *options) as place:
             return work(row, place, disk, device.path)
 
 
@@ -121,7 +103,7 @@ def look(row: Row, image: str, promised: int, place: Path) -> str:
             raise
         wrong = f"damaged: {errno.errorcode[error.errno]}"
     finally:
-        sh("umount", place)
+        subprocess.run(["umount", place], check=True)
     return wrong or check(row, image)
 
 
