@@ -5054,9 +5054,8 @@ def mounts(disk: str) -> Iterator[str]:
     for namespace, pid in namespaces.items():
         for line in lines_of(f"/proc/{pid}/mountinfo") if namespace else []:
             _, _, number, _, place, *more = line.split(" ")
-            source = more[
-                more.index("-") + 2
-            ]  # which has any name, and some file systems no number
+            # It may have any name, and some file systems have no number
+            source = more[more.index("-") + 2]
             if is_number_of(number, disk) or is_node_of(source, disk):
                 where = "" if namespace == ours else f" of pid {pid}"
                 yield f"the mount at {place}{where}"
