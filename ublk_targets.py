@@ -20,7 +20,6 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import inspect
 import itertools
 import mmap
 import os
@@ -37,7 +36,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ FALLOC_FL_ZERO_RANGE = 0x10
 FICLONE = 0x40049409
 BLKDISCARD = 0x1277
 BLKSSZGET = 0x1268
-BLKPBSZGET = 0x127B
 
 HOLE = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 # What fallocate(2) fails with, which is no fault
@@ -115,66 +113,37 @@ def clear(fd: int, offset: int, length: int) -> None:
             write_all(fd, ublk.ZEROES[:count], at)
 
 
-COMPLEMENT = bytes(range(255, -1, -1))  # new byte for each byte: 255 minus it
+def memory_file(owner: object) -> int:
+    """Make an empty file in memory that is there for as long as its owner; return its descriptor."""
+    fd = os.memfd_create("ublk")
+    weakref.finalize(owner, os.close, fd)
+    return fd
+
+
+# Longer than any mapping of it: whoever touched one behind the end would be killed
+END_OF_MEMORY = 1 << 62
 
 
 class Ram(ublk.Target):
     """Keep the disk in memory; it is gone when the server ends.
 
-    The metadata of its blocks, if it keeps any, lie complemented in memory of their own: what was never
-    written there reads as zeroes, so it means all ones, and to the kernel these mean a block never written.
-
     size: size of the disk
-    metadata_size: bytes kept beside each block, for the checksum that the kernel makes and verifies (7.0)
-    checksum: which one: crc, ip, crc64 or none
     """
 
-    metadata_fd = -1
-
-    def __init__(
-        self,
-        *,
-        size: ublk.Size = ublk.Size(1 << 30),
-        metadata_size: int = 0,
-        checksum: str = "crc",
-    ) -> None:
-        refuse(
-            size <= 0 or size % self.block_size, f"ram of {size} bytes", "not a multiple of 512"
-        )
-        self.size = size
-        self.fd = os.memfd_create("ram")
-        weakref.finalize(self, os.close, self.fd)
-        self.view = memoryview(b"")
-        self.growing = threading.Lock()
-        self.reach(size)
-        if metadata_size:
-            self.metadata_size = metadata_size
-            self.checksum = checksum
-            self.metadata_fd = os.memfd_create("metadata")
-            weakref.finalize(self, os.close, self.metadata_fd)
-
-    def reach(self, size: int) -> None:
-        """Have that much memory; its pages exist once they are written."""
-        with self.growing:  # a mapping that is longer than its file kills who uses it
-            before = len(self.view)
-            if size <= before:
-                return
-            os.ftruncate(self.fd, size)
-            try:
-                self.view = memoryview(mmap.mmap(self.fd, size))
-            except BaseException:
-                os.ftruncate(self.fd, before)
-                raise
-
-    def part(self, offset: int, length: int) -> memoryview:
-        """Return the memory of a range. If there is none the disk has grown: no request is beyond that."""
-        if offset + length > len(self.view):
-            self.reach(offset + length)
-        return self.view[offset : offset + length]
+    def __init__(self, *, size: ublk.Size = ublk.Size(1 << 30)) -> None:
+        self.fd = memory_file(self)
+        os.ftruncate(self.fd, END_OF_MEMORY)
+        self.resized(size)
 
     def resized(self, size: int) -> None:
-        self.reach(size)
+        self.view = memoryview(mmap.mmap(self.fd, size))
         self.size = size
+
+    def part(self, offset: int, length: int) -> memoryview:
+        """Return the memory of a range. A disk that grows may get a request before resized() is called."""
+        if offset + length > len(self.view):
+            self.view = memoryview(mmap.mmap(self.fd, offset + length))
+        return self.view[offset : offset + length]
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.part(offset, len(buffer))
@@ -184,24 +153,9 @@ class Ram(ublk.Target):
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         clear(self.fd, offset, length)  # which gives pages back
-        if self.metadata_fd >= 0:
-            clear(self.metadata_fd, self.metadata_at(offset), self.metadata_at(length))
 
     def discard(self, offset: int, length: int) -> None:
-        self.write_zeroes(offset, length, True)
-
-    def metadata_at(self, offset: int) -> int:
-        """Return where the metadata of the block at offset lies, or how many bytes it is for so many."""
-        return offset // self.block_size * self.metadata_size
-
-    def read_metadata(self, offset: int, buffer: memoryview) -> None:
-        data = os.pread(self.metadata_fd, len(buffer), self.metadata_at(offset))
-        buffer[:] = data.ljust(len(buffer), b"\0").translate(COMPLEMENT)
-
-    def write_metadata(self, offset: int, buffer: memoryview) -> None:
-        write_all(
-            self.metadata_fd, bytes(buffer).translate(COMPLEMENT), self.metadata_at(offset)
-        )
+        clear(self.fd, offset, length)
 
 
 class Mapped:
@@ -238,8 +192,18 @@ class Loop(Mapped, ublk.Target):
         # Ends at the latest with the object
         self.opened = weakref.finalize(self, os.close, self.fd)
         claim(self.fd, path, self.read_only)
-        self.size, self.block_size, self.physical_block_size = sizes_of(self.fd, path, direct)
-        self.dma_alignment = memory_alignment(self.fd) if direct else 0
+        if self.is_block:
+            word = fcntl.ioctl(self.fd, BLKSSZGET, bytes(4))
+            self.block_size = int.from_bytes(word, sys.byteorder)
+        if direct:
+            self.dma_alignment, self.block_size = direct_units(self.fd)
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)
+        refuse(
+            self.size == 0 or self.size % self.block_size,
+            path,
+            f"its size {self.size} is none, or not a multiple of {self.block_size}",
+            f"give it another: truncate -s SIZE {path}",
+        )
         if not self.read_only and self._can_discard():
             self.discard = self._discard  # an attribute: not every backing has it
 
@@ -251,18 +215,22 @@ class Loop(Mapped, ublk.Target):
         """Say in which file, and where in it, these bytes of the disk are."""
         return self.fd, offset
 
+    def fetch(self, offset: int, buffer: memoryview) -> Any:
+        """Do what read() does, while the queue goes on."""
+        return ublk.uring_read(self.fd, buffer, offset)
+
     async def flush(self) -> None:
         await ublk.uring_fsync(self.fd, datasync=True)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        """Punch a hole if that is allowed, else convert to zeroes, else write them."""
-        for mode in (FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE)[0 if unmap else 1 :]:
-            try:
-                await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
-                return
-            except OSError as error:
-                if error.errno not in UNSUPPORTED:
-                    raise
+        """Punch a hole if that is allowed, or convert to zeroes, where there is neither write them."""
+        mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
+        try:
+            await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
+            return
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
         for at, count in pieces(offset, length):
             await moved(self.write, at, ublk.ZEROES[:count])
 
@@ -333,20 +301,13 @@ def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[in
     meanwhile.
     """
     exclusive = os.O_EXCL if is_block(path) else 0
-    try:
-        if not read_only:
-            try:
-                return patiently(lambda: os.open(path, flags | exclusive | os.O_RDWR)), False
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise
-        return os.open(path, flags | os.O_RDONLY), True
-    except OSError as error:
-        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
-            raise wrong(
-                path, "its file system has no direct I/O", "leave --direct out"
-            ) from None
-        raise
+    if not read_only:
+        try:
+            return patiently(lambda: os.open(path, flags | exclusive | os.O_RDWR)), False
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    return os.open(path, flags | os.O_RDONLY), True
 
 
 def claim(fd: int, path: str, read_only: bool = False) -> None:
@@ -363,54 +324,22 @@ def claim(fd: int, path: str, read_only: bool = False) -> None:
         ) from None
 
 
-def sizes_of(fd: int, path: str, direct: bool = False) -> tuple[int, int, int]:
-    """Return the size of a file or device, the smallest unit of transfer to it, and the one it likes.
-
-    Raises UblkError where it cannot be a disk.
-    """
-    if is_block(path):
-        words = [fcntl.ioctl(fd, request, bytes(4)) for request in (BLKSSZGET, BLKPBSZGET)]
-        unit, liked = (int.from_bytes(word, sys.byteorder) for word in words)
-    else:
-        unit = direct_unit(fd, path) if direct else ublk.SECTOR
-        liked = max(unit, 4096)
-    size = os.lseek(fd, 0, os.SEEK_END)
-    refuse(size == 0, path, "it is empty", f"give it a size: truncate -s 1G {path}")
-    refuse(
-        size % unit,
-        path,
-        f"its size {size} is not a multiple of {unit}",
-        f"make it one: truncate -s {-(-size // unit) * unit} {path}",
-    )
-    return size, unit, min(liked, PAGE_SIZE)
-
-
 # linux/stat.h, linux/fcntl.h
 STATX_DIOALIGN = 0x2000
 AT_EMPTY_PATH = 0x1000
-STATX = struct.Struct("=I148xI100x")  # stx_mask and stx_dio_mem_align of struct statx
+STATX = struct.Struct("=152xII96x")  # stx_dio_mem_align, stx_dio_offset_align of struct statx
 
 
-def memory_alignment(fd: int) -> int:
-    """Return of what memory for direct transfers to a file must be a multiple; 0 where nobody tells."""
+def direct_units(fd: int) -> tuple[int, int]:
+    """Return of what memory for direct transfers to a file must be a multiple, and of what their place.
+
+    Where nobody tells, that is 0, and a page.
+    """
     status = ctypes.create_string_buffer(STATX.size)
     if hasattr(LIBC, "statx"):
         LIBC.statx(fd, b"", AT_EMPTY_PATH, STATX_DIOALIGN, status)
-    mask, alignment = STATX.unpack(status.raw)
-    return alignment if mask & STATX_DIOALIGN else 0
-
-
-def direct_unit(fd: int, path: str) -> int:
-    """Return the smallest unit of direct transfer to a file."""
-    page = memoryview(mmap.mmap(-1, PAGE_SIZE))
-    for unit in (1 << shift for shift in range(9, PAGE_SIZE.bit_length())):
-        try:
-            os.preadv(fd, [page[:unit]], 0)
-            return unit
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-    raise wrong(path, "its file system takes no direct I/O of a page", "leave --direct out")
+    memory, place = STATX.unpack(status.raw)
+    return memory, place or PAGE_SIZE
 
 
 # =================================================================================================
@@ -517,7 +446,7 @@ class Stripe(Over, Mapped, ublk.Target):
         ]
         self.files = paths
         self.boundary = chunk
-        for name in ("block_size", "physical_block_size", "dma_alignment"):
+        for name in ("block_size", "dma_alignment"):
             setattr(self, name, max(getattr(leg, name) for leg in legs))
         refuse(
             chunk <= 0 or chunk % self.block_size,
@@ -572,14 +501,10 @@ class Stripe(Over, Mapped, ublk.Target):
             leg.close()
 
 
-def check_writable(file: Loop, read_only: bool) -> None:
-    """Raise UblkError (EACCES) for a file that is only for reading, though it is to be written to."""
-    if file.read_only and not read_only:
-        raise ublk.UblkError(errno.EACCES, file.path, "it cannot be written to")
-
-
 def make_file(path: str, header: bytes, size: int) -> None:
     """Make a file of this size that begins with a header, where there is none or an empty one."""
+    is_there = os.path.exists(path)
+    refuse(is_there and is_block(path), path, "not a file", "name a file")
     with open(path, "ab") as file:
         claim(file.fileno(), path)
         if not os.path.getsize(path):
@@ -667,14 +592,16 @@ class Cow(ublk.Target):
         refuse(
             commit and read_only, "--commit", "it writes to the base", "leave --read-only out"
         )
-        distinct([base, overlay])
-        self.files = [base, overlay]
+        self.files = distinct([base, overlay])
         self.below = Loop(base, read_only=not commit)
-        check_writable(self.below, not commit)
-        self.base = self.below.fd
+        refuse(
+            commit and self.below.read_only,
+            base,
+            "it cannot be written to",
+            "leave --commit out",
+        )
         self.size = self.below.size
         self.block_size = self.below.block_size
-        self.physical_block_size = self.below.physical_block_size
         self.grain = self.block_size
         count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
         self.marks_at = COW_UNIT
@@ -685,7 +612,6 @@ class Cow(ublk.Target):
         self.path = overlay
         self.read_only = read_only
         self.lost = False  # what is marked OURS counts for nothing
-        self.fd = self.top.fd
         self.lock = threading.Lock()
         self.fresh: set[tuple[int, int]] = set()  # blocks, from and to, that are to be KEPT
         self._open(any_base)
@@ -694,14 +620,13 @@ class Cow(ublk.Target):
 
     def _open(self, any_base: bool) -> None:
         """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
-        check_writable(self.top, self.read_only)
         boot = last_boot = boot_id()
         size = self.size
         grain = self.grain
-        seen = found = fingerprint(self.base, size)
+        seen = found = fingerprint(self.below.fd, size)
         # Else it is new, or was killed as it was made
-        if any(os.pread(self.fd, COW_HEADER.size, 0)):
-            size, grain, seen, last_boot = COW_HEADER.read(self.fd, self.path)
+        if any(os.pread(self.top.fd, COW_HEADER.size, 0)):
+            size, grain, seen, last_boot = COW_HEADER.read(self.top.fd, self.path)
         refuse(
             (size, grain) != (self.size, self.grain),
             self.path,
@@ -724,17 +649,19 @@ class Cow(ublk.Target):
         if self.read_only:
             self.lost = last_boot != boot
             return
-        os.fsync(self.fd)
+        os.fsync(self.top.fd)
         for at in range(self.marks_at, self.data_at, COW_UNIT):
-            marks = os.pread(self.fd, COW_UNIT, at)
+            marks = os.pread(self.top.fd, COW_UNIT, at)
             if OURS in marks:
-                write_all(self.fd, marks.replace(OURS, KEPT if last_boot == boot else BASE), at)
+                write_all(
+                    self.top.fd, marks.replace(OURS, KEPT if last_boot == boot else BASE), at
+                )
         self._seal(found)
 
     def _seal(self, seen: int) -> None:
         """Write the header, durably, with the fingerprint of the base; 0 means any."""
-        write_all(self.fd, COW_HEADER.pack(self.size, self.grain, seen, boot_id()), 0)
-        os.fsync(self.fd)
+        write_all(self.top.fd, COW_HEADER.pack(self.size, self.grain, seen, boot_id()), 0)
+        os.fsync(self.top.fd)
 
     # ---- which blocks the overlay has --------------------------------------------------------------
 
@@ -756,7 +683,7 @@ class Cow(ublk.Target):
     def _marks(self, blocks: slice) -> bytes:
         """Return the marks of blocks. A mapping would be quicker, and kill us: a full tmpfs has no page
         to show for a hole, not even for reading."""
-        marks = os.pread(self.fd, blocks.stop - blocks.start, self.marks_at + blocks.start)
+        marks = os.pread(self.top.fd, blocks.stop - blocks.start, self.marks_at + blocks.start)
         if len(marks) < blocks.stop - blocks.start:
             raise OSError(errno.EIO, "the overlay's end is missing")
         return marks.replace(OURS, BASE) if self.lost else marks
@@ -770,7 +697,7 @@ class Cow(ublk.Target):
             marks = marks.replace(BASE, OURS)
             start = blocks.start
             while marks:  # where there is no room for all, flush() is to know of the others
-                count = os.pwrite(self.fd, marks, self.marks_at + start)
+                count = os.pwrite(self.top.fd, marks, self.marks_at + start)
                 self.fresh.add((start, start + count))
                 start = start + count
                 marks = marks[count:]
@@ -779,7 +706,7 @@ class Cow(ublk.Target):
         """Note that blocks of the overlay are durable."""
         with self.lock:
             for start, stop in fresh:
-                write_all(self.fd, KEPT * (stop - start), self.marks_at + start)
+                write_all(self.top.fd, KEPT * (stop - start), self.marks_at + start)
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -787,12 +714,9 @@ class Cow(ublk.Target):
         for ours, at, length in self.runs(offset, len(buffer)):
             piece = buffer[at - offset :][:length]
             if ours:
-                await moved(partial(self._read, self.fd), self.data_at + at, piece)
+                await moved(self.top.fetch, self.data_at + at, piece)
             else:
-                await moved(partial(self._read, self.base), at, piece)
-
-    def _read(self, fd: int, offset: int, buffer: memoryview) -> Any:
-        return ublk.uring_read(fd, buffer, offset)
+                await moved(self.below.fetch, at, piece)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
         blocks = self.blocks(offset, len(buffer))
@@ -822,20 +746,20 @@ class Cow(ublk.Target):
         for at, count in pieces(0, self.size):
             for ours, start, length in self.runs(at, count):
                 if ours:
-                    write_all(self.base, os.pread(self.fd, length, self.data_at + start), start)
-        os.fsync(self.base)
+                    data = os.pread(self.top.fd, length, self.data_at + start)
+                    write_all(self.below.fd, data, start)
+        os.fsync(self.below.fd)
         for start, end in (self.marks_at, self.data_at), (self.data_at, self.top.size):
-            clear(self.fd, start, end - start)
-            os.fsync(self.fd)
-        self._seal(fingerprint(self.base, self.size))
+            clear(self.top.fd, start, end - start)
+            os.fsync(self.top.fd)
+        self._seal(fingerprint(self.below.fd, self.size))
 
     def close(self) -> None:
-        if self.top.fd >= 0:
-            os.fdatasync(self.fd)
-            self._keep(self.fresh)
-            os.fdatasync(self.fd)
-            self.top.close()
-            self.below.close()
+        os.fdatasync(self.top.fd)
+        self._keep(self.fresh)
+        os.fdatasync(self.top.fd)
+        self.top.close()
+        self.below.close()
 
 
 # =================================================================================================
@@ -885,6 +809,7 @@ def chance(*what: Any) -> float:
     return int.from_bytes(digest, "little") / (1 << 48)
 
 
+EVERYWHERE = (0, sys.maxsize)
 Draw = Callable[..., float]  # returns a random number for each word
 
 
@@ -960,7 +885,7 @@ class Fault(Wrapper, ublk.Target):
             "write 0.01 for one in 100",
         )
         refuse(min(skip, count, flip) < 0, "--skip, --count, --flip", "less than 0")
-        self.range = span(range) if range else None
+        self.range = span(range) if range else EVERYWHERE
         self.after = after
         self.rate = rate
         self.bad_sectors = bad_sectors
@@ -1014,8 +939,8 @@ class Fault(Wrapper, ublk.Target):
         """Tell whether the options are for such a request."""
         if self.written < self.after or name.replace("_fua", "") not in self.on:
             return False
-        if self.range is None or not args:  # a flush is of no range
-            return self.range is None
+        if not args:  # a flush is of no range
+            return self.range is EVERYWHERE
         offset, length = extent(args)
         start, end = self.range
         return offset < end and offset + max(length, ublk.SECTOR) > start
@@ -1039,11 +964,11 @@ class Fault(Wrapper, ublk.Target):
 
     def bad(self, offset: int, length: int) -> list[int]:
         """Return where the bad sectors of a range are."""
-        start, end = self.range or (0, sys.maxsize)
+        start, end = self.range
         first = max(offset, start - start % self.block_size)
         sectors = range(first, min(offset + length, end), self.block_size)
-        there = [at for at in sectors if chance(self.seed, at) < self.rate]
-        return [at for at in there if at not in self.healed]
+        there = [at for at in sectors if at not in self.healed]
+        return [at for at in there if chance(self.seed, at) < self.rate]
 
     async def serve(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
         """Have the target serve a request; note what was written."""
@@ -1220,11 +1145,11 @@ class Cache(Wrapper, ublk.Target):
 
     def kept(self, offset: int, length: int) -> dict[int, bytes]:
         """Return the blocks of a range that are here."""
-        span = range(offset, offset + length, self.block_size)
-        some = len(span) < len(self.blocks)  # a discard may be of more than there is
-        wanted = span if some else [at for at in self.blocks.copy() if at in span]
-        found = ((at, self.blocks.get(at)) for at in wanted)
-        return {at: data for at, data in found if data}
+        places = range(offset, offset + length, self.block_size)
+        # A discard may be of more places than there are blocks
+        some = places if len(places) < len(self.blocks) else self.blocks.copy()
+        found = {at: self.blocks.get(at) for at in some if at in places}
+        return {at: data for at, data in found.items() if data}
 
     def forget(self, blocks: dict[int, bytes]) -> None:
         """Keep these no longer, but what has been written since."""
@@ -1270,17 +1195,10 @@ def span(text: str) -> tuple[int, int]:
 
 def seconds(text: str) -> float:
     """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
-    unit = next(unit for unit in ("ms", "us", "s", "") if text.endswith(unit))
-    number = -1.0
-    with suppress(ValueError):
-        number = float(text[: len(text) - len(unit)])
-    refuse(
-        not 0 <= number < 1e9,
-        f"time {text}",
-        "not a number with ms, us or s",
-        "write 10ms or 1.5s",
-    )
-    return number * {"ms": 1e-3, "us": 1e-6}.get(unit, 1.0)
+    found = re.fullmatch(r"(\d+|\d*\.\d+)(ms|us|s|)", text)
+    if not found:
+        raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
+    return float(found[1]) * {"ms": 1e-3, "us": 1e-6}.get(found[2], 1.0)
 
 
 # =================================================================================================
@@ -1296,12 +1214,13 @@ NBD_OPT_GO = 7
 NBD_REP_ACK = 1
 NBD_REP_ERROR = 1 << 31
 NBD_REP_ERR_UNSUP = 1 << 31 | 1
-NBD_REP_ERR_TLS_REQD = 1 << 31 | 5
-NBD_REP_ERR_UNKNOWN = 1 << 31 | 6
+NBD_REFUSALS = {
+    1 << 31 | 5: "the server demands TLS, so write nbds: for nbd:",
+    1 << 31 | 6: "there is no such export",
+}
 NBD_INFO_EXPORT = 0
 NBD_INFO_BLOCK_SIZE = 3
 NBD_FLAG_READ_ONLY = 1 << 1
-NBD_FLAG_ROTATIONAL = 1 << 4
 NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = range(5)
 NBD_CMD_WRITE_ZEROES = 6
 NBD_CMD_FLAG_FUA = 1
@@ -1312,7 +1231,8 @@ NBD_OFFERS = {
     "flush": (1 << 2, NBD_CMD_FLUSH, 0),
     "write_fua": (1 << 3, NBD_CMD_WRITE, NBD_CMD_FLAG_FUA),
     "discard": (1 << 5, NBD_CMD_TRIM, 0),
-    "write_zeroes": (1 << 6, NBD_CMD_WRITE_ZEROES, 0),
+    # Discards are there to give blocks back
+    "write_zeroes": (1 << 6, NBD_CMD_WRITE_ZEROES, NBD_CMD_FLAG_NO_HOLE),
 }
 NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset, length
 NBD_REQUEST_MAGIC = 0x25609513
@@ -1324,19 +1244,16 @@ NBD_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 def nbd_address(uri: str) -> tuple[Any, str]:
-    """Take an NBD URI apart: (a path or (host, port), name of the export). Raises UblkError."""
+    """Take an NBD URI apart: (a path or (host, port), name of the export). Raises ValueError, UblkError."""
     from urllib.parse import unquote, urlsplit
 
-    try:
-        parts = urlsplit(uri)
-        key, _, path = parts.query.partition("=")
-        export = unquote(parts.path[1:])
-        if parts.scheme in ("nbd", "nbds") and parts.hostname:
-            return (parts.hostname, parts.port or 10809), export
-        if parts.scheme in ("nbd+unix", "nbds+unix") and key == "socket" and path:
-            return unquote(path), export
-    except ValueError as error:  # of a port that is none
-        raise wrong(uri, str(error)) from None
+    parts = urlsplit(uri)
+    key, _, path = parts.query.partition("=")
+    export = unquote(parts.path[1:])
+    if parts.scheme in ("nbd", "nbds") and parts.hostname:
+        return (parts.hostname, parts.port or 10809), export
+    if parts.scheme in ("nbd+unix", "nbds+unix") and key == "socket" and path:
+        return unquote(path), export
     raise wrong(
         repr(uri),
         "not an NBD address",
@@ -1375,8 +1292,7 @@ class NbdConnection:
         self.minimum = 1
         self.maximum = 32 << 20
         self.refused: set[int] = set()  # cookies of requests, by a server that is shutting down
-        self.socket: Any = None
-        self.reader: Any = None  # streams, once what comes before TLS is over
+        self.reader: Any = None
         self.writer: Any = None
 
     async def open(self) -> None:
@@ -1387,57 +1303,60 @@ class NbdConnection:
             await asyncio.wait_for(self._shake_hands(), NBD_HANDSHAKE)
         except BaseException as error:
             self.hang_up()
-            if isinstance(error, ublk.UblkError) or not isinstance(error, Exception):
-                raise
             raise self._explained(error) from None
 
-    def _explained(self, error: Any) -> ublk.UblkError:
+    def _explained(self, error: Any) -> BaseException:
         """Return what open() raises for what went wrong."""
-        if isinstance(error, ValueError) and not isinstance(error, OSError):
-            return wrong(repr(self.uri), str(error))  # a name that nothing can have
+        if isinstance(error, ublk.UblkError) or not isinstance(error, Exception):
+            return error
+        number = getattr(error, "errno", 0) or 0
         reason = getattr(error, "strerror", "") or str(error)
-        number = getattr(error, "errno", 0) or errno.EINVAL
-        if type(error).__module__ == "ssl":  # its numbers are no errno
-            number = errno.EPROTO
-        elif number < 0:  # a name not found
-            number = errno.EHOSTUNREACH
-        elif "Timeout" in type(error).__name__ or isinstance(error, socket.timeout):
+        if "timeout" in type(error).__name__.lower():
             number = errno.ETIMEDOUT
             reason = "the server takes too long to shake hands"
-        remedy = "see whether the server runs there"
-        return ublk.UblkError(number, self.uri, reason, remedy)
+        elif type(error).__module__ == "ssl":  # its numbers are no errno
+            number = errno.EPROTO
+        elif number <= 0:  # of a name that is not found, or that nothing can have
+            number = errno.EINVAL
+        return ublk.UblkError(
+            number, repr(self.uri), reason, "see whether the server runs there"
+        )
 
     async def _shake_hands(self) -> None:
         """Agree on TLS, if it is wished for, and on the export; learn what it is like."""
         import asyncio
 
         address, export = nbd_address(self.uri)
-        self.socket = await asyncio.to_thread(dial, address)
+        connection = await asyncio.to_thread(dial, address)
+        self.reader, self.writer = await asyncio.open_connection(sock=connection)
+        magic, options, flags = struct.unpack(">8sQH", await self.take(18))
         refuse(
-            await self.take(8) != b"NBDMAGIC",
+            magic != b"NBDMAGIC" or options != NBD_OPTION_MAGIC,
             self.uri,
-            "no NBD server answers there",
+            "no NBD server answers there, or one of the old style",
             "name another",
         )
-        magic, flags = struct.unpack(">QH", await self.take(10))
-        refuse(
-            magic != NBD_OPTION_MAGIC,
-            self.uri,
-            "the server speaks only the old style of NBD",
-            "use a newer server",
-        )
-        await self.send(struct.pack(">I", flags & 3))
-        host = None
+        self.writer.write(struct.pack(">I", flags & 3))
         if self.tls:
-            async for _, _ in self._option(NBD_OPT_STARTTLS, b""):
-                raise wrong(self.uri, "the server speaks no TLS", "write nbd: for nbds:")
-            host = "localhost" if isinstance(address, str) else address[0]
-        self.reader, self.writer = await asyncio.open_connection(
-            sock=self.socket, ssl=self.tls, server_hostname=host
-        )
+            await self._start_tls("localhost" if isinstance(address, str) else address[0])
         # Servers that know only how to be told a name say so, or have no options at all
         if not flags & 1 or not await self._go(export.encode()):
             await self._name(export.encode(), flags)
+
+    async def _start_tls(self, host: str) -> None:
+        """Go on in streams over TLS. What came before is of no worth: anybody may have sent it."""
+        import asyncio
+
+        async for _, _ in self._option(NBD_OPT_STARTTLS, b""):
+            raise wrong(self.uri, "the server speaks no TLS", "write nbd: for nbds:")
+        loop = asyncio.get_running_loop()
+        self.reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(self.reader)
+        transport: Any = await loop.start_tls(
+            self.writer.transport, protocol, self.tls, server_hostname=host
+        )
+        protocol.connection_made(transport)
+        self.writer = asyncio.StreamWriter(transport, protocol, self.reader, loop)
 
     async def _go(self, export: bytes) -> bool:
         """Ask for the export; tell whether the server understood."""
@@ -1446,16 +1365,9 @@ class NbdConnection:
         async for kind, data in self._option(NBD_OPT_GO, wish):
             if kind == NBD_REP_ERR_UNSUP:
                 return False
-            refuse(
-                kind == NBD_REP_ERR_TLS_REQD,
-                self.uri,
-                "the server demands TLS",
-                "write nbds: for nbd:",
-            )
             if kind & NBD_REP_ERROR:
                 text = data.decode(errors="replace") or f"error {kind & 0xFFFF}"
-                what = "there is no such export" if kind == NBD_REP_ERR_UNKNOWN else "refused"
-                raise wrong(self.uri, f"{what}: {text}", "name one the server has")
+                raise wrong(self.uri, f"{NBD_REFUSALS.get(kind, 'refused')}: {text}")
             info = int.from_bytes(data[:2], "big")
             if info == NBD_INFO_EXPORT and len(data) == 12:
                 self.size, self.flags = struct.unpack(">QH", data[2:])
@@ -1466,14 +1378,14 @@ class NbdConnection:
     async def _name(self, export: bytes, flags: int) -> None:
         """Tell the server the export's name; it closes the connection where it has none of it."""
         option = struct.pack(">QII", NBD_OPTION_MAGIC, NBD_OPT_EXPORT_NAME, len(export))
-        await self.send(option + export)
+        self.writer.write(option + export)
         self.size, self.flags = struct.unpack(">QH", await self.take(10))
         if not flags & 2:
             await self.take(124)  # zeroes
 
     async def _option(self, option: int, data: bytes) -> Any:
         """Ask for an option; yield what the server replies, but for the last ACK."""
-        await self.send(struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data)) + data)
+        self.writer.write(struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data)) + data)
         kind = 0
         while not kind & NBD_REP_ERROR:
             magic, of, kind, length = struct.unpack(">QIII", await self.take(20))
@@ -1492,29 +1404,12 @@ class NbdConnection:
         """Receive so many bytes."""
         import asyncio
 
-        closed = ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
-        if self.reader:
-            try:
-                return await self.reader.readexactly(count)
-            except asyncio.IncompleteReadError:
-                raise closed from None
-        data = b""
-        while len(data) < count:
-            loop = asyncio.get_running_loop()
-            more = await loop.sock_recv(self.socket, count - len(data))
-            if not more:
-                raise closed
-            data += more
-        return data
-
-    async def send(self, data: bytes) -> None:
-        """Send what the handshake has to say."""
-        import asyncio
-
-        if self.writer:
-            self.writer.write(data)
-        else:
-            await asyncio.get_running_loop().sock_sendall(self.socket, data)
+        try:
+            return await self.reader.readexactly(count)
+        except asyncio.IncompleteReadError:
+            raise ConnectionResetError(
+                errno.ECONNRESET, "the server closed the connection"
+            ) from None
 
     def say_goodbye(self) -> None:
         """End it as a client should."""
@@ -1525,8 +1420,6 @@ class NbdConnection:
         """End it at once, without sending anything more; who receives hears of that."""
         if self.writer:
             self.writer.transport.abort()
-        elif self.socket:
-            self.socket.close()
 
 
 class NbdRequest:
@@ -1553,12 +1446,12 @@ class Nbd(ublk.Target):
     """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
 
     It gets all requests at once. When the server ends the connection, a new one is made and gets
-    the requests that had no reply yet. When we do, as the server is silent, it may still do what it
-    was told: changes fail then, for done again they could land on later ones. What was acknowledged
-    and not flushed before may be gone, as servers have caches: the next flush fails.
+    the requests that had no reply yet. When we do, as a request is never answered, the server may
+    still do what it was told, even after later changes: from then on all changes fail. What was
+    acknowledged and not flushed before may be gone, as servers have caches: the next flush fails.
 
     uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds: for TLS
-    timeout: requests fail when the server is silent or away for so long
+    timeout: a request fails when it has no answer for so long
     ca: a file of the authorities that may vouch for the server (those of the system)
     certificate: a file with our certificate and its key, for servers that ask for it
     """
@@ -1572,7 +1465,6 @@ class Nbd(ublk.Target):
         self.timeout = seconds(timeout)
         refuse(not self.timeout, "--timeout 0", "no server answers in no time")
         self.tls: Any = None
-        nbd_address(uri)
         if uri.startswith("nbds"):
             import ssl
 
@@ -1582,11 +1474,10 @@ class Nbd(ublk.Target):
         asyncio.run(self._meet())
         self.connection: Any = None
         self.cookie = 0
-        self.heard = 0.0  # when the last reply came, or there was nothing to wait for
-        self.given_up = False  # this connection, by us
         self.acknowledged = 0  # changes that were, and how many of them are durable
         self.durable = 0
         self.lost = False  # some of them with a connection, and no flush has failed yet
+        self.unsure = False  # whether a server still does what it was told long ago
         self.tasks: Any = ()  # asyncio itself may forget one that nobody else knows
 
     async def _meet(self) -> None:
@@ -1594,11 +1485,6 @@ class Nbd(ublk.Target):
         server = NbdConnection(self.uri, self.tls)
         await server.open()
         server.say_goodbye()
-        refuse(
-            server.minimum & server.minimum - 1 or server.minimum > PAGE_SIZE,
-            self.uri,
-            f"its block size {server.minimum} is not possible here",
-        )
         self.block_size = max(ublk.SECTOR, server.minimum)
         self.size = server.size // self.block_size * self.block_size
         self.maximum = server.maximum // self.block_size * self.block_size
@@ -1610,7 +1496,6 @@ class Nbd(ublk.Target):
         if self.size < server.size:
             ublk.say(f"{self.uri}: its last {server.size - self.size} bytes are left out")
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
-        self.rotational = bool(server.flags & NBD_FLAG_ROTATIONAL)
         for name, (bit, command, flags) in NBD_OFFERS.items():
             if server.flags & bit:
                 setattr(self, name, partial(self.ask, command, flags))
@@ -1634,24 +1519,20 @@ class Nbd(ublk.Target):
     # ---- requests ------------------------------------------------------------------------------
 
     # Two tasks run beside them: _receive takes the replies and makes a new
-    # connection when it has to, _watch ends a connection on which nothing comes.
+    # connection when it has to, _watch ends one on which it waits for too long.
 
-    async def ask(
-        self, command: int, flags: int, offset: int = 0, what: Any = 0, unmap: bool = True
-    ) -> int:
+    async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0) -> int:
         """Have the server do something with a buffer or a length; return how much. Raises OSError."""
-        if not unmap:
-            flags |= NBD_CMD_FLAG_NO_HOLE
-        if not isinstance(what, int):
-            what = what[: self.maximum]
+        if command != NBD_CMD_READ and self.unsure:
+            raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
             self.lost = False
             raise OSError(errno.EIO, "a connection was lost before this flush")
+        if not isinstance(what, int):
+            what = what[: self.maximum]
         self.cookie += 1
         request = NbdRequest(self.cookie, command, flags, offset, what)
         request.covers = self.acknowledged
-        if not self.pending:
-            self.heard = request.begun
         self.pending[self.cookie] = request
         if self.connection and not self.connection.writer.is_closing():
             self.connection.writer.write(request.message)
@@ -1670,16 +1551,20 @@ class Nbd(ublk.Target):
         if not request.done.done():
             request.done.set_result(error)
 
+    def _expired(self) -> list[NbdRequest]:
+        """Return the requests that have waited for too long."""
+        late = time.monotonic() - self.timeout
+        return [request for request in self.pending.values() if request.begun < late]
+
     async def _watch(self) -> None:
-        """End a connection that is silent while requests wait."""
+        """End a connection on which a request is not answered."""
         import asyncio
 
         while True:
             await asyncio.sleep(min(1.0, self.timeout / 4))
-            silent = self.pending and time.monotonic() - self.heard > self.timeout
-            if silent and self.connection:
-                self.given_up = True
-                self.connection.hang_up()
+            if self.connection and self._expired():
+                silence = TimeoutError(errno.ETIMEDOUT, "the server does not answer")
+                self.connection.reader.set_exception(silence)
 
     async def _receive(self) -> None:
         """Take replies until the queue ends, which cancels this."""
@@ -1689,7 +1574,7 @@ class Nbd(ublk.Target):
                     await self._reply()
                 except OSError as error:
                     self._lose(error)
-                    await self._reconnect(error)
+                    await self._reconnect()
         finally:
             if self.connection:
                 self.connection.say_goodbye()
@@ -1700,9 +1585,8 @@ class Nbd(ublk.Target):
         request = self.pending.get(cookie)
         if not request or magic != NBD_REPLY_MAGIC:
             raise OSError(
-                errno.EPROTO, "the server sent no reply to any request but something else"
+                errno.EIO, "the server sent no reply to any request but something else"
             )
-        self.heard = time.monotonic()
         refused = self.connection.refused
         if error == errno.ESHUTDOWN:  # not done: the next connection gets it
             refused.add(cookie)
@@ -1711,27 +1595,26 @@ class Nbd(ublk.Target):
                 request.room[:] = await self.connection.take(len(request.room))
             self._end(request, error if error in errno.errorcode or not error else errno.EIO)
         if self.pending and self.pending.keys() <= refused:
-            raise OSError(errno.ESHUTDOWN, "the server is shutting down")
+            raise ConnectionAbortedError(errno.ESHUTDOWN, "the server is shutting down")
 
     def _lose(self, error: OSError) -> None:
         """Settle what becomes of the requests of a connection, and of what was done by it."""
         self.connection.hang_up()
         self.connection = None
-        # The server ended it, and does nothing more of what it was told
-        over = isinstance(error, ConnectionError) and not self.given_up
-        why = "the server does not answer" if self.given_up else str(error)
         lost = hasattr(self, "flush") and self.acknowledged > self.durable
         told = "; what was not flushed may be gone: the next flush fails" if lost else ""
-        ublk.say(f"{self.uri}: connection lost: {why}{told}")
+        ublk.say(f"{self.uri}: connection lost: {error.strerror}{told}")
         self.lost = self.lost or lost
         self.durable = self.acknowledged
+        # The server ended it, and does nothing more of what it was told
+        over = isinstance(error, ConnectionError)
         for request in list(self.pending.values()):
             if request.command == NBD_CMD_FLUSH and lost:
                 self._end(request, errno.EIO)
                 self.lost = False
             elif request.command != NBD_CMD_READ and not over:
-                self._end(request, errno.ETIMEDOUT if self.given_up else errno.EIO)
-        self.given_up = False
+                self._end(request, error.errno or errno.EIO)
+                self.unsure = True
 
     async def _connect(self) -> NbdConnection:
         """Make a connection to the same export. Raises UblkError."""
@@ -1742,28 +1625,19 @@ class Nbd(ublk.Target):
             raise wrong(self.uri, "the export has become smaller")
         return connection
 
-    async def _reconnect(self, error: OSError) -> None:
-        """Once there are requests make a new connection, however long it takes, and send them there."""
+    async def _reconnect(self) -> None:
+        """Once there are requests make a new connection, and send them there while they may wait."""
         import asyncio
 
-        connection = None
-        while connection is None:
+        while self.connection is None:
             await asyncio.sleep(0.2)
-            late = time.monotonic() - self.timeout
-            expired = [request for request in self.pending.values() if request.begun < late]
-            if expired:
-                ublk.say(f"{self.uri}: giving requests up: {error}")
-            for request in expired:
+            for request in self._expired():
                 self._end(request, errno.ETIMEDOUT)
             if self.pending:
-                try:
-                    connection = await self._connect()
-                except OSError as failure:
-                    error = failure
-        self.connection = connection
-        self.heard = time.monotonic()
+                with suppress(OSError):
+                    self.connection = await self._connect()
         for request in self.pending.values():
-            connection.writer.write(request.message)
+            self.connection.writer.write(request.message)
 
 
 # =================================================================================================
@@ -1773,13 +1647,12 @@ class Nbd(ublk.Target):
 # linux/blkzoned.h
 BLK_ZONE_TYPE_CONVENTIONAL = 1
 BLK_ZONE_TYPE_SEQWRITE_REQ = 2
-BLK_ZONE_COND_NOT_WP, BLK_ZONE_COND_EMPTY, BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN = (
-    range(4)
-)
+BLK_ZONE_COND_NOT_WP = 0
+BLK_ZONE_COND_EMPTY = 1
+BLK_ZONE_COND_IMP_OPEN = 2
+BLK_ZONE_COND_EXP_OPEN = 3
 BLK_ZONE_COND_CLOSED = 4
 BLK_ZONE_COND_FULL = 14
-IS_OPEN = (BLK_ZONE_COND_IMP_OPEN, BLK_ZONE_COND_EXP_OPEN)
-IS_ACTIVE = (*IS_OPEN, BLK_ZONE_COND_CLOSED)
 # Size, zone size, conventional zones, boot id
 ZONED_HEADER = Sealed(b"ublkzon3", "QQQ36s", "a zoned disk")
 ZONE_TABLE_AT = 4096
@@ -1821,13 +1694,13 @@ class Zoned(ublk.Target):
     size: size of a new disk
     zone_size: size of its zones, a power of two
     conventional: so many zones at its start may be written anywhere
-    max_open: so many zones may be open at once (0: any number)
-    max_active: so many may be open or closed, that is, written in part (0: any number)
     read_only: open the file for reading only
     """
 
     block_size = 4096
     max_append = 1 << 20
+    max_open_zones = 0  # any number
+    max_active_zones = 0
 
     def __init__(
         self,
@@ -1836,30 +1709,16 @@ class Zoned(ublk.Target):
         size: ublk.Size = ublk.Size(1 << 30),
         zone_size: ublk.Size = ublk.Size(16 << 20),
         conventional: int = 0,
-        max_open: int = 0,
-        max_active: int = 0,
         read_only: bool = False,
     ) -> None:
-        self.read_only = read_only
-        self.max_open_zones = max_open
-        self.max_active_zones = max_active
         self.lock = threading.Lock()
-        self.path = file
+        self.path = file or f"/proc/self/fd/{memory_file(self)}"
         self.files = [file] if file else []
-        if not file:
-            fd = os.memfd_create("zoned")
-            weakref.finalize(self, os.close, fd)
-            self.path = f"/proc/self/fd/{fd}"
-        is_there = os.path.exists(self.path)
-        refuse(
-            is_there and is_block(self.path), file, "not a file", "name a file for its zones"
-        )
-        is_new = not is_there or not os.path.getsize(self.path)
-        if is_new and not (file and read_only):
+        if not file or not read_only:
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path, read_only=read_only)
         self.close = self.disk.close
-        check_writable(self.disk, read_only)
+        self.read_only = self.disk.read_only
         header = ZONED_HEADER.read(self.disk.fd, self.path)
         self.size, self.zone_size, self.conventional, last_boot = header
         self.data_at = zone_data_at(self.size // self.zone_size)
@@ -1870,7 +1729,7 @@ class Zoned(ublk.Target):
             "restore it",
         )
         self.zones = self._load_zones(last_boot == boot_id())
-        if last_boot != boot_id() and not read_only:
+        if last_boot != boot_id() and not self.read_only:
             for zone in self.zones:
                 self._note(zone, zone.wp, zone.wp)
             os.fsync(self.disk.fd)
@@ -1880,7 +1739,7 @@ class Zoned(ublk.Target):
     # ---- the file ----------------------------------------------------------------------------------
 
     def _make(self, size: int, zone_size: int, conventional: int) -> None:
-        """Make the file of a new disk."""
+        """Make the file of a new disk, where there is none."""
         refuse(
             zone_size < self.block_size or zone_size & zone_size - 1,
             f"--zone-size {zone_size}",
@@ -1922,29 +1781,6 @@ class Zoned(ublk.Target):
             raise OSError(errno.EIO, "a conventional zone")
         return zone
 
-    def _in_the_way(self, zone: Zone) -> list[Zone]:
-        """Return which zones, open only by the way, must be closed so that this one can be open."""
-        if zone.cond in IS_OPEN:
-            return []
-        active = [
-            other for other in self.zones if other.cond in IS_ACTIVE and other is not zone
-        ]
-        if 0 < self.max_active_zones <= len(active):
-            raise OSError(errno.EOVERFLOW, "too many active zones")
-        opened = [other for other in active if other.cond in IS_OPEN]
-        if not 0 < self.max_open_zones <= len(opened):
-            return []
-        victims = [other for other in opened if other.cond == BLK_ZONE_COND_IMP_OPEN]
-        if not victims:
-            raise OSError(errno.ETOOMANYREFS, "too many open zones")
-        return victims[:1]
-
-    def _make_open(self, zone: Zone, cond: int, instead_of: list[Zone]) -> None:
-        for other in instead_of:
-            other.settle()
-        if zone.cond != BLK_ZONE_COND_EXP_OPEN:
-            zone.cond = cond
-
     def report_zones(self, offset: int, count: int) -> list[ublk.blk_zone]:
         """Describe zones from offset on, in sectors."""
         first = offset // self.zone_size
@@ -1968,7 +1804,7 @@ class Zoned(ublk.Target):
             zone = self._zone(offset)
             if zone.cond == BLK_ZONE_COND_FULL:
                 raise OSError(errno.EIO, "the zone is full")
-            self._make_open(zone, BLK_ZONE_COND_EXP_OPEN, self._in_the_way(zone))
+            zone.cond = BLK_ZONE_COND_EXP_OPEN
 
     def zone_close(self, offset: int) -> None:
         with self.lock:
@@ -2048,11 +1884,11 @@ class Zoned(ublk.Target):
         position = zone.wp + len(buffer)
         if position > zone.end:
             raise OSError(errno.EIO, "the zone is full")
-        instead_of = self._in_the_way(zone)
         write_all(self.disk.fd, buffer, self.data_at + zone.wp)
         self._note(zone, position, zone.durable)
-        self._make_open(zone, BLK_ZONE_COND_IMP_OPEN, instead_of)
         zone.wp = position
+        if zone.cond != BLK_ZONE_COND_EXP_OPEN:
+            zone.cond = BLK_ZONE_COND_IMP_OPEN
         if zone.wp == zone.end:
             zone.settle()
 
@@ -2115,12 +1951,6 @@ class Record(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("record", target)
-        refuse(
-            inspect.iscoroutinefunction(getattr(target, "close", None)),
-            "record",
-            "a cache cannot be recorded, nor what else must wait when it closes",
-            "record what is below it: cache record LOG ...",
-        )
         self.offer(["flush"])  # of interest even where the target needs none
         self.lock = threading.Lock()
         self.files = [*target.files, log]
@@ -2203,9 +2033,9 @@ class Record(Wrapper, ublk.Target):
         self.limit = 0
         return OSError(errno.ENOSPC, "no room in the log")
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.log.close()
-        getattr(self.target, "close", bool)()
+        await ublk.end_of(getattr(self.target, "close", bool)())
 
 
 class Entry(NamedTuple):
@@ -2469,11 +2299,11 @@ def make_same(source: int, target: int, offset: int, length: int) -> None:
                 write_all(target, data, at)
 
 
-def new_disk(log: Any, path: str, base: str) -> Any:
+def new_disk(log: Any, path: str, base: Any) -> Any:
     """Make the image of a recorded disk as it was when the recording began; return it, open."""
     size, _ = LOG_HEADER.read(log.fileno(), log.name)
     refuse(
-        bool(base) and os.path.getsize(base) > size,
+        base and os.path.getsize(base) > size,
         base,
         f"larger than the recorded disk of {size} bytes",
         "name what the disk contained when the recording began",
@@ -2496,7 +2326,7 @@ def crashes(log: Any, base: Any = "", **options: Any) -> Iterator[Crash]:
     """
     folder = os.path.dirname(os.path.abspath(log))
     with open(log, "rb") as file, tempfile.TemporaryDirectory(dir=folder) as place:
-        with new_disk(file, f"{place}/disk", os.fspath(base)) as disk:
+        with new_disk(file, f"{place}/disk", base) as disk:
             found = Crashes(file, disk, **options)
             image = CrashImage(f"{place}/crash", found)
             yield from map(image.show, found)
@@ -2504,56 +2334,7 @@ def crashes(log: Any, base: Any = "", **options: Any) -> Iterator[Crash]:
 
 def replay(argv: Sequence[str]) -> int:
     """Rebuild a recorded disk, or look for the first moment at which a crash would be fatal."""
-    parser = ublk.make_parser("ublk.py replay", description=replay.__doc__)
-    add = parser.add_argument
-    add("log", help="what the target record has written")
-    add("disk", nargs="?", help="the disk image to make; without it the entries are shown")
-    add("--mark", metavar="TEXT", help="note this in a log that is being written")
-    add(
-        "--base",
-        default="",
-        help="what the disk contained when the recording began (nothing)",
-    )
-    add("--to", type=ublk.number_of_bytes, metavar="N", help="stop after this entry (the last)")
-    add(
-        "--check",
-        metavar="COMMAND",
-        help="for each crash run a shell command on an image of the disk, {} in it being the "
-        "image's path; stop where it fails",
-    )
-    add(
-        "--from",
-        type=ublk.number_of_bytes,
-        default=0,
-        dest="start",
-        metavar="N",
-        help="check no crash before this entry, such as the last of mkfs",
-    )
-    add(
-        "--every",
-        choices=("flush", "entry"),
-        default="flush",
-        help="crash points; also before and after FUA writes, at marks and at the end (flush)",
-    )
-    add(
-        "--states",
-        type=ublk.number_of_bytes,
-        default=0,
-        metavar="N",
-        help="at each, besides all and nothing of what was not flushed, look at N states in which "
-        "each such write is there, absent or torn, at random (0)",
-    )
-    add("--seed", type=int, default=1, help="makes the same random choices again (1)")
-    add(
-        "--jobs",
-        type=ublk.number_of_bytes,
-        default=1,
-        metavar="N",
-        help="so many checks at a time (1)",
-    )
-    options = parser.parse_args(argv)
-    if options.check and not (options.disk and options.jobs):
-        parser.error("--check needs a disk image to make, and a job")
+    options = read_replay_words(argv)
     if options.mark is not None:
         mark(options.log, options.mark)
         return 0
@@ -2564,21 +2345,61 @@ def replay(argv: Sequence[str]) -> int:
                 print(described(log, entry))
             return 0
         with new_disk(log, options.disk, options.base) as disk:
-            found = Crashes(
-                log,
-                disk,
-                options.to,
-                start=options.start,
-                every=options.every,
-                states=options.states,
-                seed=options.seed,
-            )
+            how = {name: getattr(options, name) for name in CRASH_OPTIONS}
+            found = Crashes(log, disk, **how)
             if options.check:
                 return find_bad_crash(found, options.check, options.jobs)
             for entry in found.entries:
                 if entry.kind not in ("flush", "mark"):
                     found.outcome(entry).apply(log, disk)
     return 0
+
+
+CRASH_OPTIONS = ("to", "start", "every", "states", "seed")
+
+
+def read_replay_words(argv: Sequence[str]) -> Any:
+    """Return the words of a replay, as attributes."""
+    parser = ublk.make_parser("ublk.py replay", description=replay.__doc__)
+    add = parser.add_argument
+    number: Any = {"type": ublk.number_of_bytes, "metavar": "N"}
+    add("log", help="what the target record has written")
+    add("disk", nargs="?", help="the disk image to make; without it the entries are shown")
+    add("--mark", metavar="TEXT", help="note this in a log that is being written")
+    add("--base", help="what the disk contained when the recording began (nothing)")
+    add("--to", **number, help="stop after this entry (the last)")
+    add(
+        "--check",
+        metavar="COMMAND",
+        help="for each crash run a shell command on an image of the disk, {} in it being the "
+        "image's path; stop where it fails",
+    )
+    add(
+        "--from",
+        **number,
+        default=0,
+        dest="start",
+        help="check no crash before this entry, such as the last of mkfs",
+    )
+    add(
+        "--every",
+        choices=("flush", "entry"),
+        default="flush",
+        help="crash points; also before and after FUA writes, at marks and at the end (flush)",
+    )
+    add(
+        "--states",
+        **number,
+        default=0,
+        help="at each, besides all and nothing of what was not flushed, look at N states in which "
+        "each such write is there, absent or torn, at random (0)",
+    )
+    add("--seed", type=int, default=1, help="makes the same random choices again (1)")
+    add("--jobs", **number, default=1, help="so many checks at a time (1)")
+    options = parser.parse_args(argv)
+    if options.check and not (options.disk and options.jobs):
+        parser.error("--check needs a disk image to make, and a job")
+    return options
 
 
 def described(log: Any, entry: Entry) -> str:
@@ -2602,17 +2423,17 @@ def mark(path: str, text: str) -> None:
 def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
     """Check the disk after each crash; tell the first bad one and keep its disk."""
     kept = f"{crashes.disk.name}.crash"
-    began = time.monotonic()
     states = 0
     with closing(checked(crashes, check, jobs)) as verdicts:
         for crash, status in verdicts:
+            entry = crash.entry
             if status:
                 with suppress(FileNotFoundError):  # the check may have removed it
                     os.replace(crash.path, kept)
                 break
             states += 1
             if sys.stderr.isatty():
-                show_progress(crash.entry.number, crashes, time.monotonic() - began)
+                show_progress(entry.number, len(crashes.entries))
         else:
             print(f"good at {crashes.points} crash points, {states} states")
             return 0
@@ -2621,10 +2442,9 @@ def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
     refuse(
         status < 0 or 128 < status < 255,  # which scripts end with that die
         check,
-        f"it was killed at entry {crash.entry.number}: status {status}",
+        f"it was killed at entry {entry.number}: status {status}",
         f"the disk it looked at is {kept}",
     )
-    entry = crash.entry
     print(
         f"bad at entry {entry.number}: {entry.kind} {entry.offset} {entry.length}: "
         f"state {crash.state}: status {status}: see {kept}"
@@ -2637,21 +2457,16 @@ def checked(
 ) -> Generator[tuple[Crash, int], None, None]:
     """Run a shell command on each crash, so many at a time; yield its statuses, in order."""
     images = [CrashImage(f"{crashes.disk.name}.crash{job}", crashes) for job in range(jobs)]
-    idle = list(images)
-    running: deque[tuple[Crash, CrashImage, Any]] = deque()
+    to_come = iter(crashes)
     try:
-        for crash in itertools.chain(crashes, [None] * jobs):
-            if running and (crash is None or not idle):
-                shown, image, process = running.popleft()
-                yield shown, process.wait()
-                idle.append(image)
-            if crash:
-                image = idle.pop()
-                shown = image.show(crash)
-                running.append((shown, image, start_check(check, shown)))
+        while True:
+            shown = [image.show(crash) for image, crash in zip(images, to_come)]
+            if not shown:
+                return
+            running = [start_check(check, crash) for crash in shown]
+            statuses = [process.wait() for process in running]
+            yield from zip(shown, statuses)
     finally:
-        for _, _, process in running:
-            process.wait()
         for image in images:
             with suppress(FileNotFoundError):
                 os.unlink(image.path)
@@ -2669,19 +2484,16 @@ def start_check(check: str, crash: Crash) -> Any:
     return subprocess.Popen(command, shell=True, env=environment)
 
 
-def show_progress(number: int, crashes: Crashes, seconds: float) -> None:
+def show_progress(number: int, last: int) -> None:
     """Say on a terminal how far a check is."""
-    last = len(crashes.entries)
-    left = seconds * (last - number) / (number + 1 - crashes.start)
-    end = f"{left:.0f} s left \r" if number < last else "\r\033[K"
-    print(f"entry {number} of {last}, {end}", end="", file=sys.stderr, flush=True)
+    end = "\r" if number < last else "\r\033[K"
+    print(f"entry {number} of {last}", end=end, file=sys.stderr, flush=True)
 
 
 # =================================================================================================
 # For pytest
 # =================================================================================================
 
-MNT_DETACH = 2  # linux/fs.h
 PATIENCE = 60.0  # seconds that a disk has for what unmounting writes
 
 
@@ -2752,41 +2564,31 @@ def let_go() -> None:
 
 
 def unmount(path: Any, device: ublk.Device) -> None:
-    """Unmount a test's file system, also from under its users; they are then named in an error."""
-    if umount(path, device) == errno.EBUSY:
+    """Unmount a test's file system, also from under its users; they are then named in an error.
+
+    A disk that does not answer is stopped, which fails what it holds.
+    """
+    command = subprocess.Popen(["umount", path], stderr=subprocess.DEVNULL)
+    try:
+        command.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        with suppress(ublk.UblkError):  # held open by the mount
+            device.stop()
+    if command.wait() and os.path.ismount(path):
         users = ", ".join(users_of(path)) or "somebody"
-        umount(path, device, MNT_DETACH)
+        subprocess.run(["umount", "--lazy", path], check=True)
         raise ublk.UblkError(
             errno.EBUSY, f"unmount {path}", f"in use by {users}", "end that in the test"
         )
 
 
-def umount(path: Any, device: ublk.Device, flags: int = 0) -> int:
-    """umount2(2); return its errno. A disk that does not answer is stopped, which fails what it holds."""
-    result = []
-    thread = threading.Thread(
-        target=lambda: result.append(
-            LIBC.umount2(os.fsencode(path), flags) and ctypes.get_errno()
-        )
-    )
-    thread.start()
-    thread.join(PATIENCE)
-    if thread.is_alive():
-        with suppress(ublk.UblkError):  # held open by the mount
-            device.stop()
-    thread.join()
-    return result[0]
-
-
 def users_of(path: Any) -> Iterator[str]:
     """Name the processes that have something of a file system open, or work there."""
     place = os.stat(path).st_dev
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            links = [
-                f"/proc/{pid}/cwd",
-                *(f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")),
-            ]
-            if any(os.path.exists(link) and os.stat(link).st_dev == place for link in links):
-                with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-                    yield f"{file.read().strip()} (pid {pid})"
+    for pid in ublk.process_ids():
+        links = [f"/proc/{pid}/fd/{fd}" for fd in ublk.children(f"/proc/{pid}/fd")]
+        for link in f"/proc/{pid}/cwd", *links:
+            with suppress(OSError):
+                if os.stat(link).st_dev == place:
+                    yield f"{''.join(ublk.lines_of(f'/proc/{pid}/comm'))} (pid {pid})"
+                    break

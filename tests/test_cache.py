@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import ublk
+from tests.checked import Checked
 from tests.support import (
     FSCK,
     MKFS,
@@ -299,7 +300,7 @@ def test_what_another_queue_writes_as_a_block_is_forgotten_stays(targets):
 
 
 @pytest.mark.parametrize("make", [lambda targets: targets.Zoned(size=64 << 20),
-                                  lambda targets: targets.Ram(size=1 << 20, metadata_size=8)])
+                                  lambda targets: Checked()])
 def test_a_disk_that_is_more_than_its_data_has_no_cache_nor_log(targets, tmp_path, make):
     for above in targets.Cache, partial(targets.Record, str(tmp_path / "log")):
         with pytest.raises(ublk.UblkError, match="zones or metadata"):

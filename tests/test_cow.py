@@ -164,7 +164,7 @@ def test_marks_there_was_room_for_are_kept_by_a_flush(targets, tmp_path, monkeyp
 async def flush_with_fsync(cow):
     """Flush an overlay without a queue's ring."""
     async def flush():
-        os.fsync(cow.fd)
+        os.fsync(cow.top.fd)
     cow.top.flush = flush
     await cow.flush()
 

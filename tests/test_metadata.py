@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 import ublk
+from tests.checked import Checked
 from tests.support import (
+    HERE,
+    Ram,
     assert_error_line,
     carries,
     error_of,
@@ -46,6 +49,8 @@ def metadata_of(target, offset, blocks=1):
     return buffer
 
 
+CHECKED = HERE / "tests/checked.py"        # the target Checked, on a command line
+
 FORMATS = {"crc": "T10-DIF-TYPE1-CRC", "ip": "T10-DIF-TYPE1-IP", "crc64": "EXT-DIF-TYPE1-CRC64"}
 
 
@@ -53,8 +58,8 @@ FORMATS = {"crc": "T10-DIF-TYPE1-CRC", "ip": "T10-DIF-TYPE1-IP", "crc64": "EXT-D
 @since("7.0")
 @pytest.mark.parametrize("checksum, size", [("crc", 8), ("crc", 64), ("ip", 8), ("crc64", 16)])
 @pytest.mark.parametrize("block", [512, 4096])
-def test_the_kernel_finds_what_went_wrong_in_a_block(targets, checksum, size, block):
-    target = targets.Ram(size=1 << 20, metadata_size=size, checksum=checksum)
+def test_the_kernel_finds_what_went_wrong_in_a_block(checksum, size, block):
+    target = Checked(size=1 << 20, metadata_size=size, checksum=checksum)
     target.block_size = block
     data = os.urandom(2 * block)
     with ublk.Device(target) as disk, opened(disk.path) as fd:
@@ -70,15 +75,15 @@ def test_the_kernel_finds_what_went_wrong_in_a_block(targets, checksum, size, bl
             assert good[:2] == crc_t10dif(data[:block]).to_bytes(2, "big")
             assert good[4:8] == (65536 // block).to_bytes(4, "big")
 
-        target.view[65536 + 100] ^= 1                       # the data are not what was written
+        target.data[65536 + 100] ^= 1                       # the data are not what was written
         assert error_of(read_at, fd, 65536, block) == errno.EILSEQ
         assert read_at(fd, 65536 + block, block) == data[block:]
-        target.view[65536 + 100] ^= 1
+        target.data[65536 + 100] ^= 1
         assert read_at(fd, 65536, block) == data[:block]
 
         target.write_metadata(65536, bytes([good[0] ^ 1]) + good[1:size])   # the metadata are not
         assert error_of(read_at, fd, 65536, block) == errno.EILSEQ
-        target.view[:2 * block] = target.view[65536:65536 + 2 * block]      # the block lies elsewhere
+        target.data[:2 * block] = target.data[65536:65536 + 2 * block]      # the block lies elsewhere
         target.write_metadata(0, good)
         assert error_of(read_at, fd, 0, block) == errno.EILSEQ
 
@@ -94,9 +99,9 @@ def test_the_kernel_finds_what_went_wrong_in_a_block(targets, checksum, size, bl
 @pytest.mark.parametrize("options", [
     {"queues": 4}, {"batch": True, "queues": 4}, {"data_path": "auto-zero-copy"},
     {"data_path": "zero-copy", "batch": True}], ids=str)
-def test_disks_with_metadata_verify(targets, options):
+def test_disks_with_metadata_verify(options):
     needs("fio")
-    target = targets.Ram(size=32 << 20, metadata_size=8)
+    target = Checked(size=32 << 20, metadata_size=8)
     with ublk.Device(target, **options) as disk:
         fio_verify(disk.path)
         assert metadata_of(target, 0) != b"\xff" * 8
@@ -104,16 +109,16 @@ def test_disks_with_metadata_verify(targets, options):
 
 @kernel
 @since("7.0")
-def test_a_disk_with_metadata_carries_a_file_system(targets, tmp_path):
-    with ublk.Device(targets.Ram(size=64 << 20, metadata_size=8)) as disk:
+def test_a_disk_with_metadata_carries_a_file_system(tmp_path):
+    with ublk.Device(Checked(size=64 << 20, metadata_size=8)) as disk:
         carries("ext4", disk, tmp_path / "mnt")
 
 
 @kernel
 @since("7.0")
-def test_a_disk_with_metadata_is_recovered_by_a_target_with_as_much_of_it(targets):
-    disk = orphan("ram", "--size", "1M", "--metadata-size", 8, "-r", "requeue")
-    says = message(ublk.Device.recover, disk.id, targets.Ram(size=1 << 20))
+def test_a_disk_with_metadata_is_recovered_by_a_target_with_as_much_of_it():
+    disk = orphan(CHECKED, "-r", "requeue")
+    says = message(ublk.Device.recover, disk.id, Ram())
     assert "the target has 0 bytes of metadata beside a block, the disk 8" in says
     data = os.urandom(4096)
     disk = recovered(disk)
@@ -127,7 +132,7 @@ def test_a_disk_with_metadata_is_recovered_by_a_target_with_as_much_of_it(target
 @since("7.0")
 def test_a_write_that_was_lost_on_its_way_is_found(targets):
     """What a lost write leaves is as good a block as any, but not the one its metadata tell of."""
-    inner = targets.Ram(size=1 << 20, metadata_size=8)
+    inner = Checked(size=1 << 20, metadata_size=8)
     with ublk.Device(targets.Fault(inner, on="write", range="64K-128K", lost=True)) as disk, \
             opened(disk.path) as fd:
         write_at(fd, 0, b"a" * 4096)
@@ -137,19 +142,19 @@ def test_a_write_that_was_lost_on_its_way_is_found(targets):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["ram", "--metadata-size", "4"], "not a number from 8 to 255, as crc wants it"),
-    (["ram", "--metadata-size", "8", "--checksum", "crc64"], "not a number from 16 to 255"),
-    (["ram", "--metadata-size", "256"], "not a number from 8 to 255"),
-    (["ram", "--metadata-size", "8", "--checksum", "md5"], "choose one of none, ip, crc, crc64"),
+    (["--metadata-size", "4"], "not a number from 8 to 255, as crc wants it"),
+    (["--metadata-size", "8", "--checksum", "crc64"], "not a number from 16 to 255"),
+    (["--metadata-size", "256"], "not a number from 8 to 255"),
+    (["--checksum", "md5"], "choose one of none, ip, crc, crc64"),
 ])
 def test_bad_metadata(run, words, says):
-    done = run(*words)
+    done = run(CHECKED, *words)
     assert done.status == 1
     assert_error_line(done.err.splitlines(True)[-1], says=says)
 
 
 @kernel
 @pytest.mark.parametrize("data_path", ["copy", "get-data"])
-def test_metadata_need_user_copy(targets, data_path):
-    device = ublk.Device(targets.Ram(size=1 << 20, metadata_size=8), data_path=data_path)
+def test_metadata_need_user_copy(data_path):
+    device = ublk.Device(Checked(size=1 << 20, metadata_size=8), data_path=data_path)
     assert_error_line(f"ublk: {message(device.start)}\n", errno.EINVAL, says="not possible without USER_COPY")

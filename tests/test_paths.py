@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
+from tests.checked import Checked
 from tests.support import (
     AsyncRam,
     Fio,
@@ -643,8 +644,8 @@ def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory, monke
 
 @kernel
 @since("7.1")
-def test_shared_memory_of_a_disk_with_metadata(targets, memory):
-    moves_shared_memory(memory, targets.Ram(size=1 << 20, metadata_size=8))
+def test_shared_memory_of_a_disk_with_metadata(memory):
+    moves_shared_memory(memory, Checked())
 
 
 @kernel

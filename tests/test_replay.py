@@ -57,7 +57,7 @@ class Log:
         for name, *args in (("flush",), ("discard", 4096, 4096), ("write_zeroes", 512, 1024, False)):
             self.do(name, *args)
         self.do("write", 0, memoryview(os.urandom(512)))
-        self.disk.close()
+        now(self.disk.close())
         return self
 
 
@@ -87,7 +87,7 @@ def test_replay_begins_with_a_base(run, targets, tmp_path):
     (tmp_path / "base").write_bytes(base)
     disk = targets.Record(str(tmp_path / "log"), targets.Ram(size=1 << 20))
     now(disk.write(4096, memoryview(b"x" * 4096)))
-    disk.close()
+    now(disk.close())
     assert run("replay", tmp_path / "log", tmp_path / "disk", "--base", tmp_path / "base").status == 0
     assert (tmp_path / "disk").read_bytes() == base[:4096] + b"x" * 4096 + base[8192:]
 
@@ -115,7 +115,7 @@ def test_a_change_is_logged_once_it_is_done(targets, tmp_path, name, args):
     before = os.path.getsize(log)
     now(getattr(disk, name)(*args))
     assert lengths == [before] and os.path.getsize(log) > before
-    disk.close()
+    now(disk.close())
 
 
 def test_a_log_is_continued_and_what_a_kill_cut_off_is_left_out(run, targets, log, tmp_path):
@@ -124,7 +124,7 @@ def test_a_log_is_continued_and_what_a_kill_cut_off_is_left_out(run, targets, lo
     assert (tmp_path / "cut").read_bytes() == log.states[-2]
     disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
     now(disk.write(0, memoryview(b"y" * 512)))
-    disk.close()
+    now(disk.close())
     assert run("replay", log.path, tmp_path / "more").status == 0
     assert (tmp_path / "more").read_bytes() == b"y" * 512 + log.states[-2][512:]
 
@@ -147,8 +147,8 @@ def test_a_log_knows_how_large_its_disk_has_been(run, targets, tmp_path):
         assert disk.size == disk.target.size == size
     disk.target.write = lambda offset, buffer: patched(image, offset, buffer)
     now(disk.write((2 << 20) - 4096, page))
-    disk.close()
-    targets.Record(str(log), targets.Loop(str(image))).close()      # as a server that recovers it does
+    now(disk.close())
+    now(targets.Record(str(log), targets.Loop(str(image))).close())     # as a server that recovers it does
     assert run("replay", log, tmp_path / "copy").status == 0
     assert (tmp_path / "copy").read_bytes() == bytes((2 << 20) - 4096) + page == image.read_bytes()
 
@@ -213,7 +213,7 @@ def test_a_recording_without_room_ends_aloud_and_with_it_the_changes_of_the_disk
     assert log.disk.target.view == before and log.path.read_bytes() == whole
     assert capfd.readouterr().err == (
         f"ublk: {log.path} ends: no room for it: from now on all changes of the disk fail\n")
-    log.disk.close()
+    now(log.disk.close())
     assert run("replay", log.path, tmp_path / "disk").status == 0
     assert (tmp_path / "disk").read_bytes() == log.states[1]
 
@@ -255,7 +255,7 @@ def test_a_mark_that_comes_as_a_log_is_continued_stays(run, targets, log, monkey
         patch.setattr(targets, "entries", entries)
         disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
     os.waitpid(marking[0], 0)
-    disk.close()
+    now(disk.close())
     assert run("replay", log.path).out.replace(before, "").split() == ["8", "mark", "0", "4", "here"]
 
 
@@ -264,7 +264,7 @@ def test_a_write_is_torn_between_the_blocks_of_the_disk_as_it_is_served(targets,
     disk.block_size = 4096                          # as --block-size does
     now(disk.start(0))
     now(disk.write(0, memoryview(b"a" * 8192)))
-    disk.close()
+    now(disk.close())
     assert {found_in(crash)[:16] for crash in targets.crashes(tmp_path / "log", states=50)} == {
         b"a" * 16, b"a" * 8 + bytes(8), bytes(8) + b"a" * 8, bytes(16)}
 
@@ -273,7 +273,7 @@ def test_a_log_has_a_limit_and_holds_all_that_was_done_until_then(run, targets, 
     disk = targets.Record(str(tmp_path / "log"), targets.Ram(size=1 << 20), limit=20000)
     errors = [error_of(now, disk.write(4096 * number, memoryview(b"x" * 4096))) for number in range(20)]
     assert errors == [0] * 5 + [errno.ENOSPC] * 15
-    disk.close()
+    now(disk.close())
     assert run("replay", tmp_path / "log", tmp_path / "again").status == 0
     assert (tmp_path / "again").read_bytes() == disk.target.view
 
@@ -290,7 +290,7 @@ def test_a_change_that_failed_is_in_the_log_as_such(run, targets, tmp_path):
     assert error_of(now, disk.write(4096, memoryview(b"x" * 512))) == errno.EIO
     with pytest.raises(RuntimeError):
         now(disk.flush())
-    disk.close()
+    now(disk.close())
     lines = [line.split() for line in run("replay", tmp_path / "log").out.splitlines()]
     assert lines == [["1", "write", "4096", "512", "EIO"], ["2", "flush", "1", "0", "EIO"]]
 
@@ -304,7 +304,7 @@ def failed(targets, tmp_path):
     log.disk.target.write = write
     for name, *args in (("write", 4096, memoryview(b"y" * 512)), ("flush",), ("mark", "flushed")):
         getattr(log.disk, name)(*args) if name == "mark" else log.do(name, *args)
-    log.disk.close()
+    now(log.disk.close())
     return log
 
 
@@ -336,7 +336,7 @@ def test_a_mark_is_in_the_log_when_the_call_returns(run, targets, tmp_path):
     line = run("replay", log.path).out.splitlines()[1]
     assert line.split(None, 4) == ["2", "mark", "0", "13", "half → done"]
     log.do("write", 512, memoryview(b"y" * 512))
-    log.disk.close()
+    now(log.disk.close())
     assert run("replay", log.path, tmp_path / "disk").status == 0
     assert (tmp_path / "disk").read_bytes() == log.states[-1]
 
@@ -347,7 +347,7 @@ def test_marks_come_from_the_shell_too_while_the_disk_changes(run, targets, tmp_
         log.do("write", number * 512, memoryview(b"x" * 512))
         assert run("replay", log.path, "--mark", f"row {number}").status == 0
         log.do("flush")
-    log.disk.close()
+    now(log.disk.close())
     lines = [line.split(None, 2)[1:] for line in run("replay", log.path).out.splitlines()]
     assert [kind for kind, _ in lines] == ["write", "mark", "flush"] * 5
     assert [rest.split()[0] for kind, rest in lines if kind == "flush"] == ["2", "5", "8", "11", "14"]
@@ -425,7 +425,7 @@ def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path,
                             lambda log=log: log.do("flush"))
         for number in (1, 2, 3):
             getattr(database, name)(number)
-        log.disk.close()
+        now(log.disk.close())
         done = crash_test(run, path, *words.split())
         assert done.out.startswith(verdict) and done.status == verdict.startswith("bad"), (name, done)
 
@@ -453,7 +453,7 @@ def test_a_check_knows_which_crash_it_looks_at(run, targets, log, tmp_path):
     for text in ("row 1", "row 2"):
         now(disk.write(0, memoryview(os.urandom(512))))
         disk.mark(text)
-    disk.close()
+    now(disk.close())
     check = f"test -s {{}} && echo $UBLK_ENTRY, $UBLK_STATE, $UBLK_MARK >> {tmp_path}/seen"
     assert run("replay", log.path, tmp_path / "disk", "--check", check).status == 0
     assert (tmp_path / "seen").read_text().splitlines() == [
@@ -465,7 +465,7 @@ def test_the_end_of_a_log_is_a_crash_point_too(run, targets, tmp_path):
     log = Log(targets, tmp_path / "log")
     for name, *args in (("flush",), ("write", 0, memoryview(b"x" * 512))):
         log.do(name, *args)
-    log.disk.close()
+    now(log.disk.close())
     check = "test \"$(head -c 1 {})\" != x"
     done = run("replay", log.path, tmp_path / "disk", "--check", check)
     assert (done.status, done.out.partition(":")[0]) == (1, "bad at entry 2")
@@ -477,7 +477,7 @@ def test_data_that_precede_what_says_that_they_are_there_are_found_without_it(ru
     log.do("write", 0, memoryview(b"x" * 512))
     now(log.disk.logged("write_fua", 4096, memoryview(b"y" * 512)))
     log.do("flush")
-    log.disk.close()
+    now(log.disk.close())
     check = "! head -c 1 {} | grep -q x || head -c 4097 {} | grep -q y"
     done = run("replay", log.path, tmp_path / "disk", "--check", check)
     assert done.out.startswith("bad at entry 1: write 0 512: state all")
@@ -491,7 +491,7 @@ def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path
     for number in (1, 2, 3, 4):
         database.record(number)
         database.header(number)
-    log.disk.close()
+    now(log.disk.close())
     assert crash_test(run, log.path, "--states", 4, "--seed", seed).out.startswith("good at 8 crash points, ")
 
 
@@ -502,7 +502,7 @@ def test_a_crash_loses_writes_before_one_that_is_durable_by_itself(run, targets,
     for number in (1, 2, 3, 4):
         database.record(number)
         database.header(number)
-    log.disk.close()
+    now(log.disk.close())
     done = crash_test(run, log.path)
     assert re.match(r"bad at entry [2468]: write_fua 0 4096: ", done.out), done
 
@@ -529,7 +529,7 @@ def test_a_flush_is_for_what_was_done_when_it_was_asked_for(run, targets, tmp_pa
         flushing.send(None)
     log.disk.target.flush = lambda: None
     log.do("flush")
-    log.disk.close()
+    now(log.disk.close())
     check = "test \"$(head -c 1 {})\" = x"
     done = run("replay", log.path, tmp_path / "disk", "--check", check, "--from", 3)
     assert done.status == late
@@ -549,7 +549,7 @@ def torn(targets, tmp_path):
     for name, *args in (("write", 0, b"a" * 2048), ("write", 4096, b"b" * 2048), ("flush",),
                         ("write", 0, b"A" * 2048), ("write", 4096, b"B" * 2048)):
         log.do(name, *[memoryview(arg) if isinstance(arg, bytes) else arg for arg in args])
-    log.disk.close()
+    now(log.disk.close())
     return log
 
 
@@ -586,7 +586,7 @@ def test_all_and_nothing_are_what_the_log_makes_of_them(targets, tmp_path, seed)
         data[number] = bytes(end - begin) if name == "discard" else chance.randbytes(end - begin)
         args = {"flush": (), "discard": (begin, end - begin)}
         log.do(name, *args.get(name, (begin, memoryview(data[number]))))
-    log.disk.close()
+    now(log.disk.close())
     with open(log.path, "rb") as file:
         entries = list(targets.entries(file))
     looked = 0
@@ -605,7 +605,7 @@ def test_a_write_is_torn_between_blocks_only(targets, tmp_path):
     ram.block_size = 1024
     disk = targets.Record(str(tmp_path / "log"), ram)
     now(disk.write(0, memoryview(b"a" * 2048)))
-    disk.close()
+    now(disk.close())
     assert {found_in(crash)[:4] for crash in targets.crashes(tmp_path / "log", states=50)} == {
         b"aaaa", b"aa\0\0", b"\0\0aa", bytes(4)}
 
@@ -657,7 +657,7 @@ def large(targets, directory):
     for number in range(50):
         now(disk.write(number * 65536, memoryview(bytes([number]) * 4096)))
         now(disk.flush())
-    disk.close()
+    now(disk.close())
     return directory / "base", directory / "log"
 
 

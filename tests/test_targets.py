@@ -198,7 +198,6 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     ("fault --count few ram", 2, "--count", None),
     ("cache", 2, "a target is missing", None),
     ("cache --cache-size much ram", 2, "--cache-size", None),
-    ("record log cache ram", 1, "record what is below it", errno.EINVAL),
     ("cache zoned", 1, "zones or metadata", errno.EINVAL),
 ])
 def test_bad_words_for_disks_of_several_files(two_files, no_driver, run, words, status, says, number):
@@ -222,20 +221,12 @@ def test_every_word_and_option_of_a_target_is_explained(name):
     assert "" not in said.values(), said
 
 
-def test_memory_that_grows_for_two_at_once_is_there_for_both(targets, monkeypatch):
-    """A mapping longer than its file would kill the server that uses it."""
-    disk, truncate = targets.Ram(size=4096), os.ftruncate
-    other = threading.Thread(target=disk.reach, args=(12288,))
-
-    def slowly(fd, size):
-        if size == 8192:
-            other.start()
-            other.join(0.2)                         # until it is done, or waits
-        truncate(fd, size)
-    monkeypatch.setattr(os, "ftruncate", slowly)
-    disk.reach(8192)
-    other.join()
-    assert len(disk.view) == os.fstat(disk.fd).st_size == 12288
+def test_memory_is_there_for_a_request_that_comes_before_its_disk_knows_of_its_size(targets):
+    disk, data = targets.Ram(size=4096), os.urandom(4096)
+    for offset in (0, 8192):
+        disk.write(offset, data)
+    disk.resized(12288)
+    assert disk.view == data + bytes(4096) + data
 
 
 WRAPPERS = {
@@ -345,9 +336,9 @@ def test_a_file_has_one_server_that_writes_to_it(targets, tmp_path, monkeypatch,
     paths = files(tmp_path, 2, 1 << 20)
     served = first(targets, *paths)
     assert "another server uses it (16 EBUSY): end that first" in message(lambda: second(targets, *paths))
-    served.close()
+    now(ublk.end_of(served.close()))
     gc.collect()                    # what the refused one had opened goes with its error
-    second(targets, *paths).close()
+    now(ublk.end_of(second(targets, *paths).close()))
 
 
 def test_readers_share_a_file(targets, tmp_path):

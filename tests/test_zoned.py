@@ -65,23 +65,6 @@ def test_zones_are_written_at_their_pointer_only(targets):
     disk.close()
 
 
-def test_zones_open_within_their_limits(targets):
-    disk, page = zoned(targets, max_open=2, max_active=3), memoryview(bytes(4096))
-    for zone in (0, 1, 2):                      # the third closes one that nobody opened
-        now(disk.write(zone << 20, page))
-    assert conditions(disk)[:4] == [CLOSED, IMP_OPEN, IMP_OPEN, EMPTY]
-    assert error_of(disk.zone_append, 3 << 20, page) == errno.EOVERFLOW
-    disk.zone_open(1 << 20)
-    disk.zone_open(2 << 20)
-    assert error_of(disk.zone_open, 0) == errno.ETOOMANYREFS
-    assert error_of(disk.zone_append, 0, page) == errno.ETOOMANYREFS
-    disk.zone_finish(0)                         # leaves room for another active one
-    disk.zone_close(1 << 20)
-    assert disk.zone_append(3 << 20, page) == 3 << 20
-    assert conditions(disk)[:4] == [FULL, CLOSED, EXP_OPEN, IMP_OPEN]
-    disk.close()
-
-
 def test_zones_of_a_file_are_as_they_were_left(targets, tmp_path):
     path, page = str(tmp_path / "zones"), memoryview(os.urandom(4096))
     disk = zoned(targets, file=path, conventional=2)
@@ -214,7 +197,7 @@ def test_zones_of_a_damaged_file_are_refused(run, targets, tmp_path, spoil, text
     ("--zone-size 3M", 1, "3145728"), ("--zone-size 512", 1, "512"), ("--zone-size 0", 1, "--zone-size 0"),
     ("--size 100M --zone-size 16M", 1, "--size"), ("--size 0", 1, "--size 0"),
     ("--size 64M --conventional 4", 1, "--size"), ("--conventional -1", 1, "not -1 zones"),
-    ("--max-open x", 2, "--max-open"), ("surplus", 2, "surplus"),
+    ("--conventional x", 2, "--conventional"), ("surplus", 2, "surplus"),
     ("--file /no/such/dir/x", 1, "/no/such/dir")])
 def test_zones_that_cannot_be(run, words, status, text):
     assert_fails(run("zoned", *words.split()), status, text)
@@ -222,7 +205,7 @@ def test_zones_that_cannot_be(run, words, status, text):
 
 def test_the_pointer_of_a_zone_moves_once_its_data_are_there(targets, tmp_path, monkeypatch):
     path, page, write_all = str(tmp_path / "zones"), memoryview(b"x" * 4096), targets.write_all
-    disk = zoned(targets, file=path, max_open=1)
+    disk = zoned(targets, file=path)
     disk.zone_append(0, page)
 
     def full(fd, data, offset):
@@ -267,11 +250,10 @@ def report(disk):
 @since("6.6")
 def test_blkzone_sees_and_changes_the_zones(targets):
     needs("blkzone")
-    with ublk.Device(zoned(targets, conventional=2, max_open=4, max_active=6)) as disk:
+    with ublk.Device(zoned(targets, conventional=2)) as disk:
         name = os.path.basename(disk.path)
         queue = Path(f"/sys/block/{name}/queue")
         assert (queue / "zoned").read_text() == "host-managed\n"
-        assert [(queue / f"max_{word}_zones").read_text() for word in ("open", "active")] == ["4\n", "6\n"]
         assert report(disk) == [(zone * 2048, 0, "nw" if zone < 2 else "em", 1 if zone < 2 else 2)
                                 for zone in range(16)]
         with opened(disk.path) as fd:
@@ -301,7 +283,7 @@ ZBD = ["--zonemode=zbd", "--direct=1", "--rw=randwrite", "--verify=crc32c", "--v
 @since("6.6")
 def test_fio_verifies_zones(targets):
     needs("fio")
-    with ublk.Device(zoned(targets, max_open=4, max_active=4)) as disk:
+    with ublk.Device(zoned(targets)) as disk:
         done = sh("fio", "--name=x", f"--filename={disk.path}", "--size=16M", "--io_size=12M", *ZBD,
                   cwd="/tmp")
         assert "verify" not in done.stderr, done.stderr
