@@ -40,7 +40,8 @@ SQE = structure(                # io_uring_sqe: what the kernel is to do
     "uint16 ioprio",
     "int32 fd",
     "uint64 off addr, uint32 len rw_flags",
-    "uint64 user_data resv1 resv2 resv3",
+    "uint64 user_data resv1",
+    "uint64 resv2 resv3",
 )
 CQE = structure(                # io_uring_cqe: whose answer it is, and what a system call would return
     "uint64 user_data",
@@ -90,10 +91,10 @@ def wait():
     return cqe
 
 
-def main(path):
+def main():
     buffer = create_string_buffer(4096)     # must live until the completion
     sqe = SQE(opcode=IORING_OP_READ, user_data=7)
-    sqe.fd = os.open(path, os.O_RDONLY)
+    sqe.fd = os.open(sys.argv[1], os.O_RDONLY)
     sqe.addr = addressof(buffer)
     sqe.len = sizeof(buffer)
     submit(sqe)
@@ -106,4 +107,4 @@ def main(path):
     print(data.decode(), end="")
 
 
-main(sys.argv[1])
+main()

@@ -5,7 +5,8 @@
 """
 import ctypes
 import os
-from ctypes import addressof, c_long, c_uint32, c_uint64, sizeof
+import sys
+from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
 from mmap import mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
@@ -18,6 +19,7 @@ COMMANDS = {                    # numbers made as for an ioctl: direction, size,
     "GET_DEV_INFO": 0x80207502,
     "ADD_DEV": 0xC0207504,
     "DEL_DEV": 0xC0207505,
+    "GET_DEV_INFO2": 0x80207512,
     "GET_FEATURES": 0x80207513,
 }
 DEV_ID = 42                     # any number that is free
@@ -87,8 +89,7 @@ control = os.open("/dev/ublk-control", os.O_RDWR)
 
 def submit(fd, name, command):
     """Have the kernel take a command for one of the driver's files."""
-    number = COMMANDS[name]
-    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=number, user_data=number)
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name], user_data=list(COMMANDS).index(name))
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
     data = bytes(sqe) + bytes(command)
@@ -98,34 +99,36 @@ def submit(fd, name, command):
 
 
 def wait():
-    """Wait for a completion, and take it out of its queue."""
+    """Wait for a completion, and take it out of its queue; return which command has ended, and how."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
     cqe = CQE.from_buffer_copy(cqes[slot])
     cq_head.value += 1
-    return cqe
+    return list(COMMANDS)[cqe.user_data], cqe.res
 
 
-def manage(name, payload):
-    """Have the control node do a command, and show how it ends."""
-    command = ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload))
-    submit(control, name, command)
-    cqe = wait()
-    print(f"{name}: {os.strerror(-cqe.res)}")
+def manage(name, payload, path_size=0):
+    """Have the control node do a command, show how it ends, and return that."""
+    submit(control, name, ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload), 0, path_size))
+    name, res = wait()
+    print(f"{name}: {os.strerror(-res)}")
+    return res
 
 
 def main():
-    features = c_uint64()
-    manage("GET_FEATURES", features)
-    print("features:", hex(features.value))
-    if not features.value:
+    features = ctypes.c_uint64()
+    if manage("GET_FEATURES", features) < 0:
         for name in COMMANDS:
             COMMANDS[name] &= 0xFF      # the oldest drivers know the bare numbers only
+    print("features:", hex(features.value))
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID)
     manage("ADD_DEV", info)
-    manage("GET_DEV_INFO", info)
+    named = create_string_buffer(b"/dev/ublkc42" + bytes(info))     # a path of 12 bytes, then the payload
+    info = DevInfo.from_buffer(named, 12)
+    if manage("GET_DEV_INFO2", named, 12) < 0:
+        manage("GET_DEV_INFO", info)    # which older drivers know: without a path
     print("state:", info.state)
-    manage("DEL_DEV", info)
+    sys.exit(manage("DEL_DEV", info) < 0)
 
 
 main()

@@ -4,9 +4,10 @@
     python3 learn/step3.py
 """
 import ctypes
+import errno
 import os
 import sys
-from ctypes import addressof, c_long, c_uint32, c_uint64, create_string_buffer, sizeof
+from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
 from mmap import PROT_READ, mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
@@ -96,8 +97,7 @@ control = os.open("/dev/ublk-control", os.O_RDWR)
 
 def submit(fd, name, command):
     """Have the kernel take a command for one of the driver's files."""
-    number = COMMANDS[name]
-    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=number, user_data=number)
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name], user_data=list(COMMANDS).index(name))
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
     data = bytes(sqe) + bytes(command)
@@ -107,29 +107,29 @@ def submit(fd, name, command):
 
 
 def wait():
-    """Wait for a completion, and take it out of its queue."""
+    """Wait for a completion, and take it out of its queue; return which command has ended, and how."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
     cqe = CQE.from_buffer_copy(cqes[slot])
     cq_head.value += 1
-    return cqe
+    return list(COMMANDS)[cqe.user_data], cqe.res
 
 
 def manage(name, payload):
-    """Have the control node do a command, and show how it ends."""
-    command = ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload))
-    submit(control, name, command)
-    cqe = wait()
-    print(f"{name}: {os.strerror(-cqe.res)}")
+    """Have the control node do a command, show how it ends, and return that."""
+    submit(control, name, ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload)))
+    name, res = wait()
+    print(f"{name}: {os.strerror(-res)}")
+    return res
 
 
 def answer(desc, buffer):
-    """Do what a request asks for; return how many bytes are done."""
-    size = 512 * desc.nr_sectors
-    if desc.op_flags & 0xFF == 0:       # a READ; what is written is forgotten
-        numbers = range(desc.start_sector, desc.start_sector + desc.nr_sectors)
-        buffer[:size] = b"".join(b"%-511d\n" % number for number in numbers)
-    return size
+    """Do what a request asks for; return how many bytes are done, or what went wrong."""
+    if desc.op_flags & 0xFF != 0:       # not a READ
+        return -errno.EOPNOTSUPP
+    data = b"".join(b"%-511d\n" % (desc.start_sector + number) for number in range(desc.nr_sectors))
+    buffer[:len(data)] = data
+    return len(data)
 
 
 def serve():
@@ -141,21 +141,19 @@ def serve():
     submit(file, "FETCH_REQ", io)
     submit(control, "START_DEV", ControlCommand(DEV_ID, 0xFFFF, data=os.getpid()))
     while True:
-        cqe = wait()
-        if cqe.res < 0:                 # of the disk when it is deleted: ENODEV
-            sys.exit(os.strerror(-cqe.res))
-        if cqe.user_data == COMMANDS["START_DEV"]:
+        name, res = wait()
+        if res < 0:                     # of the disk when it is deleted: ENODEV
+            sys.exit(f"{name}: {os.strerror(-res)}")
+        if name == "START_DEV":
             print(f"/dev/ublkb{DEV_ID}")
         else:
-            desc = IoDesc.from_buffer_copy(descs)
-            io.result = answer(desc, buffer)
+            io.result = answer(IoDesc.from_buffer_copy(descs), buffer)
             submit(file, "COMMIT_AND_FETCH_REQ", io)
 
 
 def main():
-    features = c_uint64()
-    manage("GET_FEATURES", features)
-    if not features.value:
+    features = ctypes.c_uint64()
+    if manage("GET_FEATURES", features) < 0:
         for name in COMMANDS:
             COMMANDS[name] &= 0xFF      # the oldest drivers know the bare numbers only
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID)

@@ -7,7 +7,7 @@ import ctypes
 import errno
 import os
 import sys
-from ctypes import addressof, c_long, c_uint32, c_uint64, create_string_buffer, sizeof
+from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
 from mmap import PROT_READ, mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
@@ -101,8 +101,7 @@ control = os.open("/dev/ublk-control", os.O_RDWR)
 
 def submit(fd, name, command):
     """Have the kernel take a command for one of the driver's files."""
-    number = COMMANDS[name]
-    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=number, user_data=number)
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name], user_data=list(COMMANDS).index(name))
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
     data = bytes(sqe) + bytes(command)
@@ -112,20 +111,20 @@ def submit(fd, name, command):
 
 
 def wait():
-    """Wait for a completion, and take it out of its queue."""
+    """Wait for a completion, and take it out of its queue; return which command has ended, and how."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
     cqe = CQE.from_buffer_copy(cqes[slot])
     cq_head.value += 1
-    return cqe
+    return list(COMMANDS)[cqe.user_data], cqe.res
 
 
 def manage(name, payload):
-    """Have the control node do a command, and show how it ends."""
-    command = ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload))
-    submit(control, name, command)
-    cqe = wait()
-    print(f"{name}: {os.strerror(-cqe.res)}")
+    """Have the control node do a command, show how it ends, and return that."""
+    submit(control, name, ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload)))
+    name, res = wait()
+    print(f"{name}: {os.strerror(-res)}")
+    return res
 
 
 def answer(image, desc, buffer):
@@ -142,7 +141,8 @@ def answer(image, desc, buffer):
         os.fdatasync(image)
     elif op == UBLK_IO_OP_DISCARD:
         libc.fallocate(image, PUNCH_HOLE, c_long(offset), c_long(size))
-    # Nothing else comes, as SET_PARAMS announces nothing else.
+    else:                               # none does come, as SET_PARAMS does not announce it
+        return -errno.EOPNOTSUPP
     return done if done == size else -errno.EIO
 
 
@@ -155,24 +155,23 @@ def serve(image):
     submit(file, "FETCH_REQ", io)
     submit(control, "START_DEV", ControlCommand(DEV_ID, 0xFFFF, data=os.getpid()))
     while True:
-        cqe = wait()
-        if cqe.res < 0:                 # of the disk when it is deleted: ENODEV
-            sys.exit(os.strerror(-cqe.res))
-        if cqe.user_data == COMMANDS["START_DEV"]:
+        name, res = wait()
+        if res < 0:                     # of the disk when it is deleted: ENODEV
+            sys.exit(f"{name}: {os.strerror(-res)}")
+        if name == "START_DEV":
             print(f"/dev/ublkb{DEV_ID}")
         else:
             desc = IoDesc.from_buffer_copy(descs)
             try:
                 io.result = answer(image, desc, buffer)
             except OSError as error:
-                io.result = -(error.errno or errno.EIO)
+                io.result = -error.errno
             submit(file, "COMMIT_AND_FETCH_REQ", io)
 
 
 def main():
-    features = c_uint64()
-    manage("GET_FEATURES", features)
-    if not features.value:
+    features = ctypes.c_uint64()
+    if manage("GET_FEATURES", features) < 0:
         for name in COMMANDS:
             COMMANDS[name] &= 0xFF      # the oldest drivers know the bare numbers only
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID)

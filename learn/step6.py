@@ -101,8 +101,8 @@ control = os.open("/dev/ublk-control", os.O_RDWR)
 
 def submit(fd, name, command):
     """Have the kernel take a command for one of the driver's files."""
-    number = COMMANDS[name]
-    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=number, user_data=number)
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name])
+    sqe.user_data = list(COMMANDS).index(name)
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
     data = bytes(sqe) + bytes(command)
@@ -112,12 +112,12 @@ def submit(fd, name, command):
 
 
 def wait():
-    """Wait for a completion, and take it out of its queue."""
+    """Wait for a completion, and take it out of its queue; return which command has ended, and how."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
     cqe = CQE.from_buffer_copy(cqes[slot])
     cq_head.value += 1
-    return cqe
+    return list(COMMANDS)[cqe.user_data], cqe.res
 
 
 def manage(name, payload, path=PATH):
@@ -125,9 +125,9 @@ def manage(name, payload, path=PATH):
     memory = create_string_buffer(path + bytes(payload))
     command = ControlCommand(DEV_ID, 0xFFFF, len(memory), addressof(memory), 0, len(path))
     submit(control, name, command)
-    cqe = wait()
-    print(f"{name}: {os.strerror(-cqe.res)}", file=sys.stderr)
-    if cqe.res < 0:
+    name, res = wait()
+    print(f"{name}: {os.strerror(-res)}", file=sys.stderr)
+    if res < 0:
         sys.exit(1)
     return type(payload).from_buffer_copy(memory, len(path))
 
@@ -154,10 +154,10 @@ def serve(image):
     command = ControlCommand(DEV_ID, 0xFFFF, len(path), addressof(path), os.getpid(), len(path))
     submit(control, "START_DEV", command)
     while True:
-        cqe = wait()
-        if cqe.res < 0:                 # of the disk when it is deleted: ENODEV
-            sys.exit(os.strerror(-cqe.res))
-        if cqe.user_data == COMMANDS["START_DEV"]:
+        name, res = wait()
+        if res < 0:                     # of the disk when it is deleted: ENODEV
+            sys.exit(f"{name}: {os.strerror(-res)}")
+        if name == "START_DEV":
             print(f"/dev/ublkb{DEV_ID}")
         else:
             desc = IoDesc.from_buffer_copy(descs)
@@ -180,7 +180,7 @@ def main(what):
         params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
         params.dev_sectors = 2048       # 1 MiB
         manage("SET_PARAMS", params)
-        serve(create_string_buffer(1 << 20))
+        serve(create_string_buffer(0x100000))
 
 
 main(sys.argv[-1])

@@ -103,32 +103,33 @@ control = os.open("/dev/ublk-control", os.O_RDWR)
 
 def submit(fd, name, command, tag=DEPTH):
     """Add a command for one of the driver's files to the queue; the next system call hands it in."""
-    number = COMMANDS[name]
-    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=number, user_data=tag)
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name])
+    sqe.user_data = tag
     data = bytes(sqe) + bytes(command)
-    sqes.seek(sq_tail.value % 64 * 128)
+    slot = sq_tail.value % 64
+    sqes.seek(128 * slot)
     sqes.write(data)
     sq_tail.value += 1
 
 
 def wait():
-    """Hand in what is new, wait for a completion, and take all there are."""
+    """Hand in what is new, wait for a completion, and take all there are: each tag, and the result."""
     new = sq_tail.value - sq_head.value
     syscall(IO_URING_ENTER, ring, new, 1, IORING_ENTER_GETEVENTS, 0, 0)
     while cq_head.value != cq_tail.value:
         slot = cq_head.value % setup.cq_entries
         cqe = CQE.from_buffer_copy(cqes[slot])
         cq_head.value += 1
-        yield cqe
+        yield cqe.user_data, cqe.res
 
 
 def manage(name, payload):
     """Have the control node do a command, and show how it ends."""
     command = ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload))
     submit(control, name, command)
-    cqe = next(wait())              # only this one is under way
-    print(f"{name}: {os.strerror(-cqe.res)}", file=sys.stderr)
-    if cqe.res < 0:
+    tag, res = next(wait())         # only this one is under way
+    print(f"{name}: {os.strerror(-res)}", file=sys.stderr)
+    if res < 0:
         sys.exit(1)
 
 
@@ -155,10 +156,9 @@ def serve(image):
     calls = 0
     while True:
         calls += 1
-        for cqe in wait():
-            tag = cqe.user_data
-            if cqe.res < 0:             # of the disk when it is deleted: ENODEV
-                sys.exit(f"{calls} system calls")
+        for tag, res in wait():
+            if res < 0:                 # of the disk when it is deleted: ENODEV
+                sys.exit(f"{os.strerror(-res)} after {calls} system calls")
             if tag == DEPTH:
                 print(f"/dev/ublkb{DEV_ID}")
             else:
@@ -175,7 +175,7 @@ def main():
     params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
     params.dev_sectors = 2048           # 1 MiB
     manage("SET_PARAMS", params)
-    serve(create_string_buffer(1 << 20))
+    serve(create_string_buffer(0x100000))
 
 
 main()

@@ -40,7 +40,7 @@ BROKEN = {
                  io.result = answer(image, desc, buffer)
 +                submit(file, "COMMIT_AND_FETCH_REQ", io)
              except OSError as error:
--                io.result = -(error.errno or errno.EIO)
+-                io.result = -error.errno
 -            submit(file, "COMMIT_AND_FETCH_REQ", io)
 +                print(f"sector {desc.start_sector}: {error}", file=sys.stderr)
 '''),
@@ -51,32 +51,32 @@ BROKEN = {
      io = IoCommand(addr=addressof(buffer))
 -    submit(file, "FETCH_REQ", io)
      submit(control, "START_DEV", ControlCommand(DEV_ID, 0xFFFF, data=os.getpid()))
-+    cqe = wait()
-+    print(f"START_DEV: {os.strerror(-cqe.res)}")
++    name, res = wait()
++    print(f"{name}: {os.strerror(-res)}")
 +    submit(file, "FETCH_REQ", io)
 
--        if cqe.user_data == COMMANDS["START_DEV"]:
+-        if name == "START_DEV":
 -            print(f"/dev/ublkb{DEV_ID}")
 -        else:
 -            desc = IoDesc.from_buffer_copy(descs)
 -            try:
 -                io.result = answer(image, desc, buffer)
 -            except OSError as error:
--                io.result = -(error.errno or errno.EIO)
+-                io.result = -error.errno
 -            submit(file, "COMMIT_AND_FETCH_REQ", io)
 +        desc = IoDesc.from_buffer_copy(descs)
 +        try:
 +            io.result = answer(image, desc, buffer)
 +        except OSError as error:
-+            io.result = -(error.errno or errno.EIO)
++            io.result = -error.errno
 +        submit(file, "COMMIT_AND_FETCH_REQ", io)
 '''),
     8: change(step(7), '''
 -"""Step 7, a fast disk: many requests at a time, and many to a system call.
 +"""A fast disk, with pauses for other work: "why does this server hang?"
 
--    """Hand in what is new, wait for a completion, and take all there are."""
-+    """Hand in what is new, wait for a completion, and take all there are, but no more than eight."""
+-    """Hand in what is new, wait for a completion, and take all there are: each tag, and the result."""
++    """Hand in what is new, wait for a completion, and take up to eight: each tag, and the result."""
 
 -    while cq_head.value != cq_tail.value:
 -        slot = cq_head.value % setup.cq_entries
@@ -87,7 +87,7 @@ BROKEN = {
 +        slot = place % setup.cq_entries
          cqe = CQE.from_buffer_copy(cqes[slot])
 -        cq_head.value += 1
-         yield cqe
+         yield cqe.user_data, cqe.res
 '''),
     9: change(step(4), '''
 -"""Step 4, a disk that remembers: what is written is in a file, its image.
@@ -97,12 +97,12 @@ BROKEN = {
 +    "DEL_DEV": 0xC0207505,
 
      while True:
--        cqe = wait()
+-        name, res = wait()
 +        try:
-+            cqe = wait()
++            name, res = wait()
 +        except KeyboardInterrupt:
 +            submit(control, "DEL_DEV", ControlCommand(DEV_ID, 0xFFFF))
-+            while wait().user_data != COMMANDS["DEL_DEV"]:
++            while wait()[0] != "DEL_DEV":
 +                pass
 +            sys.exit("deleted")
 '''),
@@ -189,8 +189,8 @@ SOLUTIONS = {
 +        io = IoCommand(queue, tag, 0, addressof(buffer))
 +        submit(file, "FETCH_REQ", io, number)
 
--            tag = cqe.user_data
-+            number = cqe.user_data
+-        for tag, res in wait():
++        for number, res in wait():
 +            queue, tag = divmod(number, DEPTH)
 
 -            if tag == DEPTH:
@@ -270,12 +270,12 @@ SOLUTIONS = {
     7: change(BROKEN[7], '''
 +    submit(file, "FETCH_REQ", io)
      submit(control, "START_DEV", ControlCommand(DEV_ID, 0xFFFF, data=os.getpid()))
--    cqe = wait()
--    print(f"START_DEV: {os.strerror(-cqe.res)}")
+-    name, res = wait()
+-    print(f"{name}: {os.strerror(-res)}")
 -    submit(file, "FETCH_REQ", io)
 
-             sys.exit(os.strerror(-cqe.res))
-+        if cqe.user_data == COMMANDS["START_DEV"]:
+             sys.exit(f"{name}: {os.strerror(-res)}")
++        if name == "START_DEV":
 +            print("START_DEV: Success")
 +            continue
 '''),
@@ -399,7 +399,7 @@ WRONG = [
     (9, "is not mended", BROKEN[9], "open, or mapped"),
     (9, "leaves the disk", '''
 -            submit(control, "DEL_DEV", ControlCommand(DEV_ID, 0xFFFF))
--            while wait().user_data != COMMANDS["DEL_DEV"]:
+-            while wait()[0] != "DEL_DEV":
 -                pass
 ''', "the disk is not"),
     (10, "is not mended", BROKEN[10], "that still lives"),

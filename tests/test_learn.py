@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
+import os
 import re
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -16,6 +20,8 @@ sys.path.append(str(HERE / "lab"))
 import lessons
 from measure import docstring_lines, tokens_by_line
 
+NEEDS_OF_SERVE = ["mmap", "submit", "control", "sizeof", "addressof", "create_string_buffer", "DEV_ID", "PROT_READ",
+                  "IoDesc", "IoCommand", "ControlCommand"]
 STEPS = sorted((HERE / "learn").glob("step*.py"))
 
 
@@ -71,3 +77,27 @@ def test_a_step_adds_little_to_the_one_before(path, previous):
 def test_a_step_stands_alone(path):
     modules = set(re.findall(r"(?m)^(?:import|from) (\w+)", path.read_text()))
     assert not modules - {"ctypes", "errno", "mmap", "os", "sys", "time"}
+
+
+def function(number, name, **around):
+    """Return one function of a step, with what it needs around it."""
+    tree = ast.parse((HERE / f"learn/step{number}.py").read_text())
+    constants = [node for node in tree.body if isinstance(node, ast.Assign) and "UBLK_IO_OP" in ast.dump(node)]
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    exec(compile(ast.Module(constants + found, []), f"step{number}.py", "exec"), around)
+    return around[name]
+
+
+@pytest.mark.parametrize(("number", "image"), [(3, []), (4, [-1]), (5, [-1])])
+def test_a_step_fails_what_it_does_not_know(number, image):
+    write_zeroes = SimpleNamespace(op_flags=5, start_sector=0, nr_sectors=1)
+    answer = function(number, "answer", os=os, errno=errno)
+    assert answer(*image, write_zeroes, bytearray(512)) == -errno.EOPNOTSUPP
+
+
+@pytest.mark.parametrize(("number", "arguments"), [(3, []), (4, [-1]), (5, [-1, "START_DEV"])])
+def test_a_disk_that_does_not_start_tells_which_command_failed(number, arguments):
+    serve = function(number, "serve", sys=sys, wait=lambda: ("START_DEV", -errno.EINVAL),
+                     os=MagicMock(strerror=os.strerror), **dict.fromkeys(NEEDS_OF_SERVE, MagicMock()))
+    with pytest.raises(SystemExit, match="START_DEV: Invalid argument"):
+        serve(*arguments)
