@@ -28,6 +28,8 @@ VARIES = [                          # numbers that differ from run to run, and l
     (r"GET_DEV_INFO2: Operation not supported\nGET_DEV_INFO:", "GET_DEV_INFO2:"),
     (r"0x[0-9a-f]+", "0xN"),
     (r"\d+ system calls", "N system calls"),
+    (r"\d+ MiB/s", "N MiB/s"),
+    (r"[\d.]+ times", "N times"),
     (r"(?m) +$", ""),
 ]
 
@@ -63,7 +65,7 @@ def parts() -> list[Part]:
         text, _, older = text.partition("\n### Before Linux ")
         limit = older.partition("\n")[0]
         found.append(Part(int(step), title, limit, "", commands(text)))
-        if older:
+        if commands(older):
             found.append(Part(int(step), title, "", limit, commands(older)))
     return found
 

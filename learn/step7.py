@@ -127,7 +127,7 @@ def manage(name, payload):
     """Have the control node do a command, and show how it ends."""
     command = ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload))
     submit(control, name, command)
-    tag, res = next(wait())         # only this one is under way
+    _, res = next(wait())           # only this one is under way
     print(f"{name}: {os.strerror(-res)}", file=sys.stderr)
     if res < 0:
         sys.exit(1)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""Step 8, a disk that copies nothing: the kernel moves the data between its image and who reads or writes.
+
+    python3 learn/step8.py IMAGE
+"""
+import ctypes
+import os
+import sys
+from ctypes import addressof, c_long, c_uint32, sizeof
+from mmap import PROT_READ, mmap
+
+IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
+IO_URING_ENTER = 426
+IO_URING_REGISTER = 427
+IORING_OFF_SQES = 0x10000000    # what of a ring to map: its queues are at 0, its SQEs here
+IORING_ENTER_GETEVENTS = 1      # wait for completions
+IORING_SETUP_SQE128 = 1 << 10   # submissions have room for a command
+IORING_REGISTER_BUFFERS2 = 15   # give the ring a table of memory for READ_FIXED and WRITE_FIXED,
+IORING_RSRC_REGISTER_SPARSE = 1     # which is empty for now
+IORING_OP_READ_FIXED = 4
+IORING_OP_WRITE_FIXED = 5
+IORING_OP_URING_CMD = 46        # a command for a driver
+COMMANDS = {                    # numbers made as for an ioctl: direction, size, type, number
+    "ADD_DEV": 0xC0207504,
+    "START_DEV": 0xC0207506,
+    "SET_PARAMS": 0xC0207508,
+    "FETCH_REQ": 0xC0107520,
+    "COMMIT_AND_FETCH_REQ": 0xC0107521,
+}
+MOVES = [IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED]       # of UBLK_IO_OP_READ, UBLK_IO_OP_WRITE
+MOVED = 64                      # user_data of a tag's move: this and the tag
+UBLK_F_AUTO_BUF_REG = 1 << 11   # the driver puts a request's memory into the table
+DEV_ID = 42                     # any number that is free
+PATH = b"/dev/ublkc42"
+DEPTH = 32                      # tags: places for requests
+
+
+def structure(*lines):
+    """Make a structure of C from types, each with the names of the fields that have it."""
+    fields = []
+    for part in ", ".join(lines).split(", "):
+        kind, *names = part.split()
+        kind = getattr(ctypes, "c_" + kind)
+        for name in names:
+            fields.append((name, kind))
+    return type("structure", (ctypes.Structure,), {"_fields_": fields})
+
+
+Setup = structure(              # io_uring_params: what the kernel tells of a new ring
+    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd",
+    "uint32 resv1 resv2 resv3",
+    "uint32 sq_head sq_tail sq_mask sq_size sq_flags dropped sq_array resv4",
+    "uint64 sq_address",
+    "uint32 cq_head cq_tail cq_mask cq_size overflow cqes cq_flags resv5",
+    "uint64 cq_address",
+)
+SQE = structure(                # io_uring_sqe: what the kernel is to do
+    "uint8 opcode flags",
+    "uint16 ioprio",
+    "int32 fd",
+    "uint64 off addr, uint32 len rw_flags",     # off: a command's number, or where in a file
+    "uint64 user_data, uint16 buf_index personality, uint32 splice_fd",     # the command follows
+)
+CQE = structure(                # io_uring_cqe: whose answer it is, and what a system call would return
+    "uint64 user_data",
+    "int32 res",
+    "uint32 flags",
+)
+# ublksrv_ctrl_cmd, whose payload is read at addr, or written there
+ControlCommand = structure("uint32 dev_id, uint16 queue_id len, uint64 addr data, uint16 dev_path_len")
+DevInfo = structure(            # ublksrv_ctrl_dev_info, the payload of most commands
+    "uint16 nr_hw_queues queue_depth state pad, uint32 max_io_buf_bytes dev_id ublksrv_pid pad1",
+    "uint64 flags ublksrv_flags, uint32 owner_uid owner_gid, uint64 reserved1 reserved2",
+)
+Params = structure(             # ublk_params, of which every disk needs these
+    "uint32 len types attrs, uint8 logical_bs_shift physical_bs_shift io_opt_shift io_min_shift",
+    "uint32 max_sectors chunk_sectors, uint64 dev_sectors virt_boundary_mask",
+)
+IoDesc = structure("uint32 op_flags nr_sectors, uint64 start_sector addr")      # ublksrv_io_desc
+IoCommand = structure("uint16 q_id tag, int32 result, uint64 addr")             # ublksrv_io_cmd
+Table = structure("uint32 nr flags, uint64 resv data tags")                     # io_uring_rsrc_register
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def syscall(*arguments):
+    """Make a system call, whose arguments all are as wide as C's long."""
+    result = libc.syscall(*map(c_long, arguments))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
+
+
+# A ring is two queues shared with the kernel: submissions (SQ), and completions
+# (CQ). Whoever adds to a queue moves its tail, whoever takes moves its head.
+setup = Setup(flags=IORING_SETUP_SQE128)
+ring = syscall(IO_URING_SETUP, 64, addressof(setup))      # room for all tags' commands, and one more
+end = setup.sq_array + 4 * setup.sq_entries
+queues = mmap(ring, end)
+sq_head = c_uint32.from_buffer(queues, setup.sq_head)
+sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
+cq_head = c_uint32.from_buffer(queues, setup.cq_head)
+cq_tail = c_uint32.from_buffer(queues, setup.cq_tail)
+order = (c_uint32 * 64).from_buffer(queues, setup.sq_array)
+for slot in range(64):          # each entry of the queue has an SQE of its own
+    order[slot] = slot
+cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
+sqes = mmap(ring, 8192, offset=IORING_OFF_SQES)     # 64 of 128 bytes
+control = os.open("/dev/ublk-control", os.O_RDWR)
+
+
+def push(sqe, command):
+    """Add a submission to the queue; the next system call hands it in."""
+    slot = sq_tail.value % 64
+    sqes.seek(128 * slot)
+    sqes.write(bytes(sqe) + bytes(command))
+    sq_tail.value += 1
+
+
+def submit(fd, name, command, tag=DEPTH):
+    """Add a command for one of the driver's files."""
+    # To FETCH_REQ and COMMIT_AND_FETCH_REQ, addr is the place in the table for the
+    # memory of this tag's next request.
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, off=COMMANDS[name], addr=tag, user_data=tag)
+    push(sqe, command)
+
+
+def wait():
+    """Hand in what is new, wait for a completion, and take all there are: each tag, and the result."""
+    new = sq_tail.value - sq_head.value
+    syscall(IO_URING_ENTER, ring, new, 1, IORING_ENTER_GETEVENTS, 0, 0)
+    while cq_head.value != cq_tail.value:
+        slot = cq_head.value % setup.cq_entries
+        cqe = CQE.from_buffer_copy(cqes[slot])
+        cq_head.value += 1
+        yield cqe.user_data, cqe.res
+
+
+def manage(name, payload):
+    """Have the control node do a command, and show how it ends."""
+    command = ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload))
+    submit(control, name, command)
+    _, res = next(wait())           # only this one is under way
+    print(f"{name}: {os.strerror(-res)}", file=sys.stderr)
+    if res < 0:
+        sys.exit(1)
+
+
+def move(image, desc, tag):
+    """Have the kernel do what a request asks for, between the image and the request's own memory."""
+    sqe = SQE(opcode=MOVES[desc.op_flags & 0xFF], fd=image, buf_index=tag, user_data=MOVED + tag)
+    sqe.off = 512 * desc.start_sector
+    sqe.len = 512 * desc.nr_sectors
+    push(sqe, IoCommand())              # which is no command: all zeroes
+
+
+def serve(image):
+    """Start the disk and answer its requests, until it is deleted."""
+    file = os.open(PATH, os.O_RDWR)
+    descs = mmap(file, 24 * DEPTH, prot=PROT_READ)
+    for tag in range(DEPTH):
+        submit(file, "FETCH_REQ", IoCommand(0, tag), tag)
+    submit(control, "START_DEV", ControlCommand(DEV_ID, data=os.getpid()))
+    while True:
+        for tag, res in wait():
+            if tag >= MOVED:            # res is how many bytes, or an error
+                tag -= MOVED
+                submit(file, "COMMIT_AND_FETCH_REQ", IoCommand(0, tag, res), tag)
+            elif res < 0:               # of the disk when it is deleted: ENODEV
+                sys.exit(os.strerror(-res))
+            elif tag == DEPTH:
+                print(f"/dev/ublkb{DEV_ID}")
+            else:
+                desc = IoDesc.from_buffer_copy(descs, 24 * tag)
+                move(image, desc, tag)
+
+
+def main():
+    info = DevInfo(nr_hw_queues=1, queue_depth=DEPTH, max_io_buf_bytes=65536, dev_id=DEV_ID)
+    info.flags = UBLK_F_AUTO_BUF_REG
+    manage("ADD_DEV", info)
+    if info.flags & UBLK_F_AUTO_BUF_REG == 0:
+        sys.exit("this driver copies")
+    table = Table(DEPTH, IORING_RSRC_REGISTER_SPARSE)
+    syscall(IO_URING_REGISTER, ring, IORING_REGISTER_BUFFERS2, addressof(table), sizeof(table))
+    image = os.open(sys.argv[1], os.O_RDWR | os.O_DSYNC)        # a WRITE is durable when it is done
+    params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
+    params.dev_sectors = os.path.getsize(image) // 512
+    manage("SET_PARAMS", params)
+    serve(image)
+
+
+main()
