@@ -165,7 +165,7 @@ def serve(image, start):
             try:
                 io.result = answer(image, desc, buffer)
             except OSError as error:
-                io.result = -error.errno
+                io.result = -(error.errno or errno.EIO)
             submit(file, "COMMIT_AND_FETCH_REQ", io)
 
 

@@ -20,8 +20,8 @@ sys.path.append(str(HERE / "lab"))
 import lessons
 from measure import docstring_lines, tokens_by_line
 
-NEEDS_OF_SERVE = ["mmap", "submit", "control", "sizeof", "addressof", "create_string_buffer", "DEV_ID", "PROT_READ",
-                  "IoDesc", "IoCommand", "ControlCommand"]
+NEEDS_OF_SERVE = ["mmap", "submit", "control", "sizeof", "addressof", "create_string_buffer", "DEV_ID",
+                  "PROT_READ", "IoDesc", "IoCommand", "ControlCommand"]
 STEPS = sorted((HERE / "learn").glob("step*.py"))
 
 
@@ -82,7 +82,8 @@ def test_a_step_stands_alone(path):
 def function(number, name, **around):
     """Return one function of a step, with what it needs around it."""
     tree = ast.parse((HERE / f"learn/step{number}.py").read_text())
-    constants = [node for node in tree.body if isinstance(node, ast.Assign) and "UBLK_IO_OP" in ast.dump(node)]
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    constants = [node for node in assigned if "UBLK_IO_OP" in ast.dump(node)]
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
     exec(compile(ast.Module(constants + found, []), f"step{number}.py", "exec"), around)
     return around[name]
