@@ -1836,6 +1836,7 @@ RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32
 ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
 # user_data of what is not the command of a tag
 OPERATION = 1 << 32
+EPOLL = 1 << 59
 WAKE = 1 << 60
 FETCH = 1 << 61
 COMMIT = 1 << 62
@@ -2167,6 +2168,7 @@ class Queue:
         self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
         self._enough_tasks = 1  # how many to have for requests that come together
         self.rounds = 0  # how often the loop has waited
+        self.watching = False  # whether the ring waits for the loop's epoll, too
         self._operations: dict[int, Operation] = {}
         self._last_operation = OPERATION
         self.exits = contextlib.ExitStack()  # gives back what the queue has, the last first
@@ -2185,14 +2187,15 @@ class Queue:
         own = (1 + device.data_path.stages) * self.depth  # SQE slots with a fixed use
         self.ring = Ring(own + 64)
         self.exits.callback(self.ring.close)
-        self.free_slots = list(range(own + 1, self.ring.entries))
+        self._epoll_slot = own + 1
+        self.free_slots = list(range(own + 2, self.ring.entries))
         self._used_slots: list[int] = []
         # Of each tag's command
         self.results = self.kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
         self.addresses = self.kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
         self.path: Any = device.data_path(self)
         self.shared = SharedCopy(self.shared_addresses, device.shared)
-        self._wake(own, device.wake_fd)
+        self._await_news(own, device.wake_fd, WAKE)
         if has_coroutines(self.target):
             self._begin_loop()
 
@@ -2801,23 +2804,25 @@ class Queue:
         self._used_slots.clear()
 
     def _operation_done(self, user_data: int, result: int) -> None:
-        if user_data == WAKE:
+        if user_data == WAKE:  # the server is to end at once
             self.leaving = True
-            return
-        operation = self._operations.pop(user_data, None)
-        if operation is not None:  # else nobody is interested any more
-            operation.end(result)
+        elif user_data == EPOLL:
+            self.watching = False
+        elif user_data != OPERATION:  # the end of a cancel
+            self._operations.pop(user_data).end(result)
 
-    def forget(self, number: int) -> None:
-        """End an operation that uses no memory of ours, and have its completion ignored."""
-        self._operations.pop(number, None)
-        if self.ring.fd >= 0:
-            self.cancel(number)
-
-    def _wake(self, slot: int, fd: int) -> None:
-        """Leave the loop when fd becomes readable: the server is to end at once."""
-        self.ring.prepare(slot, IORING_OP_POLL_ADD, fd, rw_flags=select.POLLIN, user_data=WAKE)
+    def _await_news(self, slot: int, fd: int, user_data: int) -> None:
+        """Have a completion tell when fd becomes readable."""
+        self.ring.prepare(
+            slot, IORING_OP_POLL_ADD, fd, rw_flags=select.POLLIN, user_data=user_data
+        )
         self.ring.push(slot)
+
+    def watch(self, epoll: int) -> None:
+        """Have the ring wait for what an epoll waits for."""
+        if not self.watching:
+            self._await_news(self._epoll_slot, epoll, EPOLL)
+            self.watching = True
 
     def wind_up(self) -> None:
         """End the tasks that still run, and wait for what the kernel still does.
@@ -4657,7 +4662,7 @@ class BatchQueue(Queue):
 # requests of its queue waiting. Python's answer is asyncio: handlers are
 # coroutines, and a loop goes on with each when that for which it waits has
 # come. The loop sleeps in its *selector*, which knows the descriptors that
-# somebody waits for. Usually that is epoll; here it is the queue's ring.
+# somebody waits for. Usually that is an epoll; here it is the queue's ring.
 # Requests, descriptors, timers and operations of the ring itself thus all end
 # the same system call, in one thread, and whatever works in asyncio works here:
 # streams, TLS, locks, TaskGroups, to_thread.
@@ -4676,11 +4681,11 @@ class BatchQueue(Queue):
 # error.
 #
 # How the loop and the ring fit together. asyncio's loop asks its selector for
-# what is ready, with the time until its next timer. RingSelector hands in a
-# POLL_ADD for each descriptor that somebody waits for, waits in io_uring_enter(),
-# and deals with what came: requests start handlers, POLL_ADDs become the answer
-# to the loop, operations resolve the future that a handler awaits. Handlers run
-# in tasks. A task costs more than many a handler does, so those that need not
+# what is ready, with the time until its next timer. RingSelector has an epoll for
+# the descriptors that somebody waits for, and the ring waits for the epoll, by a
+# POLL_ADD. So it waits in io_uring_enter(), and deals with what came: requests
+# start handlers, operations resolve the future that a handler awaits, and when
+# the POLL_ADD ends the epoll tells what is ready. Handlers run in tasks. A task costs more than many a handler does, so those that need not
 # wait share one (a context variable that one of them leaves set, or a
 # cancellation of the task that it leaves unheard, is the next one's). One that
 # waits keeps its task to its end; in the next round there are two for the
@@ -4819,97 +4824,35 @@ def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]
     return operate(IORING_OP_SEND, fd, 0, buffer, rw_flags=flags)
 
 
-class RingSelector(selectors.SelectSelector):
+class RingSelector(selectors.EpollSelector):
     """What an asyncio loop waits with: the ring of a queue.
 
-    A descriptor that is registered has a POLL_ADD on the ring. That ends when
-    it is ready; the next select() begins another, which ends at once if it is
-    ready still, as asyncio expects. What is registered is kept by the base
-    class.
+    An epoll knows the descriptors that somebody waits for, as in any loop. It
+    is a descriptor itself, so the ring can wait until it has something to tell.
     """
 
     def __init__(self, queue: Queue) -> None:
         super().__init__()
         self.queue = queue
-        self._polls: dict[int, int] = {}  # fd -> number of its POLL_ADD
-        self._unpolled: set[int] = set()
-        self._ready: list[tuple[selectors.SelectorKey, int]] = []
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        key = super().register(fileobj, events, data)
-        self._unpolled.add(key.fd)
-        return key
-
-    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        key = super().unregister(fileobj)
-        self._unpolled.discard(key.fd)
-        if key.fd in self._polls:
-            self.queue.forget(self._polls.pop(key.fd))
-        return key
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Answer the requests there are; return the descriptors that are ready."""
         queue = self.queue
         queue.rounds += 1
-        while self._unpolled and queue.free_slots:
-            fd = self._unpolled.pop()
-            self._poll(fd, self.get_map()[fd].events)
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
         left = bool(queue.begun) and not queue.closing
-        tags = queue.collect(0 if left or self._unpolled else timeout)
+        queue.watch(self.fileno())
+        tags = queue.collect(0 if left else timeout)
         if not queue.closing:
             if tags:
                 queue.answer(tags)
             queue.add_tasks(left)
             if queue.is_over():
                 queue.loop.stop()
-        # A handler that began by now may have had others take their place
-        current = self.get_map()
-        ready = [(key, events) for key, events in self._ready if current.get(key.fd) is key]
-        self._ready.clear()
-        return ready
-
-    def _poll(self, fd: int, events: int) -> None:
-        mask = 0
-        if events & selectors.EVENT_READ:
-            mask |= select.POLLIN
-        if events & selectors.EVENT_WRITE:
-            mask |= select.POLLOUT
-        self._polls[fd] = self.queue.begin(
-            Poll(self, fd), IORING_OP_POLL_ADD, fd, rw_flags=mask
-        )
-
-    def polled(self, fd: int, result: int) -> None:
-        """Hear of the end of a POLL_ADD: the events that came, or an error, which is for all to see."""
-        key = self.get_map()[fd]
-        del self._polls[fd]
-        self._unpolled.add(fd)
-        events = 0
-        if result < 0 or result & ~select.POLLIN:
-            events |= selectors.EVENT_WRITE
-        if result < 0 or result & ~select.POLLOUT:
-            events |= selectors.EVENT_READ
-        if events & key.events:
-            self._ready.append((key, events & key.events))
-
-    def close(self) -> None:
-        for number in self._polls.values():
-            self.queue.forget(number)
-        self._polls.clear()
-        super().close()
-
-
-class Poll(Operation):
-    """A POLL_ADD of a selector."""
-
-    def __init__(self, selector: RingSelector, fd: int) -> None:
-        super().__init__(None)
-        self.selector = selector
-        self.fd = fd
-
-    def end(self, result: int) -> None:
-        self.selector.polled(self.fd, result)
+        if queue.watching:
+            return []
+        return super().select(0)
 
 
 # =================================================================================================

@@ -413,7 +413,7 @@ def test_a_queue_whose_tags_have_all_ended_needs_no_other_ring(monkeypatch):
 
 MAKING = {"ring": (ublk, "Ring"), "memory": (ublk, "address_of"), "chains": (ublk.Ring, "prepare"),
           "file": (ublk.os, "dup"), "table": (ublk.Ring, "register_sparse_buffers"),
-          "shared memory": (ublk, "SharedCopy"), "the last step": (ublk.Queue, "_wake")}
+          "shared memory": (ublk, "SharedCopy"), "the last step": (ublk.Queue, "_await_news")}
 
 
 @pytest.mark.parametrize("name", ublk.DATA_PATHS)
