@@ -1870,7 +1870,7 @@ class MappedCopy:
     that fails or is short breaks the chain, and the target's methods serve.
 
     This class is also what a queue expects of a data path: address() and
-    sqe_address() for the tag's command, room(), data() and give() for a request
+    sqe_address() for the tag's command, buffer(), data() and give() for a request
     that Python serves, chain() and broken() for one that the kernel does. The
     others below replace of it what is different with them.
     """
@@ -1965,12 +1965,6 @@ class MappedCopy:
         start = tag * self.max_io
         return self.view[start : start + length]
 
-    def room(self, tag: int, length: int) -> memoryview:
-        """Return the buffer a READ fills, cleared of what an earlier request left there."""
-        buffer = self.buffer(tag, length)
-        buffer[:] = ZEROES[:length]
-        return buffer
-
     def data(self, tag: int, length: int) -> memoryview:
         """Return what a WRITE wrote."""
         return self.buffer(tag, length).toreadonly()
@@ -1982,14 +1976,9 @@ class MappedCopy:
         if dirty:
             self.view[start : start + dirty] = ZEROES[:dirty]
 
-    def give(self, tag: int, buffer: memoryview) -> int:
-        """Hand a filled buffer to the READ it belongs to; return its length in bytes."""
-        return len(buffer)
-
-    def fill(self, tag: int, data: memoryview) -> int:
-        """Give a READ what lies elsewhere; return its length in bytes."""
+    def give(self, tag: int, data: memoryview) -> None:
+        """Give a READ its data, which may lie in its buffer already."""
         self.buffer(tag, len(data))[:] = data
-        return len(data)
 
     def abandon(self) -> None:
         """Let a handler that never returned do no harm should it go on after close()."""
@@ -2091,13 +2080,20 @@ async def transfer(
 
     An awaitable is awaited; what was short is asked for again.
     """
-    while True:
-        outcome = await end_of(outcome)
-        if not is_short(outcome, buffer):
-            return
-        offset = offset + outcome
+    outcome = await end_of(outcome)
+    while is_short(outcome, buffer):
+        offset += outcome
         buffer = buffer[outcome:]
-        outcome = function(offset, buffer[:])
+        outcome = await end_of(function(offset, buffer[:]))
+
+
+def run(serving: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns that has nothing to wait for. Raises TypeError where it has."""
+    try:
+        serving.send(None)
+    except StopIteration as end:
+        return end.value
+    raise TypeError("a plain class has nobody who waits: make the method, or start(), async")
 
 
 class Queue:
@@ -2161,10 +2157,8 @@ class Queue:
         # Coroutines.
         self.loop: Any = None  # of asyncio, where there are coroutines
         self._memories: list[Any] = [None] * self.depth  # what they get of their requests
-        # Requests of which no task has begun to await the end: tag, what to
-        # await, what makes a result of it, what may have to be continued.
-        self.begun: collections.deque[tuple[int, Any, Callable[[Any], int | None], Any]]
-        self.begun = collections.deque()
+        # What is to serve requests, and no task has begun
+        self.begun: collections.deque[Coroutine[Any, Any, None]] = collections.deque()
         self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
         self._enough_tasks = 1  # how many to have for requests that come together
         self.rounds = 0  # how often the loop has waited
@@ -2333,14 +2327,14 @@ class Queue:
             buffer, blank = buffers[tag]
             try:
                 if blank is None:
-                    outcome = write(starts[tag] * SECTOR, buffer[:])
+                    move = write
                 else:
+                    move = read
                     buffer[:] = blank
-                    outcome = read(starts[tag] * SECTOR, buffer[:])
-                if outcome is None or outcome == len(buffer):
-                    ended.append(tag)
-                else:
-                    self._go_on(tag, write if blank is None else read, outcome, buffer)
+                outcome = move(starts[tag] * SECTOR, buffer[:])
+                if outcome is not None and outcome != len(buffer):
+                    run(transfer(move, outcome, starts[tag] * SECTOR, buffer))
+                ended.append(tag)
             except BaseException as error:  # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
         self.repeat(ended)
@@ -2357,16 +2351,6 @@ class Queue:
             self._buffers[tag] = self.path.data(tag, length), None
         self.prepare(tag, length)
         return True
-
-    def _go_on(
-        self, tag: int, function: Callable[..., Any], outcome: Any, buffer: memoryview
-    ) -> None:
-        """See a READ or WRITE through that was made ready, of which a part is done."""
-
-        def finish(_: object) -> None:
-            self.repeat([tag])
-
-        self._move(tag, function, outcome, self.starts[tag] * SECTOR, buffer, finish)
 
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
@@ -2494,15 +2478,15 @@ class Queue:
 
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
-        flags = self.flags[tag]
+        if self.loop is not None:
+            self.in_flight += 1
+            self.begun.append(self._see_through(tag))
+            return
         try:
-            result = self._handlers[flags & 0xFF](
-                tag, flags, self.starts[tag] * SECTOR, self.sectors[tag] * SECTOR
-            )
+            result = run(self._serve(tag))
         except BaseException as error:  # even SystemExit: a client waits for an answer
             result = failed(error)
-        if result is not None:
-            self.complete(tag, result)
+        self.complete(tag, result)
 
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno.
@@ -2522,94 +2506,95 @@ class Queue:
         """End these requests with the results prepared for them."""
         self._done += tags
 
-    # ---- the handlers: each returns the result, or None where a coroutine will ------------------
+    # ---- the handlers: each is a coroutine that returns the result -------------------------------
 
-    def _table(self) -> list[Callable[[int, int, int, int], int | None]]:
+    def _table(self) -> list[Callable[..., Coroutine[Any, Any, int]]]:
         """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
-        table: list[Callable[[int, int, int, int], int | None]] = [self._unsupported] * 256
+        table: list[Callable[..., Coroutine[Any, Any, int]]] = [self._unsupported] * 256
         table[UBLK_IO_OP_READ] = self._read
         table[UBLK_IO_OP_WRITE] = self._write
         table[UBLK_IO_OP_REPORT_ZONES] = self._report
         table[UBLK_IO_OP_ZONE_APPEND] = self._append
-        for operation, (name, arguments) in SIMPLE_OPERATIONS.items():
+        for operation, (name, count) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
                 function = getattr(self.target, name)
                 if name == "write_zeroes" and not takes_unmap(function):
-                    arguments = SIMPLE_OPERATIONS[UBLK_IO_OP_DISCARD][1]
-                table[operation] = partial(self._simple, function, arguments)
+                    count = 2
+                table[operation] = partial(self._simple, function, count)
         if self.target.metadata_size:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
 
-    def _unsupported(self, tag: int, flags: int, offset: int, length: int) -> int:
+    def _serve(self, tag: int) -> Coroutine[Any, Any, int]:
+        """Return what serves a request, and returns its result."""
+        flags = self.flags[tag]
+        handler = self._handlers[flags & 0xFF]
+        return handler(tag, flags, self.starts[tag] * SECTOR, self.sectors[tag] * SECTOR)
+
+    async def _unsupported(self, tag: int, flags: int, offset: int, length: int) -> int:
         return -errno.EOPNOTSUPP
 
-    def _simple(
+    async def _simple(
         self,
         function: Callable[..., Any],
-        arguments: Callable[[int, int, int], Any],
+        count: int,
         tag: int,
         flags: int,
         offset: int,
         length: int,
-    ) -> int | None:
+    ) -> int:
         """Serve a request without data: its result is only good or bad.
 
         Good is 0, since a length of 2 GiB and more does not fit where the
         driver looks for the result.
         """
-        outcome = function(*arguments(flags, offset, length))
-        return self._end(tag, outcome, partial(succeeded, function))
+        arguments = (offset, length, not flags & UBLK_IO_F_NOUNMAP)
+        return succeeded(function, await end_of(function(*arguments[:count])))
 
-    def _read(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+    async def _read(self, tag: int, flags: int, offset: int, length: int) -> int:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
-        read = self.target.read
         if self.loop is None:
-            room = path.room(tag, length)
-            outcome = read(offset, room[:])
-            return self._move(tag, read, outcome, offset, room, lambda _: path.give(tag, room))
-        own = self._own(tag, length)
-        own[:] = ZEROES[:length]
-        outcome = read(offset, own[:])
-        return self._move(tag, read, outcome, offset, own, lambda _: path.fill(tag, own))
+            buffer = path.buffer(tag, length)
+        else:
+            buffer = self._own(tag, length)
+        buffer[:] = ZEROES[:length]
+        read = self.target.read
+        await transfer(read, read(offset, buffer[:]), offset, buffer)
+        path.give(tag, buffer)
+        return length
 
-    def _write(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+    async def _write(self, tag: int, flags: int, offset: int, length: int) -> int:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
-        function = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
+        write = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
         data = self._data(path, tag, length)
-        outcome = function(offset, data[:])
-        return self._move(tag, function, outcome, offset, data, lambda _: length)
+        await transfer(write, write(offset, data[:]), offset, data)
+        return length
 
-    def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+    async def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
         size = length // self.target.block_size * self.target.metadata_size
         if flags & 0xFF == UBLK_IO_OP_WRITE:
             if flags & UBLK_IO_F_INTEGRITY:
                 at_once(self.target.write_metadata(offset, self.path.metadata(tag, size)))
-            return self._write(tag, flags, offset, length)
+            return await self._write(tag, flags, offset, length)
         if flags & UBLK_IO_F_INTEGRITY:
             buffer = memoryview(bytearray(size))
             at_once(self.target.read_metadata(offset, buffer))
             self.path.give_metadata(tag, buffer)
-        return self._read(tag, flags, offset, length)
+        return await self._read(tag, flags, offset, length)
 
-    def _report(self, tag: int, flags: int, offset: int, length: int) -> int | None:
+    async def _report(self, tag: int, flags: int, offset: int, length: int) -> int:
         """REPORT_ZONES: where others say sectors, this says zones."""
         count = length // SECTOR
+        zones = await end_of(self.target.report_zones(offset, count))
+        self.path.give(tag, memoryview(b"".join(map(bytes, zones[:count]))))
+        return length
 
-        def give(zones: Sequence[Any]) -> int:
-            self.path.give(tag, memoryview(b"".join(map(bytes, zones[:count]))))
-            return length
-
-        return self._end(tag, self.target.report_zones(offset, count), give)
-
-    def _append(self, tag: int, flags: int, offset: int, length: int) -> int | None:
-        def landed(position: int) -> int:
-            self.appended(tag, position // SECTOR)
-            return length
-
+    async def _append(self, tag: int, flags: int, offset: int, length: int) -> int:
         data = self._data(self.path, tag, length)
-        return self._end(tag, self.target.zone_append(offset, data), landed)
+        position = await end_of(self.target.zone_append(offset, data))
+        self.appended(tag, position // SECTOR)
+        return length
 
     def appended(self, tag: int, sector: int) -> None:
         """Note where the data of a ZONE_APPEND landed, in sectors: its COMMIT says so.
@@ -2646,76 +2631,32 @@ class Queue:
             memory = self._memories[tag] = private_memory(self.max_io)
         return memoryview(memory)[:length]
 
-    def _move(
-        self,
-        tag: int,
-        function: Callable[..., Any],
-        outcome: Any,
-        offset: int,
-        buffer: memoryview,
-        finish: Callable[[Any], int | None],
-    ) -> int | None:
-        """See a transfer through that function(offset, buffer) began; return finish(None), now or later.
-
-        outcome: what that has returned.
-        """
-        while not is_awaitable(outcome):
-            if not is_short(outcome, buffer):
-                return finish(None)
-            offset += outcome
-            buffer = buffer[outcome:]
-            outcome = function(offset, buffer[:])
-        self._await(tag, outcome, finish, function, offset, buffer)
-        return None
-
-    def _end(self, tag: int, outcome: Any, finish: Callable[[Any], int | None]) -> int | None:
-        """Return finish(outcome), the result of a request, now or (None) later."""
-        if not is_awaitable(outcome):
-            return finish(outcome)
-        self._await(tag, outcome, finish)
-        return None
-
-    def _await(
-        self, tag: int, outcome: Any, finish: Callable[[Any], int | None], *move: Any
-    ) -> None:
-        """Have a task await what serves a request, and answer it.
-
-        move: of what moves data the function, offset and buffer, for a part may
-        have to be continued.
-
-        Raises TypeError where there is no loop: it has no memory of its own.
-        """
-        if self.loop is None:
-            raise TypeError(f"{outcome!r} of a plain class: make the method, or start(), async")
-        self.in_flight += 1
-        self.begun.append((tag, outcome, finish, move))
-
     def add_tasks(self, more: bool) -> None:
         """Add tasks for what was begun, twice as many if those of the last round all had to wait."""
         if more:
             self._enough_tasks *= 2
         for _ in range(min(self._enough_tasks, len(self.begun))):
-            task = self.loop.create_task(self._see_through())
+            task = self.loop.create_task(self._work())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _see_through(self) -> None:
-        """Await what serves requests, one after the other until one has to wait, and answer them."""
+    async def _work(self) -> None:
+        """Serve requests, one after the other until one has to wait."""
         rounds = self.rounds
         while self.begun and self.rounds == rounds:
-            tag, awaitable, finish, move = self.begun.popleft()
-            try:
-                outcome = await awaitable
-                if move and is_short(outcome, move[-1]):
-                    await transfer(move[0], outcome, *move[1:])
-                result = finish(outcome)
-            except BaseException as error:  # even SystemExit: a client waits for an answer
-                result = None if self.closing else failed(error)
-            self.in_flight -= 1
-            if result is not None and not self.closing:
-                self.complete(tag, result)
+            await self.begun.popleft()
             if self.rounds == rounds:  # it need not wait: this task can do the others, too
                 self._enough_tasks = 1
+
+    async def _see_through(self, tag: int) -> None:
+        """Serve a request, and answer it unless the queue ends."""
+        try:
+            result = await self._serve(tag)
+        except BaseException as error:  # even SystemExit: a client waits for an answer
+            result = 0 if self.closing else failed(error)
+        self.in_flight -= 1
+        if not self.closing:
+            self.complete(tag, result)
 
     def _begin_loop(self) -> None:
         """Have an asyncio loop wait with the ring."""
@@ -2848,8 +2789,8 @@ class Queue:
         """End the tasks that still run."""
         import asyncio
 
-        for _, awaitable, _, _ in self.begun:
-            getattr(awaitable, "close", bool)()
+        for serving in self.begun:
+            serving.close()
         self.begun.clear()
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
@@ -2893,20 +2834,17 @@ NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
 # slot, shared memory.
 NOT_BY_MAP = 0xFE | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY | UBLK_IO_F_SHMEM_ZC
 
-# Requests without data: the target's method, and its arguments made of flags,
-# offset and length.
-SIMPLE_OPERATIONS: dict[int, tuple[str, Callable[[int, int, int], tuple[Any, ...]]]] = {
-    UBLK_IO_OP_FLUSH: ("flush", lambda flags, offset, length: ()),
-    UBLK_IO_OP_DISCARD: ("discard", lambda flags, offset, length: (offset, length)),
-    UBLK_IO_OP_WRITE_ZEROES: (
-        "write_zeroes",
-        lambda flags, offset, length: (offset, length, not flags & UBLK_IO_F_NOUNMAP),
-    ),
-    UBLK_IO_OP_ZONE_OPEN: ("zone_open", lambda flags, offset, length: (offset,)),
-    UBLK_IO_OP_ZONE_CLOSE: ("zone_close", lambda flags, offset, length: (offset,)),
-    UBLK_IO_OP_ZONE_FINISH: ("zone_finish", lambda flags, offset, length: (offset,)),
-    UBLK_IO_OP_ZONE_RESET: ("zone_reset", lambda flags, offset, length: (offset,)),
-    UBLK_IO_OP_ZONE_RESET_ALL: ("zone_reset_all", lambda flags, offset, length: ()),
+# Requests without data: the target's method, and how many it takes of offset,
+# length and unmap.
+SIMPLE_OPERATIONS = {
+    UBLK_IO_OP_FLUSH: ("flush", 0),
+    UBLK_IO_OP_DISCARD: ("discard", 2),
+    UBLK_IO_OP_WRITE_ZEROES: ("write_zeroes", 3),
+    UBLK_IO_OP_ZONE_OPEN: ("zone_open", 1),
+    UBLK_IO_OP_ZONE_CLOSE: ("zone_close", 1),
+    UBLK_IO_OP_ZONE_FINISH: ("zone_finish", 1),
+    UBLK_IO_OP_ZONE_RESET: ("zone_reset", 1),
+    UBLK_IO_OP_ZONE_RESET_ALL: ("zone_reset_all", 0),
 }
 
 
@@ -4308,11 +4246,8 @@ class UserCopy(MappedCopy):
     def blank(self, tag: int, length: int) -> None:
         self.give(tag, ZEROES[:length])
 
-    def give(self, tag: int, buffer: memoryview) -> int:
-        return self._put(buffer, self.position(tag))
-
-    def fill(self, tag: int, data: memoryview) -> int:
-        return self.give(tag, data)
+    def give(self, tag: int, data: memoryview) -> None:
+        self._put(data, self.position(tag))
 
     def metadata(self, tag: int, length: int) -> memoryview:
         """Return the metadata of the blocks a WRITE wrote (INTEGRITY, 7.0)."""
@@ -4411,7 +4346,7 @@ class ZeroCopy(AutoZeroCopy):
         return stage == 1
 
 
-class SharedCopy:
+class SharedCopy(MappedCopy):
     """Not a path of its own (SHMEM_ZC, 7.1): pages we share with a request's client.
 
     The descriptor's address says which memory, and where in it. Any data path
@@ -4422,30 +4357,12 @@ class SharedCopy:
         self.addresses = addresses
         self.memories = memories
 
-    def room(self, tag: int, length: int) -> memoryview:
-        """Return the memory a READ fills, which is its client's already, cleared."""
-        buffer = self._memory(tag, length)
-        buffer[:] = ZEROES[:length]
-        return buffer
-
-    def data(self, tag: int, length: int) -> memoryview:
-        """Return what a WRITE wrote."""
-        return self._memory(tag, length).toreadonly()
-
-    def _memory(self, tag: int, length: int) -> memoryview:
+    def buffer(self, tag: int, length: int) -> memoryview:
+        """Return the request's memory, which is its client's, too."""
         index, start = divmod(self.addresses[tag], 1 << 32)
         # Clients may use it before share() has heard of its index
         becomes(lambda: index in self.memories, GRACE)
         return self.memories[index][start : start + length]
-
-    def give(self, tag: int, buffer: memoryview) -> int:
-        """There is nothing left to hand over; return the length in bytes."""
-        return len(buffer)
-
-    def fill(self, tag: int, data: memoryview) -> int:
-        """Give a READ what lies elsewhere; return its length in bytes."""
-        self._memory(tag, len(data))[:] = data
-        return len(data)
 
 
 # What the command line and Device call the data paths, best first.

@@ -234,14 +234,15 @@ def test_what_a_handler_does_when_it_is_thrown_away_touches_no_ring(monkeypatch,
 
 
 def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
-    async def never():
+    async def read(target, offset, buffer):
         raise AssertionError
 
-    device = StandIn(target_of(start=async_start))
-    queue, handler = NopQueue(device), never()
-    queue._await(0, handler, int)
+    device = StandIn(target_of(read=read))
+    queue = NopQueue(device)
+    queue.handle(0)
+    begun = queue.begun[0]
     queue.wind_up()
-    assert inspect.getcoroutinestate(handler) == inspect.CORO_CLOSED and queue.answers == []
+    assert inspect.getcoroutinestate(begun) == inspect.CORO_CLOSED and queue.answers == []
     queue.close()
     device.close()
 
@@ -281,8 +282,12 @@ def test_a_plain_method_may_return_a_coroutine_where_another_is_one():
 def test_what_may_outlive_its_request_never_has_the_memory_of_a_tag(operation, capfd, monkeypatch):
     monkeypatch.setattr(ublk, "_bugs", {})          # a bug is shown once a line
 
+    class Waits:
+        def __await__(self):
+            yield
+
     def move(target, offset, buffer):
-        return Later()
+        return Waits()
 
     queue = serve(target_of(read=move, write=move), depth=1, operation=operation, rounds=3)
     assert queue.answers == [(0, -errno.EIO)] * 3 and queue.loop is None
