@@ -1801,15 +1801,15 @@ class Null(Target):
 
     def _prepare(self, queue: Queue, tag: int) -> None:
         """Make an answer; a read must not see what was written under its tag before."""
-        path = queue.path
         operation = queue.flags[tag] & 0xFF
+        if operation > UBLK_IO_OP_WRITE:
+            queue.prepare(tag, 0)
+            return
         length = queue.sectors[tag] * SECTOR
-        queue.prepare(tag, length if operation <= UBLK_IO_OP_WRITE else 0)
-        if operation == UBLK_IO_OP_WRITE:
-            path.written[tag] = max(length, path.written.get(tag, 0))
-        elif operation == UBLK_IO_OP_READ:
-            path.blank(tag, length)
-            if not path.lasting:
+        queue.prepare(tag, length)
+        if operation == UBLK_IO_OP_READ:
+            queue.path.give(tag, ZEROES[:length])
+            if not queue.path.lasting:
                 queue.served[tag] = -1
 
     def read(self, offset: int, buffer: memoryview) -> None:
@@ -1888,8 +1888,6 @@ class MappedCopy:
         queue.exits.callback(self.close)
         self.memory = private_memory(queue.depth * queue.max_io)
         self.view = queue.kept(memoryview(self.memory))
-        # Tag -> bytes of its buffer that hold a client's data
-        self.written: dict[int, int] = {}
         self.base = address_of(self.view)
         if self.moves:
             self.make_chains()
@@ -1968,13 +1966,6 @@ class MappedCopy:
     def data(self, tag: int, length: int) -> memoryview:
         """Return what a WRITE wrote."""
         return self.buffer(tag, length).toreadonly()
-
-    def blank(self, tag: int, length: int) -> None:
-        """Have a READ return zeroes, where all that happened to the tag is noted in written."""
-        start = tag * self.max_io
-        dirty = self.written.pop(tag, 0)
-        if dirty:
-            self.view[start : start + dirty] = ZEROES[:dirty]
 
     def give(self, tag: int, data: memoryview) -> None:
         """Give a READ its data, which may lie in its buffer already."""
@@ -4242,9 +4233,6 @@ class UserCopy(MappedCopy):
     def data(self, tag: int, length: int) -> memoryview:
         self._take(self.buffer(tag, length), self.position(tag))
         return super().data(tag, length)
-
-    def blank(self, tag: int, length: int) -> None:
-        self.give(tag, ZEROES[:length])
 
     def give(self, tag: int, data: memoryview) -> None:
         self._put(data, self.position(tag))
