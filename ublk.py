@@ -1832,6 +1832,7 @@ IO_CMD = struct.Struct("=HHiQ")  # ublksrv_io_cmd
 IO_DESC = struct.Struct("=IIQQ")  # ublksrv_io_desc
 BATCH_IO = struct.Struct("=HHHBBQ")  # ublk_batch_io
 ELEMENT = struct.Struct("=HHi")  # ublk_elem_header
+TRANSFER = struct.Struct("=BBHIQQII")  # io_uring_sqe up to rw_flags
 RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
 ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
 # user_data of what is not the command of a tag
@@ -1897,55 +1898,40 @@ class MappedCopy:
         return self.base + tag * self.max_io
 
     def make_chains(self) -> None:
-        """Fill for each tag the SQE that moves its data, as far as map() is not needed.
-
-        What map() says is stored through views of one field of all tags' SQEs
-        each: opcodes, offsets, descriptors, lengths and flags lie 64 bytes
-        apart.
-        """
-        ring = self.queue.ring
+        """Fill for each tag the SQE that moves its data, as far as map() is not needed."""
         depth = self.queue.depth
-        flags = self.queue.link_last if self.stages == 1 else Queue.link_last
         for tag in range(depth):
-            ring.prepare(
-                depth + tag,
-                self.moves,
-                addr=self.address(tag),
-                user_data=depth + tag,
-                buf_index=tag,
-                flags=flags,
+            self.queue.ring.prepare(
+                depth + tag, self.moves, user_data=depth + tag, buf_index=tag
             )
         commits = bool(self.queue.link_last)
         self.chains = [self.chain(depth, tag) + (tag,) * commits for tag in range(depth)]
-        # In a view they lie 64 bytes from each other
-        sqes = ring.sqes[depth * 64 : 2 * depth * 64]
-        words = sqes.cast("I")
-        longs = sqes.cast("Q")
-        kept = self.queue.kept
-        self.opcodes = kept(sqes[::64])
-        self.offsets = kept(longs[1::8])
-        self.fds = kept(words[1::16])
-        self.lengths = kept(words[6::16])
-        self.rw_flags = kept(words[7::16])
+        self.links = self.queue.link_last if self.stages == 1 else Queue.link_last
 
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
         return (depth + tag,)
 
-    def transfer(self, tag: int, flags: int, fd: int, length: int) -> None:
+    def transfer(self, tag: int, flags: int, fd: int, position: int, length: int) -> None:
         """Prepare the chain that moves a request's data from or to a file.
 
-        fd: of the file.
-        length: in bytes.
-
-        All but the position, offsets[tag], which changes with each request,
-        while the rest of a request is often like the tag's last.
+        fd, position: where in which file, in bytes. Raises struct.error for
+        what is no such number.
         """
-        self.opcodes[tag] = self.moves + (flags & 0xFF)
-        self.fds[tag] = fd
-        self.lengths[tag] = length
-        self.rw_flags[tag] = RWF_DSYNC if flags & UBLK_IO_F_FUA else 0
-        self.queue.prepare(tag, length)
+        if position >> 63:  # all bits set mean the file's own position, which is none
+            raise OverflowError(f"{position} is no position in a file")
+        TRANSFER.pack_into(
+            self.queue.ring.sqes,
+            (self.queue.depth + tag) * 64,
+            self.moves + (flags & 0xFF),
+            self.links,
+            0,
+            fd,
+            position,
+            self.address(tag),
+            length,
+            RWF_DSYNC if flags & UBLK_IO_F_FUA else 0,
+        )
 
     def broken(self, tag: int, stage: int) -> bool:
         """Clean up after the stage of a chain that failed; what came behind it was cancelled.
@@ -2103,10 +2089,7 @@ class Queue:
 
     There are three ways of answering. answer() of the target takes the whole
     list. map() says for each where its data lies. Otherwise its methods are
-    called, one request after the other; and because a busy disk's requests are
-    much alike, what serves a tag's READ or WRITE is kept with it, and one with
-    the same operation, flags and length is served by it again without a look at
-    anything but its offset.
+    called, one request after the other.
 
     For a target's answer() method, which gets a list of tags with new requests:
         flags, sectors, starts      of each tag's request: operation and flags, sectors, first sector
@@ -2132,7 +2115,6 @@ class Queue:
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self.answer: Any = None  # what serves a list of tags
         self.served = [-1] * self.depth
-        self._buffers: list[Any] = [()] * self.depth  # what _make_ready() made
         self._done: list[int] = []  # tags whose commit is to be submitted
         self._appended: list[int] = []
         self._handlers = self._table()
@@ -2144,7 +2126,7 @@ class Queue:
         self.in_flight = 0  # requests that wait for a coroutine
         self.leaving = False  # its server is to go
         self.closing = False  # requests are no longer answered
-        self.at_rest = False  # the driver has taken the last commit
+        self.chained: set[int] = set()  # tags whose commit is, or was, the end of a chain
         # Coroutines.
         self.loop: Any = None  # of asyncio, where there are coroutines
         self._memories: list[Any] = [None] * self.depth  # what they get of their requests
@@ -2299,49 +2281,44 @@ class Queue:
                 self.complete(tag, result)
 
     def _answer_by_handler(self, tags: list[int]) -> None:
-        """Have the target's methods serve; a READ or WRITE like the tag's last one at once.
+        """Have the target's methods serve; a READ or WRITE of a plain target at once.
 
         This is the hot path of every plain target. Locals in place of
         attributes, one try for a request, one call of the target.
         """
-        requests = self.requests
-        served = self.served
+        from_buffer = self.path.lasting and self.loop is None
+        descriptors = self.flags
+        sectors = self.sectors
         starts = self.starts
-        buffers = self._buffers
+        results = self.results
+        memory = self.path.view
+        max_io = self.max_io
         read = self.target.read
         write = self.target.write
         ended: list[int] = []
         for tag in tags:
-            if requests[tag] != served[tag] and not self._make_ready(tag):
+            flags = descriptors[tag]
+            if flags & NOT_BY_BUFFER or not from_buffer:
                 self.handle(tag)
                 continue
-            buffer, blank = buffers[tag]
+            begin = tag * max_io
+            length = sectors[tag] * SECTOR
+            buffer = memory[begin : begin + length]
             try:
-                if blank is None:
-                    move = write
-                else:
+                if flags & 0xFF == UBLK_IO_OP_READ:
                     move = read
-                    buffer[:] = blank
-                outcome = move(starts[tag] * SECTOR, buffer[:])
-                if outcome is not None and outcome != len(buffer):
+                    buffer[:] = ZEROES[:length]
+                else:
+                    move = write
+                    buffer = buffer.toreadonly()
+                outcome = move(starts[tag] * SECTOR, buffer)
+                if outcome is not None and outcome != length:
                     run(transfer(move, outcome, starts[tag] * SECTOR, buffer))
+                results[tag] = length
                 ended.append(tag)
             except BaseException as error:  # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
         self.repeat(ended)
-
-    def _make_ready(self, tag: int) -> bool:
-        """Make ready what serves this READ or WRITE, and those of the tag alike that follow."""
-        flags = self.flags[tag]
-        length = self.sectors[tag] * SECTOR
-        if flags & NOT_BY_BUFFER or not self.path.lasting or self.loop is not None:
-            return False
-        if flags & 0xFF == UBLK_IO_OP_READ:
-            self._buffers[tag] = self.path.buffer(tag, length), ZEROES[:length]
-        else:
-            self._buffers[tag] = self.path.data(tag, length), None
-        self.prepare(tag, length)
-        return True
 
     def _answer_by_map(self, tags: list[int]) -> int:
         """Have the kernel move the data of reads and writes; the rest goes to the handlers.
@@ -2351,27 +2328,24 @@ class Queue:
         """
         where = self.target.map
         path = self.path
-        requests = self.requests
-        served = self.served
+        results = self.results
+        chained = self.chained
         chains: list[int] = []
         for tag in tags:
             flags = self.flags[tag]
-            length = self.sectors[tag] * SECTOR
             if flags & NOT_BY_MAP:
                 self.handle(tag)
                 continue
+            offset = self.starts[tag] * SECTOR
+            length = self.sectors[tag] * SECTOR
             try:
-                fd, position = where(
-                    self.starts[tag] * SECTOR, length, flags & 0xFF == UBLK_IO_OP_WRITE
-                )
-                if requests[tag] != served[tag] or fd != path.fds[tag]:
-                    path.transfer(tag, flags, fd, length)
-                if position >> 63:  # all bits set mean the file's own position, which is none
-                    raise OverflowError(f"{position} is no position in a file")
-                path.offsets[tag] = position  # neither view takes what is no such number
+                fd, position = where(offset, length, flags & 0xFF == UBLK_IO_OP_WRITE)
+                path.transfer(tag, flags, fd, position, length)
             except BaseException as error:  # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
                 continue
+            results[tag] = length
+            chained.add(tag)
             chains += path.chains[tag]
         self.ring.push_all(chains)
         return len(chains)
@@ -2417,10 +2391,10 @@ class Queue:
             self.path.ask(user_data)
         elif result == UBLK_IO_RES_ABORT:
             self.ended.add(user_data)
-        elif result == -errno.EINVAL and self.mapped and self.served[user_data] != -1:
+        elif result == -errno.EINVAL and user_data in self.chained:
             # The thread that made the transfer made the commit, too, not this one:
             # before 6.7 an error.
-            self.served[user_data] = -1
+            self.chained.remove(user_data)
             self._done.append(user_data)
         else:
             raise UblkError(-result, f"queue {self.index} lost tag {user_data}")
@@ -2438,34 +2412,32 @@ class Queue:
         requests that were ours by then must still be served, and no CQE will
         tell that the last commit was taken.
         """
-        if self.in_flight or self.asked:
-            return False
-        self.at_rest = not self.mapped or not self._has_requests()
-        return self.at_rest
+        return not (self.in_flight or self.asked or self._has_chains())
 
-    def _has_requests(self) -> bool:
+    def _has_chains(self) -> bool:
         """Ask the driver whether it waits for a commit that is the end of some chain.
 
         A registration of pages, on a ring that has no table for them, fails for
         an idle tag with EBUSY, for one with a request in another way.
         """
-        tags = [tag for tag in range(self.depth) if tag not in self.ended]
-        if not tags:
-            return False
-        ring = Ring(self.depth)
-        for tag in tags:
-            ring.prepare(
-                tag,
-                IORING_OP_URING_CMD,
-                self.device_fd,
-                UBLK_U_IO_REGISTER_IO_BUF & self.opcodes,
-                cmd=IO_CMD.pack(self.index, tag, 0, 0),
-            )
-        ring.push_all(tags)
-        ring.enter(len(tags))
-        _, results = ring.reap()
-        ring.close()
-        return any(result != -errno.EBUSY for result in results) or len(results) < len(tags)
+        tags = list(self.chained - self.ended)
+        if tags:
+            ring = Ring(self.depth)
+            for tag in tags:
+                ring.prepare(
+                    tag,
+                    IORING_OP_URING_CMD,
+                    self.device_fd,
+                    UBLK_U_IO_REGISTER_IO_BUF & self.opcodes,
+                    cmd=IO_CMD.pack(self.index, tag, 0, 0),
+                )
+            ring.push_all(tags)
+            ring.enter(len(tags))
+            _, results = ring.reap()
+            ring.close()
+            if results.count(-errno.EBUSY) == len(tags):
+                self.chained.clear()
+        return not self.chained <= self.ended
 
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
@@ -2769,13 +2741,6 @@ class Queue:
         while time.monotonic() < deadline and (self._operations or self._has_chains()):
             self.ended.update(self.collect(A_MOMENT))  # requests for the next server
 
-    def _has_chains(self) -> bool:
-        """Tell, where no request is answered any more, whether a chain may be under way."""
-        if self.answer is not None and self.mapped and not self.at_rest:
-            self.at_rest = not self._has_requests()
-            return not self.at_rest
-        return False
-
     def _end_loop(self) -> None:
         """End the tasks that still run."""
         import asyncio
@@ -2809,17 +2774,17 @@ class Queue:
         self.closing = True
         # Memory that the kernel may still write to is never given back.
         _left_behind.extend(self._operations.values())
-        if self.answer is not None and self.mapped and not self.at_rest:
+        if not self.chained <= self.ended:
             _left_behind.append(self.path.memory)
         self.exits.close()  # before tasks can go, whose last words may touch the ring
         # What refers to the queue here would keep it, its buffers and its
         # target until the next run of the garbage collector.
-        for table in (self._operations, self._tasks, self._handlers, self._buffers):
+        for table in (self._operations, self._tasks, self._handlers):
             table.clear()
         self.loop = self.answer = None
 
 
-# What is not made ready: requests without data, durable ones, shared memory.
+# What lies in no buffer, or is durable: requests without data, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
 # What map() is not asked for: requests without data, those with pages of no
 # slot, shared memory.
@@ -4537,19 +4502,14 @@ class BatchQueue(Queue):
         self._done = self._sent[result // self.element_size :] + self._done
         self._sent = []
 
-    def _answer_by_map(self, tags: list[int]) -> int:
-        pushed = super()._answer_by_map(tags)
-        self.in_flight += pushed // self.path.stages
-        return pushed
-
-    def _has_requests(self) -> bool:
-        return self.in_flight > 0
+    def _has_chains(self) -> bool:
+        return bool(self.chained)
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
         if tag in self._cleaning:  # not the end of a chain: its request was served otherwise
             self._cleaning.remove(tag)
             return
-        self.in_flight -= 1
+        self.chained.remove(tag)
         length = self.sectors[tag] * SECTOR
         if stage == self.path.stages and result == (length if stage == 1 else 0):
             self.repeat([tag])
