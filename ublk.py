@@ -1906,6 +1906,9 @@ class MappedCopy:
             )
         commits = bool(self.queue.link_last)
         self.chains = [self.chain(depth, tag) + (tag,) * commits for tag in range(depth)]
+        self.addresses = [self.address(tag) for tag in range(depth)]
+        self.sqes = self.queue.ring.sqes
+        self.depth = depth
         self.links = self.queue.link_last if self.stages == 1 else Queue.link_last
 
     def chain(self, depth: int, tag: int) -> tuple[int, ...]:
@@ -1921,14 +1924,14 @@ class MappedCopy:
         if position >> 63:  # all bits set mean the file's own position, which is none
             raise OverflowError(f"{position} is no position in a file")
         TRANSFER.pack_into(
-            self.queue.ring.sqes,
-            (self.queue.depth + tag) * 64,
+            self.sqes,
+            (self.depth + tag) * 64,
             self.moves + (flags & 0xFF),
             self.links,
             0,
             fd,
             position,
-            self.address(tag),
+            self.addresses[tag],
             length,
             RWF_DSYNC if flags & UBLK_IO_F_FUA else 0,
         )
