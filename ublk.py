@@ -1831,7 +1831,7 @@ class Null(Target):
 IO_CMD = struct.Struct("=HHiQ")  # ublksrv_io_cmd
 IO_DESC = struct.Struct("=IIQQ")  # ublksrv_io_desc
 BATCH_IO = struct.Struct("=HHHBBQ")  # ublk_batch_io
-ELEMENT = struct.Struct("=HHi")  # ublk_elem_header
+ELEMENT = struct.Struct("=HHiQ")  # ublk_elem_header, and what may follow
 TRANSFER = struct.Struct("=BBHIQQII")  # io_uring_sqe up to rw_flags
 RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
 ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
@@ -4331,18 +4331,15 @@ DATA_PATHS: dict[str, type[MappedCopy]] = {
 }
 
 
-NOWHERE = bytes(8)  # the sector in an element of no append
-
-
 class BatchQueue(Queue):
     """A queue with BATCH_IO (7.0): one command fetches for all, one commits many requests.
 
     PREP_IO_CMDS parks all tags. FETCH_IO_CMDS is multishot: whenever requests
     arrive, the kernel writes their tags as 16-bit numbers into the next of our
     provided buffers and posts a CQE that names it. COMMIT_IO_CMDS takes an
-    array of elements: tag, buffer index and result in one 64-bit word, then the
-    buffer's address in mapped copy, then the sector of an append on a zoned
-    disk.
+    array of elements: tag, buffer index and result in one 64-bit word, then, in
+    another, the buffer's address in mapped copy, or on a zoned disk the sector of
+    an append.
 
     One commit at a time is under way, that of the tags in _sent, because slot
     and memory are its own; how many bytes of it were taken the CQE says, and
@@ -4361,19 +4358,18 @@ class BatchQueue(Queue):
 
     def _open(self, device: Device) -> None:
         super()._open(device)
-        copies = not self.path.features & ~UBLK_F_NEED_GET_DATA
-        self._tails = [
-            struct.pack("=Q", self.path.address(tag)) * copies for tag in range(self.depth)
-        ]
-        self._elements = [b""] * self.depth
-        self.element_size = 8 * (1 + copies + device.zoned)
+        self._flags = 0
+        self.element_size = 8
+        if device.zoned:
+            self._flags = UBLK_BATCH_F_HAS_ZONE_LBA
+            self.element_size = 16
+        elif not self.path.features:
+            self._flags = UBLK_BATCH_F_HAS_BUF_ADDR
+            self.element_size = 16
+        elif self.path.features & UBLK_F_AUTO_BUF_REG:
+            self._flags = UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
         self._prep_slot = self.free_slots.pop()
         self._fetch_slot = self.free_slots.pop()
-        flags = UBLK_BATCH_F_HAS_BUF_ADDR * copies | UBLK_BATCH_F_HAS_ZONE_LBA * device.zoned
-        if self.path.features & UBLK_F_AUTO_BUF_REG:
-            flags |= UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
-        self._flags = flags
-        self._lba = NOWHERE
         size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
         self.memory = mmap.mmap(-1, size)
         self._base = address_of(self.memory)
@@ -4406,6 +4402,7 @@ class BatchQueue(Queue):
     def fetch(self) -> None:
         """Park all tags with one command, and ask for their requests with another."""
         for tag in range(self.depth):
+            self.addresses[tag] = self.path.address(tag)
             self.complete(tag, 0)
         self._send(UBLK_U_IO_PREP_IO_CMDS)
         while self._sent:
@@ -4428,23 +4425,19 @@ class BatchQueue(Queue):
         )
         self.ring.push(self._fetch_slot)
 
-    def prepare(self, tag: int, result: int) -> None:
-        super().prepare(tag, result)
-        index = tag if self._flags & UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK else 0
-        element = ELEMENT.pack(tag, index, result) + self._tails[tag]
-        if self._flags & UBLK_BATCH_F_HAS_ZONE_LBA:
-            element += self._lba
-            self._lba = NOWHERE
-        self._elements[tag] = element
-
     def appended(self, tag: int, sector: int) -> None:
-        self._lba = struct.pack("=Q", sector)  # an error is the handler's
+        self.addresses[tag] = sector  # the driver looks at those of appends only
 
     def _send(self, opcode: int) -> None:
         """Have all that is done committed (or prepared) by the next enter()."""
         self._sent = self._done
         self._done = []
-        elements = b"".join([self._elements[tag] for tag in self._sent])
+        results = self.results
+        addresses = self.addresses
+        size = self.element_size
+        elements = b"".join(
+            [ELEMENT.pack(tag, tag, results[tag], addresses[tag])[:size] for tag in self._sent]
+        )
         self.memory[self._elements_at : self._elements_at + len(elements)] = elements
         self.ring.prepare(
             self._prep_slot,
