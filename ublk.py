@@ -1835,12 +1835,15 @@ ELEMENT = struct.Struct("=HHiQ")  # ublk_elem_header, and what may follow
 TRANSFER = struct.Struct("=BBHIQQII")  # io_uring_sqe up to rw_flags
 RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
 ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
-# user_data of what is not the command of a tag
+# user_data of what is not the command of a tag; each has an SQE slot, in this
+# order, and behind them operations take SPARE_SLOTS in turn
 OPERATION = 1 << 32
-EPOLL = 1 << 59
-WAKE = 1 << 60
-FETCH = 1 << 61
-COMMIT = 1 << 62
+WAKE = OPERATION
+EPOLL = OPERATION + 1
+FETCH = OPERATION + 2
+COMMIT = OPERATION + 3
+FIRST_OPERATION = OPERATION + 4
+SPARE_SLOTS = 60
 
 A_MOMENT = 0.01  # seconds between looks at a queue that ends
 
@@ -2140,7 +2143,7 @@ class Queue:
         self.rounds = 0  # how often the loop has waited
         self.watching = False  # whether the ring waits for the loop's epoll, too
         self._operations: dict[int, Operation] = {}
-        self._last_operation = OPERATION
+        self._last_operation = FIRST_OPERATION
         self.exits = contextlib.ExitStack()  # gives back what the queue has, the last first
         try:
             self._open(device)
@@ -2155,17 +2158,15 @@ class Queue:
             self.kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8
         )
         own = (1 + device.data_path.stages) * self.depth  # SQE slots with a fixed use
-        self.ring = Ring(own + 64)
+        self.ring = Ring(own + 4 + SPARE_SLOTS)
         self.exits.callback(self.ring.close)
-        self._epoll_slot = own + 1
-        self.free_slots = list(range(own + 2, self.ring.entries))
-        self._used_slots: list[int] = []
+        self.own = own
         # Of each tag's command
         self.results = self.kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
         self.addresses = self.kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
         self.path: Any = device.data_path(self)
         self.shared = SharedCopy(self.shared_addresses, device.shared)
-        self._await_news(own, device.wake_fd, WAKE)
+        self._await_news(WAKE, device.wake_fd)
         if has_coroutines(self.target):
             self._begin_loop()
 
@@ -2192,22 +2193,17 @@ class Queue:
         All go to the kernel in one system call, because it cannot take back
         half of them.
         """
-        path = self.path
-        for tag in range(self.depth):
-            self.command(
-                tag, tag, UBLK_U_IO_FETCH_REQ, path.address(tag), path.sqe_address(tag)
-            )
+        self._fill_commands(UBLK_U_IO_FETCH_REQ)
         self.ring.push_all(range(self.depth))
         while self.ring.pending:
             self.ring.enter()
+        self._fill_commands(UBLK_U_IO_COMMIT_AND_FETCH_REQ)
+
+    def _fill_commands(self, opcode: int) -> None:
+        """Fill the SQE of every tag."""
+        path = self.path
         for tag in range(self.depth):
-            self.command(
-                tag,
-                tag,
-                UBLK_U_IO_COMMIT_AND_FETCH_REQ,
-                path.address(tag),
-                path.sqe_address(tag),
-            )
+            self.command(tag, tag, opcode, path.address(tag), path.sqe_address(tag))
 
     def command(
         self, slot: int, tag: int, opcode: int, addr: int, sqe_addr: int = 0, flags: int = 0
@@ -2361,8 +2357,10 @@ class Queue:
         """
         self.commit()
         self.ring.wait(timeout)
-        if self._used_slots or self._appended:
-            self._recycle()
+        if self._appended and not self.ring.pending:
+            for tag in self._appended:
+                self.addresses[tag] = 0
+            self._appended.clear()
         data, results = self.ring.reap()
         if self.asked:
             self.asked.difference_update(data)
@@ -2676,50 +2674,34 @@ class Queue:
         The parameters are the fields of io_uring_sqe, length in bytes. Raises
         OSError (EAGAIN) where the kernel takes no more of them.
         """
+        if self.ring.pending >= SPARE_SLOTS:  # SQEs are taken in turn
+            self.ring.enter()
+        if self.ring.pending >= SPARE_SLOTS:
+            raise OSError(errno.EAGAIN, "the kernel takes no more operations")
         number = self._last_operation + 1
-        self._put(opcode, fd, off, addr, length, rw_flags, number)
-        self._operations[number] = operation
+        slot = self.own + 4 + number % SPARE_SLOTS
+        self.ring.prepare(slot, opcode, fd, off, addr, length, rw_flags, number)
         self._last_operation = number
+        self._operations[number] = operation
+        self.ring.push(slot)
         return number
 
     def cancel(self, number: int) -> None:
         """Have the kernel end an operation, which it may do already, soon or never."""
-        self._put(IORING_OP_ASYNC_CANCEL, addr=number, user_data=OPERATION)
+        self.begin(Operation(None), IORING_OP_ASYNC_CANCEL, -1, addr=number)
         self.ring.enter()  # or its descriptor could become another file's before it is begun
-
-    def _put(self, *fields: Any, **more: Any) -> None:
-        """Put an SQE of an operation on the ring."""
-        if not self.free_slots:
-            self.commit()
-            self.ring.enter()
-            self._recycle()
-        if not self.free_slots:
-            raise OSError(errno.EAGAIN, "the kernel takes no more operations")
-        slot = self.free_slots[-1]
-        self.ring.prepare(slot, *fields, **more)
-        self._used_slots.append(self.free_slots.pop())
-        self.ring.push(slot)
-
-    def _recycle(self) -> None:
-        """Use the slots of SQEs again that the kernel has taken."""
-        if self.ring.pending:
-            return
-        for tag in self._appended:
-            self.addresses[tag] = 0
-        self._appended.clear()
-        self.free_slots += self._used_slots
-        self._used_slots.clear()
 
     def _operation_done(self, user_data: int, result: int) -> None:
         if user_data == WAKE:  # the server is to end at once
             self.leaving = True
         elif user_data == EPOLL:
             self.watching = False
-        elif user_data != OPERATION:  # the end of a cancel
+        else:
             self._operations.pop(user_data).end(result)
 
-    def _await_news(self, slot: int, fd: int, user_data: int) -> None:
+    def _await_news(self, user_data: int, fd: int) -> None:
         """Have a completion tell when fd becomes readable."""
+        slot = self.own + user_data - OPERATION
         self.ring.prepare(
             slot, IORING_OP_POLL_ADD, fd, rw_flags=select.POLLIN, user_data=user_data
         )
@@ -2728,7 +2710,7 @@ class Queue:
     def watch(self, epoll: int) -> None:
         """Have the ring wait for what an epoll waits for."""
         if not self.watching:
-            self._await_news(self._epoll_slot, epoll, EPOLL)
+            self._await_news(EPOLL, epoll)
             self.watching = True
 
     def wind_up(self) -> None:
@@ -4199,21 +4181,21 @@ class UserCopy(MappedCopy):
         return self.origin + (tag << UBLK_TAG_OFF)
 
     def data(self, tag: int, length: int) -> memoryview:
-        self._take(self.buffer(tag, length), self.position(tag))
+        self._copy(os.preadv, self.position(tag), self.buffer(tag, length))
         return super().data(tag, length)
 
     def give(self, tag: int, data: memoryview) -> None:
-        self._put(data, self.position(tag))
+        self._copy(os.pwritev, self.position(tag), data)
 
     def metadata(self, tag: int, length: int) -> memoryview:
         """Return the metadata of the blocks a WRITE wrote (INTEGRITY, 7.0)."""
         buffer = memoryview(bytearray(length))
-        self._take(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+        self._copy(os.preadv, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG, buffer)
         return buffer.toreadonly()
 
     def give_metadata(self, tag: int, buffer: memoryview) -> None:
         """Hand the metadata of its blocks to a READ."""
-        self._put(buffer, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG)
+        self._copy(os.pwritev, self.position(tag) | UBLKSRV_IO_INTEGRITY_FLAG, buffer)
 
     def abandon(self) -> None:
         # The device lets go of its file only when all descriptors are closed,
@@ -4227,28 +4209,17 @@ class UserCopy(MappedCopy):
         if not self.abandoned:
             self.file.close()
 
-    def _take(self, buffer: memoryview, position: int) -> None:
-        """Read the request's data at this position of /dev/ublkcN into a buffer.
+    def _copy(self, copy: Callable[..., int], position: int, buffer: memoryview) -> None:
+        """Copy between a buffer and this position of /dev/ublkcN, by preadv() or pwritev().
 
         Raises OSError: EIO where the request has fewer bytes.
         """
-        done = 0
-        while done < len(buffer):
-            done += some(os.preadv(self.fd, [buffer[done:]], position + done))
-
-    def _put(self, buffer: memoryview, position: int) -> int:
-        """Write a buffer to the request at this position of /dev/ublkcN; return its length."""
-        done = 0
-        while done < len(buffer):
-            done += some(os.pwrite(self.fd, buffer[done:], position + done))
-        return done
-
-
-def some(count: int) -> int:
-    """Return the number of bytes a copy moved; none at all would go on for ever."""
-    if count == 0:
-        raise OSError(errno.EIO, "the request ended before its data")
-    return count
+        while buffer:
+            count = copy(self.fd, [buffer], position)
+            if count == 0:
+                raise OSError(errno.EIO, "the request ended before its data")
+            position += count
+            buffer = buffer[count:]
 
 
 class AutoZeroCopy(UserCopy):
@@ -4368,8 +4339,18 @@ class BatchQueue(Queue):
             self.element_size = 16
         elif self.path.features & UBLK_F_AUTO_BUF_REG:
             self._flags = UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
-        self._prep_slot = self.free_slots.pop()
-        self._fetch_slot = self.free_slots.pop()
+        self._commit_slot = self.own + COMMIT - OPERATION
+        self._fetch_slot = self.own + FETCH - OPERATION
+        self.ring.prepare(
+            self._fetch_slot,
+            IORING_OP_URING_CMD,
+            self.device_fd,
+            UBLK_U_IO_FETCH_IO_CMDS,
+            rw_flags=IORING_URING_CMD_MULTISHOT,
+            user_data=FETCH,
+            flags=IOSQE_BUFFER_SELECT,
+            cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0),
+        )
         size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
         self.memory = mmap.mmap(-1, size)
         self._base = address_of(self.memory)
@@ -4408,22 +4389,8 @@ class BatchQueue(Queue):
         while self._sent:
             self.collect()
         self._done.clear()  # it takes all or none, and counts none
-        self._fetch_again()
-        self.ring.enter()
-
-    def _fetch_again(self) -> None:
-        """Send the multishot command: once, and again whenever it has ended."""
-        self.ring.prepare(
-            self._fetch_slot,
-            IORING_OP_URING_CMD,
-            self.device_fd,
-            UBLK_U_IO_FETCH_IO_CMDS,
-            rw_flags=IORING_URING_CMD_MULTISHOT,
-            user_data=FETCH,
-            flags=IOSQE_BUFFER_SELECT,
-            cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0),
-        )
         self.ring.push(self._fetch_slot)
+        self.ring.enter()
 
     def appended(self, tag: int, sector: int) -> None:
         self.addresses[tag] = sector  # the driver looks at those of appends only
@@ -4440,7 +4407,7 @@ class BatchQueue(Queue):
         )
         self.memory[self._elements_at : self._elements_at + len(elements)] = elements
         self.ring.prepare(
-            self._prep_slot,
+            self._commit_slot,
             IORING_OP_URING_CMD,
             self.device_fd,
             opcode,
@@ -4451,7 +4418,7 @@ class BatchQueue(Queue):
                 self.index, self._flags, len(self._sent), self.element_size, 0, 0
             ),
         )
-        self.ring.push(self._prep_slot)
+        self.ring.push(self._commit_slot)
 
     def commit(self) -> None:
         if self._done and not self._sent:  # one at a time: they share slot and memory
@@ -4460,7 +4427,6 @@ class BatchQueue(Queue):
     def collect(self, timeout: float | None = None) -> list[int]:
         self.commit()
         self.ring.wait(timeout)
-        self._recycle()
         tags: list[int] = []
         for user_data, result, flags in self.ring.reap_all():
             if user_data == FETCH:
@@ -4484,7 +4450,7 @@ class BatchQueue(Queue):
         elif not flags & IORING_CQE_F_MORE:
             if result < 0 and result != -errno.ENOBUFS:
                 raise UblkError(-result, f"queue {self.index} lost its requests")
-            self._fetch_again()
+            self.ring.push(self._fetch_slot)
         return tags
 
     def _hand_in(self) -> None:
