@@ -1991,25 +1991,19 @@ def show(error: BaseException) -> None:
     It is printed by the interpreter itself, which minds no broken standard
     error and need import nothing.
     """
-    where = line_of(error)
+    where = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        where = f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}"
+        trace = trace.tb_next
     count = _bugs[where] = _bugs.get(where, 0) + 1
     if count == 1:
         sys.__excepthook__(type(error), error, error.__traceback__)
     elif count == 10 ** (len(str(count)) - 1):
-        say(f"{type(error).__name__} in {where[0]}, line {where[1]}: {count} times by now")
+        say(f"{type(error).__name__} in {where}: {count} times by now")
 
 
-_bugs: dict[tuple[str, int], int] = {}  # how often an exception came from a line
-
-
-def line_of(error: BaseException) -> tuple[str, int]:
-    """Return the file and line an exception comes from."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return (
-        (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace is not None else ("?", 0)
-    )
+_bugs: dict[str, int] = {}  # how often an exception came from a line
 
 
 def is_short(count: int | None, buffer: memoryview) -> bool:
@@ -2129,7 +2123,6 @@ class Queue:
         self._ended_before = 0  # how many they were when the loop looked last
         # Tags whose data were asked for (get-data) and have not come
         self.asked: set[int] = set()
-        self.in_flight = 0  # requests that wait for a coroutine
         self.leaving = False  # its server is to go
         self.closing = False  # requests are no longer answered
         self.chained: set[int] = set()  # tags whose commit is, or was, the end of a chain
@@ -2244,17 +2237,22 @@ class Queue:
         self.closing = True
 
     def is_over(self) -> bool:
-        """Tell whether the loop is to end."""
-        return self.leaving or (bool(self.ended) and self._is_quiet() and self._idle())
+        """Tell whether the loop is to end.
 
-    def _is_quiet(self) -> bool:
-        """Tell whether all tags have ended, or a moment has brought no news of the others."""
+        STOP_DEV ends every tag. QUIESCE_DEV ends only those that were idle:
+        requests that were ours by then must still be served, and no CQE will
+        tell that the last commit was taken. So a queue of which tags have ended
+        waits until a moment brings no news, and nothing is left to do.
+        """
+        if self.leaving or not self.ended:
+            return self.leaving
         self.commit()
         before = self._ended_before
         self._ended_before = len(self.ended)
-        if self._ended_before == self.depth:
-            return True
-        return self._ended_before == before and not self.ring.pending
+        news = self.ring.pending or self._ended_before != before
+        if news and self._ended_before != self.depth:
+            return False
+        return not (self.begun or self._tasks or self.asked or self._has_chains())
 
     def _hand_in(self) -> None:
         """Have the kernel take the last commits before the ring is closed."""
@@ -2406,15 +2404,6 @@ class Queue:
         self.path.broken(tag, stage)
         self.handle(tag)
 
-    def _idle(self) -> bool:
-        """Tell, once tags have ended, whether nothing is left to do.
-
-        STOP_DEV ends every tag. QUIESCE_DEV ends only those that were idle:
-        requests that were ours by then must still be served, and no CQE will
-        tell that the last commit was taken.
-        """
-        return not (self.in_flight or self.asked or self._has_chains())
-
     def _has_chains(self) -> bool:
         """Ask the driver whether it waits for a commit that is the end of some chain.
 
@@ -2443,7 +2432,6 @@ class Queue:
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
         if self.loop is not None:
-            self.in_flight += 1
             self.begun.append(self._see_through(tag))
             return
         try:
@@ -2618,7 +2606,6 @@ class Queue:
             result = await self._serve(tag)
         except BaseException as error:  # even SystemExit: a client waits for an answer
             result = 0 if self.closing else failed(error)
-        self.in_flight -= 1
         if not self.closing:
             self.complete(tag, result)
 
@@ -2659,20 +2646,11 @@ class Queue:
             if task.done():
                 task.result()
 
-    def begin(
-        self,
-        operation: Operation,
-        opcode: int,
-        fd: int,
-        off: int = 0,
-        addr: int = 0,
-        length: int = 0,
-        rw_flags: int = 0,
-    ) -> int:
+    def begin(self, operation: Operation, *fields: int) -> int:
         """Put an operation on the ring; return its number.
 
-        The parameters are the fields of io_uring_sqe, length in bytes. Raises
-        OSError (EAGAIN) where the kernel takes no more of them.
+        fields: those of Ring.prepare(), from the opcode on. Raises OSError
+        (EAGAIN) where the kernel takes no more of them.
         """
         if self.ring.pending >= SPARE_SLOTS:  # SQEs are taken in turn
             self.ring.enter()
@@ -2680,7 +2658,7 @@ class Queue:
             raise OSError(errno.EAGAIN, "the kernel takes no more operations")
         number = self._last_operation + 1
         slot = self.own + 4 + number % SPARE_SLOTS
-        self.ring.prepare(slot, opcode, fd, off, addr, length, rw_flags, number)
+        self.ring.prepare(slot, *fields, user_data=number)
         self._last_operation = number
         self._operations[number] = operation
         self.ring.push(slot)
@@ -2688,7 +2666,7 @@ class Queue:
 
     def cancel(self, number: int) -> None:
         """Have the kernel end an operation, which it may do already, soon or never."""
-        self.begin(Operation(None), IORING_OP_ASYNC_CANCEL, -1, addr=number)
+        self.begin(Operation(None), IORING_OP_ASYNC_CANCEL, -1, 0, number)
         self.ring.enter()  # or its descriptor could become another file's before it is begun
 
     def _operation_done(self, user_data: int, result: int) -> None:
@@ -4578,15 +4556,14 @@ async def operate(
         raise RuntimeError("only the loop of a queue has a ring")
     operation = Operation(memory)
     unwanted = None
-    operation.future = queue.loop.create_future()
     number = queue.begin(operation, opcode, fd, off, addr, length, rw_flags)
     while operation.result is None:
+        operation.future = queue.loop.create_future()
         try:
             await operation.future
         except asyncio.CancelledError as error:
             unwanted = error
             if operation.result is None:
-                operation.future = queue.loop.create_future()
                 queue.cancel(number)
     if unwanted is not None:
         raise unwanted

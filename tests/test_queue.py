@@ -407,7 +407,7 @@ def test_a_queue_whose_tags_have_all_ended_needs_no_other_ring(monkeypatch):
     queue.ended.update(range(queue.depth))
     with monkeypatch.context() as patch:
         patch.setattr(ublk, "Ring", None)
-        assert queue._idle()
+        assert queue.is_over()
     queue.close()
     device.close()
 
