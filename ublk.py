@@ -1371,8 +1371,11 @@ class Control:
 
     def _cancel(self, token: int) -> None:
         """Cancel a command, and give it a moment to end."""
-        self._await(self._submit(IORING_OP_ASYNC_CANCEL, addr=token), 2.0)
-        self._await(token, 2.0)
+        cancel = self._submit(IORING_OP_ASYNC_CANCEL, addr=token)
+        self._await(cancel, 2.0)
+        # Else it has ended, and a signal's handler kept that from being noted
+        if self._results.pop(cancel, 0) != -errno.ENOENT:
+            self._await(token, 2.0)
 
     def _submit(
         self,
@@ -3686,12 +3689,7 @@ class Device:
         Raises UblkError (EBUSY) that names who still holds the disk open: the
         device goes when they close it.
         """
-        refuse(
-            threading.current_thread() in self._workers,
-            self.name,
-            "a handler cannot wait for its own end",
-            "call interrupt() there, and stop() elsewhere",
-        )
+        self._refuse_handlers()
         self.interrupt("stopped")
         self._alone(self._take_away, timeout)
 
@@ -3699,9 +3697,18 @@ class Device:
         """End the server but not the device.
 
         It waits for a new server if it was made to be recovered, and is DEAD
-        otherwise.
+        otherwise. Any thread may call it, but those of the handlers.
         """
+        self._refuse_handlers()
         self._alone(self._let_go)
+
+    def _refuse_handlers(self) -> None:
+        refuse(
+            threading.current_thread() in self._workers,
+            self.name,
+            "a handler cannot wait for its own end",
+            "call interrupt() there, and stop() elsewhere",
+        )
 
     def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
         """Go down to GONE. What a KeyboardInterrupt keeps from it is done the next time."""

@@ -319,9 +319,10 @@ def test_a_handler_of_a_signal_may_stop_what_is_being_stopped(driver):
         signal.signal(signal.SIGUSR1, old)
 
 
-def test_a_handler_of_a_request_cannot_stop_its_disk(driver):
+@pytest.mark.parametrize("end", [ublk.Device.stop, ublk.Device.detach])
+def test_a_handler_of_a_request_cannot_stop_its_disk(driver, end):
     disk, told = new(), []
-    disk.target.start = lambda index: told.append(message(disk.stop))
+    disk.target.start = lambda index: told.append(message(end, disk))
     with disk:
         assert "call interrupt() there" in told[0]
 
@@ -404,6 +405,23 @@ def control(monkeypatch):
         made = ublk.Control()
     yield made
     made.close()
+
+
+def test_an_answer_that_a_signals_handler_keeps_from_being_noted_is_not_waited_for(control):
+    reap, enter, in_vain = control.ring.reap, control.ring.enter, []
+
+    def disturbed():
+        control.ring.reap = reap
+        reap()
+        interrupts()
+
+    def watched(*words, **more):
+        if not enter(*words, **more):
+            in_vain.append(words)
+    control.ring.enter, control.ring.reap = watched, disturbed
+    with pytest.raises(KeyboardInterrupt):
+        control.stop_dev(7)
+    assert in_vain == []
 
 
 def test_a_control_plane_may_be_closed_beside_commands(control):
