@@ -2649,11 +2649,11 @@ class Queue:
             if task.done():
                 task.result()
 
-    def begin(self, operation: Operation, *fields: int) -> int:
+    def begin(self, operation: Operation, **fields: Any) -> int:
         """Put an operation on the ring; return its number.
 
-        fields: those of Ring.prepare(), from the opcode on. Raises OSError
-        (EAGAIN) where the kernel takes no more of them.
+        fields: those of Ring.prepare(). Raises OSError (EAGAIN) where the
+        kernel takes no more of them.
         """
         if self.ring.pending >= SPARE_SLOTS:  # SQEs are taken in turn
             self.ring.enter()
@@ -2661,7 +2661,7 @@ class Queue:
             raise OSError(errno.EAGAIN, "the kernel takes no more operations")
         number = self._last_operation + 1
         slot = self.own + 4 + number % SPARE_SLOTS
-        self.ring.prepare(slot, *fields, user_data=number)
+        self.ring.prepare(slot, user_data=number, **fields)
         self._last_operation = number
         self._operations[number] = operation
         self.ring.push(slot)
@@ -2669,7 +2669,7 @@ class Queue:
 
     def cancel(self, number: int) -> None:
         """Have the kernel end an operation, which it may do already, soon or never."""
-        self.begin(Operation(None), IORING_OP_ASYNC_CANCEL, -1, 0, number)
+        self.begin(Operation(None), opcode=IORING_OP_ASYNC_CANCEL, addr=number)
         self.ring.enter()  # or its descriptor could become another file's before it is begun
 
     def _operation_done(self, user_data: int, result: int) -> None:
@@ -4266,12 +4266,12 @@ class SharedCopy(MappedCopy):
     """
 
     def __init__(self, addresses: memoryview, memories: dict[int, memoryview]) -> None:
-        self.addresses = addresses
+        self.places = addresses
         self.memories = memories
 
     def buffer(self, tag: int, length: int) -> memoryview:
         """Return the request's memory, which is its client's, too."""
-        index, start = divmod(self.addresses[tag], 1 << 32)
+        index, start = divmod(self.places[tag], 1 << 32)
         # Clients may use it before share() has heard of its index
         becomes(lambda: index in self.memories, GRACE)
         return self.memories[index][start : start + length]
@@ -4497,12 +4497,12 @@ class BatchQueue(Queue):
 # the descriptors that somebody waits for, and the ring waits for the epoll, by a
 # POLL_ADD. So it waits in io_uring_enter(), and deals with what came: requests
 # start handlers, operations resolve the future that a handler awaits, and when
-# the POLL_ADD ends the epoll tells what is ready. Handlers run in tasks. A task costs more than many a handler does, so those that need not
-# wait share one (a context variable that one of them leaves set, or a
-# cancellation of the task that it leaves unheard, is the next one's). One that
-# waits keeps its task to its end; in the next round there are two for the
-# others, then four. When the queue ends, tasks are cancelled and given
-# LAST_WORDS to go.
+# the POLL_ADD ends the epoll tells what is ready. Handlers run in tasks. A task
+# costs more than many a handler does, so those that need not wait share one (a
+# context variable that one of them leaves set, or a cancellation of the task
+# that it leaves unheard, is the next one's). One that waits keeps its task to
+# its end; in the next round there are two for the others, then four. When the
+# queue ends, tasks are cancelled and given LAST_WORDS to go.
 
 LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
 _here = threading.local()  # .queue: the one whose loop runs in this thread
@@ -4563,7 +4563,15 @@ async def operate(
         raise RuntimeError("only the loop of a queue has a ring")
     operation = Operation(memory)
     unwanted = None
-    number = queue.begin(operation, opcode, fd, off, addr, length, rw_flags)
+    number = queue.begin(
+        operation,
+        opcode=opcode,
+        fd=fd,
+        off=off,
+        addr=addr,
+        length=length,
+        rw_flags=rw_flags,
+    )
     while operation.result is None:
         operation.future = queue.loop.create_future()
         try:
