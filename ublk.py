@@ -2153,10 +2153,9 @@ class Queue:
         self._look_at(
             self.kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8
         )
-        own = (1 + device.data_path.stages) * self.depth  # SQE slots with a fixed use
-        self.ring = Ring(own + 4 + SPARE_SLOTS)
+        self.own = (1 + device.data_path.stages) * self.depth  # SQE slots of tags
+        self.ring = Ring(self.own + 4 + SPARE_SLOTS)
         self.exits.callback(self.ring.close)
-        self.own = own
         # Of each tag's command
         self.results = self.kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
         self.addresses = self.kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
@@ -4302,9 +4301,8 @@ class BatchQueue(Queue):
     the rest goes first in the next. What is not here is as in Queue.
     """
 
-    # provided buffers, and how many tags go into each
     BUFFERS = 64
-    TAGS_EACH = 128
+    BUFFER_SIZE = 256  # bytes, for 128 tags
     link_last = 0  # a chain has no COMMIT at its end: its last CQE is needed
 
     def __init__(self, device: Device, index: int) -> None:
@@ -4315,15 +4313,15 @@ class BatchQueue(Queue):
     def _open(self, device: Device) -> None:
         super()._open(device)
         self._flags = 0
-        self.element_size = 8
+        self.element_size = 16
         if device.zoned:
             self._flags = UBLK_BATCH_F_HAS_ZONE_LBA
-            self.element_size = 16
         elif not self.path.features:
             self._flags = UBLK_BATCH_F_HAS_BUF_ADDR
-            self.element_size = 16
-        elif self.path.features & UBLK_F_AUTO_BUF_REG:
-            self._flags = UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
+        else:
+            self.element_size = 8
+            if self.path.features & UBLK_F_AUTO_BUF_REG:
+                self._flags = UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK
         self._commit_slot = self.own + COMMIT - OPERATION
         self._fetch_slot = self.own + FETCH - OPERATION
         self.ring.prepare(
@@ -4336,11 +4334,10 @@ class BatchQueue(Queue):
             flags=IOSQE_BUFFER_SELECT,
             cmd=BATCH_IO.pack(self.index, 0, 0, 2, 0, 0),
         )
-        size = PAGE_SIZE + self.BUFFERS * self.TAGS_EACH * 2 + self.depth * self.element_size
-        self.memory = mmap.mmap(-1, size)
-        self._base = address_of(self.memory)
         self._tags_at = self.BUFFERS * 16  # behind the ring of that many entries
-        self._elements_at = self._tags_at + self.BUFFERS * self.TAGS_EACH * 2
+        self._elements_at = self._tags_at + self.BUFFERS * self.BUFFER_SIZE
+        self.memory = mmap.mmap(-1, self._elements_at + self.depth * self.element_size)
+        self._base = address_of(self.memory)
         view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
         self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
         self._buffer_tail = 0
@@ -4353,15 +4350,9 @@ class BatchQueue(Queue):
         The ring of provided buffers has entries of 16 bytes; its tail, a 16-bit
         number, overlays the end of the first.
         """
-        address = self._base + self._tags_at + number * self.TAGS_EACH * 2
-        struct.pack_into(
-            "=QIH",
-            self.memory,
-            self._buffer_tail % self.BUFFERS * 16,
-            address,
-            self.TAGS_EACH * 2,
-            number,
-        )
+        at = self._buffer_tail % self.BUFFERS * 16
+        address = self._base + self._tags_at + number * self.BUFFER_SIZE
+        struct.pack_into("=QIH", self.memory, at, address, self.BUFFER_SIZE, number)
         self._buffer_tail = (self._buffer_tail + 1) & 0xFFFF
         struct.pack_into("=H", self.memory, 14, self._buffer_tail)
 
@@ -4384,12 +4375,7 @@ class BatchQueue(Queue):
         """Have all that is done committed (or prepared) by the next enter()."""
         self._sent = self._done
         self._done = []
-        results = self.results
-        addresses = self.addresses
-        size = self.element_size
-        elements = b"".join(
-            [ELEMENT.pack(tag, tag, results[tag], addresses[tag])[:size] for tag in self._sent]
-        )
+        elements = b"".join(map(self._element, self._sent))
         self.memory[self._elements_at : self._elements_at + len(elements)] = elements
         self.ring.prepare(
             self._commit_slot,
@@ -4404,6 +4390,10 @@ class BatchQueue(Queue):
             ),
         )
         self.ring.push(self._commit_slot)
+
+    def _element(self, tag: int) -> bytes:
+        element = ELEMENT.pack(tag, tag, self.results[tag], self.addresses[tag])
+        return element[: self.element_size]
 
     def commit(self) -> None:
         if self._done and not self._sent:  # one at a time: they share slot and memory
@@ -4427,7 +4417,7 @@ class BatchQueue(Queue):
         tags: list[int] = []
         if flags & IORING_CQE_F_BUFFER:
             number = flags >> IORING_CQE_BUFFER_SHIFT
-            start = self._tags_at + number * self.TAGS_EACH * 2
+            start = self._tags_at + number * self.BUFFER_SIZE
             tags = array("H", self.memory[start : start + max(result, 0)]).tolist()
             self._offer(number)
         if result == UBLK_IO_RES_ABORT:
