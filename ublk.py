@@ -2113,7 +2113,6 @@ class Queue:
         self.depth = device.info.queue_depth
         self.max_io = device.info.max_io_buf_bytes
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
-        self.mapped = stands(self.target, "map") and bool(device.data_path.moves)
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self.answer: Any = None  # what serves a list of tags
@@ -2266,7 +2265,7 @@ class Queue:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
         if stands(self.target, "answer") and not self.needs_handlers:
             return self._answer_by_target
-        if self.mapped:
+        if stands(self.target, "map") and self.path.moves:
             return self._answer_by_map
         return self._answer_by_handler
 
