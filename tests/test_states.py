@@ -320,11 +320,20 @@ def test_a_handler_of_a_signal_may_stop_what_is_being_stopped(driver):
 
 
 @pytest.mark.parametrize("end", [ublk.Device.stop, ublk.Device.detach])
-def test_a_handler_of_a_request_cannot_stop_its_disk(driver, end):
-    disk, told = new(), []
-    disk.target.start = lambda index: told.append(message(end, disk))
+def test_a_handler_of_a_request_cannot_stop_its_disk(driver, monkeypatch, end):
+    disk, live, told = new(), threading.Event(), []
+
+    def serve(worker):
+        worker.fetched = True
+        live.wait()
+        told.append(error_of(end, disk))
+
+    monkeypatch.setattr(ublk, "GRACE", 0.1)
+    monkeypatch.setattr(ublk.Worker, "serve", serve)
     with disk:
-        assert "call interrupt() there" in told[0]
+        live.set()
+        until(lambda: told)
+    assert told == [errno.EINVAL]
 
 
 def test_an_error_of_a_targets_close_does_not_keep_the_device(driver):
