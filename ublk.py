@@ -1838,14 +1838,14 @@ ELEMENT = struct.Struct("=HHiQ")  # ublk_elem_header, and what may follow
 TRANSFER = struct.Struct("=BBHIQQII")  # io_uring_sqe up to rw_flags
 RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
 ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
-# user_data of what is not the command of a tag; each has an SQE slot, in this
-# order, and behind them operations take SPARE_SLOTS in turn
+# user_data of what is not the command of a tag. These four have an SQE slot each,
+# in this order behind the tags'; operations take turns in the SPARE_SLOTS.
 OPERATION = 1 << 32
 WAKE = OPERATION
 EPOLL = OPERATION + 1
 FETCH = OPERATION + 2
 COMMIT = OPERATION + 3
-FIRST_OPERATION = OPERATION + 4
+FIXED_SLOTS = 4
 SPARE_SLOTS = 60
 
 A_MOMENT = 0.01  # seconds between looks at a queue that ends
@@ -2138,7 +2138,7 @@ class Queue:
         self.rounds = 0  # how often the loop has waited
         self.watching = False  # whether the ring waits for the loop's epoll, too
         self._operations: dict[int, Operation] = {}
-        self._last_operation = FIRST_OPERATION
+        self._last_operation = OPERATION + FIXED_SLOTS
         self.exits = contextlib.ExitStack()  # gives back what the queue has, the last first
         try:
             self._open(device)
@@ -2153,7 +2153,7 @@ class Queue:
             self.kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8
         )
         self.own = (1 + device.data_path.stages) * self.depth  # SQE slots of tags
-        self.ring = Ring(self.own + 4 + SPARE_SLOTS)
+        self.ring = Ring(self.own + FIXED_SLOTS + SPARE_SLOTS)
         self.exits.callback(self.ring.close)
         # Of each tag's command
         self.results = self.kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
@@ -2653,12 +2653,13 @@ class Queue:
         fields: those of Ring.prepare(). Raises OSError (EAGAIN) where the
         kernel takes no more of them.
         """
-        if self.ring.pending >= SPARE_SLOTS:  # SQEs are taken in turn
+        # The kernel takes the oldest SQE first: if few are left, the next slot is free
+        if self.ring.pending >= SPARE_SLOTS:
             self.ring.enter()
         if self.ring.pending >= SPARE_SLOTS:
             raise OSError(errno.EAGAIN, "the kernel takes no more operations")
         number = self._last_operation + 1
-        slot = self.own + 4 + number % SPARE_SLOTS
+        slot = self.own + FIXED_SLOTS + number % SPARE_SLOTS
         self.ring.prepare(slot, user_data=number, **fields)
         self._last_operation = number
         self._operations[number] = operation
@@ -2748,7 +2749,8 @@ class Queue:
         self.loop = self.answer = None
 
 
-# What lies in no buffer, or is durable: requests without data, shared memory.
+# What is not served right from a tag's buffer: requests without data, durable
+# ones, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
 # What map() is not asked for: requests without data, those with pages of no
 # slot, shared memory.
