@@ -4525,44 +4525,29 @@ class Operation:
 
 
 async def operate(
-    opcode: int,
-    fd: int,
-    off: int = 0,
-    buffer: Any = None,
-    fills: bool = False,
-    addr: int = 0,
-    length: int = 0,
-    rw_flags: int = 0,
+    opcode: int, fd: int, buffer: Any = None, fills: bool = False, **fields: int
 ) -> int:
     """Have the kernel do something on the ring of the queue that we run on.
 
-    The parameters are the fields of io_uring_sqe; a buffer gives addr and
-    length. fills says that the kernel writes to it. Returns the result, which
-    is not negative. Raises OSError with the kernel's errno, and RuntimeError
-    outside of a queue's loop. Who is cancelled meanwhile has the operation
-    cancelled and goes on when it has ended.
+    fields are those of Ring.prepare(); a buffer gives addr and length. fills
+    says that the kernel writes to it. Returns the result, which is not
+    negative. Raises OSError with the kernel's errno, and RuntimeError outside
+    of a queue's loop. Who is cancelled meanwhile has the operation cancelled
+    and goes on when it has ended.
     """
     import asyncio
 
     memory = None
     if buffer is not None:
         memory = memory_of(buffer, fills)
-        addr = address_of(memory)
-        length = len(memory)
+        fields["addr"] = address_of(memory)
+        fields["length"] = len(memory)
     queue = getattr(_here, "queue", None)
     if queue is None:
         raise RuntimeError("only the loop of a queue has a ring")
     operation = Operation(memory)
     unwanted = None
-    number = queue.begin(
-        operation,
-        opcode=opcode,
-        fd=fd,
-        off=off,
-        addr=addr,
-        length=length,
-        rw_flags=rw_flags,
-    )
+    number = queue.begin(operation, opcode=opcode, fd=fd, **fields)
     while operation.result is None:
         operation.future = queue.loop.create_future()
         try:
@@ -4594,7 +4579,7 @@ def uring_read(fd: int, buffer: Any, offset: int) -> Coroutine[Any, Any, int]:
     offset is in bytes. It may be fewer than the buffer has, and is 0 at the
     file's end. Raises OSError, TypeError for a buffer that cannot be filled.
     """
-    return operate(IORING_OP_READ, fd, offset, buffer, fills=True)
+    return operate(IORING_OP_READ, fd, buffer, fills=True, off=offset)
 
 
 def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[Any, Any, int]:
@@ -4602,7 +4587,7 @@ def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[
 
     offset is in bytes. It may be fewer than the buffer has. Raises OSError.
     """
-    return operate(IORING_OP_WRITE, fd, offset, buffer, rw_flags=flags)
+    return operate(IORING_OP_WRITE, fd, buffer, off=offset, rw_flags=flags)
 
 
 def uring_fsync(fd: int, datasync: bool = False) -> Coroutine[Any, Any, int]:
@@ -4615,7 +4600,7 @@ def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Coroutine[A
 
     Raises OSError: EOPNOTSUPP where the file system cannot do that.
     """
-    return operate(IORING_OP_FALLOCATE, fd, offset, addr=length, length=mode)
+    return operate(IORING_OP_FALLOCATE, fd, off=offset, addr=length, length=mode)
 
 
 def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
@@ -4623,7 +4608,7 @@ def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]
 
     It has MSG_* flags, as recv(2). Raises OSError.
     """
-    return operate(IORING_OP_RECV, fd, 0, buffer, fills=True, rw_flags=flags)
+    return operate(IORING_OP_RECV, fd, buffer, fills=True, rw_flags=flags)
 
 
 def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
@@ -4631,7 +4616,7 @@ def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]
 
     It has MSG_* flags, as send(2). Raises OSError.
     """
-    return operate(IORING_OP_SEND, fd, 0, buffer, rw_flags=flags)
+    return operate(IORING_OP_SEND, fd, buffer, rw_flags=flags)
 
 
 class RingSelector(selectors.EpollSelector):
