@@ -2033,6 +2033,10 @@ def at_once(outcome: object) -> None:
         raise TypeError(f"{outcome!r}, for which nobody waits: return what is there at once")
 
 
+# What can be awaited for a number: a request's result, an operation's
+Promise = Coroutine[Any, Any, int]
+
+
 async def end_of(outcome: Any) -> Any:
     """Return what a method returns in the end."""
     return await outcome if is_awaitable(outcome) else outcome
@@ -2461,9 +2465,9 @@ class Queue:
 
     # ---- the handlers: each is a coroutine that returns the result -------------------------------
 
-    def _table(self) -> list[Callable[..., Coroutine[Any, Any, int]]]:
+    def _table(self) -> list[Callable[..., Promise]]:
         """Return the handler of each operation: handler(tag, flags, offset, length) in bytes."""
-        table: list[Callable[..., Coroutine[Any, Any, int]]] = [self._unsupported] * 256
+        table: list[Callable[..., Promise]] = [self._unsupported] * 256
         table[UBLK_IO_OP_READ] = self._read
         table[UBLK_IO_OP_WRITE] = self._write
         table[UBLK_IO_OP_REPORT_ZONES] = self._report
@@ -2478,7 +2482,7 @@ class Queue:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
 
-    def _serve(self, tag: int) -> Coroutine[Any, Any, int]:
+    def _serve(self, tag: int) -> Promise:
         """Return what serves a request, and returns its result."""
         flags = self.flags[tag]
         handler = self._handlers[flags & 0xFF]
@@ -4573,7 +4577,7 @@ def memory_of(buffer: Any, fills: bool) -> memoryview:
     return view
 
 
-def uring_read(fd: int, buffer: Any, offset: int) -> Coroutine[Any, Any, int]:
+def uring_read(fd: int, buffer: Any, offset: int) -> Promise:
     """Read from a file at offset into a writable buffer; await it for the number of bytes.
 
     offset is in bytes. It may be fewer than the buffer has, and is 0 at the
@@ -4582,7 +4586,7 @@ def uring_read(fd: int, buffer: Any, offset: int) -> Coroutine[Any, Any, int]:
     return operate(IORING_OP_READ, fd, buffer, fills=True, off=offset)
 
 
-def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[Any, Any, int]:
+def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Promise:
     """Write a buffer to a file at offset, with RWF_* flags; await it for the number of bytes.
 
     offset is in bytes. It may be fewer than the buffer has. Raises OSError.
@@ -4590,12 +4594,12 @@ def uring_write(fd: int, buffer: Any, offset: int, flags: int = 0) -> Coroutine[
     return operate(IORING_OP_WRITE, fd, buffer, off=offset, rw_flags=flags)
 
 
-def uring_fsync(fd: int, datasync: bool = False) -> Coroutine[Any, Any, int]:
+def uring_fsync(fd: int, datasync: bool = False) -> Promise:
     """Make what was written to a file durable; with datasync not its times. Raises OSError."""
     return operate(IORING_OP_FSYNC, fd, rw_flags=IORING_FSYNC_DATASYNC if datasync else 0)
 
 
-def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Coroutine[Any, Any, int]:
+def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Promise:
     """fallocate(2): mode is a sum of FALLOC_FL_* flags, offset and length in bytes.
 
     Raises OSError: EOPNOTSUPP where the file system cannot do that.
@@ -4603,7 +4607,7 @@ def uring_fallocate(fd: int, mode: int, offset: int, length: int) -> Coroutine[A
     return operate(IORING_OP_FALLOCATE, fd, off=offset, addr=length, length=mode)
 
 
-def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
+def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Promise:
     """Receive from a socket; await it for the number of bytes, 0 at its end.
 
     It has MSG_* flags, as recv(2). Raises OSError.
@@ -4611,7 +4615,7 @@ def uring_recv(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]
     return operate(IORING_OP_RECV, fd, buffer, fills=True, rw_flags=flags)
 
 
-def uring_send(fd: int, buffer: Any, flags: int = 0) -> Coroutine[Any, Any, int]:
+def uring_send(fd: int, buffer: Any, flags: int = 0) -> Promise:
     """Send to a socket; await it for the number of bytes taken.
 
     It has MSG_* flags, as send(2). Raises OSError.
