@@ -852,6 +852,16 @@ def address_of(buffer: Any) -> int:
     return address
 
 
+class Descriptor(int):
+    """A descriptor that is closed once nobody refers to it any more.
+
+    So its number is not another file's while somebody still may use it.
+    """
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self)
+
+
 LOOKS = 20  # some ten microseconds
 
 # io_uring_sqe up to file_index, as one record
@@ -894,25 +904,16 @@ class Ring:
             self.fd, params.sq_entries * self.sqe_size, offset=IORING_OFF_SQES
         )
         self.sqes = memoryview(self._sqe_map)
-        self._ring_bytes = memoryview(self._rings)
-        words = self._words = self._ring_bytes[: size & ~3].cast("I")
+        ring = memoryview(self._rings)
+        self._words = ring[: size & ~3].cast("I")
         self._sq_head_at = sq.head // 4
         self._sq_tail_at = sq.tail // 4
         self._cq_head_at = cq.head // 4
         self._cq_tail_at = cq.tail // 4
-        self._array = words[sq.array // 4 : sq.array // 4 + params.sq_entries]
-        cqes = self._ring_bytes[cq.cqes : cq.cqes + 16 * params.cq_entries]
+        self._array = self._words[sq.array // 4 : sq.array // 4 + params.sq_entries]
+        cqes = ring[cq.cqes : cq.cqes + 16 * params.cq_entries]
         self._cq64 = cqes.cast("Q")
         self._cq32 = cqes.cast("i")
-        self._views = [
-            self.sqes,
-            self._array,
-            self._cq64,
-            self._cq32,
-            cqes,
-            words,
-            self._ring_bytes,
-        ]
         self._sq_mask = params.sq_entries - 1
         self._cq_mask = params.cq_entries - 1
         self._tail = 0  # SQEs pushed
@@ -946,9 +947,7 @@ class Ring:
             params = io_uring_params(flags=base | extra, cq_entries=cq_entries)
             try:
                 fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
-                # Which closes what nobody refers to any more
-                self._file = open(fd, "rb", buffering=0)
-                self.fd = fd
+                self.fd = Descriptor(fd)
                 return params
             except OSError as error:
                 number = error.errno or errno.EIO
@@ -1151,13 +1150,11 @@ class Ring:
         A parked command of ublk's is cancelled by that, too, which is how a
         queue that cannot go on tells the driver so. May be called twice.
         """
-        if self._file.closed:
-            return
-        for view in self._views:
-            view.release()
+        for view in vars(self).values():
+            if isinstance(view, memoryview):
+                view.release()
         self._rings.close()
         self._sqe_map.close()
-        self._file.close()
         self.fd = -1
 
 
@@ -1190,7 +1187,8 @@ class Ring:
 # one waits others wait for it, as the driver has one lock for each device and,
 # for adding and deleting, one for all. So each has a limit of time here, after
 # which it is cancelled, and nobody sends STOP_DEV from the thread that has to
-# answer the last requests. A signal does not interrupt a command: it is carried
+# answer the last requests. Nor does a command keep other threads' waiting here:
+# each has a ring to itself. A signal does not interrupt a command: it is carried
 # out by a thread of the kernel's; io_uring's own ASYNC_CANCEL does. What may
 # not end even then keeps its memory for ever (`_left_behind`), because the
 # kernel may still write there.
@@ -1218,30 +1216,23 @@ class Control:
     that is not there, ENOENT one whose node is not visible here, EPERM and
     EACCES are somebody else's. ETIMEDOUT and ECANCELED are ours: the command
     did not end in time, or it is enough. It is then cancelled and, where the
-    kernel cannot cancel it, left behind with its buffers kept alive. A signal
+    kernel cannot cancel it, left behind with its buffer kept alive. A signal
     whose handler raises cancels it, too. One Control may be used by several
     threads; close it, or use it in a ``with``.
     """
 
     def __init__(self) -> None:
         try:
-            self.fd = os.open("/dev/ublk-control", os.O_RDWR | os.O_CLOEXEC)
+            self.fd: int = Descriptor(os.open("/dev/ublk-control", os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             raise UblkError(
                 error.errno or errno.EIO,
                 "cannot open /dev/ublk-control",
                 remedy="see `ublk.py check`",
             ) from None
-        try:
-            self.ring = Ring(64, sqe128=True, shared=True)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self._lock = threading.Lock()
+        # One at least is there when no other could be made any more
+        self._rings = [Ring(64, sqe128=True, shared=True)]
         self.enough: Callable[[], bool] = bool
-        self._token = 0
-        self._buffers: dict[int, Any] = {}  # what pending commands point at, by token
-        self._results: dict[int, int] = {}
         self._unprivileged: set[int] = set()
         self.legacy = False
         self.features = None
@@ -1269,17 +1260,9 @@ class Control:
         self.close()
 
     def close(self) -> None:
-        """Close the control node and its ring, once no thread has a command on it."""
-        with self._lock:
-            if self.fd >= 0:
-                self.ring.close()
-                os.close(self.fd)
-                self.fd = -1
-                _left_behind.extend(self._buffers.values())
-
-    def unlock(self) -> None:
-        """Forget that a thread had a command on it, which a forked child does not have."""
-        self._lock = threading.Lock()
+        """Let go of the control node and its rings; commands under way still have theirs."""
+        self.fd = -1
+        self._rings.clear()
 
     # ---- how a command is sent -----------------------------------------------------------------
 
@@ -1316,8 +1299,7 @@ class Control:
             addr=ctypes.addressof(buffer) if content else 0,
             data=(data,),
         )
-        with self._lock:
-            result = self._send(command, header, buffer, timeout)
+        result = self._send(command, header, buffer, timeout)
         if result < 0:
             raise explain(command, -result, what)
         if payload is not None:
@@ -1345,70 +1327,60 @@ class Control:
         return b""
 
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float) -> int:
-        """Put a command on the ring, and wait for its end.
+        """Put a command on a ring, and wait for its end.
 
         Returns the result: ETIMEDOUT, negative, where it was cancelled for
         being late.
         """
-        if self.fd < 0 or self.enough():
+        fd = self.fd  # which is open until the command has ended, whoever closes us
+        if fd < 0 or self.enough():
             return -errno.ECANCELED
-        token = self._token + 1  # what _submit() gives it, which a signal's handler may leave
-        ended = False
         try:
-            self._submit(
-                IORING_OP_URING_CMD,
-                self.fd,
-                bytes(header),
-                buffer,
-                off=int(command) if self.legacy else command.encoded,
-            )
-            ended = self._await(token, timeout, self.enough)
+            ring = self._rings.pop()
+        except IndexError:  # other threads have commands under way
+            ring = Ring(64, sqe128=True, shared=True)
+        number = int(command) if self.legacy else command.encoded
+        ring.prepare(0, IORING_OP_URING_CMD, fd, number, user_data=1, cmd=bytes(header))
+        ring.prepare(1, IORING_OP_ASYNC_CANCEL, addr=1)
+        # From now on, as a signal's handler may raise at any moment
+        _left_behind.append(buffer)
+        result = None
+        late = True
+        try:
+            ring.push(0)
+            result = self._await(ring, timeout, self.enough)
+            late = result is None
         finally:
-            if not ended:
-                self._cancel(token)
-        result = self._results.pop(token, -errno.EINTR)
-        return result if ended or result != -errno.EINTR else -errno.ETIMEDOUT
+            if late:
+                ring.push(1)
+                result = self._await(ring, 2.0)
+            else:
+                self._rings.append(ring)
+            if result is not None:
+                _left_behind.remove(buffer)
+        if result is None or (late and result == -errno.EINTR):
+            return -errno.ETIMEDOUT
+        return result
 
-    def _cancel(self, token: int) -> None:
-        """Cancel a command, and give it a moment to end."""
-        cancel = self._submit(IORING_OP_ASYNC_CANCEL, addr=token)
-        self._await(cancel, 2.0)
-        # Else it has ended, and a signal's handler kept that from being noted
-        if self._results.pop(cancel, 0) != -errno.ENOENT:
-            self._await(token, 2.0)
-
-    def _submit(
-        self,
-        opcode: int,
-        fd: int = -1,
-        cmd: bytes = b"",
-        buffer: Any = None,
-        off: int = 0,
-        addr: int = 0,
-    ) -> int:
-        self._token += 1
-        self._buffers[self._token] = buffer
-        slot = self._token % self.ring.entries
-        self.ring.prepare(slot, opcode, fd, off, addr, user_data=self._token, cmd=cmd)
-        self.ring.push(slot)
-        return self._token
-
-    def _await(self, token: int, timeout: float, enough: Callable[[], bool] = bool) -> bool:
-        """Wait until the command has ended; False when time is up or it is enough.
+    def _await(
+        self, ring: Ring, timeout: float, enough: Callable[[], bool] = bool
+    ) -> int | None:
+        """Wait for the result of a ring's command; None when time is up or it is enough.
 
         In small steps, as nothing wakes the kernel's wait when it becomes
         enough.
         """
         deadline = time.monotonic() + timeout
-        while token not in self._results:
+        while True:
             left = deadline - time.monotonic()
             if left <= 0 or enough():
-                return False
-            self.ring.enter(1, timeout=min(left, 0.2))
-            for done, result in zip(*self.ring.reap()):
-                self._results[done] = result
-                self._buffers.pop(done, None)
-        return True
+                return None
+            ring.enter(1, timeout=min(left, 0.2))
+            for token, result in zip(*ring.reap()):
+                # -ENOENT is what becomes of its cancellation where it has ended, and
+                # a signal's handler kept that from being noted
+                if token or result == -errno.ENOENT:
+                    return result
 
     # ---- the commands --------------------------------------------------------------------------
 
@@ -3808,7 +3780,6 @@ class Device:
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
         # Another thread may have had these locks
-        self.control.unlock()
         self._life = threading.RLock()
         self._changes = threading.RLock()
         self._lock = threading.Lock()

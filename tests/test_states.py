@@ -417,46 +417,58 @@ def control(monkeypatch):
 
 
 def test_an_answer_that_a_signals_handler_keeps_from_being_noted_is_not_waited_for(control):
-    reap, enter, in_vain = control.ring.reap, control.ring.enter, []
+    ring = control._rings[0]
+    reap, enter, in_vain = ring.reap, ring.enter, []
 
     def disturbed():
-        control.ring.reap = reap
+        ring.reap = reap
         reap()
         interrupts()
 
     def watched(*words, **more):
         if not enter(*words, **more):
             in_vain.append(words)
-    control.ring.enter, control.ring.reap = watched, disturbed
+    ring.enter, ring.reap = watched, disturbed
     with pytest.raises(KeyboardInterrupt):
         control.stop_dev(7)
     assert in_vain == []
 
 
 def test_a_control_plane_may_be_closed_beside_commands(control):
-    told = []
+    sent, told = [], []
 
     def commands():
         with contextlib.suppress(ublk.UblkError):
             while True:
-                control.stop_dev(7)
+                sent.append(control.stop_dev(7))
         told.append(threading.current_thread())
 
     threads = [threading.Thread(target=commands) for _ in range(3)]
     for thread in threads:
         thread.start()
-    until(lambda: control._token > 100)
+    until(lambda: len(sent) > 100)
     control.close()
     for thread in threads:
         thread.join()
     assert len(told) == 3
 
 
-def test_a_forked_child_waits_for_no_command(control):
-    disk = new()
-    disk.control = control
-    with control._lock:
-        assert in_child(disk.disown) == 0
+def test_a_command_that_waits_keeps_no_other_waiting(control, monkeypatch):
+    begun, over = threading.Event(), threading.Event()
+
+    def waits(*words, others=control._await):
+        if threading.current_thread() is not thread:
+            return others(*words)
+        begun.set()
+        return over.wait(10) - 1
+    monkeypatch.setattr(control, "_await", waits)
+    thread = threading.Thread(target=control.stop_dev, args=(7,))
+    thread.start()
+    assert begun.wait(10)
+    control.get_params(7)
+    assert in_child(control.close) == 0
+    over.set()
+    thread.join()
 
 
 def in_child(function):
