@@ -73,7 +73,7 @@ disk, the plain way, whole; then what adds to it: the other data paths, asyncio,
 servers that die, ordinary users and containers; and the command line. Kernel
 things have the kernel's names, so that they can be looked up in its source.
 
-It needs Linux 6.0 or later and nothing but the standard library. Sources: the
+It needs Linux 6.1 or later and nothing but the standard library. Sources: the
 kernel's Documentation/block/ublk.rst, include/uapi/linux/ublk_cmd.h and
 io_uring.h.
 """
@@ -435,17 +435,11 @@ def danger() -> tuple[str, str]:
 def newer_kernel(what: str, since: str) -> UblkError:
     """Return the error for what this kernel lacks, where since is the first that has it."""
     release = kernel_release()
-    old = [int(number) for number in release.split(".")] < [
-        int(number) for number in since.split(".")
-    ]
-    return UblkError(
-        errno.EOPNOTSUPP,
-        what,
-        f"needs Linux {since}, this is {release}"
-        if old
-        else f"this Linux {release} is built without it",
-        "do without it, or use another kernel",
-    )
+    here, first = ([int(part) for part in text.split(".")] for text in (release, since))
+    reason = f"this Linux {release} is built without it"
+    if here < first:
+        reason = f"needs Linux {since}, this is {release}"
+    return UblkError(errno.EOPNOTSUPP, what, reason, "do without it, or use another kernel")
 
 
 def explanations(table: str) -> dict[tuple[Command | None, int], tuple[str, str]]:
@@ -511,10 +505,10 @@ def explain(command: Command, number: int, what: str) -> UblkError:
     number: its errno, positive.
     what: what failed, in the words of whoever asked.
     """
-    key = (command, number) if (command, number) in EXPLANATIONS else (None, number)
-    if number == errno.EOPNOTSUPP and key not in EXPLANATIONS:
+    found = EXPLANATIONS.get((command, number)) or EXPLANATIONS.get((None, number))
+    if found is None and number == errno.EOPNOTSUPP:
         return newer_kernel(what, command.since)
-    return UblkError(number, what, *EXPLANATIONS.get(key, ("", "")))
+    return UblkError(number, what, *(found or ()))
 
 
 # Device states (ublksrv_ctrl_dev_info.state)
@@ -878,7 +872,7 @@ class Ring:
     shared: several threads use it (one at a time, the caller sees to that).
         Otherwise only the thread that created it may, and completions wait
         until that thread enters the kernel, which is the quickest way there is
-        (SINGLE_ISSUER since 6.0, DEFER_TASKRUN since 6.1).
+        (DEFER_TASKRUN, which Linux has since 6.1).
 
     Unlike most users of io_uring this one fills an SQE slot once and submits it
     again and again: push(slot) only writes its number into the index array
@@ -912,8 +906,9 @@ class Ring:
         self._cq_tail_at = cq.tail // 4
         self._array = self._words[sq.array // 4 : sq.array // 4 + params.sq_entries]
         cqes = ring[cq.cqes : cq.cqes + 16 * params.cq_entries]
-        self._cq64 = cqes.cast("Q")
-        self._cq32 = cqes.cast("i")
+        self._user_data = cqes.cast("Q")[::2]
+        self._results = cqes.cast("i")[2::4]
+        self._flags = cqes.cast("i")[3::4]
         self._sq_mask = params.sq_entries - 1
         self._cq_mask = params.cq_entries - 1
         self._tail = 0  # SQEs pushed
@@ -934,32 +929,32 @@ class Ring:
         )
 
     def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> Any:
-        """Create the ring with the best flags this kernel takes.
+        """Create the ring.
 
-        An unknown flag is EINVAL, so they are tried in turn: all, those of
-        Linux 6.0, none. Returns the io_uring_params with the offsets of
-        everything in the rings.
+        Returns the io_uring_params with the offsets of everything in the rings.
         """
-        base = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL
-        base |= IORING_SETUP_SQE128 if sqe128 else 0
-        owner = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SINGLE_ISSUER
-        for extra in (0,) if shared else (owner | IORING_SETUP_DEFER_TASKRUN, owner, 0):
-            params = io_uring_params(flags=base | extra, cq_entries=cq_entries)
-            try:
-                fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
-                self.fd = Descriptor(fd)
-                return params
-            except OSError as error:
-                number = error.errno or errno.EIO
-            if number != errno.EINVAL:
-                break
-        remedy = {
-            errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0 (or the container's "
-            "seccomp profile)",
-            errno.ENOSYS: "use a kernel built with CONFIG_IO_URING",
-            errno.ENOMEM: "raise the limit of locked memory (ulimit -l)",
-        }.get(number, "")
-        raise UblkError(number, "cannot create an io_uring", remedy=remedy)
+        flags = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL
+        if sqe128:
+            flags |= IORING_SETUP_SQE128
+        if not shared:
+            flags |= IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SINGLE_ISSUER
+            flags |= IORING_SETUP_DEFER_TASKRUN
+        params = io_uring_params(flags=flags, cq_entries=cq_entries)
+        try:
+            fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
+        except OSError as error:
+            remedy = {
+                errno.EINVAL: "use Linux 6.1 or later",
+                errno.EPERM: "allow it: sysctl kernel.io_uring_disabled=0 (or the container's "
+                "seccomp profile)",
+                errno.ENOSYS: "use a kernel built with CONFIG_IO_URING",
+                errno.ENOMEM: "raise the limit of locked memory (ulimit -l)",
+            }
+            number = error.errno or errno.EIO
+            what = "cannot create an io_uring"
+            raise UblkError(number, what, remedy=remedy.get(number, "")) from None
+        self.fd = Descriptor(fd)
+        return params
 
     def prepare(
         self,
@@ -1089,37 +1084,31 @@ class Ring:
         Two lists, made by slices of shared memory: nothing in Python is
         quicker, and this runs once for each batch of requests.
         """
-        head = self._words[self._cq_head_at]
-        tail = self._words[self._cq_tail_at]
-        first = head & self._cq_mask
-        last = tail & self._cq_mask
-        if head == tail:
-            return [], []
-        if first < last:
-            data = self._cq64[2 * first : 2 * last : 2].tolist()
-            results = self._cq32[4 * first + 2 : 4 * last : 4].tolist()
-        else:
-            data = self._cq64[2 * first :: 2].tolist() + self._cq64[: 2 * last : 2].tolist()
-            results = (
-                self._cq32[4 * first + 2 :: 4].tolist() + self._cq32[2 : 4 * last : 4].tolist()
-            )
-        self._words[self._cq_head_at] = tail
+        data, results = self._take(self._user_data, self._results)
         return data, results
 
-    def reap_all(self) -> list[tuple[int, int, int]]:
+    def reap_all(self) -> list[tuple[int, ...]]:
         """The same as a list of (user_data, result, flags).
 
         For whom the flags of a CQE matter: what came of a provided buffer, and
         whether a multishot command goes on.
         """
+        return list(zip(*self._take(self._user_data, self._results, self._flags)))
+
+    def _take(self, *members: memoryview) -> list[list[int]]:
+        """Take every CQE there is; return these members of them, a list for each."""
         head = self._words[self._cq_head_at]
         tail = self._words[self._cq_tail_at]
-        slots = [(head + n) & self._cq_mask for n in range((tail - head) & 0xFFFFFFFF)]
-        cqes = [
-            (self._cq64[2 * at], self._cq32[4 * at + 2], self._cq32[4 * at + 3]) for at in slots
-        ]
+        if head == tail:
+            return [[] for _ in members]
+        first = head & self._cq_mask
+        last = tail & self._cq_mask
+        if first < last:
+            found = [member[first:last].tolist() for member in members]
+        else:
+            found = [(member[first:].tolist() + member[:last].tolist()) for member in members]
         self._words[self._cq_head_at] = tail
-        return cqes
+        return found
 
     def register(self, opcode: int, arg: int, count: int) -> None:
         """io_uring_register(2): opcode, the address of its argument, a count. Raises OSError."""
@@ -1209,7 +1198,7 @@ class Control:
     """The control plane: one method for each control command.
 
     features: the mask GET_FEATURES reports, or None before Linux 6.5.
-    legacy: this kernel has only the bare opcodes of Linux 6.0 to 6.3.
+    legacy: it gets the bare opcodes, since it has no GET_FEATURES.
     enough: a function that tells whether nobody waits for an answer any more.
 
     Every method raises UblkError with the kernel's errno. ENODEV is a device
@@ -1239,19 +1228,7 @@ class Control:
         try:
             self.features = self.get_features()
         except UblkError:
-            self.legacy = not self._knows_encoded()
-
-    def _knows_encoded(self) -> bool:
-        """Tell whether the driver, which lacks GET_FEATURES, has encoded opcodes all the same (6.4).
-
-        It then finds fault with an ADD_DEV that says nothing; an older one
-        looks for its device.
-        """
-        try:
-            self._run(UBLK_CMD_ADD_DEV, -1)
-        except UblkError as error:
-            return error.errno == errno.EINVAL
-        return True
+            self.legacy = True
 
     def __enter__(self) -> Control:
         return self
@@ -1307,10 +1284,9 @@ class Control:
                 ctypes.addressof(payload), buffer.raw[len(path) :], ctypes.sizeof(payload)
             )
         if isinstance(payload, ublksrv_ctrl_dev_info):
-            unprivileged = payload.flags & UBLK_F_UNPRIVILEGED_DEV
-            (self._unprivileged.add if unprivileged else self._unprivileged.discard)(
-                payload.dev_id
-            )
+            self._unprivileged.discard(payload.dev_id)
+            if payload.flags & UBLK_F_UNPRIVILEGED_DEV:
+                self._unprivileged.add(payload.dev_id)
         return result
 
     def _path(self, command: Command, dev_id: int) -> bytes:
