@@ -88,8 +88,10 @@ import ctypes
 import enum
 import errno
 import fcntl
+import fractions
 import importlib
 import inspect
+import json
 import mmap
 import os
 import re
@@ -213,7 +215,6 @@ class Feature(int):
     meaning: in a few words, as `ublk.py features` shows it.
     needs: flags of which at least one must come with it.
     excludes: flags that must not.
-    unused: why this server never asks for it.
     """
 
     name = ""
@@ -228,14 +229,12 @@ class Feature(int):
         meaning: str,
         needs: int = 0,
         excludes: int = 0,
-        unused: str = "",
     ) -> None:
         self.bit = bit
         self.since = since
         self.meaning = meaning
         self.needs = needs
         self.excludes = excludes
-        self.unused = unused
 
 
 class Command(int):
@@ -260,16 +259,18 @@ class Command(int):
         self.encoded = (0xC0207500 if changes else 0x80207500) | number
 
 
-def table_of(kind: Any, prefix: str) -> Any:
-    """Return all constants of a kind, in the order they were defined.
+def names_of(prefix: str) -> dict[Any, str]:
+    """Return each constant whose name starts so, with the rest of its name: ZONED of UBLK_F_ZONED."""
+    names = [name for name in globals() if name.startswith(prefix)]
+    return {globals()[name]: name[len(prefix) :] for name in names}
 
-    Each gets its name on the way, without the prefix: what is called
-    UBLK_F_ZONED here is ZONED to a reader.
-    """
-    table = {name: row for name, row in globals().items() if isinstance(row, kind)}
-    for name, row in table.items():
-        row.name = name[len(prefix) :]
-    return tuple(table.values())
+
+def table_of(prefix: str) -> Any:
+    """Return the constants whose names start so, in their order; the rest is the name of each."""
+    table = names_of(prefix)
+    for row, name in table.items():
+        row.name = name
+    return tuple(table)
 
 
 UBLK_F_SUPPORT_ZERO_COPY = Feature(
@@ -279,7 +280,7 @@ UBLK_F_URING_CMD_COMP_IN_TASK = Feature(
     1,
     "6.0",
     "completions run in the server's task; the driver sets it",
-    unused="it is the only way there has ever been",
+    # Not asked for: it is the only way there has ever been
 )
 UBLK_F_NEED_GET_DATA = Feature(
     2,
@@ -304,7 +305,7 @@ UBLK_F_CMD_IOCTL_ENCODE = Feature(
     6,
     "6.4",
     "commands are encoded like ioctls; the driver sets it",
-    unused="whether GET_FEATURES is answered tells the same before there is a device",
+    # Not asked for: whether GET_FEATURES is answered tells the same before there is a device
 )
 UBLK_F_USER_COPY = Feature(
     7,
@@ -336,13 +337,13 @@ UBLK_F_PER_IO_DAEMON = Feature(
     13,
     "6.16",
     "each tag may have a task of its own; the driver sets it",
-    unused="a queue has one thread for all its tags",
+    # Not asked for: a queue has one thread for all its tags
 )
 UBLK_F_BUF_REG_OFF_DAEMON = Feature(
     14,
     "6.17",
     "any task may register request pages; the driver sets it",
-    unused="the thread that fetches a request also serves it",
+    # Not asked for: the thread that fetches a request also serves it
 )
 UBLK_F_BATCH_IO = Feature(
     15,
@@ -364,7 +365,7 @@ UBLK_F_IO_DESC_SIZE = Feature(
     20,
     "7.3",
     "request descriptors may be larger than 24 bytes",
-    unused="nothing lies behind these 24 yet; a device that has it is served all the same",
+    # Not asked for: nothing lies behind these 24 yet; a device that has it is served all the same
 )
 
 UBLK_CMD_GET_QUEUE_AFFINITY = Command(0x01, "6.0", changes=False)
@@ -386,8 +387,8 @@ UBLK_CMD_TRY_STOP_DEV = Command(0x17, "7.0", changes=True)
 UBLK_CMD_REG_BUF = Command(0x18, "7.1", changes=True)
 UBLK_CMD_UNREG_BUF = Command(0x19, "7.1", changes=True)
 
-FEATURES: Sequence[Feature] = table_of(Feature, "UBLK_F_")
-COMMANDS: Sequence[Command] = table_of(Command, "UBLK_CMD_")
+FEATURES: Sequence[Feature] = table_of("UBLK_F_")
+COMMANDS: Sequence[Command] = table_of("UBLK_CMD_")
 
 
 def flag_names(flags: int) -> list[str]:
@@ -443,18 +444,18 @@ def newer_kernel(what: str, since: str) -> UblkError:
 
 
 def explanations(table: str) -> dict[tuple[Command | None, int], tuple[str, str]]:
-    """Read lines of ``commands errno reason -> remedy`` into a table.
+    """Read lines of ``command errno reason -> remedy`` into a table.
 
     Its keys are (command, errno), with None for any command; its values
     (reason, remedy). A line that ends in a backslash goes on.
     """
-    commands = {"any": None, **{command.name: command for command in COMMANDS}}
-    rows = (line.split(maxsplit=2) for line in table.strip().splitlines())
-    return {
-        (commands[name], getattr(errno, number)): " ".join(text.split()).partition(" -> ")[::2]
-        for names, number, text in rows
-        for name in names.split(",")
-    }
+    commands = {command.name: command for command in COMMANDS}
+    found = {}
+    for line in table.strip().splitlines():
+        name, number, *words = line.split()
+        reason, _, remedy = " ".join(words).partition(" -> ")
+        found[commands.get(name), getattr(errno, number)] = reason, remedy
+    return found
 
 
 # Why a command fails, and what to do
@@ -484,8 +485,9 @@ EXPLANATIONS = explanations("""
     END_USER_RECOVERY EBUSY it is not waiting for a server -> see `ublk.py list`
     END_USER_RECOVERY EINVAL it was not made to be recovered, or the server is not the process that \
         opened it -> create it with -r
-    UPDATE_SIZE,TRY_STOP_DEV,QUIESCE_DEV ENODEV there is no such device, or it is not running \
-        -> see `ublk.py list`
+    UPDATE_SIZE ENODEV there is no such device, or it is not running -> see `ublk.py list`
+    TRY_STOP_DEV ENODEV there is no such device, or it is not running -> see `ublk.py list`
+    QUIESCE_DEV ENODEV there is no such device, or it is not running -> see `ublk.py list`
     TRY_STOP_DEV EBUSY somebody has it open -> close it first
     QUIESCE_DEV EBUSY every tag of a queue was busy for the whole time \
         -> its I/O waits until you try again with a longer --timeout, or end its server
@@ -740,7 +742,7 @@ SYS_io_uring_setup = 425
 SYS_io_uring_enter = 426
 SYS_io_uring_register = 427
 
-IORING_SETUP_CQSIZE = 1 << 3
+
 IORING_SETUP_CLAMP = 1 << 4
 IORING_SETUP_SUBMIT_ALL = 1 << 7
 IORING_SETUP_COOP_TASKRUN = 1 << 8
@@ -867,12 +869,11 @@ class Ring:
 
     entries: the number of SQEs, rounded up by the kernel to a power of two
         (32768 at most).
-    cq_entries: the number of CQEs, at least entries; twice entries by default.
-    sqe128:  SQEs of 128 bytes, which control commands need.
-    shared: several threads use it (one at a time, the caller sees to that).
-        Otherwise only the thread that created it may, and completions wait
-        until that thread enters the kernel, which is the quickest way there is
-        (DEFER_TASKRUN, which Linux has since 6.1).
+    for_control: for control commands. It has SQEs of 128 bytes, which they
+        need, and several threads may use it, one at a time. Of any other only
+        the thread that created it may, and completions wait until that thread
+        enters the kernel, which is the quickest way there is (DEFER_TASKRUN,
+        which Linux has since 6.1).
 
     Unlike most users of io_uring this one fills an SQE slot once and submits it
     again and again: push(slot) only writes its number into the index array
@@ -883,12 +884,10 @@ class Ring:
     be locked.
     """
 
-    def __init__(
-        self, entries: int, cq_entries: int = 0, sqe128: bool = False, shared: bool = False
-    ) -> None:
-        params = self._setup(entries, max(cq_entries, 2 * entries), sqe128, shared)
+    def __init__(self, entries: int, for_control: bool = False) -> None:
+        params = self._setup(entries, for_control)
         self.entries = params.sq_entries
-        self.sqe_size = 128 if sqe128 else 64
+        self.sqe_size = 128 if for_control else 64
         sq = params.sq_off
         cq = params.cq_off
         size = max(sq.array + 4 * params.sq_entries, cq.cqes + 16 * params.cq_entries)
@@ -928,18 +927,18 @@ class Ring:
             ctypes.c_long(ctypes.sizeof(self._wait_arg)),
         )
 
-    def _setup(self, entries: int, cq_entries: int, sqe128: bool, shared: bool) -> Any:
+    def _setup(self, entries: int, for_control: bool) -> Any:
         """Create the ring.
 
         Returns the io_uring_params with the offsets of everything in the rings.
         """
-        flags = IORING_SETUP_CQSIZE | IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL
-        if sqe128:
+        flags = IORING_SETUP_CLAMP | IORING_SETUP_SUBMIT_ALL
+        if for_control:
             flags |= IORING_SETUP_SQE128
-        if not shared:
+        else:
             flags |= IORING_SETUP_COOP_TASKRUN | IORING_SETUP_SINGLE_ISSUER
             flags |= IORING_SETUP_DEFER_TASKRUN
-        params = io_uring_params(flags=flags, cq_entries=cq_entries)
+        params = io_uring_params(flags=flags)
         try:
             fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
         except OSError as error:
@@ -953,7 +952,8 @@ class Ring:
             number = error.errno or errno.EIO
             what = "cannot create an io_uring"
             raise UblkError(number, what, remedy=remedy.get(number, "")) from None
-        self.fd = Descriptor(fd)
+        self._file: Any = Descriptor(fd)
+        self.fd = fd  # a number only, which may be kept without keeping the ring
         return params
 
     def prepare(
@@ -1144,6 +1144,7 @@ class Ring:
                 view.release()
         self._rings.close()
         self._sqe_map.close()
+        self._file = None
         self.fd = -1
 
 
@@ -1220,7 +1221,7 @@ class Control:
                 remedy="see `ublk.py check`",
             ) from None
         # One at least is there when no other could be made any more
-        self._rings = [Ring(64, sqe128=True, shared=True)]
+        self._rings = [Ring(64, for_control=True)]
         self.enough: Callable[[], bool] = bool
         self._unprivileged: set[int] = set()
         self.legacy = False
@@ -1297,9 +1298,10 @@ class Control:
         brings it, since who asks cannot know yet whose device it is; from its
         answer we do.
         """
-        if command == UBLK_CMD_GET_DEV_INFO2 or dev_id in self._unprivileged:
-            if command not in (UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO):
-                return f"/dev/ublkc{dev_id}\0".encode()
+        ours = dev_id in self._unprivileged
+        ours = ours and command not in (UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO)
+        if ours or command == UBLK_CMD_GET_DEV_INFO2:
+            return f"/dev/ublkc{dev_id}\0".encode()
         return b""
 
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float) -> int:
@@ -1314,7 +1316,7 @@ class Control:
         try:
             ring = self._rings.pop()
         except IndexError:  # other threads have commands under way
-            ring = Ring(64, sqe128=True, shared=True)
+            ring = Ring(64, for_control=True)
         number = int(command) if self.legacy else command.encoded
         ring.prepare(0, IORING_OP_URING_CMD, fd, number, user_data=1, cmd=bytes(header))
         ring.prepare(1, IORING_OP_ASYNC_CANCEL, addr=1)
@@ -1422,7 +1424,7 @@ class Control:
         """DEL_DEV_ASYNC (6.9): the same without the wait; not for unprivileged devices."""
         self._run(UBLK_CMD_DEL_DEV_ASYNC, dev_id)
 
-    def start_dev(self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT) -> None:
+    def start_dev(self, dev_id: int, pid: int) -> None:
         """START_DEV: show the disk.
 
         Waits until every tag is fetched; up to Linux 6.12 also until the
@@ -1431,7 +1433,7 @@ class Control:
         there are no parameters; EEXIST where the disk is there; EBUSY after a
         STOP_DEV (7.3; older kernels crash).
         """
-        self._run(UBLK_CMD_START_DEV, dev_id, data=pid, timeout=timeout)
+        self._run(UBLK_CMD_START_DEV, dev_id, data=pid)
 
     def stop_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """STOP_DEV: take the disk away; the device remains.
@@ -1465,29 +1467,28 @@ class Control:
         return params
 
     def get_dev_info(self, dev_id: int) -> Any:
-        """GET_DEV_INFO2 (6.3): return the ublksrv_ctrl_dev_info of a device.
+        """GET_DEV_INFO: return the ublksrv_ctrl_dev_info of a device.
 
-        Or GET_DEV_INFO, where the kernel lacks that or the device its node.
-        Neither waits for anything, whatever hangs elsewhere. The pid in it is
-        -1 where no server lives that this process could see.
+        Or GET_DEV_INFO2 (6.3), which an ordinary user's device wants. Neither
+        waits for anything, whatever hangs elsewhere. The pid in it is -1 where
+        no server lives that this process could see.
         """
         info = ublksrv_ctrl_dev_info()
+        what = f"device {dev_id}"
         try:
-            self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info, what=f"device {dev_id}")
+            self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info, what=what)
         except UblkError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOENT):
+            if error.errno != errno.EINVAL:
                 raise
-            try:
-                self._run(UBLK_CMD_GET_DEV_INFO, dev_id, info, what=f"device {dev_id}")
-            except UblkError as other:  # an ordinary user's device has no other way
-                raise (error if error.errno == errno.ENOENT else other) from None
+            self._run(UBLK_CMD_GET_DEV_INFO2, dev_id, info, what=what)
         return info
 
     def get_queue_affinity(self, dev_id: int, queue: int) -> set[int]:
         """GET_QUEUE_AFFINITY: return the CPUs whose requests go to this queue."""
         mask = (ctypes.c_uint8 * 1024)()
         self._run(UBLK_CMD_GET_QUEUE_AFFINITY, dev_id, mask, data=queue)
-        return {cpu for cpu in range(8 * len(mask)) if mask[cpu >> 3] >> (cpu & 7) & 1}
+        bits = int.from_bytes(mask, sys.byteorder)
+        return {cpu for cpu in range(bits.bit_length()) if bits >> cpu & 1}
 
     def start_user_recovery(self, dev_id: int) -> None:
         """START_USER_RECOVERY (6.1): make a device whose server is gone ready for a new one.
@@ -1497,15 +1498,13 @@ class Control:
         """
         self._run(UBLK_CMD_START_USER_RECOVERY, dev_id)
 
-    def end_user_recovery(
-        self, dev_id: int, pid: int, timeout: float = COMMAND_TIMEOUT
-    ) -> None:
+    def end_user_recovery(self, dev_id: int, pid: int) -> None:
         """END_USER_RECOVERY (6.1): go on with a new server, all of whose tags are fetched.
 
         pid is of the process that opened /dev/ublkcN. Requests that waited come
         now.
         """
-        self._run(UBLK_CMD_END_USER_RECOVERY, dev_id, data=pid, timeout=timeout)
+        self._run(UBLK_CMD_END_USER_RECOVERY, dev_id, data=pid)
 
     def update_size(self, dev_id: int, size: int) -> None:
         """UPDATE_SIZE (6.16): change the size of a live disk, in bytes.
@@ -4902,8 +4901,6 @@ def save_state(device: Device) -> None:
     Raises UblkError: EPERM where others may write in the directory, or the
     errno of what failed.
     """
-    import json
-
     target, args, options = device.words
     args = [word for word in args if word not in device.target.once]
     state = {
@@ -4978,8 +4975,6 @@ def load_state(dev_id: int, identity: int | None = None) -> dict[str, Any]:
     standard error: a file of somebody else's, a damaged one, one that names no
     target.
     """
-    import json
-
     path = state_path(dev_id)
     try:
         with open(path, encoding="utf-8", opener=private) as file:
@@ -5212,12 +5207,6 @@ TOLD_EACH_SECOND = 100  # requests that a disk tells of
 Hearer = Callable[[int, str, dict[str, Any]], object]  # of time, stage, and the rest
 
 
-def names_of(prefix: str) -> dict[int, str]:
-    """Return the rest of the name of each constant whose name starts so, by its value."""
-    names = [name for name in globals() if name.startswith(prefix)]
-    return {globals()[name]: name[len(prefix) :] for name in names}
-
-
 PLAIN = dict.fromkeys(map(ord, '{}[]"'))  # what JSON has and text has not
 OPERATIONS = names_of("UBLK_IO_OP_")
 REQUEST_FLAGS = names_of("UBLK_IO_F_")
@@ -5376,7 +5365,6 @@ class TracedBatchQueue(TracedQueue, BatchQueue):
 
 def narrator(path: str) -> Hearer:
     """Return what a Trace is heard by: a file gets JSON, standard error (as which "-" counts) text."""
-    import json
 
     def narrate(ns: int, stage: str, more: dict[str, Any]) -> None:
         text = json.dumps(more).translate(PLAIN)
@@ -5384,11 +5372,11 @@ def narrator(path: str) -> Hearer:
 
     def note(ns: int, stage: str, more: dict[str, Any]) -> None:
         line = json.dumps({"ns": ns, "stage": stage, **more})
-        os.write(fd, f"{line}\n".encode())
+        file.write(f"{line}\n".encode())
 
     if path == "-":
         return narrate
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    file = open(path, "wb", buffering=0)
     return note
 
 
@@ -5443,11 +5431,9 @@ def parse_size(text: str) -> int:
     found = SIZE.fullmatch(text)
     if found:
         number, unit = found.groups(" ")
-        whole, _, fraction = number.partition(".")
-        shift = 10 * " KMGT".index(unit.upper())
-        size, rest = divmod(int(whole + fraction) << shift, 10 ** len(fraction))
-        if not rest:
-            return size
+        size = fractions.Fraction(number) * 1024 ** " KMGT".index(unit.upper())
+        if size.denominator == 1:
+            return int(size)
     raise ValueError(f"{text!r} is not a whole number of bytes, such as 4096, 512K or 1GiB")
 
 
@@ -5521,11 +5507,9 @@ def find_target(word: str) -> type[Target]:
         return load_target(path, name) if name.isidentifier() else load_target(word, "")
     targets = known_targets()
     if word not in targets:
-        if word.startswith("-"):
-            raise Usage(f"{word} stands where a target is expected: options come behind it")
         raise Usage(
-            f"unknown target or command {word!r}: targets are {', '.join(sorted(targets))}, "
-            "or FILE.py:CLASS"
+            f"unknown target or command {word!r} (options come behind it): targets are "
+            f"{', '.join(sorted(targets))}, or FILE.py:CLASS"
         )
     return targets[word]
 
@@ -5533,30 +5517,28 @@ def find_target(word: str) -> type[Target]:
 def load_target(path: str, name: str) -> type[Target]:
     """Run a file of the user's and return the Target class called name, or its only one.
 
-    Raises UblkError: the errno of reading the file, EINVAL for what it has not.
+    Raises UblkError (EINVAL) for what it has not, OSError where it cannot be
+    read.
     """
-    try:
-        source = Path(path).read_bytes()
-    except OSError as error:
-        raise UblkError(error.errno or errno.EIO, f"cannot load {path}") from error
-    module = run_file(path, source)
+    module = run_file(path)
     classes = {
         key: item
         for key, item in vars(module).items()
         if is_target(item) and item.__module__ == module.__name__
     }
-    if name in classes:
-        return classes[name]
     if not name and len(classes) == 1:
         return classes.popitem()[1]
-    found = (
-        f"it has no Target class {name}" if name else f"it has {len(classes)} Target classes"
+    if name in classes:
+        return classes[name]
+    raise UblkError(
+        errno.EINVAL,
+        f"cannot load {path}:{name}",
+        f"its Target classes are {', '.join(classes) or 'none'}",
+        "name one of them, or derive one from ublk.Target",
     )
-    remedy = f"name one of {', '.join(classes)}" if classes else "derive one from ublk.Target"
-    raise UblkError(errno.EINVAL, f"cannot load {path}", found, remedy)
 
 
-def run_file(path: str, source: bytes) -> Any:
+def run_file(path: str) -> Any:
     """Run a file of the user's as a module, and return that.
 
     Its name has a dot, so that it takes the place of no module that can be
@@ -5565,24 +5547,28 @@ def run_file(path: str, source: bytes) -> Any:
     so it goes to standard error. Raises UblkError (EINVAL) for whatever it
     raises.
     """
+    source = Path(path).read_bytes()
     name = os.path.basename(path)
     module = types.ModuleType(name)
     module.__file__ = os.path.abspath(path)
     sys.modules[name] = module  # where dataclasses look for the names in annotations
     sys.path.insert(0, os.path.dirname(module.__file__))
-    try:
-        # What the file prints is no answer of ours
-        with contextlib.redirect_stdout(sys.stderr):
-            exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise UblkError(
-            errno.EINVAL,
-            f"cannot load {path}",
-            f"{type(error).__name__}: {error}",
-            "mend the file",
-        ) from error
+    with contextlib.redirect_stdout(sys.stderr), one_line(f"cannot load {path}"):
+        exec(compile(source, path, "exec", dont_inherit=True), module.__dict__)
     return module
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Have whatever the user's code raises be an error line: UblkError (EINVAL).
+
+    what: what has failed then.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UblkError(errno.EINVAL, what, reason, "mend the file") from error
 
 
 def number_of_bytes(text: str) -> int:
@@ -5613,10 +5599,7 @@ READERS: dict[Any, Callable[[str], Any]] = {
     float: float,
     str: str,
     Path: Path,
-    Any: str,
-    object: str,
 }
-LISTS = [list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable]
 
 
 def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
@@ -5626,16 +5609,9 @@ def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
     no words can give, such as ``**options``, is left out. Raises UblkError
     (EINVAL) for annotations that name what does not exist.
     """
-    try:
+    with one_line(f"annotations of {cls.__name__}"):
         hints = typing.get_type_hints(cls.__init__)
         signature = inspect.signature(cls)
-    except Exception as error:
-        raise UblkError(
-            errno.EINVAL,
-            f"annotations of {cls.__name__}",
-            f"{type(error).__name__}: {error}",
-            "mend them",
-        ) from error
     found = {}
     for name, parameter in signature.parameters.items():
         kind = without_none(hints.get(name) or implied_type(name, parameter.default))
@@ -5661,13 +5637,11 @@ def implied_type(name: str, default: Any) -> Any:
 
 def without_none(kind: Any) -> Any:
     """Return T for Optional[T] and T | None, and any other type as it is."""
-    others = [one for one in typing.get_args(kind) if one is not type(None)]
-    is_union = typing.get_origin(kind) in UNIONS
-    return others[0] if is_union and len(others) == 1 else kind
-
-
-# T | None has its own, from 3.10
-UNIONS = {typing.Union, getattr(types, "UnionType", typing.Union)}
+    either = typing.get_args(kind)
+    others = [one for one in either if one is not type(None)]
+    if len(either) == 2 and len(others) == 1:
+        return others[0]
+    return kind
 
 
 def reading(kind: Any, name: str) -> dict[str, Any]:
@@ -5680,19 +5654,18 @@ def reading(kind: Any, name: str) -> dict[str, Any]:
         return {"type": READERS[kind]}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(kind) is typing.Literal:
-        values = typing.get_args(kind)
-        return {"type": choice({str(value): value for value in values})}
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return {"type": choice({member.name.lower(): member for member in kind})}
     if is_target(kind):
         return {"nargs": "..."}
+    parts = typing.get_args(kind)
     shape = typing.get_origin(kind) or kind
-    if shape in LISTS:
-        of = [one for one in typing.get_args(kind) if one is not Ellipsis] or [str]
-        each = reading(of[0], name)
-        if len(of) == 1 and list(each) == ["type"]:
+    if shape is typing.Literal:
+        return {"type": choice({str(value).lower(): value for value in parts})}
+    if shape is list:
+        each = reading(parts[0] if parts else str, name)
+        if list(each) == ["type"]:
             return {**each, "nargs": "+"}
+    if isinstance(shape, type) and issubclass(shape, enum.Enum):
+        return {"type": choice({member.name.lower(): member for member in shape})}
     raise UblkError(
         errno.EINVAL,
         f"parameter {name}",
@@ -5702,14 +5675,13 @@ def reading(kind: Any, name: str) -> dict[str, Any]:
 
 
 def choice(values: dict[str, Any]) -> Callable[[str], Any]:
-    """Return a reader of the words that name these values."""
+    """Return a reader of the words, in small letters, that name these values."""
 
     def read(text: str) -> Any:
         if text.lower() in values:
             return values[text.lower()]
         raise argparse.ArgumentTypeError(f"{text!r}: choose one of {', '.join(values)}")
 
-    values = {key.lower(): value for key, value in values.items()}
     return read
 
 
@@ -5770,14 +5742,13 @@ def target_maker(words: Sequence[str], read_only: bool = False) -> Callable[[], 
     word, *rest = words
     cls = find_target(word)
     read = vars(target_parser(cls, word, rest).parse_args(rest))
-    # What was given
-    values = {name: value for name, value in read.items() if value not in (None, [])}
+    if "read_only" in read:
+        read["read_only"] = read_only or read["read_only"]
+    given = {name: value for name, value in read.items() if value not in (None, [])}
     for name, (parameter, kind) in parameters(cls).items():
-        if is_target(kind) and (name in values or parameter.default is parameter.empty):
-            values[name] = target_maker(read[name], read_only)
-        if name == "read_only" and read_only:
-            values[name] = True
-    return partial(build_target, cls, word, values)
+        if is_target(kind) and (name in given or parameter.default is parameter.empty):
+            given[name] = target_maker(read[name], read_only)
+    return partial(build_target, cls, word, given)
 
 
 def make_target(words: Sequence[str]) -> Target:
@@ -5792,32 +5763,21 @@ def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
     file it names, anything else with EINVAL.
     """
     values = inspect.signature(cls).bind_partial()
-    for name, (_, kind) in parameters(cls).items():
-        if name not in given:
-            continue
-        value = given[name]
-        if is_target(kind):
-            value = value()
-        elif isinstance(value, list):
-            shape = typing.get_origin(kind) or kind
-            value = shape(value) if shape in (tuple, set, frozenset) else value
-        values.arguments[name] = value
+    for name, value in given.items():
+        below = isinstance(value, partial)  # a target, which is made first
+        values.arguments[name] = value() if below else value
     values.apply_defaults()  # what stands before a word must be there, too
     try:
         return cls(*values.args, **values.kwargs)
     except UblkError:
         raise
     except OSError as error:
-        named = f" {error.filename}" if error.filename else ""
-        raise UblkError(
-            error.errno or errno.EIO,
-            f"target {word}{named}",
-            (error.strerror or str(error)).lower(),
-        ) from error
+        what = f"target {word} {error.filename or ''}".rstrip()
+        reason = (error.strerror or str(error)).lower()
+        raise UblkError(error.errno or errno.EIO, what, reason) from error
     except (Exception, SystemExit) as error:
-        raise UblkError(
-            errno.EINVAL, f"target {word}", f"{type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UblkError(errno.EINVAL, f"target {word}", reason) from error
 
 
 # ---- create -------------------------------------------------------------------------------------
@@ -5867,7 +5827,12 @@ def device_parser() -> Any:
         help="a disk of an ordinary user's (chosen by itself without CAP_SYS_ADMIN)",
     )
     add("-b", "--batch", action="store_true", help="commands for many requests at a time (7.0)")
-    add("--no-partition-scan", action="store_true", help="do not look for partitions")
+    add(
+        "--no-partition-scan",
+        dest="partition_scan",
+        action="store_false",
+        help="do not look for partitions",
+    )
     add(
         "--force",
         action="store_true",
@@ -5892,15 +5857,17 @@ def create(words: Sequence[str]) -> int:
 
     Or recover it, where the same words made it and it waits for a server.
     """
-    inherited = open_descriptors()
     options, args = device_parser().parse_known_args(spelled_out(words[1:]))
+    started = Started(options)
     # What is wrong with the words is told here, and at once.
     make = target_maker([words[0], *args], options.read_only)
-    made_by = {name: value for name, value in vars(options).items() if name not in TOLD}
-    made_by["words"] = [words[0], *args]
+    asked = {name: value for name, value in vars(options).items() if name not in TOLD}
+    made_by = {**asked, "words": [words[0], *args]}
+    block_size = asked.pop("block_size")
+    read_only = asked.pop("read_only")
     identity = new_identity(True)
 
-    def first(started: Started) -> None:
+    def first() -> None:
         if options.id in device_ids():
             if options.recovery and waits_for(options.id, made_by):
                 return recover_from_state(options.id, started)
@@ -5908,25 +5875,17 @@ def create(words: Sequence[str]) -> int:
             what = f"cannot create device {options.id}"
             raise explain(UBLK_CMD_ADD_DEV, errno.EEXIST, what)
         target = make()
-        if options.block_size is not None:
+        if block_size is not None:
             refuse(
-                SECTOR <= options.block_size < target.block_size,
-                f"block size {options.block_size}",
+                SECTOR <= block_size < target.block_size,
+                f"block size {block_size}",
                 f"less than the target's own, {target.block_size}",
             )
-            target.block_size = options.block_size
-        target.read_only = target.read_only or options.read_only
+            target.block_size = block_size
+        target.read_only = target.read_only or read_only
         device = Device(
             target,
-            id=options.id,
-            queues=options.queues,
-            depth=options.depth,
-            max_io=options.max_io,
-            recovery=options.recovery,
-            data_path=options.data_path,
-            unprivileged=options.unprivileged,
-            batch=options.batch,
-            partition_scan=not options.no_partition_scan,
+            **asked,
             force=options.force,
             trace=started.trace,
             words=(words[0], args, made_by),
@@ -5934,7 +5893,7 @@ def create(words: Sequence[str]) -> int:
         device.identity = identity
         return serve(device, device.start, started)
 
-    return launch(first, options, inherited, identity)
+    return launch(first, started, identity)
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
@@ -5957,25 +5916,16 @@ def waits_for(dev_id: int, made_by: dict[str, Any]) -> bool:
     return waits and state.get("options") == made_by and state["cwd"] == os.getcwd()
 
 
-def launch(
-    run: Callable[[Started], None], options: Any, inherited: Sequence[int], identity: int = 0
-) -> int:
+def launch(run: Callable[[], None], started: Started, identity: int = 0) -> int:
     """Run a server, with --background in another process. Returns the exit status.
 
-    run: serves, and tells a Started when the disk is there.
-    inherited: the descriptors that were open when we were called.
+    run: serves, and tells started when the disk is there.
     identity: of a device it may create, which is deleted should it die.
     """
-    started = Started(options)
-    if options.background:
-        if options.trace == "-":  # for which the log has no room
-            raise Usage("--background leaves standard error: name a file, --trace=FILE")
-        return in_background(run, started, inherited, identity)
-    sys.stdout = sys.stderr  # where a target may print what it likes
-    try:
-        started.run(run)
-    finally:
-        sys.stdout = started.out
+    if started.background:
+        return in_background(run, started, identity)
+    with contextlib.redirect_stdout(sys.stderr):  # where a target may print what it likes
+        run()
     return 0
 
 
@@ -5984,28 +5934,32 @@ class Started:
 
     The one hears of it on standard output; the other reads a pipe: ``live``, or
     ``failed`` once standard error has been told why.
+
+    options: the command's; made before anything is opened, for what is open now
+    is of whoever called us.
     """
 
     def __init__(self, options: Any) -> None:
+        self.inherited = open_descriptors()
+        self.background = options.background
         self.json = options.json
-        self.trace_path = options.trace
-        self.trace: Hearer | None = None
         self.out = sys.stdout
         self.news = -1
+        if self.background and options.trace == "-":  # for which the log has no room
+            raise Usage("--background leaves standard error: name a file, --trace=FILE")
+        self.trace = narrator(options.trace) if options.trace else None
 
-    def run(self, run: Callable[[Started], None]) -> None:
-        """Run what serves a disk, with the trace that was asked for."""
-        if self.trace_path:
-            self.trace = narrator(self.trace_path)
-        run(self)
-
-    def tell(self, news: str) -> None:
+    def tell(self, news: bytes) -> None:
         """Write to the parent, if there is one; one that has gone has no use for it."""
+        with contextlib.suppress(OSError):
+            os.write(self.news, news)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close the pipe, which a process that a target forks would keep open for us."""
         if self.news >= 0:
-            with contextlib.suppress(BrokenPipeError):
-                os.write(self.news, f"{news}\n".encode())
             os.close(self.news)
-            self.news = -1
+        self.news = -1
 
     def live(self, device: Device) -> None:
         """Tell the path of the disk, or with --json all about it.
@@ -6025,26 +5979,18 @@ class Started:
             )
         text = device.path
         if self.json:
-            import json
-
             text = json.dumps(describe(device.control, device.id))
         if self.news < 0:
             print(text, file=self.out, flush=True)
             return
         log = private(log_path(device.id), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         print(text, file=self.out, flush=True)
-        self.leave(log)
-        self.tell("live")
-
-    def leave(self, log: int) -> None:
-        """Hold nothing any more of where the command was given: output, directory.
-
-        log: the descriptor of the log, which becomes standard error.
-        """
+        # Hold nothing any more of where the command was given
         self.out.close()
         os.dup2(log, 2)
         os.close(log)
         os.chdir("/")
+        self.tell(b"live")
 
 
 def on_signals(action: Any) -> None:
@@ -6067,10 +6013,7 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
     is left as that made it. Raises UblkError where a queue failed.
     """
 
-    def note(number: int, frame: Any) -> None:
-        device.interrupt(f"ended by {signal.Signals(number).name}")
-
-    on_signals(note)
+    on_signals(lambda number, _: device.interrupt(f"ended by {signal.Signals(number).name}"))
     device.follows = True
     start()
     try:
@@ -6111,7 +6054,7 @@ def serve_started(device: Device, started: Started) -> None:
 def watchdog() -> float:
     """Return within how many seconds systemd wants to hear from us, 0 if it does not."""
     text = os.environ.get("WATCHDOG_USEC", "")
-    return int(text) / 1e6 if text.isascii() and text.isdigit() else 0.0
+    return int(text) / 1e6 if text.isdecimal() else 0.0
 
 
 def notify(message: str) -> None:
@@ -6123,31 +6066,22 @@ def notify(message: str) -> None:
     if address:
         import socket
 
-        peer = f"\0{address[1:]}" if address[0] == "@" else address
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as channel:
-            channel.sendto(message.encode(), socket.MSG_DONTWAIT, peer)
+        if address[0] == "@":
+            address = f"\0{address[1:]}"
+        kind = socket.AF_UNIX, socket.SOCK_DGRAM
+        with contextlib.suppress(OSError), socket.socket(*kind) as channel:
+            channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
 
 
 def open_descriptors() -> list[int]:
     """Return the descriptors this process has open, but for the three standard ones."""
-    fds = map(int, os.listdir("/proc/self/fd"))
+    names = os.listdir("/proc/self/fd")
     # The listing's own is there, and closed
-    return [fd for fd in fds if fd > 2 and is_open(fd)]
+    names = [name for name in names if os.path.exists(f"/proc/self/fd/{name}")]
+    return [int(name) for name in names if int(name) > 2]
 
 
-def is_open(fd: int) -> bool:
-    """Tell whether a descriptor is open."""
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
-
-
-def in_background(
-    run: Callable[[Started], None], started: Started, inherited: Sequence[int], identity: int
-) -> int:
+def in_background(run: Callable[[], None], started: Started, identity: int) -> int:
     """Serve in a child process; return when the disk is usable, or the child's own error.
 
     The child keeps our output until the disk is there, and nothing else of what
@@ -6162,8 +6096,9 @@ def in_background(
     child = os.fork()
     if child == 0:
         os.setsid()
+        os.register_at_fork(after_in_child=started.hang_up)
         null = os.open(os.devnull, os.O_RDWR)
-        for fd in {reader, *inherited} - {started.news}:
+        for fd in {reader, *started.inherited} - {started.news}:
             # The number stays taken: whoever of our caller's has it may close it yet
             os.dup2(null, fd, inheritable=False)
         started.out = open(os.dup(1), "w", encoding="utf-8")
@@ -6174,13 +6109,18 @@ def in_background(
     os.close(started.news)
     end = os.pidfd_open(child)
     on_signals(lambda number, frame: pass_on(number, end))
-    news = hear(reader, end)
+    heard = select.poll()  # for select() there may be too many descriptors
+    heard.register(reader, select.POLLIN)
+    # Not without end: a signal that comes just before would not be passed on
+    while not heard.poll(1000):
+        pass
+    news = os.read(reader, 100)
     os.close(reader)
-    if news == "live":
+    if news == b"live":
         return 0
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     clean_up(identity)
-    if news == "failed":
+    if news == b"failed":
         return code
     raise UblkError(
         errno.ECHILD,
@@ -6194,27 +6134,6 @@ def pass_on(number: int, process: int) -> None:
     """Send a signal to a process that may have ended, of which we have a pidfd."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, number)
-
-
-def hear(reader: int, end: int) -> str:
-    """Return the line a process tells through a pipe, or what it told of one by its end.
-
-    reader: of the pipe, which a helper it started may keep open longer.
-    end: a pidfd of the process.
-    """
-    news = select.poll()  # for select() there may be too many descriptors
-    news.register(reader, select.POLLIN)
-    news.register(end, select.POLLIN)
-    text = b""
-    while not text.endswith(b"\n"):  # a helper that it has started may keep the pipe open
-        # Not without end: a signal that comes just before would not be passed
-        # on.
-        ready = dict(news.poll(1000))
-        piece = os.read(reader, 1 << 16) if reader in ready else b""
-        if ready and not piece:
-            break
-        text += piece
-    return text.decode().rstrip("\n")
 
 
 def clean_up(identity: int) -> None:
@@ -6233,30 +6152,34 @@ def clean_up(identity: int) -> None:
                     say(f"device {dev_id} is left behind: {error}")
 
 
-def to_the_end(run: Callable[[Started], None], started: Started) -> NoReturn:
+def to_the_end(run: Callable[[], None], started: Started) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end."""
     status = 0
     sys.stdout = sys.stderr
     try:
-        started.run(run)
-    except SystemExit as end:  # of the parser of a target's words, which has told why
-        status = 2 if end.code else 0
-    except BaseException as error:
-        if not isinstance(error, Usage):
-            failed(error)
+        run()
+    except Usage as error:
         say(error_line(error))
-        status = 2 if isinstance(error, Usage) else 1
+        status = 2
+    except BaseException as error:
+        failed(error)
+        say(error_line(error))
+        status = 1
     finally:
         try:
             if status:
-                started.tell("failed")
+                started.tell(b"failed")
             sys.stdout.flush()
         finally:  # its reader may be gone
             os._exit(status)
 
 
-def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ()) -> None:
-    """Serve a device anew, with the target its state file names or words do.
+# The words of a target, the options of its disk, and what makes it
+Recipe = tuple[Sequence[str], dict[str, Any], Callable[[], Target]]
+
+
+def recover_from_state(dev_id: int, started: Started, recipe: Recipe | None = None) -> None:
+    """Serve a device anew, with the target its state file names or a recipe does.
 
     Raises UblkError: ENODEV, ENOENT where there is no state to be believed or
     the directory is gone, EINVAL for another file than it was made of.
@@ -6267,38 +6190,34 @@ def recover_from_state(dev_id: int, started: Started, words: Sequence[str] = ())
         # The target's files are the old server's while that lives.
         if not becomes(lambda: not is_served(control.get_dev_info(dev_id)), LAST_BREATH):
             raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
-    remedy = f"name its target: `ublk.py recover {dev_id} --target TARGET ...`"
-    state = {} if words else load_state(dev_id, identity)
-    words = words or ([state["target"], *state["args"]] if state else [])
-    if not words:
-        raise UblkError(
-            errno.ENOENT, what, f"there is no state file {state_path(dev_id)} of it", remedy
-        )
-    try:
-        os.chdir(state.get("cwd", "."))  # where the target's words may name files
-    except (OSError, ValueError):
-        gone = f"it was created in {state['cwd']}, which is gone"
-        raise UblkError(errno.ENOENT, what, gone, remedy) from None
-    try:
-        check_files(what, state.get("files", []))
-        options = dict(state.get("options", {}))
-    except (TypeError, ValueError):
-        raise UblkError(errno.EINVAL, what, "its state file is damaged", remedy) from None
-    try:
-        make = target_maker(words, bool(options.get("read_only")))
-    except Usage as error:
-        if not state:
-            raise
-        raise UblkError(
-            errno.EINVAL,
-            what,
-            f"its state file names no target of a command: {error}",
-            f"have the program that made it recover it, or {remedy}",
-        ) from None
+    words, options, make = recipe or recipe_of(dev_id, identity, what)
     made_by = (words[0], list(words[1:]), options)
     device = Device(make(), id=dev_id, trace=started.trace, words=made_by)
     device.identity = identity
     serve(device, device.resume, started)
+
+
+def recipe_of(dev_id: int, identity: int, what: str) -> Recipe:
+    """Return what a device's state file tells, from where its words may name files."""
+    remedy = f"name its target: `ublk.py recover {dev_id} --target TARGET ...`"
+    state = load_state(dev_id, identity)
+    if not state:
+        reason = f"there is no state file {state_path(dev_id)} of it"
+        raise UblkError(errno.ENOENT, what, reason, remedy)
+    words = [state["target"], *state["args"]]
+    try:
+        os.chdir(state["cwd"])
+    except (OSError, ValueError):
+        reason = f"it was created in {state['cwd']}, which is gone"
+        raise UblkError(errno.ENOENT, what, reason, remedy) from None
+    try:
+        check_files(what, state.get("files", []))
+        options = dict(state.get("options", {}))
+        return words, options, target_maker(words, bool(options.get("read_only")))
+    except (TypeError, ValueError, Usage, SystemExit) as error:
+        reason = f"its state file is of no use to a command: {error}"
+        remedy = f"have the program that made it recover it, or {remedy}"
+        raise UblkError(errno.EINVAL, what, reason, remedy) from None
 
 
 # ---- the other commands -----------------------------------------------------------------------
@@ -6314,8 +6233,6 @@ def list_devices(options: Any) -> None:
 
     What is somebody else's is left out, unless it was asked for by its number.
     """
-    import json
-
     with Control() as control:
         rows = []
         for dev_id in device_ids() if options.id is None else [options.id]:
@@ -6333,43 +6250,30 @@ def list_devices(options: Any) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
-    set_by_driver = [
-        feature.name for feature in FEATURES if feature.meaning.endswith("driver sets it")
+    table: list[Sequence[object]] = [
+        "ID STATE TARGET SIZE BLOCK QUEUES DEPTH PID OWNER FLAGS".split()
     ]
-    print_table(
-        [
+    usual = [feature.name for feature in FEATURES if feature.meaning.endswith("sets it")]
+    for row in rows:
+        flags = [name for name in row["flags"] if name not in usual]
+        table.append(
             (
-                "ID",
-                "STATE",
-                "TARGET",
-                "SIZE",
-                "BLOCK",
-                "QUEUES",
-                "DEPTH",
-                "PID",
-                "OWNER",
-                "FLAGS",
-            ),
-            *(
-                (
-                    row["id"],
-                    row["state"],
-                    " ".join([row["target"] or "?", *(row["args"] or [])]),
-                    format_size(row["size"]),
-                    row["block_size"],
-                    row["queues"],
-                    row["depth"],
-                    row["pid"],
-                    f"{row['owner_uid']}:{row['owner_gid']}",
-                    ",".join(name for name in row["flags"] if name not in set_by_driver) or "-",
-                )
-                for row in rows
-            ),
-        ]
-    )
+                row["id"],
+                row["state"],
+                " ".join([row["target"] or "?", *(row["args"] or [])]),
+                format_size(row["size"]),
+                row["block_size"],
+                row["queues"],
+                row["depth"],
+                row["pid"],
+                f"{row['owner_uid']}:{row['owner_gid']}",
+                ",".join(flags) or "-",
+            )
+        )
+    print_table(table)
 
 
-def print_table(rows: Sequence[tuple[object, ...]]) -> None:
+def print_table(rows: Sequence[Sequence[object]]) -> None:
     """Print rows in columns as wide as what is in them."""
     lines = [[printable(str(item)) for item in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -6392,11 +6296,8 @@ def stop_device(options: Any) -> None:
     and START_DEV after STOP_DEV on one open node crashes kernels before 7.3.
     """
     with Control() as control:
-        info = control.get_dev_info(options.id)
-        if options.if_unused:
-            require(UBLK_F_SAFE_STOP_DEV & ~(control.features or 0))
-        if info.state != UBLK_S_DEV_DEAD:
-            stop = control.try_stop_dev if options.if_unused else control.stop_dev
+        stop = control.try_stop_dev if options.if_unused else control.stop_dev
+        if control.get_dev_info(options.id).state != UBLK_S_DEV_DEAD:
             stop(options.id)
 
 
@@ -6427,12 +6328,10 @@ def delete_devices(options: Any) -> int:
 
 def recover(options: Any) -> int:
     """Start a new server for a device."""
-    inherited = open_descriptors()
-    return launch(
-        lambda started: recover_from_state(options.id, started, options.target),
-        options,
-        inherited,
-    )
+    started = Started(options)
+    words = options.target
+    recipe: Recipe | None = (words, {}, target_maker(words)) if words else None
+    return launch(partial(recover_from_state, options.id, started, recipe), started)
 
 
 def quiesce(options: Any) -> None:
@@ -6504,15 +6403,11 @@ def await_server(control: Control, dev_id: int, size: int, identity: int) -> Non
     """
     what = f"cannot resize device {dev_id}"
     begun = time.monotonic()
-    while (
-        time.monotonic() < begun + SERVER_TIMEOUT
-        and control.get_dev_info(dev_id).state == UBLK_S_DEV_LIVE
-    ):
+
+    def follows() -> bool:
         now, _ = geometry(control, dev_id)
         state = load_state(dev_id, identity)
         unseen = not state and time.monotonic() > begun + 3.0
-        if state.get("size") == size:
-            return
         reason = state.get("refusal") if state.get("refused") == size else ""
         refuse(
             now not in (0, size),
@@ -6520,41 +6415,33 @@ def await_server(control: Control, dev_id: int, size: int, identity: int) -> Non
             f"its target cannot have {size} bytes",
             reason or "see what its server says",
         )
-        if unseen:
-            return
-        time.sleep(0.05)
-    raise UblkError(
-        errno.ETIMEDOUT, what, "its server does not tell whether it follows", "see what it says"
-    )
+        return unseen or state.get("size") == size
+
+    if not becomes(follows, SERVER_TIMEOUT):
+        reason = "its server does not tell whether it follows"
+        raise UblkError(errno.ETIMEDOUT, what, reason, "see what it says")
 
 
 def show_features(options: Any) -> None:
     """Print what this kernel's driver offers."""
     with Control() as control:
         mask = control.features
+    features = [*FEATURES]
+    for name in flag_names((mask or 0) & ~sum(FEATURES)):
+        unknown = Feature(int(name[4:]), "", "newer than this program")
+        unknown.name = name
+        features.append(unknown)
     rows: list[dict[str, Any]] = [
         {
             "bit": feature.bit,
             "name": feature.name,
             "since": feature.since,
             "meaning": feature.meaning,
-            "supported": bool(mask & feature) if mask is not None else None,
+            "supported": None if mask is None else bool(mask & feature),
         }
-        for feature in FEATURES
-    ]
-    rows += [
-        {
-            "bit": int(name[4:]),
-            "name": name,
-            "since": "",
-            "meaning": "newer than this program",
-            "supported": True,
-        }
-        for name in flag_names((mask or 0) & ~sum(FEATURES))
+        for feature in features
     ]
     if options.json:
-        import json
-
         print(json.dumps(rows, indent=2))
         return
     if mask is None:
@@ -6583,7 +6470,7 @@ def checks() -> Iterator[tuple[str, str, str]]:
     In the order in which one stands in the way of the next.
     """
     yield (f"Linux {os.uname().release}", *danger())
-    yield attempt("io_uring", lambda: Ring(2).close())
+    yield attempt("io_uring", partial(Ring, 2))
     loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists(
         "/dev/ublk-control"
     )
@@ -6682,62 +6569,50 @@ def replay(words: Sequence[str]) -> int:
 
 
 FLAG = {"action": "store_true"}
-ID = {"id": {"type": int}}
-# name -> function, help, arguments (None: it parses its words itself)
-VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any]] | None]] = {
-    "list": (list_devices, "show devices", {"id": {"type": int, "nargs": "?"}, "--json": FLAG}),
-    "stop": (
-        stop_device,
-        "take a disk away",
-        {**ID, "--if-unused": {**FLAG, "help": "only where nobody has it open"}},
-    ),
-    "del": (
-        delete_devices,
-        "stop and delete devices",
-        {
-            "id": {"type": int, "nargs": "*"},
-            "--all": FLAG,
-            "--force": {**FLAG, "help": "also a disk that somebody uses"},
-        },
-    ),
+# What commands take, each in one meaning
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "id": {"type": int},
+    "size": {"type": number_of_bytes},
+    "node": {},
+    "--all": FLAG,
+    "--background": FLAG,
+    "--json": FLAG,
+    "--if-unused": {**FLAG, "help": "only where nobody has it open"},
+    "--force": {**FLAG, "help": "also a disk that somebody uses"},
+    "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"},
+    "--trace": TRACE,
+    "--target": {
+        "nargs": "...",
+        "default": [],
+        "metavar": "TARGET [TARGET ARGS]",
+        "help": "instead of what the state file names",
+    },
+    "--debug": {**FLAG, "help": "show a traceback with an error"},
+}
+# name -> function, help, ARGUMENTS: with ? there may be one, with * many
+VERBS: dict[str, tuple[Callable[[Any], int | None], str, str]] = {
+    "list": (list_devices, "show devices", "id? --json"),
+    "stop": (stop_device, "take a disk away", "id --if-unused"),
+    "del": (delete_devices, "stop and delete devices", "id* --all --force"),
     "recover": (
         recover,
         "start a new server for a disk whose server is gone",
-        {
-            **ID,
-            "--background": FLAG,
-            "--json": FLAG,
-            "--trace": TRACE,
-            "--target": {
-                "nargs": "...",
-                "default": [],
-                "metavar": "TARGET [TARGET ARGS]",
-                "help": "instead of what the state file names",
-            },
-        },
+        "id --background --json --trace --target",
     ),
     "quiesce": (
         quiesce,
         "detach a disk's server for another to `recover` it, without an error",
-        {**ID, "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"}},
+        "id --timeout",
     ),
-    "resize": (
-        resize,
-        "change the size of a live disk",
-        {**ID, "size": {"type": number_of_bytes}},
-    ),
-    "features": (show_features, "show what this kernel offers", {"--json": FLAG}),
-    "check": (check, "say what is missing on this machine", {}),
-    "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", {}),
-    "udev-owner": (
-        udev_owner,
-        "used by these rules: print the owner of a device node",
-        {"node": {}},
-    ),
+    "resize": (resize, "change the size of a live disk", "id size"),
+    "features": (show_features, "show what this kernel offers", "--json"),
+    "check": (check, "say what is missing on this machine", ""),
+    "udev-rules": (print_udev_rules, "print the rules that ordinary users' devices need", ""),
+    "udev-owner": (udev_owner, "used by these rules: print the owner of a device node", "node"),
     "replay": (
         replay,
         "rebuild a recorded disk as it was at a given moment (target record)",
-        None,
+        "",
     ),
 }
 
@@ -6745,12 +6620,15 @@ VERBS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any
 def run_verb(words: Sequence[str]) -> int:
     """Run one of the VERBS."""
     function, text, arguments = VERBS[words[0]]
-    if arguments is None:
-        return function(words[1:]) or 0
+    if function is replay:  # it reads its words itself
+        return replay(words[1:])
     parser = make_parser(f"ublk.py {words[0]}", description=text)
-    for name, extra in arguments.items():
+    for argument in (*arguments.split(), "--debug"):
+        name = argument.rstrip("?*")
+        extra = dict(ARGUMENTS[name])
+        if name != argument:
+            extra["nargs"] = argument[-1]
         parser.add_argument(name, **extra)
-    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return function(parser.parse_args(spelled_out(words[1:]))) or 0
 
 
@@ -6774,8 +6652,10 @@ def open_standard_descriptors() -> None:
 
     Or the next file that is opened would be what everybody writes messages to.
     """
-    while not all(map(is_open, range(3))):
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    fd = -1
+    while fd < 3:
+        fd = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    os.close(fd)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
     if sys.stdout is None:
@@ -6843,8 +6723,7 @@ def error_line(error: BaseException) -> str:
         error = UblkError(
             error.errno or errno.EIO, str(error.filename or "a system call failed")
         )
-    text = str(error) or f"ended by {type(error).__name__}"
-    return " ".join(text.splitlines())
+    return str(error) or f"ended by {type(error).__name__}"
 
 
 def command() -> NoReturn:

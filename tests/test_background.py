@@ -275,14 +275,14 @@ def test_a_number_of_the_callers_never_becomes_another_file(tmp_path, monkeypatc
     callers = open(os.devnull, "rb")
     told = tmp_path / "trace"
 
-    def serve(started):
+    def serve():
         callers.close()
         print("begun", file=started.out, flush=True)
         started.trace(0, "begun", {})
-        started.tell("live")
+        started.tell(b"live")
         os._exit(0)
 
-    started = ublk.Started(SimpleNamespace(json=False, trace=str(told)))
-    assert ublk.in_background(serve, started, [callers.fileno()], 0) == 0
+    started = ublk.Started(SimpleNamespace(json=False, background=True, trace=str(told)))
+    assert ublk.in_background(serve, started, 0) == 0
     os.wait()
     assert "begun" in told.read_text()

@@ -132,7 +132,7 @@ class Situation:
         """Start a device of which nobody fetches a tag."""
         dev_id = self.added()
         self.control.set_params(dev_id, self.params())
-        self.control.start_dev(dev_id, os.getpid(), timeout=0.2)
+        self.control._run(ublk.UBLK_CMD_START_DEV, dev_id, data=os.getpid(), timeout=0.2)
 
     def over_quota(self):
         """Ask for an unprivileged device where none is allowed."""
@@ -365,4 +365,4 @@ def test_a_disk_without_partx_says_that_partitions_are_not_looked_for(monkeypatc
 
 def test_an_option_before_the_target_is_told_where_it_belongs(run):
     done = run("--background", "null")
-    assert done.status == 2 and "--background stands where a target is expected" in done.err
+    assert done.status == 2 and "--background' (options come behind it)" in done.err

@@ -202,7 +202,7 @@ class TestRing:
             assert ring.reap() == ([77], [0])
 
     def test_entries_of_128_bytes(self):
-        ring = ublk.Ring(4, sqe128=True)
+        ring = ublk.Ring(4, for_control=True)
         try:
             assert len(ring.sqes) == 4 * 128
             nops(ring, 4)
@@ -225,8 +225,8 @@ class TestRing:
         thread.join()
         assert found == [errno.EEXIST]
 
-    def test_a_shared_ring_serves_every_thread(self):
-        ring = ublk.Ring(8, shared=True)
+    def test_a_ring_for_control_commands_serves_every_thread(self):
+        ring = ublk.Ring(8, for_control=True)
         try:
             for number in range(3):
                 nops(ring, 1, first=number)
@@ -241,7 +241,7 @@ class TestRing:
         gc.collect()                                # of what earlier tests left
         before = descriptors()
         for _ in range(30):
-            other = ublk.Ring(64, sqe128=True)
+            other = ublk.Ring(64, for_control=True)
             nops(other, 5)
             other.enter(5)
             other.close()

@@ -194,7 +194,7 @@ class Kinds(ublk.Target):
     def __init__(self, *, count: int = 3, verify: bool = True, quick: bool = False, ratio: float = 0.5,
                  where: Path = Path("/"), colour: Colour = Colour.RED, mode: typing.Literal["a", "b"] = "a",
                  limit: typing.Optional[int] = None, numbers: list[int] = NUMBERS,
-                 names: tuple[str, ...] = (), plain=7, nothing=None, log=sys.stderr):
+                 names: list = (), plain=7, nothing=None, log=sys.stderr):
         self.given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
 
 
@@ -205,7 +205,7 @@ class Kinds(ublk.Target):
     ("--colour dark_blue", "colour", Colour.DARK_BLUE), ("--mode b", "mode", "b"),
     ("--limit 7", "limit", 7), ("", "limit", None), ("--numbers 4 5", "numbers", [4, 5]),
     ("", "numbers", [1]),
-    ("--names x y", "names", ("x", "y")), ("--plain 9", "plain", 9), ("--nothing x", "nothing", "x")])
+    ("--names x y", "names", ["x", "y"]), ("--plain 9", "plain", 9), ("--nothing x", "nothing", "x")])
 def test_words_become_what_the_annotation_says(monkeypatch, words, name, value):
     monkeypatch.setattr(ublk, "known_targets", lambda: {"kinds": Kinds})
     found = ublk.make_target(["kinds", *words.split()]).given[name]
