@@ -3956,8 +3956,10 @@ def delete(
     timeout: seconds.
     identity: a device that is another's by now is left alone.
 
-    Raises UblkError (EBUSY): stopped, but it goes only when they close it.
+    Raises UblkError (EBUSY): stopped, but it goes only when they close it; or it
+    does not stop, as a handler does not return.
     """
+    what = f"device {dev_id} does not stop"
     remedy = f"end its server, then `ublk.py del {dev_id}`"
     try:
         # Two DEL_DEV at a time would wait for each other.
@@ -3967,26 +3969,24 @@ def delete(
             if dev_id not in device_ids():
                 forget_state(dev_id)
             return
+        # First, as DEL_DEV, if it waited for a handler, would have all ADD_DEV
+        # and DEL_DEV of others wait along
+        control.stop_dev(dev_id, timeout)
         forget_state(dev_id)
         # Up to Linux 6.3 the kernel's thread that stops a disk may be left with
         # the last reference to /dev/ublkcN, and drop it only when it has
         # nothing else to do: given DEL_DEV, which waits for just that, it would
-        # wait for ever. So this stops the disk first and sees the node closed.
+        # wait for ever. So this sees the node closed.
         if control.legacy:
-            control.stop_dev(dev_id, timeout)
             with contextlib.suppress(FileNotFoundError):
                 os.close(open_char(dev_id, timeout))
+        what = f"device {dev_id} is stopped but not deleted"
         remedy = "it goes when they close it"
         control.del_dev(dev_id, timeout)
     except OSError as error:
         if error.errno in (errno.ETIMEDOUT, errno.EBUSY):
             who = ", ".join(holders(dev_id)) or "somebody"
-            raise UblkError(
-                errno.EBUSY,
-                f"device {dev_id} is stopped but not deleted",
-                f"held open by {who}",
-                remedy,
-            ) from None
+            raise UblkError(errno.EBUSY, what, f"held open by {who}", remedy) from None
         # Without its node it may be about to go, by somebody else's command; or
         # nobody can command it.
         if error.errno != errno.ENODEV and not (
@@ -6122,12 +6122,11 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     clean_up(identity)
     if news == b"failed":
         return code
-    raise UblkError(
-        errno.ECHILD,
-        "the server died before the disk was there",
-        f"killed by signal {-code}" if code < 0 else f"exit status {code}",
-        "" if -code in STOP_SIGNALS else "see the kernel's log",
-    )
+    what = "the server died before the disk was there"
+    if code >= 0:
+        raise UblkError(errno.ECHILD, what, f"exit status {code}")
+    remedy = "" if -code in STOP_SIGNALS else "see the kernel's log"
+    raise UblkError(errno.ECHILD, what, f"killed by signal {-code}", remedy)
 
 
 def pass_on(number: int, process: int) -> None:
@@ -6154,17 +6153,14 @@ def clean_up(identity: int) -> None:
 
 def to_the_end(run: Callable[[], None], started: Started) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end."""
-    status = 0
+    status = 1
     sys.stdout = sys.stderr
     try:
         run()
-    except Usage as error:
-        say(error_line(error))
-        status = 2
+        status = 0
     except BaseException as error:
         failed(error)
         say(error_line(error))
-        status = 1
     finally:
         try:
             if status:

@@ -246,6 +246,28 @@ def test_ctrl_c_with_a_handler_that_never_returns(tmp_path):
     assert at_least("6.7") or f"`ublk.py del {disk.id}`" in disk.said()
 
 
+@kernel
+def test_a_disk_that_does_not_stop_keeps_no_other_waiting(tmp_path):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def read(self, offset, buffer):
+                while offset == 65536:
+                    time.sleep(1)
+    """)
+    stuck = Forked(path).live()
+    client = stuck_client(stuck)
+    until(lambda: in_flight(stuck)[0], "the read to arrive")
+    soon = (1.0, None)
+    deleting = Forked("del", stuck.id, "--force", change=lambda: setattr(ublk.delete, "__defaults__", soon))
+    until(lambda: "EBUSY" in deleting.said(), "the end of its wait")
+    with ublk.Device(Ram(), partition_scan=False):
+        pass
+    stuck.kill()
+    assert (client.wait(60), deleting.wait()) == (1, 1)
+    assert "does not stop" in deleting.said() and ublk.main(["del", "--all"]) == 0
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     """Have a delete that waits for somebody to close a disk give up soon."""
