@@ -431,12 +431,27 @@ class Waiting:
         return ublk.ublksrv_ctrl_dev_info(dev_id=dev_id, state=2, ublksrv_pid=-1, ublksrv_flags=7)
 
 
+@pytest.fixture
+def recover(run, run_dir, monkeypatch):
+    """Recover a device that waits, whose state file has something else than it should."""
+    def recovered(damage):
+        monkeypatch.setattr(ublk, "Control", Waiting)
+        state = {"id": 0, "identity": f"{7:016x}", "target": "null", "args": [], "options": {}, "cwd": "/"}
+        run_dir.mkdir()
+        (run_dir / "0.json").write_text(json.dumps({**state, **damage}))
+        return run("recover", "0")
+    return recovered
+
+
 @pytest.mark.parametrize("damage", [
     {"options": None}, {"options": [1]}, {"files": 5}, {"files": [5]}, {"files": [[]]}, {"files": [["/", 1]]},
     {"files": [["\0", 1, 1, 1]]}, {"files": None}])
-def test_a_damaged_state_is_one_error_line(run, run_dir, monkeypatch, damage):
-    monkeypatch.setattr(ublk, "Control", Waiting)
-    state = {"id": 0, "identity": f"{7:016x}", "target": "null", "args": [], "options": {}, "cwd": "/"}
-    run_dir.mkdir()
-    (run_dir / "0.json").write_text(json.dumps({**state, **damage}))
-    assert_fails(run("recover", "0"), 1, "cannot recover device 0", errno.EINVAL)
+def test_a_damaged_state_is_one_error_line(recover, damage):
+    assert_fails(recover(damage), 1, "cannot recover device 0", errno.EINVAL)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--sise", "1G"]])
+def test_a_state_whose_words_make_no_target_is_no_success(recover, words):
+    done = recover({"args": words})
+    assert (done.status, done.out) == (1, "")
+    assert_error_line(done.err.splitlines(True)[-1], errno.EINVAL, says="cannot recover device 0")
