@@ -427,16 +427,17 @@ def danger() -> tuple[str, str]:
     Both are empty where nothing bad is known. `check` shows them, and a create
     refuses to go on without --force.
     """
-    release = os.uname().release
-    return next(
-        (row[1:] for row in DANGEROUS_KERNELS if re.fullmatch(row[0], release)), ("", "")
-    )
+    for pattern, happens, remedy in DANGEROUS_KERNELS:
+        if re.fullmatch(pattern, os.uname().release):
+            return happens, remedy
+    return "", ""
 
 
 def newer_kernel(what: str, since: str) -> UblkError:
     """Return the error for what this kernel lacks, where since is the first that has it."""
     release = kernel_release()
-    here, first = ([int(part) for part in text.split(".")] for text in (release, since))
+    here = [int(part) for part in release.split(".")]
+    first = [int(part) for part in since.split(".")]
     reason = f"this Linux {release} is built without it"
     if here < first:
         reason = f"needs Linux {since}, this is {release}"
@@ -596,9 +597,12 @@ def structure(name: str, members: str) -> Any:
     which the new one is put, too, for others to contain.
     """
     fields = []
-    for kind, *declared in (group.split() for group in members.split(",")):
-        for field, _, count in (member.rstrip("]").partition("[") for member in declared):
-            fields.append((field, C_TYPES[kind] * int(count) if count else C_TYPES[kind]))
+    for group in members.split(","):
+        kind, *declared = group.split()
+        for member in declared:
+            field, _, count = member.rstrip("]").partition("[")
+            of = C_TYPES[kind]
+            fields.append((field, of * int(count) if count else of))
     C_TYPES[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return C_TYPES[name]
 
@@ -1553,7 +1557,8 @@ def device_ids() -> list[int]:
         names = os.listdir("/sys/class/ublk-char")
     except OSError:
         names = os.listdir("/dev")
-    return sorted(int(name[5:]) for name in names if name[:5] == "ublkc" and name[5:].isdigit())
+    found = [re.fullmatch("ublkc([0-9]+)", name) for name in names]
+    return sorted(int(one[1]) for one in found if one)
 
 
 # =================================================================================================
@@ -5439,9 +5444,9 @@ def parse_size(text: str) -> int:
 
 def format_size(size: int) -> str:
     """Write a number of bytes the way parse_size reads it."""
-    for unit, letter in ((40, "T"), (30, "G"), (20, "M"), (10, "K")):
-        if size and size % (1 << unit) == 0:
-            return f"{size >> unit}{letter}"
+    for shift, letter in zip((40, 30, 20, 10), "TGMK"):
+        if size and size % (1 << shift) == 0:
+            return f"{size >> shift}{letter}"
     return str(size)
 
 
@@ -5704,7 +5709,8 @@ def target_parser(
     )
     taken = device_parser()
     for name, (parameter, kind) in parameters(cls).items():
-        extra = {**reading(kind, name), "help": help_of(helps.get(name, ""), parameter.default)}
+        extra = reading(kind, name)
+        extra["help"] = help_of(helps.get(name, ""), parameter.default)
         option = "--" + name.replace("_", "-")
         optional = parameter.default is not parameter.empty
         try:
