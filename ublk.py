@@ -209,7 +209,7 @@ def say(text: str) -> None:
 
 
 class Feature(int):
-    """A feature flag of a device: the number is its mask.
+    """A feature flag of a device, or a kind of its parameters: the number is its mask.
 
     since: the first kernel that has it.
     meaning: in a few words, as `ublk.py features` shows it.
@@ -226,7 +226,7 @@ class Feature(int):
         self,
         bit: int,
         since: str,
-        meaning: str,
+        meaning: str = "",
         needs: int = 0,
         excludes: int = 0,
     ) -> None:
@@ -664,24 +664,15 @@ ublk_params = structure(
     "ublk_param_devt devt, ublk_param_zoned zoned, ublk_param_dma_align dma, ublk_param_segment seg, "
     "ublk_param_integrity integrity",
 )
-# Kinds of parameters (ublk_params.types).
-UBLK_PARAM_TYPE_BASIC = 1 << 0
-UBLK_PARAM_TYPE_DISCARD = 1 << 1
-UBLK_PARAM_TYPE_DEVT = 1 << 2
-UBLK_PARAM_TYPE_ZONED = 1 << 3
-UBLK_PARAM_TYPE_DMA_ALIGN = 1 << 4
-UBLK_PARAM_TYPE_SEGMENT = 1 << 5
-UBLK_PARAM_TYPE_INTEGRITY = 1 << 6
-# Each with its name and the first kernel that knows it; older ones drop it silently.
-PARAM_TYPES = {
-    UBLK_PARAM_TYPE_BASIC: ("BASIC", "6.0"),
-    UBLK_PARAM_TYPE_DISCARD: ("DISCARD", "6.0"),
-    UBLK_PARAM_TYPE_DEVT: ("DEVT", "6.3"),
-    UBLK_PARAM_TYPE_ZONED: ("ZONED", "6.6"),
-    UBLK_PARAM_TYPE_DMA_ALIGN: ("DMA_ALIGN", "6.15"),
-    UBLK_PARAM_TYPE_SEGMENT: ("SEGMENT", "6.15"),
-    UBLK_PARAM_TYPE_INTEGRITY: ("INTEGRITY", "7.0"),
-}
+# Kinds of parameters (ublk_params.types); what a kernel does not know it drops silently.
+UBLK_PARAM_TYPE_BASIC = Feature(0, "6.0")
+UBLK_PARAM_TYPE_DISCARD = Feature(1, "6.0")
+UBLK_PARAM_TYPE_DEVT = Feature(2, "6.3")
+UBLK_PARAM_TYPE_ZONED = Feature(3, "6.6")
+UBLK_PARAM_TYPE_DMA_ALIGN = Feature(4, "6.15")
+UBLK_PARAM_TYPE_SEGMENT = Feature(5, "6.15")
+UBLK_PARAM_TYPE_INTEGRITY = Feature(6, "7.0")
+PARAM_TYPES: Sequence[Feature] = table_of("UBLK_PARAM_TYPE_")
 # linux/fs.h: what the metadata of blocks is good for, and which checksum is in
 # it
 LBMD_PI_CAP_INTEGRITY = 1
@@ -3248,9 +3239,9 @@ class Device:
         lost = params.types & ~self.control.get_params(self.id).types
         # Unknown where there is no zero copy: nobody needs it
         lost &= ~UBLK_PARAM_TYPE_DMA_ALIGN
-        for kind, (name, since) in PARAM_TYPES.items():
+        for kind in PARAM_TYPES:
             if lost & kind:
-                raise newer_kernel(f"parameters {name}", since)
+                raise newer_kernel(f"parameters {kind.name}", kind.since)
 
     def _see_that_it_is_ours(self) -> None:
         """Refuse to go on where there is no such device, or another that has its number by now."""
