@@ -519,7 +519,7 @@ UBLK_S_DEV_DEAD = 0
 UBLK_S_DEV_LIVE = 1
 UBLK_S_DEV_QUIESCED = 2
 UBLK_S_DEV_FAIL_IO = 3
-STATES = ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
+STATES = names_of("UBLK_S_DEV_")
 
 # Commands of the data plane, encoded; their low byte is the legacy opcode.
 UBLK_U_IO_FETCH_REQ = 0xC0107520
@@ -5039,7 +5039,7 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
         "id": dev_id,
         "path": f"/dev/ublkb{dev_id}",
         "char_path": f"/dev/ublkc{dev_id}",
-        "state": STATES[info.state] if info.state < len(STATES) else str(info.state),
+        "state": STATES.get(info.state, str(info.state)),
         "target": state.get("target"),
         "args": state.get("args"),
         "size": size,
@@ -5209,7 +5209,7 @@ REQUEST_FLAGS = names_of("UBLK_IO_F_")
 # What numbers in what goes along with a command mean
 MEANINGS: dict[tuple[Any, str], Callable[[int], Any]] = {
     (ublksrv_ctrl_dev_info, "flags"): flag_names,
-    (ublksrv_ctrl_dev_info, "state"): dict(enumerate(STATES)).get,
+    (ublksrv_ctrl_dev_info, "state"): STATES.get,
     (ctypes.c_uint64, "value"): flag_names,
 }
 

@@ -146,7 +146,7 @@ def test_tables_are_consistent():
     assert all(int(feature) == 1 << feature.bit and feature.meaning for feature in ublk.FEATURES)
     assert len({command.name for command in ublk.COMMANDS}) == len(ublk.COMMANDS)
     assert [1 << bit for bit in range(len(ublk.PARAM_TYPES))] == list(ublk.PARAM_TYPES)
-    assert ublk.STATES == ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
+    assert ublk.STATES == {0: "DEAD", 1: "LIVE", 2: "QUIESCED", 3: "FAIL_IO"}
     for feature in ublk.FEATURES:
         assert re.fullmatch(r"[67]\.\d+", feature.since)
         assert not feature.needs & feature.excludes
