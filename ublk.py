@@ -1000,14 +1000,11 @@ class Ring:
     def push_all(self, slots: Sequence[int]) -> None:
         """Queue several SQE slots, in their order, at most `entries` of them."""
         start = self._tail & self._sq_mask
-        end = start + len(slots)
-        if end <= self.entries:
-            self._array[start:end] = array("I", slots)
-        else:
-            fits = self.entries - start
-            self._array[start:] = array("I", slots[:fits])
-            self._array[: end - self.entries] = array("I", slots[fits:])
-        self._tail += len(slots)
+        words = array("I", slots)
+        rest = words[self.entries - start :]  # which goes to the beginning
+        self._array[start : start + len(words)] = words[: self.entries - start]
+        self._array[: len(rest)] = rest
+        self._tail += len(words)
 
     def enter(self, min_complete: int = 0, timeout: float | None = None) -> bool:
         """Submit what was pushed and wait for CQEs, for timeout seconds at most.
