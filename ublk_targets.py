@@ -136,7 +136,8 @@ class Ram(ublk.Target):
         self.resized(size)
 
     def resized(self, size: int) -> None:
-        self.view = memoryview(mmap.mmap(self.fd, size))
+        # 0 would be the whole file; that no disk has no bytes the Device tells
+        self.view = memoryview(mmap.mmap(self.fd, size or 1))
         self.size = size
 
     def part(self, offset: int, length: int) -> memoryview:
