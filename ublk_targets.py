@@ -39,7 +39,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -278,7 +278,6 @@ def is_block(path: str) -> bool:
         kind not in (stat.S_IFBLK, stat.S_IFREG),
         path,
         "neither a file nor a block device",
-        "name one",
     )
     return kind == stat.S_IFBLK
 
@@ -348,7 +347,7 @@ def direct_units(fd: int) -> tuple[int, int]:
 # =================================================================================================
 
 
-async def together(*coroutines: Any) -> None:
+async def together(coroutines: Sequence[Any]) -> None:
     """Run coroutines side by side until all have ended, also where one fails; then raise what it raised."""
     import asyncio
 
@@ -419,7 +418,6 @@ def distinct(paths: Sequence[str]) -> Sequence[str]:
         len({os.path.realpath(path) for path in paths}) < len(paths),
         " ".join(paths),
         "one file or device is named twice",
-        "name different ones",
     )
     return paths
 
@@ -459,7 +457,6 @@ class Stripe(Over, Mapped, ublk.Target):
             least.size < chunk,
             least.path,
             f"smaller than a chunk of {chunk} bytes",
-            "take a smaller one",
         )
         self.size = least.size // chunk * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
@@ -482,15 +479,14 @@ class Stripe(Over, Mapped, ublk.Target):
         leg = offset // self.boundary % len(self.legs)
         return self.legs[leg].fd, self.before(leg, offset)
 
-    async def call(self, name: str, *args: Any) -> Any:
+    async def call(self, name: str, *args: Any) -> None:
         """Have all legs flush, and those that it touches serve another request."""
         if name == "flush":
-            return await together(*[leg.flush() for leg in self.legs])
+            await together([leg.flush() for leg in self.legs])
+            return
         offset, length, *how = args
         spans = self.spans(offset, length)
-        return await together(
-            *[getattr(leg, name)(at, count, *how) for leg, at, count in spans]
-        )
+        await together([getattr(leg, name)(at, count, *how) for leg, at, count in spans])
 
     def resized(self, size: int) -> None:
         for number, leg in enumerate(self.legs):
@@ -505,7 +501,7 @@ class Stripe(Over, Mapped, ublk.Target):
 def make_file(path: str, header: bytes, size: int) -> None:
     """Make a file of this size that begins with a header, where there is none or an empty one."""
     is_there = os.path.exists(path)
-    refuse(is_there and is_block(path), path, "not a file", "name a file")
+    refuse(is_there and is_block(path), path, "not a file")
     with open(path, "ab") as file:
         claim(file.fileno(), path)
         if not os.path.getsize(path):
@@ -528,13 +524,15 @@ class Sealed:
 
     def unpack(self, data: bytes) -> tuple[Any, ...]:
         """Return the values; none where data is damaged, or something else."""
-        values = self.struct.unpack(data[:-4])[1:] if len(data) == self.size else ()
-        return values if values and data == self.pack(*values) else ()
+        if len(data) < self.size:
+            return ()
+        values = self.struct.unpack(data[:-4])[1:]
+        return values if data == self.pack(*values) else ()
 
     def read(self, fd: int, path: str) -> tuple[Any, ...]:
         """Return the values at the beginning of a file; raise UblkError where there are none."""
         values = self.unpack(os.pread(fd, self.size, 0))
-        refuse(not values, path, f"not {self.what}, or a damaged one", "name another file")
+        refuse(not values, path, f"not {self.what}, or a damaged one")
         return values
 
 
@@ -661,7 +659,8 @@ class Cow(ublk.Target):
 
     def _seal(self, seen: int) -> None:
         """Write the header, durably, with the fingerprint of the base; 0 means any."""
-        write_all(self.top.fd, COW_HEADER.pack(self.size, self.grain, seen, boot_id()), 0)
+        header = COW_HEADER.pack(self.size, self.grain, seen, boot_id())
+        write_all(self.top.fd, header, 0)
         os.fsync(self.top.fd)
 
     # ---- which blocks the overlay has --------------------------------------------------------------
@@ -684,8 +683,9 @@ class Cow(ublk.Target):
     def _marks(self, blocks: slice) -> bytes:
         """Return the marks of blocks. A mapping would be quicker, and kill us: a full tmpfs has no page
         to show for a hole, not even for reading."""
-        marks = os.pread(self.top.fd, blocks.stop - blocks.start, self.marks_at + blocks.start)
-        if len(marks) < blocks.stop - blocks.start:
+        count = blocks.stop - blocks.start
+        marks = os.pread(self.top.fd, count, self.marks_at + blocks.start)
+        if len(marks) < count:
             raise OSError(errno.EIO, "the overlay's end is missing")
         return marks.replace(OURS, BASE) if self.lost else marks
 
@@ -750,9 +750,11 @@ class Cow(ublk.Target):
                     data = os.pread(self.top.fd, length, self.data_at + start)
                     write_all(self.below.fd, data, start)
         os.fsync(self.below.fd)
-        for start, end in (self.marks_at, self.data_at), (self.data_at, self.top.size):
-            clear(self.top.fd, start, end - start)
-            os.fsync(self.top.fd)
+        # The marks first: a block without one is the base's
+        clear(self.top.fd, self.marks_at, self.data_at - self.marks_at)
+        os.fsync(self.top.fd)
+        clear(self.top.fd, self.data_at, self.size)
+        os.fsync(self.top.fd)
         self._seal(fingerprint(self.below.fd, self.size))
 
     def close(self) -> None:
@@ -866,18 +868,15 @@ class Fault(Wrapper, ublk.Target):
         seed: int = 1,
     ) -> None:
         super().__init__(target)
-        self.on = on.split(",") if on else ["read"] if bad_sectors else HANDLERS
-        refuse(
-            not set(self.on) <= set(HANDLERS),
-            f"--on {on}",
-            "no such operation",
-            f"there are {', '.join(HANDLERS)}",
-        )
+        if bad_sectors:
+            on = on or "read"
+        self.on = on.split(",") if on else HANDLERS
+        for name in self.on:
+            ublk.pick(dict.fromkeys(HANDLERS), "--on", name)
         refuse(
             error not in ("", *errno.errorcode.values()),
             f"--error {error}",
             "there is no such errno",
-            "take one such as EIO",
         )
         refuse(
             not 0 <= rate <= 1,
@@ -1056,7 +1055,7 @@ class Cache(Wrapper, ublk.Target):
     was not flushed is lost, but the disk goes on. Its clients should not: with ``fault`` above it,
     their requests fail meanwhile. A server that ends well flushes.
 
-    cache_size: how much to keep; when there is more, the oldest eighth is written to the target
+    cache_size: how much to keep; before there is more, all is written to the target
     cut: a file that may appear; it is removed once the next request has found it
     target: the target that has what is durable, with its own arguments
     """
@@ -1073,7 +1072,7 @@ class Cache(Wrapper, ublk.Target):
         self.offer(["write_fua"], target)
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
-        self.blocks: dict[int, bytes] = {}  # by their offsets, the oldest first
+        self.blocks: dict[int, bytes] = {}  # by their offsets
         self.changing = threading.Lock()  # held while the target is changed
         self.lock = threading.Lock()
 
@@ -1099,17 +1098,16 @@ class Cache(Wrapper, ublk.Target):
 
     async def write(self, offset: int, buffer: memoryview) -> None:
         self.look()
-        while (
-            self.blocks and len(self.blocks) * self.block_size + len(buffer) > self.cache_size
-        ):
-            await self.write_back(self.cache_size // 8 // self.block_size + 1)
+        kept = len(self.blocks) * self.block_size
+        if kept + len(buffer) > self.cache_size:
+            await self.write_back()
         with self.lock:  # or forget() could take it for what was there
             for at in range(0, len(buffer), self.block_size):
                 self.blocks[offset + at] = bytes(buffer[at:][: self.block_size])
 
     async def flush(self) -> None:
         self.look()
-        await self.write_back(None)
+        await self.write_back()
 
     def resized(self, size: int) -> None:
         self.forget(self.kept(size, self.size))  # for the target has no place there
@@ -1123,18 +1121,18 @@ class Cache(Wrapper, ublk.Target):
             await super().call(name, *args)
             self.forget(older)
 
-    async def write_back(self, count: int | None) -> None:
-        """Write so many of the oldest blocks to the target, or all, durably."""
+    async def write_back(self) -> None:
+        """Write all blocks to the target, durably."""
         async with self.alone():
             before_a_cut = self.blocks
-            blocks = dict(itertools.islice(self.blocks.copy().items(), count))
+            blocks = self.blocks.copy()
             for _, run in itertools.groupby(enumerate(sorted(blocks)), self.run_of):
                 if self.blocks is not before_a_cut:
                     raise OSError(errno.EIO, "the power was cut")
                 offsets = [at for _, at in run]
                 data = aligned(b"".join(blocks[at] for at in offsets))
                 await super().call("write", offsets[0], data)
-            if count is None and hasattr(self.target, "flush"):
+            if hasattr(self.target, "flush"):
                 await super().call("flush")
             self.forget(blocks)  # no sooner: what fails is done again
 
@@ -1278,6 +1276,7 @@ def dial(address: Any) -> socket.socket:
     return connection
 
 
+@dataclass
 class NbdConnection:
     """A connection to an NBD server, usable once open() has returned.
 
@@ -1285,16 +1284,15 @@ class NbdConnection:
     request.
     """
 
-    def __init__(self, uri: str, tls: Any) -> None:
-        self.uri = uri
-        self.tls = tls  # the ssl.SSLContext to speak it with
-        self.size = 0
-        self.flags = 0
-        self.minimum = 1
-        self.maximum = 32 << 20
-        self.refused: set[int] = set()  # cookies of requests, by a server that is shutting down
-        self.reader: Any = None
-        self.writer: Any = None
+    uri: str
+    tls: Any  # the ssl.SSLContext to speak it with
+    size: int = 0
+    flags: int = 0
+    minimum: int = 1
+    maximum: int = 32 << 20
+    refused: set[int] = field(default_factory=set)  # by a server that shuts down: cookies
+    reader: Any = None
+    writer: Any = None
 
     async def open(self) -> None:
         """Connect and shake hands. Raises UblkError."""
@@ -1335,7 +1333,6 @@ class NbdConnection:
             magic != b"NBDMAGIC" or options != NBD_OPTION_MAGIC,
             self.uri,
             "no NBD server answers there, or one of the old style",
-            "name another",
         )
         self.writer.write(struct.pack(">I", flags & 3))
         if self.tls:
@@ -1394,7 +1391,6 @@ class NbdConnection:
                 magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16,
                 self.uri,
                 "the server does not keep to the protocol",
-                "use another",
             )
             payload = await self.take(length)
             if kind == NBD_REP_ACK:
@@ -1912,26 +1908,89 @@ KINDS_WITH_DATA = (*WITH_DATA, "mark")
 RWF_APPEND = 0x10  # linux/fs.h
 
 
-@contextmanager
-def growing(fd: int) -> Iterator[None]:
-    """Have no other process add to a log meanwhile: marks come from anywhere."""
-    fcntl.lockf(fd, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.lockf(fd, fcntl.LOCK_UN)
+class Entry(NamedTuple):
+    """A change of a recorded disk, or a mark; its data, if any, ends at end in the log."""
+
+    number: int
+    kind: str
+    error: int  # errno, if it failed
+    offset: int  # of a flush: the number of the last entry that it is for
+    length: int
+    crc: int
+    end: int
 
 
-def append(
-    fd: int, kind: str, data: Any = b"", offset: int = 0, length: int = 0, error: int = 0
-) -> None:
-    """Write an entry at the end of a log, or nothing. Raises OSError."""
-    head = ENTRY.pack(KINDS.index(kind), error, offset, length or len(data), zlib.crc32(data))
-    with growing(fd):
-        end = os.lseek(fd, 0, os.SEEK_END)
-        if os.pwritev(fd, [head, data], 0, RWF_APPEND) < len(head) + len(data):
-            os.ftruncate(fd, end)
-            raise OSError(errno.ENOSPC, "no room for it")
+class Log:
+    """A recording, open: a file of a header and entries."""
+
+    def __init__(self, path: Any, mode: str = "rb") -> None:
+        self.path = path
+        self.file = open(path, mode, buffering=0)
+        self.fd = self.file.fileno()
+        self.close = self.file.close
+
+    def header(self) -> Any:
+        """Return the sizes of the disk and of its blocks. Raises UblkError."""
+        return LOG_HEADER.read(self.fd, self.path)
+
+    @contextmanager
+    def growing(self) -> Iterator[None]:
+        """Have no other process add to it meanwhile: marks come from anywhere."""
+        fcntl.lockf(self.fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN)
+
+    def append(
+        self, kind: str, data: Any = b"", offset: int = 0, length: int = 0, error: int = 0
+    ) -> None:
+        """Write an entry at its end, or nothing. Raises OSError."""
+        length = length or len(data)
+        head = ENTRY.pack(KINDS.index(kind), error, offset, length, zlib.crc32(data))
+        with self.growing():
+            end = os.lseek(self.fd, 0, os.SEEK_END)
+            count = os.pwritev(self.fd, [head, data], 0, RWF_APPEND)
+            if count < len(head) + len(data):
+                os.ftruncate(self.fd, end)
+                raise OSError(errno.ENOSPC, "no room for it")
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield its whole entries; say where a kill cut off the last one."""
+        limit = os.fstat(self.fd).st_size
+        end = LOG_HEADER.size
+        ends: list[int] = []
+        for number in itertools.count(1):
+            if end == limit:
+                return
+            if end + ENTRY.size > limit:
+                break
+            fields = ENTRY.unpack(os.pread(self.fd, ENTRY.size, end))
+            if not fields or fields[0] >= len(KINDS):
+                raise self.damaged(number)
+            kind, error, offset, length, crc = fields
+            end += ENTRY.size
+            if KINDS[kind] in KINDS_WITH_DATA:
+                end += length
+            if end > limit:
+                break
+            if KINDS[kind] == "flush":
+                offset = bisect.bisect(ends, offset)
+            ends.append(end)
+            yield Entry(number, KINDS[kind], error, offset, length, crc, end)
+        ublk.say(f"{self.path} is cut off after entry {number - 1}: the rest is left out")
+
+    def data_of(self, entry: Entry) -> bytes:
+        """Return the data of an entry. Raises UblkError where they are damaged."""
+        data = os.pread(self.fd, entry.length, entry.end - entry.length)
+        if zlib.crc32(data) != entry.crc:
+            raise self.damaged(entry.number)
+        return data
+
+    def damaged(self, number: int) -> ublk.UblkError:
+        """Return the error for an entry that is not what was written."""
+        good = number - 1
+        return wrong(self.path, f"damaged after entry {good}", f"replay it --to {good}")
 
 
 class Record(Wrapper, ublk.Target):
@@ -1956,27 +2015,27 @@ class Record(Wrapper, ublk.Target):
         self.lock = threading.Lock()
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize
-        self.log = open(log, "r+b" if os.path.exists(log) else "x+b", buffering=0)
-        claim(self.log.fileno(), log)
+        self.log = Log(log, "r+b" if os.path.exists(log) else "x+b")
+        claim(self.log.fd, log)
         self.largest = self.size
         if not os.path.getsize(log):
             self._head()
-        size, _ = LOG_HEADER.read(self.log.fileno(), log)
+        size, _ = self.log.header()
         refuse(
             size != self.size,
             log,
             f"the log of a disk of {size} bytes, this one has {self.size}",
-            "name another file",
         )
-        with growing(self.log.fileno()):
+        with self.log.growing():
             end = LOG_HEADER.size
-            for entry in entries(self.log):
+            for entry in self.log.entries():
                 end = entry.end
-            self.log.truncate(end)  # without an entry the server was killed in
+            os.ftruncate(self.log.fd, end)  # without an entry the server was killed in
 
     def _head(self) -> None:
         """Note how large the disk has ever been, and of which blocks all its writes are."""
-        write_all(self.log.fileno(), LOG_HEADER.pack(self.largest, self.block_size), 0)
+        header = LOG_HEADER.pack(self.largest, self.block_size)
+        write_all(self.log.fd, header, 0)
 
     async def start(self, index: int) -> None:
         self._head()  # its block size is settled now
@@ -1995,7 +2054,7 @@ class Record(Wrapper, ublk.Target):
     async def logged(self, name: str, *args: Any) -> None:
         """Have the target do it, then append an entry, whether it has failed or not."""
         offset, length = extent(args)
-        end = os.fstat(self.log.fileno()).st_size
+        end = os.fstat(self.log.fd).st_size
         if end >= self.limit:
             raise self._end("it has its limit")
         if name == "flush":
@@ -2021,7 +2080,7 @@ class Record(Wrapper, ublk.Target):
     def _append(self, *entry: Any) -> None:
         try:
             with self.lock:
-                append(self.log.fileno(), *entry)
+                self.log.append(*entry)
         except OSError as error:
             raise self._end(str(error.strerror)) from None
 
@@ -2029,7 +2088,7 @@ class Record(Wrapper, ublk.Target):
         """Say, once, that the recording ends; return the error of all changes from now on."""
         if self.limit:
             ublk.say(
-                f"{self.log.name} ends: {reason}: from now on all changes of the disk fail"
+                f"{self.log.path} ends: {reason}: from now on all changes of the disk fail"
             )
         self.limit = 0
         return OSError(errno.ENOSPC, "no room in the log")
@@ -2039,56 +2098,6 @@ class Record(Wrapper, ublk.Target):
         await ublk.end_of(getattr(self.target, "close", bool)())
 
 
-class Entry(NamedTuple):
-    """A change of a recorded disk, or a mark; its data, if any, ends at end in the log."""
-
-    number: int
-    kind: str
-    error: int  # errno, if it failed
-    offset: int  # of a flush: the number of the last entry that it is for
-    length: int
-    crc: int
-    end: int
-
-
-def entries(log: Any) -> Iterator[Entry]:
-    """Yield the whole entries of a log; say where a kill cut off the last one."""
-    limit = os.fstat(log.fileno()).st_size
-    end = LOG_HEADER.size
-    ends: list[int] = []
-    for number in itertools.count(1):
-        if end == limit:
-            return
-        if end + ENTRY.size > limit:
-            break
-        fields = ENTRY.unpack(os.pread(log.fileno(), ENTRY.size, end))
-        if not fields or fields[0] >= len(KINDS):
-            raise wrong(
-                log.name, f"damaged after entry {number - 1}", f"replay it --to {number - 1}"
-            )
-        kind, error, offset, length, crc = fields
-        end += ENTRY.size + (length if KINDS[kind] in KINDS_WITH_DATA else 0)
-        if end > limit:
-            break
-        if KINDS[kind] == "flush":
-            offset = bisect.bisect(ends, offset)
-        ends.append(end)
-        yield Entry(number, KINDS[kind], error, offset, length, crc, end)
-    ublk.say(f"{log.name} is cut off after entry {number - 1}: the rest is left out")
-
-
-def data_of(log: Any, entry: Entry) -> bytes:
-    """Return the data of an entry. Raises UblkError where they are damaged."""
-    data = os.pread(log.fileno(), entry.length, entry.end - entry.length)
-    if zlib.crc32(data) != entry.crc:
-        raise wrong(
-            log.name,
-            f"entry {entry.number} is damaged",
-            f"replay it --to {entry.number - 1}",
-        )
-    return data
-
-
 class Part(NamedTuple):
     """The part of a change that is on a disk."""
 
@@ -2096,14 +2105,15 @@ class Part(NamedTuple):
     offset: int  # on the disk
     length: int
 
-    def apply(self, log: Any, disk: Any) -> None:
-        """Do it to a disk image."""
+    def apply(self, log: Log, disk: int) -> None:
+        """Do it to a disk image, a descriptor."""
         entry, offset, length = self
         if entry.kind in WITH_DATA:
             begin = offset - entry.offset
-            write_all(disk.fileno(), data_of(log, entry)[begin : begin + length], offset)
+            data = log.data_of(entry)[begin : begin + length]
+            write_all(disk, data, offset)
         else:
-            clear(disk.fileno(), offset, length)
+            clear(disk, offset, length)
 
 
 def whole(entry: Entry) -> Part:
@@ -2137,14 +2147,14 @@ class Crash(NamedTuple):
 class Crashes:
     """All crashes of a recorded disk that are worth a look, in order.
 
-    log: the log, open.
-    disk: an image, open, of the disk at the beginning. It follows with what no
-        crash takes back.
+    log: the log.
+    disk: an image of the disk at the beginning, a descriptor. It follows with
+        what no crash takes back.
     to: stop after this entry. The other arguments are options of replay.
     """
 
-    log: Any
-    disk: Any
+    log: Log
+    disk: int
     to: int | None = None
     start: int = 0
     every: str = "flush"
@@ -2152,8 +2162,8 @@ class Crashes:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        self.size, self.block = LOG_HEADER.read(self.log.fileno(), self.log.name)
-        self.entries = list(itertools.islice(entries(self.log), self.to))
+        self.size, self.block = self.log.header()
+        self.entries = list(itertools.islice(self.log.entries(), self.to))
         self.points = 0  # crash points so far
         self.settled: list[tuple[int, int]] = []  # where disk has changed: offset and length
 
@@ -2163,7 +2173,7 @@ class Crashes:
         seen: set[tuple[Part, ...]] = set()  # states of the last crash point
         for entry in self.entries:
             if entry.kind == "mark":
-                mark = os.fsdecode(data_of(self.log, entry))
+                mark = os.fsdecode(self.log.data_of(entry))
                 seen = set()
             elif entry.kind != "flush":
                 pending.append(entry)
@@ -2180,7 +2190,7 @@ class Crashes:
                 seen = {parts[count:] for parts in seen if parts[:count] == settled}
         refuse(
             not self.points,
-            self.log.name,
+            self.log.path,
             "there is no crash point to look at",
             "take --every entry or another --from",
         )
@@ -2250,28 +2260,30 @@ class CrashImage:
 
     def show(self, crash: Crash) -> Crash:
         """Make the image that of a crash, the one that crashes has just come to."""
-        disk, log = self.crashes.disk, self.crashes.log
-        stale = {*self.crashes.settled[self.known :], *(part[1:] for part in self.parts)}
+        log = self.crashes.log
+        disk = self.crashes.disk
+        stale = self.crashes.settled[self.known :]
+        stale += [part[1:] for part in self.parts]
         self.known = len(self.crashes.settled)
         self.parts = crash.parts
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        with open(fd, "r+b", buffering=0) as image:
-            if os.fstat(fd).st_mtime_ns != self.time:
-                image.truncate(self.crashes.size)
-                stale = set() if cloned(disk, image) else {(0, self.crashes.size)}
-            for offset, length in stale:
-                make_same(disk.fileno(), fd, offset, length)
+        image = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        with open(image, "r+b"):  # which closes it
+            if os.fstat(image).st_mtime_ns != self.time:
+                os.ftruncate(image, self.crashes.size)
+                stale = [] if cloned(disk, image) else [(0, self.crashes.size)]
+            for offset, length in set(stale):
+                make_same(disk, image, offset, length)
             for part in crash.parts:
                 part.apply(log, image)
             self.time = UNTOUCHED
-            os.utime(fd, ns=(self.time, self.time))
+            os.utime(image, ns=(self.time, self.time))
         return crash._replace(path=self.path)
 
 
-def cloned(source: Any, target: Any) -> bool:
+def cloned(source: int, target: int) -> bool:
     """Have a file share the blocks of another, and tell whether their file system can do that."""
     try:
-        return fcntl.ioctl(target, FICLONE, source.fileno()) == 0
+        return fcntl.ioctl(target, FICLONE, source) == 0
     except OSError:
         return False
 
@@ -2300,21 +2312,22 @@ def make_same(source: int, target: int, offset: int, length: int) -> None:
                 write_all(target, data, at)
 
 
-def new_disk(log: Any, path: str, base: Any) -> Any:
-    """Make the image of a recorded disk as it was when the recording began; return it, open."""
-    size, _ = LOG_HEADER.read(log.fileno(), log.name)
+@contextmanager
+def new_disk(log: Log, path: str, base: Any) -> Iterator[int]:
+    """Make the image of a recorded disk as it was when the recording began; yield its descriptor."""
+    size, _ = log.header()
     refuse(
         base and os.path.getsize(base) > size,
         base,
         f"larger than the recorded disk of {size} bytes",
         "name what the disk contained when the recording began",
     )
-    with open(base or os.devnull, "rb") as source:
-        disk = open(path, "x+b", buffering=0)
-        disk.truncate(size)
+    with open(path, "x+b") as file:
+        file.truncate(size)
         if base:
-            make_same(source.fileno(), disk.fileno(), 0, size)
-    return disk
+            with open(base, "rb") as source:
+                make_same(source.fileno(), file.fileno(), 0, size)
+        yield file.fileno()
 
 
 def crashes(log: Any, base: Any = "", **options: Any) -> Iterator[Crash]:
@@ -2326,9 +2339,9 @@ def crashes(log: Any, base: Any = "", **options: Any) -> Iterator[Crash]:
         --states and --seed of replay.
     """
     folder = os.path.dirname(os.path.abspath(log))
-    with open(log, "rb") as file, tempfile.TemporaryDirectory(dir=folder) as place:
-        with new_disk(file, f"{place}/disk", base) as disk:
-            found = Crashes(file, disk, **options)
+    with closing(Log(log)) as opened, tempfile.TemporaryDirectory(dir=folder) as place:
+        with new_disk(opened, f"{place}/disk", base) as disk:
+            found = Crashes(opened, disk, **options)
             image = CrashImage(f"{place}/crash", found)
             yield from map(image.show, found)
 
@@ -2339,17 +2352,17 @@ def replay(argv: Sequence[str]) -> int:
     if options.mark is not None:
         mark(options.log, options.mark)
         return 0
-    with open(options.log, "rb") as log:
+    with closing(Log(options.log)) as log:
         if not options.disk:
-            LOG_HEADER.read(log.fileno(), log.name)
-            for entry in itertools.islice(entries(log), options.to):
+            log.header()
+            for entry in itertools.islice(log.entries(), options.to):
                 print(described(log, entry))
             return 0
         with new_disk(log, options.disk, options.base) as disk:
             how = {name: getattr(options, name) for name in CRASH_OPTIONS}
             found = Crashes(log, disk, **how)
             if options.check:
-                return find_bad_crash(found, options.check, options.jobs)
+                return find_bad_crash(found, options)
             for entry in found.entries:
                 if entry.kind not in ("flush", "mark"):
                     found.outcome(entry).apply(log, disk)
@@ -2403,29 +2416,33 @@ def read_replay_words(argv: Sequence[str]) -> Any:
     return options
 
 
-def described(log: Any, entry: Entry) -> str:
+def described(log: Log, entry: Entry) -> str:
     """Return the line that shows an entry."""
     line = f"{entry.number:>8}  {entry.kind:<12} {entry.offset:>14} {entry.length:>10}"
     if entry.kind == "mark":
-        return f"{line}  {os.fsdecode(data_of(log, entry))}"
-    return f"{line}  {errno.errorcode.get(entry.error, entry.error)}" if entry.error else line
+        line += f"  {os.fsdecode(log.data_of(entry))}"
+    if entry.error:
+        line += f"  {errno.errorcode.get(entry.error, entry.error)}"
+    return line
 
 
 def mark(path: str, text: str) -> None:
     """Append a mark to a log that a server is writing. Raises UblkError, OSError."""
-    with open(path, "r+b", buffering=0) as log:
-        LOG_HEADER.read(log.fileno(), path)
+    with closing(Log(path, "r+b")) as log:
+        log.header()
         with suppress(BlockingIOError):
-            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(log.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             raise wrong(path, "nobody records to it", "mark it while its disk is served")
-        append(log.fileno(), "mark", os.fsencode(text))
+        log.append("mark", os.fsencode(text))
 
 
-def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
+def find_bad_crash(crashes: Crashes, options: Any) -> int:
     """Check the disk after each crash; tell the first bad one and keep its disk."""
-    kept = f"{crashes.disk.name}.crash"
+    check = options.check
+    kept = f"{options.disk}.crash"
+    images = [CrashImage(f"{kept}{job}", crashes) for job in range(options.jobs)]
     states = 0
-    with closing(checked(crashes, check, jobs)) as verdicts:
+    with closing(checked(crashes, check, images)) as verdicts:
         for crash, status in verdicts:
             entry = crash.entry
             if status:
@@ -2434,7 +2451,12 @@ def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
                 break
             states += 1
             if sys.stderr.isatty():
-                show_progress(entry.number, len(crashes.entries))
+                print(
+                    f"entry {entry.number} of {len(crashes.entries)}",
+                    end="\r",
+                    file=sys.stderr,
+                    flush=True,
+                )
         else:
             print(f"good at {crashes.points} crash points, {states} states")
             return 0
@@ -2454,10 +2476,9 @@ def find_bad_crash(crashes: Crashes, check: str, jobs: int) -> int:
 
 
 def checked(
-    crashes: Crashes, check: str, jobs: int
+    crashes: Crashes, check: str, images: Sequence[CrashImage]
 ) -> Generator[tuple[Crash, int], None, None]:
-    """Run a shell command on each crash, so many at a time; yield its statuses, in order."""
-    images = [CrashImage(f"{crashes.disk.name}.crash{job}", crashes) for job in range(jobs)]
+    """Run a shell command on each crash, one at a time for each image; yield its statuses, in order."""
     to_come = iter(crashes)
     try:
         while True:
@@ -2483,12 +2504,6 @@ def start_check(check: str, crash: Crash) -> Any:
     }
     command = check.replace("{}", shlex.quote(crash.path))
     return subprocess.Popen(command, shell=True, env=environment)
-
-
-def show_progress(number: int, last: int) -> None:
-    """Say on a terminal how far a check is."""
-    end = "\r" if number < last else "\r\033[K"
-    print(f"entry {number} of {last}", end=end, file=sys.stderr, flush=True)
 
 
 # =================================================================================================

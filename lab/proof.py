@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,8 +78,8 @@ def work(row: Row, place: Path, disk: Any, path: str) -> None:
 
 def window(log: Path) -> tuple[int, int]:
     """Return the first and the last entry to look at."""
-    with open(log, "rb") as file:
-        marks = [entry.number for entry in ublk_targets.entries(file) if entry.kind == "mark"]
+    with closing(ublk_targets.Log(log)) as opened:
+        marks = [entry.number for entry in opened.entries() if entry.kind == "mark"]
     return marks[0], marks[-1] - 1
 
 

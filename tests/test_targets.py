@@ -181,7 +181,7 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     ("fault", 2, "a target is missing", None),
     ("fault loop", 2, "path", None),
     ("fault loop none.img", 1, "none.img", errno.ENOENT),
-    ("fault --on raed ram", 1, "no such operation", errno.EINVAL),
+    ("fault --on raed ram", 1, "--on 'raed'", errno.EINVAL),
     ("fault --error EWHAT ram", 1, "there is no such errno", errno.EINVAL),
     ("fault --error errorcode ram", 1, "there is no such errno", errno.EINVAL),
     ("fault --range 2M-1M ram", 1, "not a range of bytes", errno.EINVAL),
