@@ -76,7 +76,8 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2), which the os module lacks; raises OSError."""
-    if LIBC.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) < 0:
+    place = ctypes.c_int64(offset), ctypes.c_int64(length)
+    if LIBC.fallocate(fd, mode, *place) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 
@@ -414,8 +415,9 @@ class Over:
 
 def distinct(paths: Sequence[str]) -> Sequence[str]:
     """Return the files of a disk; raise UblkError where one is named twice."""
+    files = {os.path.realpath(path) for path in paths}
     refuse(
-        len({os.path.realpath(path) for path in paths}) < len(paths),
+        len(files) < len(paths),
         " ".join(paths),
         "one file or device is named twice",
     )
@@ -465,7 +467,8 @@ class Stripe(Over, Mapped, ublk.Target):
     def before(self, leg: int, offset: int) -> int:
         """Return how much of what lies before a byte of the disk is on one leg."""
         row, within = divmod(offset, self.boundary * len(self.legs))
-        return row * self.boundary + min(max(within - leg * self.boundary, 0), self.boundary)
+        more = within - leg * self.boundary
+        return row * self.boundary + min(max(more, 0), self.boundary)
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
         """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
@@ -652,9 +655,8 @@ class Cow(ublk.Target):
         for at in range(self.marks_at, self.data_at, COW_UNIT):
             marks = os.pread(self.top.fd, COW_UNIT, at)
             if OURS in marks:
-                write_all(
-                    self.top.fd, marks.replace(OURS, KEPT if last_boot == boot else BASE), at
-                )
+                settled = KEPT if last_boot == boot else BASE
+                write_all(self.top.fd, marks.replace(OURS, settled), at)
         self._seal(found)
 
     def _seal(self, seen: int) -> None:
@@ -959,7 +961,10 @@ class Fault(Wrapper, ublk.Target):
             if self.chancy:
                 self.asked[what] += 1
             draw = partial(chance, self.seed, *what, self.asked[what])
-        hit = self.bad(offset, length) if self.bad_sectors else draw("rate") < self.rate
+        if self.bad_sectors:
+            hit = bool(self.bad(offset, length))
+        else:
+            hit = draw("rate") < self.rate
         return draw if hit and 0 <= next(self.turns) < self.count else None
 
     def bad(self, offset: int, length: int) -> list[int]:
@@ -1103,7 +1108,8 @@ class Cache(Wrapper, ublk.Target):
             await self.write_back()
         with self.lock:  # or forget() could take it for what was there
             for at in range(0, len(buffer), self.block_size):
-                self.blocks[offset + at] = bytes(buffer[at:][: self.block_size])
+                block = buffer[at : at + self.block_size]
+                self.blocks[offset + at] = bytes(block)
 
     async def flush(self) -> None:
         self.look()
@@ -1192,12 +1198,15 @@ def span(text: str) -> tuple[int, int]:
     return start, end
 
 
+UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
 def seconds(text: str) -> float:
     """Read a time such as 10ms, 200us, 1.5s or 2 (seconds). Raises UblkError."""
     found = re.fullmatch(r"(\d+|\d*\.\d+)(ms|us|s|)", text)
     if not found:
         raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
-    return float(found[1]) * {"ms": 1e-3, "us": 1e-6}.get(found[2], 1.0)
+    return float(found[1]) * UNITS[found[2]]
 
 
 # =================================================================================================
@@ -1345,8 +1354,11 @@ class NbdConnection:
         """Go on in streams over TLS. What came before is of no worth: anybody may have sent it."""
         import asyncio
 
-        async for _, _ in self._option(NBD_OPT_STARTTLS, b""):
-            raise wrong(self.uri, "the server speaks no TLS", "write nbd: for nbds:")
+        self._send(NBD_OPT_STARTTLS, b"")
+        kind, _ = await self._answer(NBD_OPT_STARTTLS)
+        refuse(
+            kind != NBD_REP_ACK, self.uri, "the server speaks no TLS", "write nbd: for nbds:"
+        )
         loop = asyncio.get_running_loop()
         self.reader = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(self.reader)
@@ -1360,9 +1372,11 @@ class NbdConnection:
         """Ask for the export; tell whether the server understood."""
         wish = struct.pack(">I", len(export)) + export
         wish += struct.pack(">HH", 1, NBD_INFO_BLOCK_SIZE)
-        async for kind, data in self._option(NBD_OPT_GO, wish):
-            if kind == NBD_REP_ERR_UNSUP:
-                return False
+        self._send(NBD_OPT_GO, wish)
+        while True:
+            kind, data = await self._answer(NBD_OPT_GO)
+            if kind in (NBD_REP_ACK, NBD_REP_ERR_UNSUP):
+                return kind == NBD_REP_ACK
             if kind & NBD_REP_ERROR:
                 text = data.decode(errors="replace") or f"error {kind & 0xFFFF}"
                 raise wrong(self.uri, f"{NBD_REFUSALS.get(kind, 'refused')}: {text}")
@@ -1371,31 +1385,28 @@ class NbdConnection:
                 self.size, self.flags = struct.unpack(">QH", data[2:])
             elif info == NBD_INFO_BLOCK_SIZE and len(data) == 14:
                 self.minimum, _, self.maximum = struct.unpack(">III", data[2:])
-        return True
 
     async def _name(self, export: bytes, flags: int) -> None:
         """Tell the server the export's name; it closes the connection where it has none of it."""
-        option = struct.pack(">QII", NBD_OPTION_MAGIC, NBD_OPT_EXPORT_NAME, len(export))
-        self.writer.write(option + export)
+        self._send(NBD_OPT_EXPORT_NAME, export)
         self.size, self.flags = struct.unpack(">QH", await self.take(10))
         if not flags & 2:
             await self.take(124)  # zeroes
 
-    async def _option(self, option: int, data: bytes) -> Any:
-        """Ask for an option; yield what the server replies, but for the last ACK."""
-        self.writer.write(struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data)) + data)
-        kind = 0
-        while not kind & NBD_REP_ERROR:
-            magic, of, kind, length = struct.unpack(">QIII", await self.take(20))
-            refuse(
-                magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16,
-                self.uri,
-                "the server does not keep to the protocol",
-            )
-            payload = await self.take(length)
-            if kind == NBD_REP_ACK:
-                return
-            yield kind, payload
+    def _send(self, option: int, data: bytes) -> None:
+        """Ask for an option."""
+        head = struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data))
+        self.writer.write(head + data)
+
+    async def _answer(self, option: int) -> tuple[int, bytes]:
+        """Receive one of the server's replies to that; of some options there are several."""
+        magic, of, kind, length = struct.unpack(">QIII", await self.take(20))
+        refuse(
+            magic != NBD_OPTION_REPLY_MAGIC or of != option or length > 1 << 16,
+            self.uri,
+            "the server does not keep to the protocol",
+        )
+        return kind, await self.take(length)
 
     async def take(self, count: int) -> bytes:
         """Receive so many bytes."""
@@ -1505,7 +1516,7 @@ class Nbd(ublk.Target):
         self.pending: dict[int, NbdRequest] = {}  # by cookie
         self.connection = await self._connect()
         loop = asyncio.get_running_loop()
-        self.tasks = loop.create_task(self._receive()), loop.create_task(self._watch())
+        self.tasks = [loop.create_task(work) for work in (self._receive(), self._watch())]
 
     async def read(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)
@@ -1730,7 +1741,8 @@ class Zoned(ublk.Target):
             for zone in self.zones:
                 self._note(zone, zone.wp, zone.wp)
             os.fsync(self.disk.fd)
-            write_all(self.disk.fd, ZONED_HEADER.pack(*header[:3], boot_id()), 0)
+            now = ZONED_HEADER.pack(*header[:3], boot_id())
+            write_all(self.disk.fd, now, 0)
             os.fsync(self.disk.fd)
 
     # ---- the file ----------------------------------------------------------------------------------
@@ -2213,17 +2225,20 @@ class Crashes:
         yield "nothing", tuple(map(whole, filter(lasts, pending)))
         for number in range(1, self.states + 1):
             chance = random.Random(f"{self.seed} {last.number} {number}")
-            parts = [
-                whole(entry) if lasts(entry) and entry is not last else self.torn(entry, chance)
-                for entry in pending
-            ]
+            parts = []
+            for entry in pending:
+                if lasts(entry) and entry is not last:
+                    parts.append(whole(entry))
+                else:
+                    parts.append(self.torn(entry, chance))
             yield str(number), tuple(part for part in parts if part.length)
 
     def torn(self, entry: Entry, chance: random.Random) -> Part:
         """Draw what is there of a change: nothing, all, or what is on one side of a cut."""
         cut = self.block * chance.randrange(max(1, entry.length // self.block))
         length = entry.length
-        begin, end = chance.choice([(0, 0), (0, length), (0, cut), (cut, length)])
+        outcomes = [(0, 0), (0, length), (0, cut), (cut, length)]
+        begin, end = chance.choice(outcomes)
         return Part(entry, entry.offset + begin, end - begin)
 
     def outcome(self, entry: Entry) -> Part:
