@@ -815,7 +815,6 @@ def chance(*what: Any) -> float:
 
 
 EVERYWHERE = (0, sys.maxsize)
-Draw = Callable[..., float]  # returns a random number for each word
 
 
 class Fault(Wrapper, ublk.Target):
@@ -954,7 +953,7 @@ class Fault(Wrapper, ublk.Target):
         data = args[1] if name in TRANSFERS else None
         return self.match(name, *extent(args), data)
 
-    def draw(self, name: str, offset: int, length: int) -> Draw | None:
+    def draw(self, name: str, offset: int, length: int) -> Any:
         """Return what draws a request's numbers; nothing where chance spares it."""
         what = name.replace("_fua", ""), offset
         with self.lock:
@@ -986,7 +985,7 @@ class Fault(Wrapper, ublk.Target):
             rule.healed.update(rule.bad(offset, length))
         return result
 
-    async def strike(self, rule: Fault, draw: Draw, name: str, args: tuple[Any, ...]) -> Any:
+    async def strike(self, rule: Fault, draw: Any, name: str, args: tuple[Any, ...]) -> Any:
         """Serve a request late, in part, elsewhere, corrupted, not at all or with an error."""
         import asyncio
 
@@ -1013,7 +1012,7 @@ class Fault(Wrapper, ublk.Target):
             raise OSError(rule.error, os.strerror(rule.error))
         return result
 
-    def spoil(self, draw: Draw, name: str, offset: int, buffer: memoryview) -> tuple[Any, ...]:
+    def spoil(self, draw: Any, name: str, offset: int, buffer: memoryview) -> tuple[Any, ...]:
         """Return where a transfer goes instead, and with what."""
         if self.astray:
             unit = self.boundary or self.block_size
@@ -1026,7 +1025,7 @@ class Fault(Wrapper, ublk.Target):
             self.flip_bits(draw, buffer)
         return offset, buffer
 
-    def flip_bits(self, draw: Draw, buffer: memoryview) -> None:
+    def flip_bits(self, draw: Any, buffer: memoryview) -> None:
         """Make some bits of a buffer wrong, if that is wished for."""
         for number in range(self.flip):
             bit = int(draw("flip", number) * len(buffer) * 8)
@@ -1132,21 +1131,26 @@ class Cache(Wrapper, ublk.Target):
         async with self.alone():
             before_a_cut = self.blocks
             blocks = self.blocks.copy()
-            for _, run in itertools.groupby(enumerate(sorted(blocks)), self.run_of):
+            for offsets in self.runs(blocks):
                 if self.blocks is not before_a_cut:
                     raise OSError(errno.EIO, "the power was cut")
-                offsets = [at for _, at in run]
                 data = aligned(b"".join(blocks[at] for at in offsets))
                 await super().call("write", offsets[0], data)
             if hasattr(self.target, "flush"):
                 await super().call("flush")
             self.forget(blocks)  # no sooner: what fails is done again
 
-    def run_of(self, numbered: tuple[int, int]) -> tuple[int, int, int]:
-        """Return what is the same for all blocks that make one write: they lie side by side."""
-        number, at = numbered
-        start = at - number * self.block_size
-        return start, at // PIECE, at // (self.boundary or PIECE)
+    def runs(self, blocks: dict[int, bytes]) -> Iterator[list[int]]:
+        """Yield the offsets of blocks that make one write: they lie side by side."""
+        run: list[int] = []
+        for at in sorted(blocks):
+            ends = at % PIECE == 0 or at % (self.boundary or PIECE) == 0
+            if run and (ends or at > run[-1] + self.block_size):
+                yield run
+                run = []
+            run.append(at)
+        if run:
+            yield run
 
     def kept(self, offset: int, length: int) -> dict[int, bytes]:
         """Return the blocks of a range that are here."""
@@ -1490,8 +1494,7 @@ class Nbd(ublk.Target):
 
     async def _meet(self) -> None:
         """Learn what the export is like."""
-        server = NbdConnection(self.uri, self.tls)
-        await server.open()
+        server = await self._connect()
         server.say_goodbye()
         self.block_size = max(ublk.SECTOR, server.minimum)
         self.size = server.size // self.block_size * self.block_size
