@@ -143,9 +143,10 @@ class Ram(ublk.Target):
 
     def part(self, offset: int, length: int) -> memoryview:
         """Return the memory of a range. A disk that grows may get a request before resized() is called."""
-        if offset + length > len(self.view):
-            self.view = memoryview(mmap.mmap(self.fd, offset + length))
-        return self.view[offset : offset + length]
+        view = self.view  # which another queue may replace
+        if offset + length > len(view):
+            view = self.view = memoryview(mmap.mmap(self.fd, offset + length))
+        return view[offset : offset + length]
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.part(offset, len(buffer))
@@ -1683,7 +1684,8 @@ class Zone:
         self.start = number * size
         self.end = (number + 1) * size
         self.wp = self.start + written
-        self.durable = self.start + durable  # where the next write goes after a loss of power
+        self.durable = self.start + durable  # up to where the data are
+        self.kept = self.durable  # and the file durably says so
         self.resets = 0
         self.settle()
 
@@ -1848,7 +1850,7 @@ class Zoned(ublk.Target):
             if written:
                 os.fdatasync(self.disk.fd)
             for zone in zones:
-                zone.wp = zone.durable = zone.start
+                zone.wp = zone.durable = zone.kept = zone.start
                 zone.resets += 1
                 zone.settle()
             for zone in written:
@@ -1861,19 +1863,22 @@ class Zoned(ublk.Target):
 
     async def flush(self) -> None:
         with self.lock:
-            moved = [
-                (zone, zone.resets, zone.wp) for zone in self.zones if zone.wp != zone.durable
-            ]
+            zones = [zone for zone in self.zones if zone.wp != zone.kept]
+            ends = [(zone, zone.resets, zone.wp) for zone in zones]
         await self.disk.flush()
-        if not moved:
+        if not ends:
             return
-        with self.lock:
-            for zone, resets, wp in moved:
+        for zone, resets, wp in ends:
+            with self.lock:
                 # Another flush may have come further meanwhile
-                if zone.resets == resets and wp > zone.durable:
-                    self._note(zone, zone.wp, wp)
-                    zone.durable = wp
+                if zone.resets == resets:
+                    zone.durable = max(zone.durable, wp)
+                    self._note(zone, zone.wp, zone.durable)
         await self.disk.flush()
+        for zone, resets, wp in ends:
+            with self.lock:
+                if zone.resets == resets:
+                    zone.kept = max(zone.kept, wp)
 
     async def write(self, offset: int, buffer: memoryview) -> int | None:
         if offset < self.conventional * self.zone_size:
@@ -2377,17 +2382,21 @@ def replay(argv: Sequence[str]) -> int:
                 print(described(log, entry))
             return 0
         with new_disk(log, options.disk, options.base) as disk:
-            how = {name: getattr(options, name) for name in CRASH_OPTIONS}
-            found = Crashes(log, disk, **how)
+            found = Crashes(
+                log,
+                disk,
+                options.to,
+                options.start,
+                options.every,
+                options.states,
+                options.seed,
+            )
             if options.check:
                 return find_bad_crash(found, options)
             for entry in found.entries:
                 if entry.kind not in ("flush", "mark"):
                     found.outcome(entry).apply(log, disk)
     return 0
-
-
-CRASH_OPTIONS = ("to", "start", "every", "states", "seed")
 
 
 def read_replay_words(argv: Sequence[str]) -> Any:

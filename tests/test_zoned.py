@@ -127,6 +127,30 @@ def test_a_zone_that_is_reset_during_a_flush_stays_empty(targets, tmp_path):
     disk.close()
 
 
+def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path):
+    """After an error the kernel takes what it did not write for written."""
+    path, page = tmp_path / "zones", memoryview(os.urandom(4096))
+    disk = zoned(targets, file=str(path))
+    disk.zone_append(1 << 20, page)
+    table = path.read_bytes()[4096:8192]
+
+    async def flush():
+        disk.disk.flush = fails
+
+    async def fails():
+        damage(path, 4096, table)
+        raise OSError(errno.EIO, "bad sector")
+    disk.disk.flush = flush
+    assert error_of(now, disk.flush()) == errno.EIO
+    disk.disk.flush = nothing_to_wait_for()
+    now(disk.flush())
+    disk.close()
+    start_machine_anew(targets, path)
+    disk = targets.Zoned(file=str(path))
+    assert disk.zones[1].wp == (1 << 20) + 4096
+    disk.close()
+
+
 def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp_path):
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
