@@ -152,7 +152,8 @@ class Ram(ublk.Target):
         buffer[:] = self.part(offset, len(buffer))
 
     def write(self, offset: int, buffer: memoryview) -> None:
-        self.part(offset, len(buffer))[:] = buffer
+        part = self.part(offset, len(buffer))
+        part[:] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         clear(self.fd, offset, length)  # which gives pages back
@@ -191,7 +192,8 @@ class Loop(Mapped, ublk.Target):
         self.path = path
         self.is_block = is_block(path)
         self.files = [path]
-        self.fd, self.read_only = open_backing(path, os.O_DIRECT if direct else 0, read_only)
+        flags = os.O_DIRECT if direct else 0
+        self.fd, self.read_only = open_backing(path, flags, read_only)
         # Ends at the latest with the object
         self.opened = weakref.finalize(self, os.close, self.fd)
         claim(self.fd, path, self.read_only)
@@ -246,7 +248,8 @@ class Loop(Mapped, ublk.Target):
             await ublk.uring_fallocate(self.fd, HOLE, offset, length)
 
     def _discard_blocks(self, offset: int, length: int) -> None:
-        fcntl.ioctl(self.fd, BLKDISCARD, struct.pack("=QQ", offset, length))
+        place = struct.pack("=QQ", offset, length)
+        fcntl.ioctl(self.fd, BLKDISCARD, place)
 
     def _can_discard(self) -> bool:
         """Try it where there is nothing to lose: beyond the end, or (a device) at an odd place."""
@@ -256,7 +259,8 @@ class Loop(Mapped, ublk.Target):
             else:
                 fallocate(self.fd, HOLE, self.size, PAGE_SIZE)
         except OSError as error:
-            return error.errno == errno.EINVAL and self.is_block
+            is_odd = error.errno == errno.EINVAL
+            return is_odd and self.is_block
         return True
 
     def resized(self, size: int) -> None:
@@ -291,7 +295,8 @@ def patiently(call: Callable[[], Any]) -> Any:
         try:
             return call()
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EBUSY) or time.monotonic() > deadline:
+            passes = error.errno in (errno.EAGAIN, errno.EBUSY)
+            if not passes or time.monotonic() > deadline:
                 raise
         time.sleep(0.005)
 
@@ -305,7 +310,8 @@ def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[in
     exclusive = os.O_EXCL if is_block(path) else 0
     if not read_only:
         try:
-            return patiently(lambda: os.open(path, flags | exclusive | os.O_RDWR)), False
+            fd = patiently(lambda: os.open(path, flags | exclusive | os.O_RDWR))
+            return fd, False
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
@@ -321,9 +327,8 @@ def claim(fd: int, path: str, read_only: bool = False) -> None:
     try:
         patiently(lambda: fcntl.flock(fd, how | fcntl.LOCK_NB))
     except BlockingIOError:
-        raise ublk.UblkError(
-            errno.EBUSY, path, "another server uses it", "end that first"
-        ) from None
+        busy = "another server uses it"
+        raise ublk.UblkError(errno.EBUSY, path, busy, "end that first") from None
 
 
 # linux/stat.h, linux/fcntl.h
