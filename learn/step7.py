@@ -138,7 +138,7 @@ def answer(image, desc, buffer):
     offset = 512 * desc.start_sector
     size = 512 * desc.nr_sectors
     if desc.op_flags & 0xFF == UBLK_IO_OP_READ:
-        buffer[:size] = image[offset:offset + size]
+        buffer.raw = image[offset:offset + size]
     else:                               # nothing but WRITE is left, as there is no cache to flush
         image[offset:offset + size] = buffer[:size]
     return size
@@ -175,7 +175,8 @@ def main():
     params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
     params.dev_sectors = 2048           # 1 MiB
     manage("SET_PARAMS", params)
-    serve(create_string_buffer(0x100000))
+    image = mmap(-1, 1 << 20)       # memory of that size
+    serve(image)
 
 
 main()

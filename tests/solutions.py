@@ -135,7 +135,7 @@ SOLUTIONS = {
 +    "uint32 discard_alignment discard_granularity max_discard_sectors max_write_zeroes_sectors",
 +    "uint16 max_discard_segments reserved",
 
-         buffer[:size] = image[offset:offset + size]
+         buffer.raw = image[offset:offset + size]
 +    elif desc.op_flags & 0xFF == UBLK_IO_OP_DISCARD:
 +        image[offset:offset + size] = bytes(size)
 
@@ -161,7 +161,7 @@ SOLUTIONS = {
  def answer(image, desc, buffer):
 
          done = os.preadv(image, [data], offset)
-+        buffer[:size] = crypt(data, desc.start_sector)
++        buffer.raw = crypt(data, desc.start_sector)
 
 -        done = os.pwrite(image, data, offset)
 +        done = os.pwrite(image, crypt(data, desc.start_sector), offset)
@@ -343,7 +343,7 @@ WRONG = [
 +    for number in range(len(data) // 512):
 ''', "where in a request it stands"),
     (2, "does not decrypt", '''
--        buffer[:size] = crypt(data, desc.start_sector)
+-        buffer.raw = crypt(data, desc.start_sector)
 ''', "a READ has to decrypt"),
     (3, "has one queue", step(7), "ADD_DEV is told how many"),
     (3, "reads the other queue's descriptors", '''
