@@ -168,7 +168,12 @@ def rules():
     path.parent.mkdir(exist_ok=True)
     installed = Path(tempfile.mkdtemp(dir="/run"))          # where only root may write
     shutil.copy(UBLK, installed)
-    path.write_text(sh("/usr/bin/python3", installed / "ublk.py", "udev-rules").stdout)
+    # udev calls it for each node: a module is compiled once
+    quick = f"import sys\nsys.path.insert(0, '{installed}')\nimport ublk\nublk.command()\n"
+    (installed / "quick.py").write_text(quick)
+    text = sh("/usr/bin/python3", installed / "quick.py", "udev-rules").stdout
+    assert f"{installed}/ublk.py udev-owner" in text
+    path.write_text(text.replace("ublk.py udev-owner", "quick.py udev-owner"))
     apply()
     assert os.stat("/dev/ublk-control").st_mode & 0o777 == 0o666
     yield

@@ -838,7 +838,7 @@ class InThreads(ublk.Target):
 def test_a_server_ends_though_a_thread_of_its_target_does_not(tmp_path):
     path = target_file(tmp_path, """
         import threading
-        ublk.Device._take_away.__defaults__ = (0.5,)        # in place of STOP_TIMEOUT
+        ublk.Device.stop.__defaults__ = (0.5,)              # in place of STOP_TIMEOUT
         class Stuck(ublk.Target):
             size = 1 << 20
             async def read(self, offset, buffer):

@@ -18,6 +18,7 @@ import pytest
 
 import ublk
 from tests.support import (
+    HERE,
     UBLK,
     Forked,
     assert_error_line,
@@ -39,7 +40,7 @@ from tests.support import (
 
 def shell(line, **options):
     """Run a line of sh in which $UBLK is the command; return what it did."""
-    env = {**os.environ, "UBLK": f"{sys.executable} {UBLK}"}
+    env = {**os.environ, "UBLK": f"{sys.executable} -m ublk", "PYTHONPATH": str(HERE)}
     return sh("sh", "-c", line, check=False, env=env, **options)
 
 

@@ -343,10 +343,11 @@ HOSTILE_ANSWERS = {     # made of cookie and data; what the server's user is tol
 
 
 def answers_once(make):
-    """Answer, then close."""
+    """Answer and say no more; what is still asked is taken, or its sender would learn of that alone."""
     def answer(peer, cookie, data):
         peer.sendall(make(cookie, data))
-        raise EOFError
+        peer.peer.shutdown(socket.SHUT_WR)
+        FakeNbd.take(peer, 1 << 30)
     return answer
 
 
