@@ -57,6 +57,9 @@ GUEST_PATH = f"{VENV}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbi
 # Without the features that make the kernel copy by `rep movsb`, which is emulated byte by byte.
 EMULATION = ["-accel", "tcg,thread=multi", "-cpu", "max,erms=off,fsrm=off"]
 HARDWARE = ["-accel", "kvm", "-cpu", "host"]
+# Without what a kernel does for security and statistics beside its work: a seventh of the emulator's time.
+LEAN = ("mitigations=off init_on_alloc=0 randomize_kstack_offset=off hardened_usercopy=off lsm= audit=0 "
+        "kfence.sample_interval=0 psi=0 cgroup_disable=memory transparent_hugepage=never")
 TROUBLE = re.compile(r"BUG:|kernel BUG at|Oops|general protection|blocked for more than|Kernel panic")
 WARNING = re.compile(r"WARNING: ")
 STATUS_KERNEL_TROUBLE = 99
@@ -186,7 +189,7 @@ def virtiofsd_command(socket: Path) -> list[str]:
 
 def qemu_command(machine: Machine, directory: Path) -> list[str]:
     """The emulator's command line: only devices that the guest needs, because each costs boot time."""
-    append = ("rootfstype=virtiofs root=root ro console=ttyS0 loglevel=5 panic=-1 mitigations=off "
+    append = (f"{LEAN} rootfstype=virtiofs root=root ro console=ttyS0 loglevel=5 panic=-1 "
               "random.trust_cpu=1 tsc=nowatchdog lpj=10000000 no_timer_check "
               "rcupdate.rcu_cpu_stall_timeout=120 "
               f"init={directory}/init ublk_lab={directory}")
@@ -369,7 +372,8 @@ def pytest_command(python: str, marks: str, word: str, report: object,
 
 
 # What is about the project's own programs, and the same with every driver: the first kernel has it.
-ONCE = ("tests/test_readme.py", "tests/test_plugin.py", "tests/test_proof.py", "tests/test_exercises.py")
+ONCE = tuple(f"tests/test_{name}.py" for name in (
+    "exercises", "plugin", "proof", "readme", "suite", "systemd"))
 # What is about single targets. The oldest driver has what all of them promise, in test_targets.py.
 NOT_ON_THE_OLDEST = tuple(f"tests/test_{name}.py" for name in (
     "cache", "cow", "durable", "fault", "nbd", "raid", "replay", "stripe", "zoned"))
