@@ -85,10 +85,12 @@ import atexit
 import collections.abc
 import contextlib
 import ctypes
+import dataclasses
 import enum
 import errno
 import fcntl
 import fractions
+import glob
 import importlib
 import inspect
 import json
@@ -2256,10 +2258,11 @@ class Queue:
                 outcome = move(starts[tag] * SECTOR, buffer)
                 if outcome is not None and outcome != length:
                     run(transfer(move, outcome, starts[tag] * SECTOR, buffer))
-                results[tag] = length
-                ended.append(tag)
             except BaseException as error:  # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
+            else:  # where a queue that was given up has closed its ring
+                results[tag] = length
+                ended.append(tag)
         self.repeat(ended)
 
     def _answer_by_map(self, tags: list[int]) -> int:
@@ -2752,13 +2755,14 @@ LAST_BREATH = 3.0  # seconds that a server which was told to go, or killed, may 
 GRACE = 2.0  # seconds a worker has to leave its loop when told to
 
 # What a Device has come to. It goes up from NEW to LIVE, leaving ADDING and
-# ADDED out where it recovers a disk, and down to GONE from wherever it is; from
-# LIVE by ADDED, once its server has ended.
+# ADDED out where it recovers a disk, and down to GONE from wherever it is; by
+# LEFT where the disk is to stay.
 NEW = "new"
 STARTING = "starting"  # it has asked the kernel for nothing that lasts
 ADDING = "adding"  # the kernel was asked for a device: its identity tells whether it is there
 ADDED = "added"  # the device is there, and ours to delete
 LIVE = "live"  # so is the disk
+LEFT = "left"  # the disk is the next server's
 GONE = "gone"  # the device is gone, or is not ours any more
 
 RECOVERY_MODES = {
@@ -2907,8 +2911,8 @@ def integrity_of(target: Any) -> Any:
 class Worker(threading.Thread):
     """The thread that serves one queue, and never leaves a deaf one behind.
 
-    fetched, left, ended and given_up tell how far it has come: its tags are
-    parked; it answers no more; it is over; nobody waits for it any longer.
+    fetched, left and given_up tell how far it has come: its tags are parked;
+    its queue is served no more; nobody waits for it any longer.
     """
 
     def __init__(self, device: Device, index: int, cpus: set[int]) -> None:
@@ -2916,32 +2920,18 @@ class Worker(threading.Thread):
         self.device = device
         self.index = index
         self.cpus = cpus
-        self.queue: Queue | None = None
-        self.asked = False  # to begin
-        self.fetched = self.left = self.ended = self.given_up = False  # how far it has come
-        self._closes = threading.Lock()  # taken by who closes the queue
-
-    def start(self) -> None:
-        """Begin, if only a moment later."""
-        self.asked = True
-        super().start()
-
-    def goes_on(self) -> bool:
-        """Tell whether it has yet to end.
-
-        A signal's handler that raises keeps a Thread from knowing that: start()
-        may not hear of the beginning, and join() takes it for the end (before
-        Python 3.13).
-        """
-        return self.asked and not self.ended
+        self.queue: Queue | None = None  # until it is closed
+        self.fetched = self.left = self.given_up = False  # how far it has come
+        self._closing = threading.Lock()  # held by who closes the queue
 
     def run(self) -> None:
-        """Serve, and report how it ended."""
+        """Serve, leave, and report what went wrong first."""
         failure = None
-        try:
-            self.serve()
-        except BaseException as error:
-            failure = error
+        for step in self.serve, self.leave:
+            try:
+                step()
+            except BaseException as error:
+                failure = failure or error
         self.device.report(self, None if self.given_up else failure)
 
     def serve(self) -> None:
@@ -2968,28 +2958,48 @@ class Worker(threading.Thread):
                 if not self.given_up:
                     self.end(queue)
             finally:
-                if self._closes.acquire(blocking=False):
-                    queue.close()
+                self.close_queue()
 
     def end(self, queue: Queue) -> None:
-        """End the queue's loop, and the target with the last one where its close() is a coroutine."""
+        """End the queue's loop; with the last one, a target whose close() needs it."""
         queue.closing = True
         try:
             close = getattr(self.device.target, "close", None)
-            if self.device.last_to_leave(self) and inspect.iscoroutinefunction(close):
+            if inspect.iscoroutinefunction(close) and self.device.last_to_leave(self):
                 queue.call(close)
         finally:
             queue.wind_up()
 
+    def leave(self) -> None:
+        """Close the target behind the last queue: none uses its files any more."""
+        last = self.device.last_to_leave(self)
+        close = getattr(self.device.target, "close", bool)
+        if last and not inspect.iscoroutinefunction(close):
+            at_once(close())
+
     def give_up(self) -> None:
-        """Wait for its end, then take the requests from a handler that does not return: they fail."""
-        becomes(lambda: not self.goes_on(), GRACE)
-        if self.queue is not None and self._closes.acquire(blocking=False):
-            self.given_up = True
-            self.queue.path.abandon()
-            self.queue.close()
+        """Wait for its end, but not for a handler that does not return: its requests fail.
+
+        The target's close() has the time it needs.
+        """
+        late = time.monotonic() + GRACE
+        while self in self.device.serving and (self.left or time.monotonic() < late):
+            time.sleep(0.005)
+        with self._closing:
+            if self.queue is not None:
+                self.given_up = True
+                self.queue.path.abandon()
+        self.close_queue()
+
+    def close_queue(self) -> None:
+        """Close the queue, unless that is done."""
+        with self._closing:
+            if self.queue is not None:
+                self.queue.close()
+                self.queue = None
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Device:
     """A disk and its server. ``with Device(target) as disk:`` is LIVE inside and gone after.
 
@@ -3003,87 +3013,80 @@ class Device:
     unprivileged: an ordinary user's device; by itself for whoever lacks
         CAP_SYS_ADMIN.
     partition_scan: whether partitions are looked for.
-    data_path: a name in DATA_PATHS; by itself the fastest possible.
+    data_path: a name in DATA_PATHS; by itself the fastest possible. Of a disk
+        that is served: what it stands for there.
     batch: commands for many requests at a time (7.0).
     share_memory: allow share(); not with recovery.
     force: even where this kernel is known to crash.
     trace: called with each thing the disk does: trace(ns, stage, more), see Trace.
     words: what to note in the state file as target, arguments and options.
 
-    state tells what has become of it (NEW to GONE), path and id where the disk
-    is, info what the kernel granted (a ublksrv_ctrl_dev_info), failure the
-    error that ended its server. Raises UblkError when the kernel refuses;
-    nothing is left behind then. A Device lives once.
+    Give all but the target by name. state tells what has become of it (NEW to
+    GONE), path and id where the disk is, info what the kernel granted (a
+    ublksrv_ctrl_dev_info), failure the error that ended its server. Raises
+    UblkError when the kernel refuses; nothing is left behind then. A Device
+    lives once.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        id: int = -1,
-        queues: int = 1,
-        depth: int = 128,
-        max_io: int = 512 << 10,
-        recovery: str | None = None,
-        unprivileged: bool | None = None,
-        partition_scan: bool = True,
-        data_path: str | None = None,
-        batch: bool = False,
-        share_memory: bool = False,
-        force: bool = False,
-        trace: Hearer | None = None,
-        words: tuple[str, list[str], dict[str, Any]] | None = None,
-    ) -> None:
+    target: Target
+    id: int = -1
+    queues: int = 1
+    depth: int = 128
+    max_io: int = 512 << 10
+    recovery: str | None = None
+    unprivileged: bool | None = None
+    partition_scan: bool = True
+    data_path: Any = None
+    batch: bool = False
+    share_memory: bool = False
+    force: bool = False
+    trace: Any = None
+    words: Any = None
+
+    def __post_init__(self) -> None:
         for name in PLAIN_METHODS:
             refuse(
-                inspect.iscoroutinefunction(getattr(target, name, None)),
+                inspect.iscoroutinefunction(getattr(self.target, name, None)),
                 f"{name}() of a target",
                 "it is an async def, for which nobody waits",
                 "make it a plain def",
             )
-        self.target = target
-        self.id = id
-        self.queues = queues
-        self.depth = depth
-        self.max_io = max_io
-        self.recovery = recovery
-        self.partition_scan = partition_scan
-        self.path_name = data_path
-        self.force = force
-        self.batch = batch
-        self.share_memory = share_memory
-        self.trace = None if trace is None else Trace(trace)
-        self.zoned = hasattr(target, "zone_size")
-        self.unprivileged = not privileged() if unprivileged is None else unprivileged
+        if self.unprivileged is None:
+            self.unprivileged = not privileged()
+        if self.trace is not None:
+            self.trace = Trace(self.trace)
+        self.words = self.words or (type(self.target).__name__, [], {})
+        self.zoned = hasattr(self.target, "zone_size")
         self.directory = os.getcwd()  # where the words may name files
-        self.words = words or (type(target).__name__, [], {})
         self.follows = False  # whether somebody calls follow_size() again and again
-        self.size = self.refused = 0  # the disk's, and what the target could not have
-        self.refusal = ""
+        self.size = 0  # the disk's
         self.identity = 0  # what tells it from any other of its number, once there is one
         self.info = ublksrv_ctrl_dev_info()
-        self.data_path: type[MappedCopy] = MappedCopy
         self.char_fd = self.wake_fd = self.wake_write = -1
         self.descriptors: list[mmap.mmap] = []
+        self._files: list[Any] = []  # /dev/ublkcN, and the ends of the pipe that wakes
         self.shared: dict[int, memoryview] = {}  # memory shared with clients, by its index
-        self.failure: BaseException | None = None
+        self.failure: UblkError | None = None
         self.interrupted = ""  # why it is to end, where somebody has said so
         self.state = NEW
         self.recovers = False  # whether the disk was there before
         self.control: Any = None  # the control plane, from the start to the end
         self._workers: list[Worker] = []
-        self._scanner: Any = None  # the process that looks for partitions
-        self._lock = threading.Lock()  # held for a moment, while workers end
-        self._life = threading.RLock()  # held by the one thread that changes the state
-        self._changing = False  # whether it does
-        self._changes = threading.RLock()  # held while memory is shared, or the size changes
-        self._closing = threading.Lock()  # held while the target is closed
-        self._closed = False  # whether it was
+        # Those that were told to begin and have not ended. A Thread itself may
+        # not know, where a signal's handler raised in start() or join().
+        self.serving: set[Worker] = set()
+        self._changing = False  # whether a thread changes the state
+        self._make_locks()
         # Free once the end has come. A lock may be released by a signal's
         # handler; an Event or a Condition may not be touched by one, nor be
         # left by an exception that it raises.
         self._over = threading.Lock()
         self._over.acquire()
+
+    def _make_locks(self) -> None:
+        self._lock = threading.Lock()  # held for a moment, while workers end
+        self._life = threading.RLock()  # held by the one thread that changes the state
+        self._changes = threading.RLock()  # held while memory is shared, or the size changes
 
     def __enter__(self) -> Device:
         if self.state is not LIVE:
@@ -3143,9 +3146,8 @@ class Device:
             f"{remedy}, or --force it",
         )
         shape = partial(self._shape, params_of(self.target, self.max_io))
-        live = partial(self._go_live, "start_dev")
-        steps = self._add, self._open, shape, self._serve, live, self._scan
-        self._alone(self._go_up, self._take_away, *steps)
+        steps = self._add, self._open, shape, self._serve, self._go_live, self._scan
+        self._alone(self._go_up, *steps)
 
     def _alone(self, change: Callable[..., None], *words: Any) -> None:
         """Change the state; every other thread that would has to wait.
@@ -3162,19 +3164,15 @@ class Device:
             finally:
                 self._changing = False
 
-    def _go_up(self, undo: Callable[[], None], *steps: Callable[[], object]) -> None:
-        """Take the steps to a disk. If one fails, undo them, and raise what it failed of.
-
-        steps: functions, called in turn. undo: the way down from wherever they
-        came.
-        """
+    def _go_up(self, *steps: Callable[[], object]) -> None:
+        """Take the steps to a disk. If one fails, go down again, and raise what it failed of."""
         # START_DEV after STOP_DEV on one open node crashes older kernels
         if self.state is not NEW:
             raise UblkError(
                 errno.EALREADY, self.name, "this Device was started before", "make a new Device"
             )
         self.control = TracedControl(self.trace) if self.trace else Control()
-        self.control.enough = partial(self.wait, 0)
+        self.control.enough = partial(self._pause, 0)
         self.state = STARTING
         atexit.register(self.__exit__, SystemExit)
         _served.add(self)  # before a target's start() can fork
@@ -3184,28 +3182,22 @@ class Device:
             self.control.enough = bool
         except BaseException as error:
             self.control.enough = bool  # first of all, or no command could undo anything
-            over = isinstance(error, UblkError) and self.wait(0)
-            cause = self._cause() if over else error
-            if isinstance(cause, OSError):
-                cause = self._named(cause)
+            cause = error
+            if isinstance(error, OSError):
+                cause = self.failure or self._named(error)
+            go_down = self._leave if self.recovers else self._take_away
             try:
-                undo()
+                go_down()
             except UblkError as left:
                 say(f"{self.name} is left behind: {left}")
             raise cause from cause.__cause__
 
-    def _cause(self) -> BaseException:
-        """Return why the end has come before the disk was there."""
-        if self.failure is not None:
-            return self.failure
-        number = errno.EINTR if self.interrupted else errno.ENODEV
-        reason = f"{self.interrupted or 'it was stopped'} before the disk was there"
-        return UblkError(number, self.name, reason, "see `ublk.py list`")
-
     def _pause(self, seconds: float) -> None:
         """Sleep, unless the end comes: then raise why."""
         if self.wait(seconds):
-            raise self._cause()
+            number = errno.EINTR if self.interrupted else errno.ENODEV
+            reason = f"{self.interrupted or 'it was stopped'} before the disk was there"
+            raise self.failure or UblkError(number, self.name, reason, "see `ublk.py list`")
 
     def _add(self) -> None:
         """ADD_DEV; what the kernel drops without a word becomes an error."""
@@ -3223,14 +3215,15 @@ class Device:
     def _open(self) -> None:
         """Open /dev/ublkcN. Only from here on can the number no longer become another's."""
         await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK, self._pause)
-        self.char_fd = open_char(self.id, pause=self._pause)
+        # A file, not a number, which a signal's exception could lose
+        self._files.append(open_char(self.id, pause=self._pause))
+        self.char_fd = self._files[0].fileno()
         self._see_that_it_is_ours()
 
     def _shape(self, params: Any) -> None:
-        """SET_PARAMS, and the state file; what the kernel drops without a word becomes an error."""
+        """SET_PARAMS; what the kernel drops without a word becomes an error."""
         forget_state(self.id)  # of an earlier device of that number, and its log
         self.size = self.target.size
-        save_state(self)
         params.basic.max_sectors = self.info.max_io_buf_bytes // SECTOR
         self.control.set_params(self.id, params)
         lost = params.types & ~self.control.get_params(self.id).types
@@ -3243,10 +3236,7 @@ class Device:
     def _see_that_it_is_ours(self) -> None:
         """Refuse to go on where there is no such device, or another that has its number by now."""
         gone = self.state in (NEW, GONE) or not is_same(self.control, self.id, self.identity)
-        self._refuse_another(gone)
-
-    def _refuse_another(self, another: bool) -> None:
-        refuse(another, self.name, "it is gone, or not there yet", "see `ublk.py list`")
+        refuse(gone, self.name, "it is gone, or not there yet", "see `ublk.py list`")
 
     def _flags(self) -> int:
         """Return the feature flags to ask for."""
@@ -3257,7 +3247,7 @@ class Device:
             "this process has CAP_SYS_ADMIN",
             "run as an ordinary user, or without -p",
         )
-        path = pick(DATA_PATHS, "data path", self.path_name or self._best_path(known))
+        path = pick(DATA_PATHS, "data path", self.data_path or self._best_path(known))
         flags = path.features | pick(RECOVERY_MODES, "recovery", self.recovery)
         # The kernel would tell of memory that the next server does not have.
         refuse(
@@ -3310,19 +3300,20 @@ class Device:
             path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
         )
         self.wake_fd, self.wake_write = os.pipe()
-        count = self.info.nr_hw_queues
+        self._files += open(self.wake_fd, "rb", 0), open(self.wake_write, "wb", 0)
         size = whole_pages(self.info.queue_depth * self.desc_size)
         apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
-        for index in range(count):
+        for index in range(self.info.nr_hw_queues):
             self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
-            cpus = self.control.get_queue_affinity(self.id, index) if count > 1 else set()
+            cpus = self.control.get_queue_affinity(self.id, index)
             self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
             try:
+                self.serving.add(worker)
                 worker.start()
             except RuntimeError as error:
-                for other in self._workers[worker.index :]:
-                    other.left = True  # for whoever is the last
+                self.serving.discard(worker)
+                del self._workers[worker.index :]  # for whoever is the last to leave
                 raise UblkError(
                     errno.EAGAIN,
                     f"the server of {self.name}",
@@ -3336,23 +3327,18 @@ class Device:
         """Hear that a worker has ended, of what failure if any.
 
         One that failed leaves a device that is deaf: the others are told to
-        end, too. When all have, the node is closed, for the kernel to fail the
-        requests that died with a worker.
+        end, too. When all have, the node is closed: then the kernel fails the
+        requests that died with a worker, and another server may come.
         """
-        try:
-            if failure is not None:
-                self.failure = self.failure or self._named(failure)
-                self._wake_workers()
-        finally:
-            worker.ended = True
-            over = all(worker.ended for worker in self._workers)
-            try:
-                if self.failure is not None and over:
-                    self._close_all()  # the kernel fails the requests that died with a worker
-            finally:
-                # An idle queue leaves a quiesced disk before one that is busy
-                if over or self.failure is not None or self.state is not LIVE:
-                    self._end_waits()
+        if failure is not None:
+            self.failure = self.failure or self._named(failure)
+            self._wake_workers()
+        self.serving.discard(worker)
+        # An idle queue leaves a quiesced disk before one that is busy
+        if not self.serving or self.failure is not None or self.state is not LIVE:
+            self._end_waits()
+        if not self.serving:
+            self._close_files()
 
     def _named(self, failure: BaseException) -> UblkError:
         """Return what to tell of a worker's failure."""
@@ -3360,10 +3346,8 @@ class Device:
             return failure
         import traceback
 
-        reason = (
-            getattr(failure, "strerror", "")
-            or traceback.format_exception_only(type(failure), failure)[-1].strip()
-        )
+        told = traceback.format_exception_only(type(failure), failure)[-1].strip()
+        reason = getattr(failure, "strerror", "") or told
         error = UblkError(-failed(failure), f"the server of {self.name}", reason)
         error.__cause__ = failure
         return error
@@ -3371,19 +3355,15 @@ class Device:
     def last_to_leave(self, worker: Worker) -> bool:
         """Hear from a worker that its queue is served no more.
 
-        Returns whether it is the last to leave a target that is to be closed.
+        Returns whether it is the last to leave a target that is to be closed,
+        as a request may have come.
         """
         with self._lock:
             worker.left = True
-            return self.used and all(other.left for other in self._workers)
-
-    @property
-    def used(self) -> bool:
-        """Whether a request may have come, so that the target has to be closed."""
-        # To a disk that is recovered they may come once a queue is fetched
-        return self.state is LIVE or (
-            self.recovers and any(worker.fetched for worker in self._workers)
-        )
+            last = all(other.left for other in self._workers)
+            # To a disk that is recovered they may come once a queue is fetched
+            fetched = any(other.fetched for other in self._workers)
+            return last and (self.state in (LIVE, LEFT) or (self.recovers and fetched))
 
     def _wake_workers(self) -> None:
         """Tell every queue to leave its loop; a worker's report may close the pipe meanwhile."""
@@ -3391,10 +3371,15 @@ class Device:
             if self.wake_write >= 0:
                 os.write(self.wake_write, b"!")
 
-    def _go_live(self, command: str) -> None:
-        """START_DEV or END_USER_RECOVERY; not where somebody took the device away meanwhile."""
-        # Kernels before 7.3 would make a disk nobody serves, or crash.
-        getattr(self.control, command)(self.id, os.getpid())
+    def _go_live(self) -> None:
+        """START_DEV or END_USER_RECOVERY, and the state file.
+
+        That is written when the disk can be served, or another server's words
+        would be lost.
+        """
+        save_state(self)
+        command = self.control.end_user_recovery if self.recovers else self.control.start_dev
+        command(self.id, os.getpid())
         await_node(self.path, os.R_OK, self._pause)
         self._pause(0)
         self.state = LIVE
@@ -3406,7 +3391,7 @@ class Device:
         import subprocess
 
         try:
-            self._scanner = subprocess.Popen(
+            scanner = subprocess.Popen(
                 ["partx", "--add", self.path],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -3417,11 +3402,8 @@ class Device:
                 "note: partitions are not looked for: there is no partx(8), which is in util-linux"
             )
             return
-        becomes(self._is_scanned, NODE_TIMEOUT, self._pause)  # a handler may never return
-
-    def _is_scanned(self) -> bool:
-        """Tell whether partx has ended, or never began."""
-        return self._scanner is None or self._scanner.poll() is not None
+        # A handler may never return
+        becomes(lambda: scanner.poll() is not None, NODE_TIMEOUT, self._pause)
 
     # ---- from a disk without a server back to one with -------------------------------------------
 
@@ -3441,12 +3423,9 @@ class Device:
 
     def resume(self) -> None:
         """What recover() does, for a Device that was not started."""
-        # Not before it can serve, or the old server's words would be lost.
-        save = partial(save_state, self)
-        live = partial(self._go_live, "end_user_recovery")
         self.recovers = True
-        steps = self._await_end_of_server, self._open, self._adopt, self._serve, save, live
-        self._alone(self._go_up, self._let_go, *steps)
+        steps = self._await_end_of_server, self._open, self._adopt, self._serve, self._go_live
+        self._alone(self._go_up, *steps)
 
     def _adopt(self) -> None:
         """Have the target be as the disk is."""
@@ -3487,11 +3466,10 @@ class Device:
         """START_USER_RECOVERY, as soon as the kernel allows it."""
         what = f"cannot recover {self.name}"
         begun = time.monotonic()
-        told = False
         while True:
             info = self.info = self.control.get_dev_info(self.id)
             self.identity = self.identity or info.ublksrv_flags
-            self._refuse_another(info.ublksrv_flags != self.identity)
+            self._see_that_it_is_ours()
             refuse(
                 not info.flags & UBLK_F_USER_RECOVERY,
                 what,
@@ -3504,23 +3482,16 @@ class Device:
                 "it is stopped",
                 f"delete it: `ublk.py del {self.id}`",
             )
-            waited = time.monotonic() - begun
-            lives = alive(info.ublksrv_pid)
+            patience = LAST_BREATH if alive(info.ublksrv_pid) else SERVER_TIMEOUT
+            late = time.monotonic() > begun + patience
             try:
-                if info.state != UBLK_S_DEV_LIVE:
+                if info.state != UBLK_S_DEV_LIVE or late:
                     return self.control.start_user_recovery(self.id)
             except UblkError as error:
                 if error.errno == errno.EINVAL:  # up to 6.15: prepared by an earlier attempt
                     return None
-                if error.errno != errno.EBUSY or waited > SERVER_TIMEOUT:
+                if error.errno != errno.EBUSY or late:
                     raise
-            if waited > (LAST_BREATH if lives else SERVER_TIMEOUT):
-                raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
-            if waited > 1.0 and not lives and not told:
-                told = True
-                say(
-                    f"waiting for the kernel to notice that the server of device {self.id} is gone"
-                )
             self._pause(0.02)
 
     # ---- the end ---------------------------------------------------------------------------------
@@ -3602,36 +3573,30 @@ class Device:
             return
         try:
             fit(self.target, size)
-            self.size = size
         except Exception as error:
-            self.refused = size
-            self.refusal = error_line(error)
-            say(f"{self.name}: the target cannot have {size} bytes: {self.refusal}")
-            self._note()  # before the disk changes, for then `resize` looks there
+            say(f"{self.name}: the target cannot have {size} bytes: {error_line(error)}")
             try:
                 self._update_size(self.size)
             except UblkError as left:
                 say(f"{self.name} keeps a size its target does not have: {left}")
                 self.size = size  # not to try again for ever
-        else:
-            self._note()
-
-    def _note(self) -> None:
-        """Save the state, where `resize` looks for the answer; that it fails ends no disk."""
+            return
+        self.size = size
         try:
             self._see_that_it_is_ours()
-            save_state(self)
+            save_state(self)  # where `resize` looks
         except OSError as error:
             say(f"{self.name}: {error_line(error)}")
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """Take the disk away and delete the device; harmless when it is gone already.
 
-        A disk that has another server by now, or was quiesced for one, is left
-        to that. Handlers get timeout seconds to end what they are doing, then
-        their requests fail. Any thread may call it, but those of the handlers.
-        Raises UblkError (EBUSY) that names who still holds the disk open: the
-        device goes when they close it.
+        A disk made to outlive its server, which has failed or was quiesced, is
+        left to the next one. Handlers get timeout seconds to end what they are
+        doing, then their requests fail; the target's close() gets the time it
+        needs. Any thread may call it, but those of the handlers. Raises
+        UblkError: what that close() failed of, or EBUSY that names who still
+        holds the disk open: the device goes when they close it.
         """
         self._refuse_handlers()
         self.interrupt("stopped")
@@ -3644,7 +3609,13 @@ class Device:
         otherwise. Any thread may call it, but those of the handlers.
         """
         self._refuse_handlers()
-        self._alone(self._let_go)
+        self._alone(self._leave)
+
+    def _leave(self) -> None:
+        """Go down to GONE, and leave the disk as it is."""
+        if self.state is LIVE:
+            self.state = LEFT
+        self._let_go()
 
     def _refuse_handlers(self) -> None:
         refuse(
@@ -3656,64 +3627,42 @@ class Device:
 
     def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
         """Go down to GONE. What a KeyboardInterrupt keeps from it is done the next time."""
-        delete: Callable[[], object] = self._delete
         try:
-            if self._is_anothers():
-                delete = bool
-                becomes(self._is_served_no_more, timeout)  # its busy queues leave last
-            elif self.state in (ADDED, LIVE) and not self._is_served_no_more():
+            if self._is_lost():
+                self.state = LEFT
+                becomes(lambda: not self.serving, timeout)  # its busy queues leave last
+            elif self.state in (ADDED, LIVE) and self.serving:
                 self._stop_disk(timeout)
         finally:
-            self._let_go(delete)
+            self._let_go()
 
-    def _is_served_no_more(self) -> bool:
-        return not any(worker.goes_on() for worker in self._workers)
-
-    def _is_anothers(self) -> bool:
-        """Tell whether the next server has the disk, or it waits for that as somebody quiesced it."""
-        if self.state is not LIVE or not any(worker.ended for worker in self._workers):
+    def _is_lost(self) -> bool:
+        """Tell whether the disk has lost its server, or somebody quiesced it, and waits for the next."""
+        if self.state is not LIVE or len(self.serving) == len(self._workers):
             return False
         try:
             info = self.control.get_dev_info(self.id)
         except UblkError:
             return False
-        if self.failure is not None:
-            return info.state == UBLK_S_DEV_LIVE and info.ublksrv_pid != os.getpid()
-        return bool(info.flags & UBLK_F_QUIESCE) and info.state != UBLK_S_DEV_DEAD
+        waits = UBLK_F_USER_RECOVERY if self.failure else UBLK_F_QUIESCE
+        return bool(info.flags & waits) and info.state != UBLK_S_DEV_DEAD
 
-    def _let_go(self, delete: Callable[[], object] = bool) -> None:
-        """Go down to GONE, and leave to the kernel what it has of the device, or delete it."""
-        self._end_workers()
-        try:
-            self._close_all()
-        finally:
-            if self.state is LIVE:
-                self.state = ADDED
-            self._close()
-            becomes(self._is_scanned, GRACE)
-            delete()
-            self._forget()
-
-    def _close_all(self) -> None:
-        """Close the target, once, and then the node.
-
-        While that is open no other server can come: it would find what the
-        target has yet to store.
-        """
-        try:
-            with self._closing:
-                due = self.used and not self._closed
-                close = getattr(self.target, "close", bool)
-                self._closed = self._closed or due
-                # Else the last queue's loop has done it
-                if due and not inspect.iscoroutinefunction(close) and is_awaitable(close()):
-                    raise TypeError(f"{close!r} returned what nobody can await: make it async")
-        finally:
-            self._close_files()
+    def _let_go(self) -> None:
+        """Go down to GONE: end the server, and delete the device if it is ours to delete."""
+        before = self.failure
+        self._wake_workers()
+        for worker in self._workers:
+            worker.give_up()
+        self._workers.clear()
+        self.serving.clear()  # of whom nobody waits for any longer
+        self._close_files()
+        self._delete()
+        self._forget()
+        if self.failure is not None and self.failure is not before:
+            raise self.failure  # of its close()
 
     def _stop_disk(self, timeout: float) -> None:
-        if not is_same(self.control, self.id, self.identity):
-            return
+        """STOP_DEV of a disk whose node we have open, so that it is ours."""
         try:
             self.control.stop_dev(self.id, timeout)
         except UblkError as error:
@@ -3723,18 +3672,13 @@ class Device:
             elif error.errno not in (errno.ENODEV, errno.ENOENT):  # it is gone, or its node is
                 raise
 
-    def _end_workers(self) -> None:
-        self._wake_workers()
-        for worker in self._workers:
-            worker.give_up()
-
     def _delete(self) -> None:
         """Delete what ADD_DEV has made, or may have made."""
         try:
             if self.state is ADDING:
                 clean_up(self.identity)
-            if self.state is ADDED:
-                delete(self.control, self.id, identity=self.identity)
+            if self.state in (ADDED, LIVE):
+                delete(self.control, self.id, self.identity)
         except UblkError:  # told once is enough
             self._forget()
             raise
@@ -3748,35 +3692,22 @@ class Device:
     def disown(self) -> None:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
         # Another thread may have had these locks
-        self._life = threading.RLock()
-        self._changes = threading.RLock()
-        self._lock = threading.Lock()
-        self._closing = threading.Lock()
+        self._make_locks()
         for worker in self._workers:
             if worker.queue is not None:
                 worker.queue.close()
-        self._close()
+        self._workers.clear()
+        self._close_files()
         self._forget()
 
-    def _close(self) -> None:
-        self._workers.clear()
-        for view in self.shared.values():
-            view.release()
-        self.shared.clear()
-        self._close_files()
-
     def _close_files(self) -> None:
-        """Give back everything that refers to /dev/ublkcN."""
+        """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""
         with self._lock:
-            for mapping in self.descriptors:
-                mapping.close()
-            self.descriptors.clear()
-            for name in ("wake_write", "wake_fd", "char_fd"):
-                fd = getattr(self, name)
-                # First, as a signal's handler may raise once it is closed
-                setattr(self, name, -1)
-                if fd >= 0:
-                    os.close(fd)
+            for view in self.shared.values():
+                view.release()
+            self.char_fd = self.wake_write = -1
+            for file in (*self.descriptors, *self._files):
+                file.close()
 
 
 _served: weakref.WeakSet[Device] = weakref.WeakSet()
@@ -3794,11 +3725,8 @@ os.register_at_fork(after_in_child=_disown_all)
 
 def alive(pid: int) -> bool:
     """Tell whether a process exists that is more than a zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(") ")[2][0] not in "ZX"
-    except OSError:
-        return False
+    status = " ".join(lines_of(f"/proc/{pid}/stat"))
+    return status.rpartition(") ")[2][:1] not in ("", "Z", "X")
 
 
 def check_flags(flags: int, known: int | None) -> None:
@@ -3866,11 +3794,8 @@ def fit(target: Target, size: int) -> None:
 
 def disk_size(dev_id: int) -> int:
     """Return the size of a disk in bytes, 0 where sysfs does not tell."""
-    try:
-        with open(f"/sys/block/ublkb{dev_id}/size", encoding="ascii") as file:
-            return int(file.read()) * SECTOR
-    except (OSError, ValueError):
-        return 0
+    sectors = "".join(lines_of(f"/sys/block/ublkb{dev_id}/size"))
+    return int(sectors or 0) * SECTOR
 
 
 def becomes(
@@ -3892,7 +3817,7 @@ def whole_pages(size: int) -> int:
 
 def open_char(
     dev_id: int, timeout: float = SERVER_TIMEOUT, pause: Callable[[float], object] = time.sleep
-) -> int:
+) -> Any:
     """Open /dev/ublkcN as its server, once a server killed a moment ago has let go of it.
 
     timeout: seconds. Raises UblkError (EBUSY) where another server keeps it.
@@ -3900,7 +3825,7 @@ def open_char(
     deadline = time.monotonic() + timeout
     while True:
         try:
-            return os.open(f"/dev/ublkc{dev_id}", os.O_RDWR | os.O_CLOEXEC)
+            return open(f"/dev/ublkc{dev_id}", "r+b", buffering=0)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -3941,13 +3866,11 @@ def io_flusher() -> None:
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
-def delete(
-    control: Control, dev_id: int, timeout: float = 10.0, identity: int | None = None
-) -> None:
+def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) -> None:
     """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
 
-    timeout: seconds.
     identity: a device that is another's by now is left alone.
+    timeout: seconds.
 
     Raises UblkError (EBUSY): stopped, but it goes only when they close it; or it
     does not stop, as a handler does not return.
@@ -3958,7 +3881,7 @@ def delete(
         # Two DEL_DEV at a time would wait for each other.
         if control.legacy:
             fcntl.flock(control.fd, fcntl.LOCK_EX)
-        if identity is not None and not is_same(control, dev_id, identity):
+        if not is_same(control, dev_id, identity):
             if dev_id not in device_ids():
                 forget_state(dev_id)
             return
@@ -3972,7 +3895,7 @@ def delete(
         # wait for ever. So this sees the node closed.
         if control.legacy:
             with contextlib.suppress(FileNotFoundError):
-                os.close(open_char(dev_id, timeout))
+                open_char(dev_id, timeout).close()
         what = f"device {dev_id} is stopped but not deleted"
         remedy = "it goes when they close it"
         control.del_dev(dev_id, timeout)
@@ -4662,10 +4585,7 @@ def holders(dev_id: int) -> list[str]:
     namespace, swap, and the disks that are built upon it (LVM, md, dm, loop).
     """
     disk = f"ublkb{dev_id}"
-    partitions = [
-        name for name in children(f"/sys/block/{disk}") if name.startswith(f"{disk}p")
-    ]
-    return [*openers(disk), *mounts(disk), *swaps(disk), *disks_above(disk, partitions)]
+    return [*openers(disk), *mounts(disk), *swaps(disk), *disks_above(disk)]
 
 
 def is_node_of(path: str, disk: str, file: str = "") -> bool:
@@ -4689,14 +4609,6 @@ def is_number_of(number: str, disk: str) -> bool:
     return disk in link_of(f"/sys/dev/block/{number}").split("/")
 
 
-def children(directory: str) -> list[str]:
-    """Return the names in a directory; none if it is not there, or not ours to read."""
-    try:
-        return sorted(os.listdir(directory))
-    except OSError:
-        return []
-
-
 def link_of(path: str) -> str:
     """Return where a symbolic link leads; nothing if it is gone, or not ours to read."""
     try:
@@ -4714,31 +4626,28 @@ def lines_of(path: str) -> list[str]:
         return []
 
 
-def process_ids() -> list[str]:
-    """Return the processes there are."""
-    return [name for name in children("/proc") if name.isdigit()]
-
-
 def openers(disk: str) -> Iterator[str]:
     """Yield the processes that have a disk open."""
-    for pid in process_ids():
-        links = [f"/proc/{pid}/fd/{fd}" for fd in children(f"/proc/{pid}/fd")]
-        if any(is_node_of(link_of(link), disk, link) for link in links):
-            yield f"{''.join(lines_of(f'/proc/{pid}/comm'))} (pid {pid})"
+    links = glob.iglob("/proc/[0-9]*/fd/*")
+    pids = [link.split("/")[2] for link in links if is_node_of(link_of(link), disk, link)]
+    for pid in dict.fromkeys(pids):
+        yield f"{''.join(lines_of(f'/proc/{pid}/comm'))} (pid {pid})"
 
 
 def mounts(disk: str) -> Iterator[str]:
     """Yield where a disk is mounted, in each mount namespace once."""
-    ours = link_of("/proc/self/ns/mnt")
-    namespaces = {link_of(f"/proc/{pid}/ns/mnt"): pid for pid in process_ids()}
-    namespaces.update({ours: "self", "": "self"})
-    for namespace, pid in namespaces.items():
-        for line in lines_of(f"/proc/{pid}/mountinfo") if namespace else []:
+    seen = {""}
+    for process in ["/proc/self", *glob.glob("/proc/[0-9]*")]:
+        namespace = link_of(f"{process}/ns/mnt")
+        if namespace in seen:
+            continue
+        seen.add(namespace)
+        for line in lines_of(f"{process}/mountinfo"):
             _, _, number, _, place, *more = line.split(" ")
             # It may have any name, and some file systems have no number
             source = more[more.index("-") + 2]
             if is_number_of(number, disk) or is_node_of(source, disk):
-                where = "" if namespace == ours else f" of pid {pid}"
+                where = "" if process == "/proc/self" else f" of pid {process[6:]}"
                 yield f"the mount at {place}{where}"
 
 
@@ -4749,20 +4658,16 @@ def swaps(disk: str) -> Iterator[str]:
             yield f"swap on {line.split()[0]}"
 
 
-def disks_above(disk: str, partitions: Sequence[str]) -> Iterator[str]:
+def disks_above(disk: str) -> Iterator[str]:
     """Yield the disks that are built upon a disk or its partitions: LVM, dm, md, loop."""
-    for directory in (
-        f"/sys/block/{disk}",
-        *(f"/sys/block/{disk}/{name}" for name in partitions),
-    ):
-        for name in children(f"{directory}/holders"):
-            title = "".join(lines_of(f"/sys/block/{name}/dm/name"))
+    for place in (f"/sys/block/{disk}", f"/sys/block/{disk}/{disk}p*"):
+        for holder in glob.glob(f"{place}/holders/*"):
+            name = os.path.basename(holder)
+            title = "".join(lines_of(f"{holder}/dm/name"))
             yield f"{name} ({title})" if title else name
-    for name in children("/sys/block"):
-        if any(
-            is_node_of(line, disk) for line in lines_of(f"/sys/block/{name}/loop/backing_file")
-        ):
-            yield name
+    for file in glob.glob("/sys/block/*/loop/backing_file"):
+        if any(is_node_of(line, disk) for line in lines_of(file)):
+            yield file.split("/")[3]
 
 
 def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
@@ -4888,8 +4793,7 @@ def save_state(device: Device) -> None:
     What is in it: id and identity (16 hex digits); target, args and options,
     the words that made the disk, and cwd, where they were given; pid of the
     server; files, what tells those it is made of from others; size in bytes;
-    follows, whether the server looks at the size by itself; refused and
-    refusal, the size that its target could not have last, and why.
+    follows, whether the server looks at the size by itself.
 
     Raises UblkError: EPERM where others may write in the directory, or the
     errno of what failed.
@@ -4909,8 +4813,6 @@ def save_state(device: Device) -> None:
             file_identity(os.path.join(device.directory, path)) for path in device.target.files
         ],
         "size": device.size,
-        "refused": device.refused,
-        "refusal": device.refusal,
     }
     path = state_path(device.id)
     make_run_dir()
@@ -4975,17 +4877,14 @@ def load_state(dev_id: int, identity: int | None = None) -> dict[str, Any]:
             if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
                 raise ValueError("not a regular file of its owner")
             state = json.loads(file.read(1 << 20))
-        if not isinstance(state, dict) or state.get("id") != dev_id:
+        if state["id"] != dev_id:
             raise ValueError("not the state of this device")
-        if identity is not None and state.get("identity") != f"{identity:016x}":
+        if identity is not None and state["identity"] != f"{identity:016x}":
             raise ValueError("the state of another device, which had the same number")
-        words = [state.get("target"), state.get("cwd"), *state.get("args", [None])]
-        if not isinstance(state.get("args"), list) or not all(
-            isinstance(word, str) for word in words
-        ):
-            raise ValueError("it names no target")
+        words = [state["target"], state["cwd"]] + state["args"]
+        "".join(words)  # a TypeError where they are none
         return state
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         if not isinstance(error, FileNotFoundError):
             say(f"ignoring {path}: {error}")
         return {}
@@ -5004,7 +4903,7 @@ def forget_state(dev_id: int) -> bool:
 
 def stale_states(ids: Sequence[int]) -> list[int]:
     """Return the devices that have a state file and are not among ids."""
-    names = [name[:-5] for name in children(run_dir()) if name.endswith(".json")]
+    names = [path.stem for path in Path(run_dir()).glob("*.json")]
     found = {int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,6}", name)}
     return sorted(found - set(ids))
 
@@ -5075,13 +4974,10 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
 
 def privileged() -> bool:
     """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        effective = next(line for line in file if line.startswith("CapEff"))
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            outside = file.read().split() == ["0", "0", "4294967295"]
-    except FileNotFoundError:  # a kernel without user namespaces
-        outside = True
+    lines = lines_of("/proc/self/status")
+    effective = next(line for line in lines if line.startswith("CapEff"))
+    users = " ".join(lines_of("/proc/self/uid_map")).split()
+    outside = users in ([], ["0", "0", "4294967295"])  # none without user namespaces
     return outside and bool(int(effective.split()[1], 16) & CAP_SYS_ADMIN)
 
 
@@ -5126,13 +5022,11 @@ def not_roots_alone(path: str) -> str:
     That is the file itself or a directory above it. path is a real path,
     absolute and without links.
     """
-    while True:
-        status = os.stat(path)
+    for place in (path, *map(str, Path(path).parents)):
+        status = os.stat(place)
         if status.st_uid or status.st_mode & 0o022:
-            return path
-        if path == "/":
-            return ""
-        path = os.path.dirname(path)
+            return place
+    return ""
 
 
 def udev_word(path: str) -> str:
@@ -5165,9 +5059,8 @@ def asks_for_owner(rule: str) -> bool:
 def udev_rules() -> Iterator[str]:
     """Yield the lines of all udev rules on this machine."""
     for directory in ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d"):
-        for name in children(directory):
-            if name.endswith(".rules"):
-                yield from lines_of(f"{directory}/{name}")
+        for path in glob.glob(f"{directory}/*.rules"):
+            yield from lines_of(path)
 
 
 # =================================================================================================
@@ -6037,12 +5930,10 @@ def serve_started(device: Device, started: Started) -> None:
         notify("WATCHDOG=1")
         device.follow_size()
     notify("STOPPING=1")
-    failure = device.failure
-    lasts = failure is None or device.info.flags & UBLK_F_USER_RECOVERY
-    if lasts and not device.interrupted:
+    if device.failure is not None:
+        raise device.failure
+    if not device.interrupted:
         device.detach()
-    if failure is not None:
-        raise failure
 
 
 def watchdog() -> float:
@@ -6139,7 +6030,7 @@ def clean_up(identity: int) -> None:
         for dev_id in device_ids() if identity else ():
             try:
                 if control.get_dev_info(dev_id).ublksrv_flags == identity:
-                    delete(control, dev_id, identity=identity)
+                    delete(control, dev_id, identity)
             except UblkError as error:
                 if error.errno not in NOT_OURS:
                     say(f"device {dev_id} is left behind: {error}")
@@ -6307,7 +6198,7 @@ def delete_devices(options: Any) -> int:
                 info = control.get_dev_info(dev_id)
                 if not options.force:
                     stop_if_unused(control, dev_id, info.ublksrv_flags)
-                delete(control, dev_id, identity=info.ublksrv_flags)
+                delete(control, dev_id, info.ublksrv_flags)
             except UblkError as error:
                 gone = error.errno == errno.ENODEV and forget_state(dev_id)
                 if not gone and not (options.all and error.errno in NOT_OURS):
@@ -6398,12 +6289,11 @@ def await_server(control: Control, dev_id: int, size: int, identity: int) -> Non
         now, _ = geometry(control, dev_id)
         state = load_state(dev_id, identity)
         unseen = not state and time.monotonic() > begun + 3.0
-        reason = state.get("refusal") if state.get("refused") == size else ""
         refuse(
             now not in (0, size),
             what,
             f"its target cannot have {size} bytes",
-            reason or "see what its server says",
+            "see what its server says",
         )
         return unseen or state.get("size") == size
 

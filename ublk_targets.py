@@ -19,6 +19,7 @@ import bisect
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import itertools
 import mmap
@@ -2633,10 +2634,10 @@ def unmount(path: Any, device: ublk.Device) -> None:
 def users_of(path: Any) -> Iterator[str]:
     """Name the processes that have something of a file system open, or work there."""
     place = os.stat(path).st_dev
-    for pid in ublk.process_ids():
-        links = [f"/proc/{pid}/fd/{fd}" for fd in ublk.children(f"/proc/{pid}/fd")]
-        for link in f"/proc/{pid}/cwd", *links:
+    for process in glob.glob("/proc/[0-9]*"):
+        for link in f"{process}/cwd", *glob.glob(f"{process}/fd/*"):
             with suppress(OSError):
                 if os.stat(link).st_dev == place:
-                    yield f"{''.join(ublk.lines_of(f'/proc/{pid}/comm'))} (pid {pid})"
+                    name = "".join(ublk.lines_of(f"{process}/comm"))
+                    yield f"{name} (pid {process[6:]})"
                     break

@@ -235,7 +235,7 @@ def delete_all():
     """Delete every device."""
     with ublk.Control() as control:
         for dev_id in devices_left():
-            ublk.delete(control, dev_id)
+            ublk.delete(control, dev_id, control.get_dev_info(dev_id).ublksrv_flags)
 
 
 @kernel

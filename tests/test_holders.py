@@ -144,7 +144,7 @@ def test_the_user_of_a_partition_is_named(run, tmp_path, monkeypatch):
 
 @kernel
 def test_del_with_force_takes_a_disk_in_use(run, monkeypatch):
-    monkeypatch.setattr(ublk.delete, "__defaults__", (1.0, None))       # seconds until it gives up
+    monkeypatch.setattr(ublk.delete, "__defaults__", (1.0,))       # seconds until it gives up
     with Forked("null") as disk:
         with open(disk.path, "rb"):
             done = run("del", disk.id, "--force")

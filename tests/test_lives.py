@@ -127,6 +127,7 @@ def test_a_server_killed_on_its_way_into_the_background(tmp_path):
         class Mine(ublk.Target):
             size = 1 << 20
             def start(self, index):
+                ublk.make_run_dir()
                 open(os.environ["UBLK_RUN_DIR"] + "/started", "w").close()
                 time.sleep(3600)
     """)
@@ -272,7 +273,7 @@ def test_a_disk_that_does_not_stop_keeps_no_other_waiting(tmp_path):
 def impatient(monkeypatch):
     """Have a delete that waits for somebody to close a disk give up soon."""
     delete = ublk.delete
-    monkeypatch.setattr(ublk, "delete", lambda control, dev_id, **more: delete(control, dev_id, 1, **more))
+    monkeypatch.setattr(ublk, "delete", lambda *words: delete(*words, timeout=1))
 
 
 @kernel
@@ -363,7 +364,7 @@ def test_the_end_of_a_process_takes_its_disks_along(tmp_path):
 def test_a_program_that_ends_with_its_disk_open_ends_as_it_would(status):
     program = f"""
         import sys, tests.support, ublk
-        ublk.delete.__defaults__ = (1.0, None)
+        ublk.delete.__defaults__ = (1.0,)
         device = ublk.Device(tests.support.Ram())
         device.start()
         kept = open(device.path, "rb")

@@ -19,7 +19,7 @@ import pytest, ublk, ublk_targets
 pytest_plugins = ["ublk_targets"]
 ublk_targets.PATIENCE = 1                       # a disk that hangs or is held is given up soon
 ublk.Device.stop.__defaults__ = (1,)
-ublk.delete.__defaults__ = (1, None)
+ublk.delete.__defaults__ = (1,)
 """
 
 SUITE = """

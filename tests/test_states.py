@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -93,15 +94,24 @@ class Driver:
         return waiting
 
 
-SERVE = ublk.Worker.serve       # what the driver fixture replaces
+QUEUE, SERVE = ublk.Queue, ublk.Worker.serve        # what is replaced here
 
 
-def serves(worker):
-    """Serve as a Worker does, but nothing."""
-    if hasattr(worker.device.target, "start"):
-        worker.device.target.start(worker.index)
-    worker.fetched = True
-    select.select([worker.device.wake_fd], [], [])
+class Parked:
+    """A queue to which no request comes."""
+
+    path = SimpleNamespace(abandon=bool)
+
+    def __init__(self, device, index):
+        self.device = device
+
+    def call(self, method, *words):
+        method(*words)
+
+    def run(self):
+        select.select([self.device.wake_fd], [], [])
+
+    fetch = wind_up = close = lambda self: None
 
 
 @pytest.fixture
@@ -110,10 +120,10 @@ def driver(monkeypatch):
     found = Driver()
     monkeypatch.setattr(ublk, "Control", lambda: found)
     monkeypatch.setattr(ublk, "device_ids", lambda: list(found.devices))
-    monkeypatch.setattr(ublk, "open_char", lambda dev_id, **_: os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr(ublk, "open_char", lambda dev_id, **_: open(os.devnull, "r+b", buffering=0))
     monkeypatch.setattr(ublk, "map_descriptors", lambda fd, dev_id, size, offset: mmap.mmap(-1, size))
     monkeypatch.setattr(ublk, "is_usable", lambda path, mode: True)
-    monkeypatch.setattr(ublk.Worker, "serve", serves)
+    monkeypatch.setattr(ublk, "Queue", Parked)
     yield found
     os.close(found.fd)
     assert found.devices == {}
@@ -153,8 +163,7 @@ def test_a_close_that_nobody_can_await_is_an_error(driver):
     target.close = lambda: outcome
     disk = new(target)
     disk.start()
-    with pytest.raises(TypeError, match="make it async"):
-        disk.stop()
+    assert "for which nobody waits" in message(disk.stop)
     outcome.close()
     assert (disk.state, driver.devices) == (ublk.GONE, {})
 
@@ -195,12 +204,12 @@ def test_every_wait_of_a_start_ends_when_it_is_interrupted(driver, monkeypatch, 
         monkeypatch.undo()
         monkeypatch.setattr(ublk, "Control", lambda: driver)
         monkeypatch.setattr(ublk, "await_node", lambda *_: None)
-        monkeypatch.setattr(os, "open", busy(os.open))
+        monkeypatch.setattr(ublk, "open", busy(open), raising=False)
     elif place == "a target":
         disk.target.start = lambda index: release.wait()
     elif place == "partx":
         driver.features &= ~ublk.UBLK_F_NO_AUTO_PART_SCAN
-        monkeypatch.setattr(disk, "_is_scanned", bool)
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: SimpleNamespace(poll=lambda: None))
     else:
         driver.devices[7] = 1
         disk.id, disk.start = 7, disk.resume
@@ -265,7 +274,7 @@ FAILURES = [OSError(errno.ENOMEM, "no"), OSError("no", "number"), MemoryError(),
 def test_a_start_fails_of_a_queue_that_cannot_be_made(driver, monkeypatch, step, failure):
     def fail(*_, **__):
         raise failure
-    monkeypatch.setattr(ublk.Worker, "serve", SERVE)
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
     monkeypatch.setattr(*step, fail)
     before = os.listdir("/proc/self/fd")
     assert "the server of device 7" in message(new(queues=2).start)
@@ -288,23 +297,39 @@ def test_ctrl_c_in_any_command_leaves_nothing(driver, command):
     assert (disk.state, driver.devices) == (ublk.GONE, {})
 
 
-@pytest.mark.parametrize("which", ["char_fd", "wake_fd", "wake_write"])
-def test_ctrl_c_closes_no_descriptor_twice(driver, monkeypatch, which):
-    disk, closed, close = new(), [], os.close
-    disk.start()
-    unlucky = getattr(disk, which)
+class Moment:
+    """Sends a signal before the given step of this thread, counted from when count() is called."""
 
-    def closing(fd):
-        close(fd)
-        closed.append(fd)
-        if fd == unlucky:
-            interrupts()
-    monkeypatch.setattr(os, "close", closing)
-    with pytest.raises(KeyboardInterrupt):
+    def __init__(self, number, which=signal.SIGTERM):
+        self.number, self.which, self.steps = number, which, 0
+
+    def trace(self, frame, event, arg):
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.steps += 1
+            if self.steps == self.number:
+                sys.settrace(None)
+                signal.raise_signal(self.which)
+        return self.trace
+
+    def count(self, *_):
+        frame = sys._getframe(1)
+        frame.f_trace, frame.f_trace_opcodes = self.trace, True
+        sys.settrace(self.trace)
+
+
+def test_ctrl_c_at_any_moment_loses_no_descriptor_of_the_device(driver, monkeypatch):
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(1, 200):
+        moment, disk = Moment(number, signal.SIGINT), new()
+        monkeypatch.setattr(disk, "_open", lambda step=disk._open, moment=moment: (moment.count(), step()))
+        try:
+            with contextlib.suppress(KeyboardInterrupt), disk:
+                pass
+        finally:
+            sys.settrace(None)
         disk.stop()
-    monkeypatch.setattr(os, "close", lambda fd: closed.append(fd) if fd == unlucky else close(fd))
-    disk.stop()
-    assert closed.count(unlucky) == 1
+        assert (driver.devices, len(os.listdir("/proc/self/fd"))) == ({}, before)
 
 
 def test_a_handler_of_a_signal_may_stop_what_is_being_stopped(driver):
@@ -339,9 +364,47 @@ def test_a_handler_of_a_request_cannot_stop_its_disk(driver, monkeypatch, end):
 def test_an_error_of_a_targets_close_does_not_keep_the_device(driver):
     disk = new()
     disk.target.close = lambda: 1 // 0
-    with pytest.raises(ZeroDivisionError), disk:
+    with pytest.raises(ublk.UblkError, match="ZeroDivisionError"), disk:
         pass
     assert driver.devices == {}
+
+
+async def later():
+    raise OSError(errno.ENOSPC, "no room")
+
+
+@pytest.mark.parametrize("down", ["stop", "detach"])
+@pytest.mark.parametrize("close", [later, fails])
+def test_what_a_targets_close_fails_of_is_the_error_of_the_end(driver, monkeypatch, close, down):
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    monkeypatch.setattr(QUEUE, "fetch", bool)
+    disk = new()
+    disk.target.close = close
+    disk.start()
+    assert error_of(getattr(disk, down)) in (errno.ENOSPC, errno.ENOMEM)
+    assert driver.devices.pop(7, disk.identity) == disk.identity
+
+
+def test_a_targets_close_has_the_time_it_needs(driver, monkeypatch):
+    async def close():
+        await asyncio.sleep(0.3)
+        disk.target.closed += 1
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    monkeypatch.setattr(QUEUE, "fetch", bool)
+    monkeypatch.setattr(ublk, "GRACE", 0.1)
+    with new() as disk:
+        disk.target.close = close
+    assert disk.target.closed == 1
+
+
+def test_a_disk_is_left_behind_though_its_end_was_interrupted(driver, monkeypatch):
+    disk = new(recovery="requeue")
+    disk.start()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ublk.Worker, "give_up", lambda worker: interrupts())
+        disk.detach()
+    disk.stop()
+    assert (driver.devices.pop(7), disk.state) == (disk.identity, ublk.GONE)
 
 
 def test_a_thread_that_begins_though_its_start_was_interrupted_is_waited_for(driver, monkeypatch):
@@ -366,7 +429,7 @@ def test_an_end_that_was_interrupted_waits_for_the_threads_the_next_time(driver,
     disk, go, seen = new(), threading.Event(), []
 
     def serve(worker):
-        serves(worker)
+        SERVE(worker)
         go.wait(10)
         seen.append(worker.device.char_fd)
 
@@ -383,24 +446,18 @@ def test_an_end_that_was_interrupted_waits_for_the_threads_the_next_time(driver,
 def test_a_second_interruption_of_a_start_leaves_a_device_that_can_be_stopped(driver):
     disk = new()
 
-    def interrupted(timeout):
-        raise KeyboardInterrupt
-
-    def fails():
-        disk.wait = interrupted
-        raise ublk.UblkError(errno.EINVAL, "a start")
-
     driver.happens["set_params"] = fails
+    disk._take_away = interrupts
     with pytest.raises(KeyboardInterrupt):
         disk.start()
-    del disk.wait
+    del disk._take_away
     disk.stop()
     assert driver.devices == {}
 
 
 def test_a_forked_child_takes_no_lock_that_another_thread_held(driver):
     with new() as disk:
-        with disk._lock, disk._life, disk._changes, disk._closing:
+        with disk._lock, disk._life, disk._changes:
             child = in_child(lambda: (disk.disown(), disk.stop()))
         assert child == 0 and driver.devices == {7: disk.identity}
 
@@ -489,21 +546,14 @@ def in_child(function):
     return status[0]
 
 
-class Kept:
+class Kept(Parked):
     """A queue whose handler goes on until it is released, and then ends by itself."""
 
     def __init__(self, device, index):
-        self.closed, self.path, self.closing = 0, SimpleNamespace(abandon=bool), False
-        device.queue = self
-
-    def fetch(self):
-        pass
+        self.closed, device.queue = 0, self
 
     def run(self):
         self.released.wait()
-
-    def wind_up(self):
-        pass
 
     def close(self):
         self.closed += 1
@@ -511,7 +561,6 @@ class Kept:
 
 @pytest.mark.parametrize("when", ["join", "is_alive", "never"])
 def test_every_queue_is_closed_once_however_late_its_worker_ends(driver, monkeypatch, when):
-    monkeypatch.setattr(ublk.Worker, "serve", SERVE)
     monkeypatch.setattr(ublk, "Queue", Kept)
     monkeypatch.setattr(ublk, "GRACE", 0.05)
     Kept.released = threading.Event()
@@ -533,31 +582,7 @@ def test_every_queue_is_closed_once_however_late_its_worker_ends(driver, monkeyp
     assert disk.queue.closed == 1
 
 
-SERVE = ublk.Worker.serve
-
-
 # ---- servers -------------------------------------------------------------------------------------
-
-class Moment:
-    """Sends a signal before the given step of this thread, counted from when count() is called."""
-
-    def __init__(self, number):
-        self.number, self.steps = number, 0
-
-    def trace(self, frame, event, arg):
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self.steps += 1
-            if self.steps == self.number:
-                sys.settrace(None)
-                signal.raise_signal(signal.SIGTERM)
-        return self.trace
-
-    def count(self, *_):
-        frame = sys._getframe(1)
-        frame.f_trace, frame.f_trace_opcodes = self.trace, True
-        sys.settrace(self.trace)
-
 
 @pytest.fixture
 def handlers():
@@ -608,6 +633,7 @@ def test_a_state_file_that_cannot_be_written_does_not_end_a_server(driver, monke
     def full(device):
         raise OSError(errno.ENOSPC, "no room")
     with new() as disk:
+        disk.target.resized = bool
         monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
         monkeypatch.setattr(ublk, "save_state", full)
         disk.follow_size()
@@ -720,13 +746,26 @@ def test_a_recovery_takes_no_target_that_needs_more_than_its_disk_does(waiting, 
     assert "end_user_recovery" not in waiting.sent
 
 
+def test_a_recovery_that_lacks_a_queue_closes_its_target(waiting, monkeypatch):
+    class Unmade(Parked):
+        def __init__(self, device, index):
+            super().__init__(device, index)
+            if index:
+                until(lambda: device._workers[0].fetched)
+                fails()
+    info = waiting.get_dev_info(7)
+    info.nr_hw_queues = 2
+    monkeypatch.setattr(waiting, "get_dev_info", lambda dev_id: info)
+    monkeypatch.setattr(ublk, "Queue", Unmade)
+    disk = new(id=7)
+    assert error_of(disk.resume) == errno.ENOMEM
+    assert disk.target.closed == 1
+
+
 def test_a_recovery_that_lacks_a_thread_closes_a_target_in_its_loop(waiting, monkeypatch):
-    class Woken(Kept):
+    class Woken(Parked):
         def call(self, function, *_):
             closed.append(function)
-
-        def run(self):
-            select.select([disk.wake_fd], [], [])
 
     async def close():
         pass
@@ -739,7 +778,6 @@ def test_a_recovery_that_lacks_a_thread_closes_a_target_in_its_loop(waiting, mon
     info, closed = waiting.get_dev_info(7), []
     info.nr_hw_queues = 3
     monkeypatch.setattr(waiting, "get_dev_info", lambda dev_id: info)
-    monkeypatch.setattr(ublk.Worker, "serve", SERVE)
     monkeypatch.setattr(ublk.Worker, "start", start)
     monkeypatch.setattr(ublk, "Queue", Woken)
     disk = new(id=7)
@@ -819,8 +857,8 @@ def test_two_threads_change_a_size_one_after_the_other(driver, monkeypatch):
     assert done == [("target", 4 << 20), ("disk", 4 << 20), ("disk", 3 << 20), ("target", 3 << 20)]
 
 
-@pytest.mark.parametrize("end", ["failed", "failed, and its next server is in another container", "quiesced"])
-def test_a_program_deletes_no_disk_that_another_has_recovered_or_will(driver, monkeypatch, end):
+@pytest.mark.parametrize("end, state", [("failed", "LIVE"), ("failed", "QUIESCED"), ("quiesced", "LIVE")])
+def test_a_program_deletes_no_disk_that_another_has_recovered_or_will(driver, monkeypatch, end, state):
     disk = new(recovery="requeue", queues=2)
     disk.start()
     if end != "quiesced":
@@ -828,9 +866,8 @@ def test_a_program_deletes_no_disk_that_another_has_recovered_or_will(driver, mo
             disk.report(worker, ublk.UblkError(errno.ENOMEM, "no"))
     else:
         disk.report(disk._workers[1], None)
-    pid = {"failed": os.getppid(), "quiesced": os.getpid()}.get(end, -1)
     monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
-        ublksrv_flags=disk.identity, ublksrv_pid=pid, state=ublk.UBLK_S_DEV_LIVE, flags=ublk.UBLK_F_QUIESCE))
+        ublksrv_flags=disk.identity, state=getattr(ublk, f"UBLK_S_DEV_{state}"), flags=disk.info.flags))
     disk.stop(0)
     assert "stop_dev" not in driver.sent
     assert driver.devices.pop(7, None) == disk.identity
@@ -850,7 +887,7 @@ def test_the_busy_queue_of_a_quiesced_disk_ends_by_itself(driver, monkeypatch):
     disk = new(recovery="requeue", queues=2)
     disk.start()
     quiesced.set()
-    until(lambda: disk._workers[0].ended)
+    until(lambda: len(disk.serving) == 1)
     disk.stop()
     assert told == [] and driver.devices.pop(7) == disk.identity
 
@@ -873,16 +910,14 @@ def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver
 
 # ---- a size that a target cannot have ---------------------------------------------------------------
 
-@pytest.mark.parametrize("unwritable", [False, True])
 @pytest.mark.parametrize("able", [False, True], ids=["without resized()", "resized() fails"])
-def test_a_size_that_a_target_cannot_have_is_taken_back(driver, monkeypatch, tmp_path, able, unwritable):
+def test_a_size_that_a_target_cannot_have_is_taken_back(driver, monkeypatch, able):
     sizes = []
     monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
     monkeypatch.setattr(driver, "update_size", lambda dev_id, size: sizes.append(size), raising=False)
     with new() as disk:
         if able:
             disk.target.resized = lambda size: fails()
-        monkeypatch.setenv("UBLK_RUN_DIR", "/proc" if unwritable else str(tmp_path))
         disk.follow_size()
     assert sizes == [1 << 20]
 
@@ -927,13 +962,26 @@ def test_a_program_cannot_grow_a_disk_beyond_its_target(driver, monkeypatch):
     assert sizes == []
 
 
+def test_a_target_is_closed_behind_the_rings_that_may_still_use_its_files(driver, monkeypatch):
+    disk, order = new(queues=2), []
+    monkeypatch.setattr(Parked, "close", lambda queue: order.append("a ring"))
+    disk.target.close = lambda: order.append("the target")
+    with disk:
+        pass
+    assert order == ["a ring", "a ring", "the target"]
+
+
 @pytest.mark.parametrize("failed", [False, True])
-def test_a_target_is_closed_before_another_server_can_come(driver, failed):
-    disk, nodes = new(), []
+def test_a_target_is_closed_before_another_server_can_come(driver, monkeypatch, failed):
+    disk, nodes, run = new(), [], Parked.run
     disk.target.close = lambda: nodes.append(disk.char_fd)
+    if failed:
+        monkeypatch.setattr(Parked, "run", lambda queue: run(queue) or fails())
     disk.start()
     if failed:
-        disk.report(disk._workers[0], ublk.UblkError(errno.ENOMEM, "no"))
-    disk.detach()
+        disk._wake_workers()
+        disk.wait()
+    with contextlib.suppress(ublk.UblkError):
+        disk.detach()
     assert driver.devices.pop(7) == disk.identity
     assert len(nodes) == 1 and nodes[0] >= 0
