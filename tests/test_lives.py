@@ -259,7 +259,7 @@ def test_a_disk_that_does_not_stop_keeps_no_other_waiting(tmp_path):
     stuck = Forked(path).live()
     client = stuck_client(stuck)
     until(lambda: in_flight(stuck)[0], "the read to arrive")
-    soon = (1.0, None)
+    soon = (1.0,)
     deleting = Forked("del", stuck.id, "--force", change=lambda: setattr(ublk.delete, "__defaults__", soon))
     until(lambda: "EBUSY" in deleting.said(), "the end of its wait")
     with ublk.Device(Ram(), partition_scan=False):
