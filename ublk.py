@@ -949,8 +949,8 @@ class Ring:
             number = error.errno or errno.EIO
             what = "cannot create an io_uring"
             raise UblkError(number, what, remedy=remedy.get(number, "")) from None
-        self._file: Any = Descriptor(fd)
-        self.fd = fd  # a number only, which may be kept without keeping the ring
+        self._file = open(fd, "rb", buffering=0)
+        self.fd = fd
         return params
 
     def prepare(
@@ -1138,7 +1138,7 @@ class Ring:
                 view.release()
         self._rings.close()
         self._sqe_map.close()
-        self._file = None
+        self._file.close()
         self.fd = -1
 
 
@@ -1215,7 +1215,7 @@ class Control:
                 remedy="see `ublk.py check`",
             ) from None
         # One at least is there when no other could be made any more
-        self._rings = [Ring(64, for_control=True)]
+        self._rings = [Ring(2, for_control=True)]
         self.enough: Callable[[], bool] = bool
         self._unprivileged: set[int] = set()
         self.legacy = False
@@ -1234,7 +1234,9 @@ class Control:
     def close(self) -> None:
         """Let go of the control node and its rings; commands under way still have theirs."""
         self.fd = -1
-        self._rings.clear()
+        with contextlib.suppress(IndexError):
+            while True:
+                self._rings.pop().close()
 
     # ---- how a command is sent -----------------------------------------------------------------
 
@@ -6350,7 +6352,7 @@ def checks() -> Iterator[tuple[str, str, str]]:
     In the order in which one stands in the way of the next.
     """
     yield (f"Linux {os.uname().release}", *danger())
-    yield attempt("io_uring", partial(Ring, 2))
+    yield attempt("io_uring", lambda: Ring(2).close())
     loaded = os.path.exists("/sys/class/misc/ublk-control") or os.path.exists(
         "/dev/ublk-control"
     )

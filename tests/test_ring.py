@@ -248,6 +248,11 @@ class TestRing:
             other.close()
         assert descriptors() == before
 
+    def test_it_is_closed_whoever_still_refers_to_what_it_had(self, ring):
+        fd, kept = ring.fd, dict(vars(ring))         # as a free-threaded Python does for a while
+        ring.close()
+        assert kept and error_of(os.fstat, fd) == errno.EBADF
+
     def test_its_descriptor_is_closed_in_programs_it_starts(self, ring):
         assert not os.get_inheritable(ring.fd)
 
