@@ -1187,6 +1187,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # target of a handler
 _left_behind: list[Any] = []
 COMMAND_TIMEOUT = 60.0  # seconds; the kernel answers in milliseconds unless a server hangs
+# What becomes of a command that is cancelled as it waits, before it has begun, after its end
+CANCELLED = (-errno.EINTR, -errno.ECANCELED, -errno.ENOENT)
 
 
 class Control:
@@ -1312,27 +1314,27 @@ class Control:
         try:
             ring = self._rings.pop()
         except IndexError:  # other threads have commands under way
-            ring = Ring(64, for_control=True)
+            ring = Ring(2, for_control=True)
         number = int(command) if self.legacy else command.encoded
         ring.prepare(0, IORING_OP_URING_CMD, fd, number, user_data=1, cmd=bytes(header))
         ring.prepare(1, IORING_OP_ASYNC_CANCEL, addr=1)
         # From now on, as a signal's handler may raise at any moment
         _left_behind.append(buffer)
         result = None
-        late = True
         try:
             ring.push(0)
             result = self._await(ring, timeout, self.enough)
-            late = result is None
         finally:
+            late = result is None
             if late:
                 ring.push(1)
                 result = self._await(ring, 2.0)
+                ring.close()
             else:
                 self._rings.append(ring)
             if result is not None:
                 _left_behind.remove(buffer)
-        if result is None or (late and result == -errno.EINTR):
+        if result is None or (late and result in CANCELLED):
             return -errno.ETIMEDOUT
         return result
 
@@ -1350,7 +1352,7 @@ class Control:
             if left <= 0 or enough():
                 return None
             ring.enter(1, timeout=min(left, 0.2))
-            for token, result in zip(*ring.reap()):
+            for token, result in sorted(zip(*ring.reap()), reverse=True):  # its own first
                 # -ENOENT is what becomes of its cancellation where it has ended, and
                 # a signal's handler kept that from being noted
                 if token or result == -errno.ENOENT:

@@ -491,6 +491,22 @@ def test_an_answer_that_a_signals_handler_keeps_from_being_noted_is_not_waited_f
     assert in_vain == []
 
 
+def test_a_command_that_was_cancelled_before_it_began_was_late(control, monkeypatch):
+    accept = 13                                         # which waits where nobody connects
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        control.fd = nobody.fileno()
+        monkeypatch.setattr(ublk, "IORING_OP_URING_CMD", accept)
+        assert error_of(control.stop_dev, 7, 0.01) == errno.ETIMEDOUT
+
+
+@pytest.mark.parametrize("noticed, number", [([1, 0], 0), ([0], errno.ETIMEDOUT)], ids=["with it", "later"])
+def test_a_command_that_ends_as_it_is_cancelled_tells_its_own_end(control, noticed, number):
+    """Its cancellation may be told before, as one that found nothing."""
+    ring = control._rings[0]
+    ring.reap = lambda: (noticed[::-1], [0 if token else -errno.ENOENT for token in noticed[::-1]])
+    assert error_of(control.stop_dev, 7, 0) == number
+
+
 def test_a_control_plane_may_be_closed_beside_commands(control):
     sent, told = [], []
 
