@@ -1443,6 +1443,7 @@ class Control:
 
     def try_stop_dev(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
         """TRY_STOP_DEV (7.0): the same, but EBUSY where somebody has the disk open."""
+        require(UBLK_F_SAFE_STOP_DEV & ~(self.features or 0))
         self._run(UBLK_CMD_TRY_STOP_DEV, dev_id, timeout=timeout)
 
     def set_params(self, dev_id: int, params: Any) -> None:
@@ -4700,7 +4701,7 @@ def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
 
 def try_stop(control: Control, dev_id: int, identity: int) -> bool:
     """TRY_STOP_DEV, where there is that and a disk; tell whether nobody has it open."""
-    if (control.features or 0) & UBLK_F_SAFE_STOP_DEV and is_same(control, dev_id, identity):
+    if is_same(control, dev_id, identity):
         try:
             control.try_stop_dev(dev_id, GRACE)
         except UblkError as error:

@@ -507,6 +507,11 @@ def test_a_command_that_ends_as_it_is_cancelled_tells_its_own_end(control, notic
     assert error_of(control.stop_dev, 7, 0) == number
 
 
+def test_a_disk_is_not_stopped_if_unused_where_no_kernel_can_tell(control):
+    control.features = 0
+    assert "SAFE_STOP_DEV" in message(control.try_stop_dev, 7)
+
+
 def test_a_control_plane_may_be_closed_beside_commands(control):
     sent, told = [], []
 
