@@ -5967,7 +5967,7 @@ def open_descriptors() -> list[int]:
     """Return the descriptors this process has open, but for the three standard ones."""
     names = os.listdir("/proc/self/fd")
     # The listing's own is there, and closed
-    names = [name for name in names if os.path.exists(f"/proc/self/fd/{name}")]
+    names = [name for name in names if os.path.lexists(f"/proc/self/fd/{name}")]
     return [int(name) for name in names if int(name) > 2]
 
 

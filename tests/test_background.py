@@ -270,6 +270,15 @@ def test_systemd_hears_that_a_disk_is_recovered(backing, tmp_path):
             assert channel.recv(4096).startswith(b"READY=1\n")
 
 
+def test_what_the_caller_has_open_is_found_whatever_it_is():
+    child = subprocess.Popen(["sleep", "60"])
+    gone = os.open(f"/proc/{child.pid}/fd", os.O_RDONLY)        # of which stat() tells ENOENT then
+    child.kill()
+    child.wait()
+    assert gone in ublk.open_descriptors()
+    os.close(gone)
+
+
 def test_a_number_of_the_callers_never_becomes_another_file(tmp_path, monkeypatch):
     """Where a program calls main(), its objects live on in the server, and may yet let go of theirs."""
     monkeypatch.setattr(ublk, "on_signals", lambda action: None)
