@@ -6216,7 +6216,7 @@ def recover(options: Any) -> int:
     """Start a new server for a device."""
     started = Started(options)
     words = options.target
-    recipe: Recipe | None = (words, {}, target_maker(words)) if words else None
+    recipe: Recipe | None = None if words is None else (words, {}, target_maker(words))
     return launch(partial(recover_from_state, options.id, started, recipe), started)
 
 
@@ -6468,7 +6468,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--trace": TRACE,
     "--target": {
         "nargs": "...",
-        "default": [],
         "metavar": "TARGET [TARGET ARGS]",
         "help": "instead of what the state file names",
     },
