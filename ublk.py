@@ -307,7 +307,7 @@ UBLK_F_CMD_IOCTL_ENCODE = Feature(
     6,
     "6.4",
     "commands are encoded like ioctls; the driver sets it",
-    # Not asked for: whether GET_FEATURES is answered tells the same before there is a device
+    # Not asked for: whether GET_FEATURES is answered tells enough, before there is a device
 )
 UBLK_F_USER_COPY = Feature(
     7,
@@ -729,8 +729,8 @@ LBMD_PI_CSUM_CRC64_NVME = 4
 #
 # There is no wrapper in the standard library, so this is done by hand: three
 # system calls through ctypes, the two rings through mmap, and memoryviews cast
-# to words in place of C's pointers to volatile. An SQE's fields are stored one
-# by one, by struct; for what repeats the SQE is kept, and only the words that
+# to words in place of C's pointers to volatile. An SQE is stored as one record,
+# by struct; what repeats has a slot of its own, in which only the words that
 # change are written anew.
 
 # These three have the same numbers on every architecture that Python runs on
@@ -738,7 +738,6 @@ LBMD_PI_CSUM_CRC64_NVME = 4
 SYS_io_uring_setup = 425
 SYS_io_uring_enter = 426
 SYS_io_uring_register = 427
-
 
 IORING_SETUP_CLAMP = 1 << 4
 IORING_SETUP_SUBMIT_ALL = 1 << 7
@@ -1216,8 +1215,10 @@ class Control:
                 "cannot open /dev/ublk-control",
                 remedy="see `ublk.py check`",
             ) from None
-        # One at least is there when no other could be made any more
-        self._rings = [Ring(2, for_control=True)]
+        # One at least is there when no other could be made any more. A command needs
+        # two entries; but the first ring of a thread also tells the kernel how many of
+        # its commands may wait at a time.
+        self._rings = [Ring(64, for_control=True)]
         self.enough: Callable[[], bool] = bool
         self._unprivileged: set[int] = set()
         self.legacy = False
@@ -1314,7 +1315,7 @@ class Control:
         try:
             ring = self._rings.pop()
         except IndexError:  # other threads have commands under way
-            ring = Ring(2, for_control=True)
+            ring = Ring(64, for_control=True)
         number = int(command) if self.legacy else command.encoded
         ring.prepare(0, IORING_OP_URING_CMD, fd, number, user_data=1, cmd=bytes(header))
         ring.prepare(1, IORING_OP_ASYNC_CANCEL, addr=1)

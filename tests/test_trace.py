@@ -227,7 +227,7 @@ def test_a_chain_that_breaks_is_told():
 @kernel
 def test_each_command_is_told_with_its_fields_and_answer():
     records = traced(Ram(1 << 20), depth=5, recovery="requeue")
-    sent, answer = records.commands("ADD_DEV")[-2:]         # on 6.1 there was another try
+    sent, answer = records.commands("ADD_DEV")
     assert (sent["stage"], sent["device"], sent["queue_depth"]) == ("sent", -1, 5)
     assert (answer["stage"], answer["result"], answer["queue_depth"]) == ("answer", 0, 5)
     assert "USER_RECOVERY" in sent["flags"] and "USER_RECOVERY" in answer["flags"]
