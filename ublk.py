@@ -1237,7 +1237,7 @@ class Control:
     def close(self) -> None:
         """Let go of the control node and its rings; commands under way still have theirs."""
         self.fd = -1
-        with contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):  # a command that takes one first has it
             while True:
                 self._rings.pop().close()
 
@@ -5289,8 +5289,8 @@ def narrator(path: str) -> Hearer:
 # A server in the background is a child process. It tells its parent through a
 # pipe of its own; its output is the caller's until the disk is there, and from
 # then on a log beside the state file. Of what the caller had open it keeps
-# nothing. That the disk is there is told last of all, when nothing can fail any
-# more.
+# nothing. That the disk is there is told last of all, when nothing else can fail
+# any more; if the command was killed meanwhile, its disk goes, too.
 #
 # Signals only leave a note, and the one loop that waits looks at it. So there
 # is no moment in which a signal could find a device half made and leave it
@@ -5843,8 +5843,8 @@ class Started:
         self.trace = narrator(options.trace) if options.trace else None
 
     def tell(self, news: bytes) -> None:
-        """Write to the parent, if there is one; one that has gone has no use for it."""
-        with contextlib.suppress(OSError):
+        """Write to the parent, if we have one. Raises OSError (EPIPE) where it has gone."""
+        if self.news >= 0:
             os.write(self.news, news)
         self.hang_up()
 
@@ -5859,7 +5859,8 @@ class Started:
 
         And on standard error what the kernel made of the wish. In the
         background this is where the caller's output is left; its last sentence
-        is "live", when nothing can fail any more.
+        is "live", when nothing else can fail any more. A command that was killed
+        meanwhile has no disk, so that raises an error, too.
         """
         if device.unprivileged:
             say(

@@ -270,6 +270,14 @@ def test_systemd_hears_that_a_disk_is_recovered(backing, tmp_path):
             assert channel.recv(4096).startswith(b"READY=1\n")
 
 
+def test_a_server_whose_command_was_killed_has_nobody_to_tell():
+    started = ublk.Started(SimpleNamespace(json=False, background=True, trace=None))
+    reader, started.news = os.pipe()
+    os.close(reader)
+    assert error_of(started.tell, b"live") == errno.EPIPE
+    started.hang_up()
+
+
 def test_what_the_caller_has_open_is_found_whatever_it_is():
     child = subprocess.Popen(["sleep", "60"])
     gone = os.open(f"/proc/{child.pid}/fd", os.O_RDONLY)        # of which stat() tells ENOENT then
