@@ -1220,7 +1220,7 @@ class Control:
         # its commands may wait at a time.
         self._rings = [Ring(64, for_control=True)]
         self.enough: Callable[[], bool] = bool
-        self._unprivileged: set[int] = set()
+        self._unprivileged: dict[int, int] = {}  # the flag of the devices seen so far
         self.legacy = False
         self.features = None
         try:
@@ -1284,9 +1284,7 @@ class Control:
                 ctypes.addressof(payload), buffer.raw[len(path) :], ctypes.sizeof(payload)
             )
         if isinstance(payload, ublksrv_ctrl_dev_info):
-            self._unprivileged.discard(payload.dev_id)
-            if payload.flags & UBLK_F_UNPRIVILEGED_DEV:
-                self._unprivileged.add(payload.dev_id)
+            self._unprivileged[payload.dev_id] = payload.flags & UBLK_F_UNPRIVILEGED_DEV
         return result
 
     def _path(self, command: Command, dev_id: int) -> bytes:
@@ -1297,8 +1295,8 @@ class Control:
         brings it, since who asks cannot know yet whose device it is; from its
         answer we do.
         """
-        ours = dev_id in self._unprivileged
-        ours = ours and command not in (UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO)
+        without = UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO
+        ours = self._unprivileged.get(dev_id) and command not in without
         if ours or command == UBLK_CMD_GET_DEV_INFO2:
             return f"/dev/ublkc{dev_id}\0".encode()
         return b""

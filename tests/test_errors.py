@@ -116,7 +116,7 @@ class Situation:
     def stop_as_nobody(self, dev_id, mode=0o666):
         """Have an ordinary user stop a device."""
         os.chmod(f"/dev/ublkc{dev_id}", mode)
-        self.as_nobody(lambda control: (control._unprivileged.add(dev_id) if mode == 0o600 else None,
+        self.as_nobody(lambda control: (control._unprivileged.update({dev_id: 1}) if mode == 0o600 else None,
                                         control.stop_dev(dev_id)))
 
     def without_node(self, call):
