@@ -1312,7 +1312,7 @@ class NbdConnection:
     maximum: int = 32 << 20
     refused: set[int] = field(default_factory=set)  # by a server that shuts down: cookies
     reader: Any = None
-    writer: Any = None
+    transport: Any = None
 
     async def open(self) -> None:
         """Connect and shake hands. Raises UblkError."""
@@ -1347,14 +1347,15 @@ class NbdConnection:
 
         address, export = nbd_address(self.uri)
         connection = await asyncio.to_thread(dial, address)
-        self.reader, self.writer = await asyncio.open_connection(sock=connection)
+        loop = asyncio.get_running_loop()
+        self.transport, _ = await loop.create_connection(self._protocol, sock=connection)
         magic, options, flags = struct.unpack(">8sQH", await self.take(18))
         refuse(
             magic != b"NBDMAGIC" or options != NBD_OPTION_MAGIC,
             self.uri,
             "no NBD server answers there, or one of the old style",
         )
-        self.writer.write(struct.pack(">I", flags & 3))
+        self.transport.write(struct.pack(">I", flags & 3))
         if self.tls:
             await self._start_tls("localhost" if isinstance(address, str) else address[0])
         # Servers that know only how to be told a name say so, or have no options at all
@@ -1362,7 +1363,14 @@ class NbdConnection:
             await self._name(export.encode(), flags)
 
     async def _start_tls(self, host: str) -> None:
-        """Go on in streams over TLS. What came before is of no worth: anybody may have sent it."""
+        """Go on over TLS. What came before is of no worth: anybody may have sent it."""
+    def _protocol(self) -> Any:
+        """Return what takes the bytes that come, for a new reader."""
+        import asyncio
+
+        self.reader = asyncio.StreamReader()
+        return asyncio.StreamReaderProtocol(self.reader)
+
         import asyncio
 
         self._send(NBD_OPT_STARTTLS, b"")
@@ -1371,13 +1379,11 @@ class NbdConnection:
             kind != NBD_REP_ACK, self.uri, "the server speaks no TLS", "write nbd: for nbds:"
         )
         loop = asyncio.get_running_loop()
-        self.reader = asyncio.StreamReader()
-        protocol = asyncio.StreamReaderProtocol(self.reader)
-        transport: Any = await loop.start_tls(
-            self.writer.transport, protocol, self.tls, server_hostname=host
+        protocol = self._protocol()
+        self.transport = await loop.start_tls(
+            self.transport, protocol, self.tls, server_hostname=host
         )
-        protocol.connection_made(transport)
-        self.writer = asyncio.StreamWriter(transport, protocol, self.reader, loop)
+        protocol.connection_made(self.transport)
 
     async def _go(self, export: bytes) -> bool:
         """Ask for the export; tell whether the server understood."""
@@ -1407,7 +1413,7 @@ class NbdConnection:
     def _send(self, option: int, data: bytes) -> None:
         """Ask for an option."""
         head = struct.pack(">QII", NBD_OPTION_MAGIC, option, len(data))
-        self.writer.write(head + data)
+        self.transport.write(head + data)
 
     async def _answer(self, option: int) -> tuple[int, bytes]:
         """Receive one of the server's replies to that; of some options there are several."""
@@ -1432,13 +1438,13 @@ class NbdConnection:
 
     def say_goodbye(self) -> None:
         """End it as a client should."""
-        self.writer.write(NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0))
-        self.writer.close()
+        self.transport.write(NBD_REQUEST.pack(NBD_REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0))
+        self.transport.close()
 
     def hang_up(self) -> None:
         """End it at once, without sending anything more; who receives hears of that."""
-        if self.writer:
-            self.writer.transport.abort()
+        if self.transport:
+            self.transport.abort()
 
 
 class NbdRequest:
@@ -1455,7 +1461,7 @@ class NbdRequest:
         head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
         # A copy: the connection may keep it longer than the request lasts
         self.message = head + what if command == NBD_CMD_WRITE else head
-        self.room: Any = what if command == NBD_CMD_READ else b""
+        self.room: Any = what if command == NBD_CMD_READ else bytearray()
         changes = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
         self.is_volatile = changes and not flags & NBD_CMD_FLAG_FUA
         self.covers = 0  # of a flush: how many changes it makes durable
@@ -1552,8 +1558,8 @@ class Nbd(ublk.Target):
         request = NbdRequest(self.cookie, command, flags, offset, what)
         request.covers = self.acknowledged
         self.pending[self.cookie] = request
-        if self.connection and not self.connection.writer.is_closing():
-            self.connection.writer.write(request.message)
+        if self.connection and not self.connection.transport.is_closing():
+            self.connection.transport.write(request.message)
         error = await request.done
         if error:
             raise OSError(error, os.strerror(error))
@@ -1609,8 +1615,10 @@ class Nbd(ublk.Target):
         if error == errno.ESHUTDOWN:  # not done: the next connection gets it
             refused.add(cookie)
         else:
-            if request.room and not error:
-                request.room[:] = await self.connection.take(len(request.room))
+            if not error:
+                data = await self.connection.take(len(request.room))
+                if not request.done.done():  # else the room may be another's by now
+                    request.room[:] = data
             self._end(request, error if error in errno.errorcode or not error else errno.EIO)
         if self.pending and self.pending.keys() <= refused:
             raise ConnectionAbortedError(errno.ESHUTDOWN, "the server is shutting down")
@@ -1649,13 +1657,13 @@ class Nbd(ublk.Target):
 
         while self.connection is None:
             await asyncio.sleep(0.2)
-            for request in self._expired():
-                self._end(request, errno.ETIMEDOUT)
             if self.pending:
                 with suppress(OSError):
                     self.connection = await self._connect()
         for request in self.pending.values():
-            self.connection.writer.write(request.message)
+            self.connection.transport.write(request.message)
+            for request in self._expired():
+                self._end(request, errno.ETIMEDOUT)
 
 
 # =================================================================================================

@@ -585,6 +585,46 @@ def test_nbd_what_a_server_that_shuts_down_still_does_is_waited_for_not_sent_aga
         assert fake.commands.count(WRITE) == 1 and fake.commands.count(READ) == 2
 
 
+def test_nbd_what_has_waited_too_long_is_not_sent_to_a_server_that_comes_late(targets, here):
+    def hello(peer):
+        fake.hello = None
+        time.sleep(0.6)
+        fake.shake_hands(peer)
+
+    async def work():
+        fake.dies_of, fake.hello = WRITE, hello
+        return [await errno_of(target.write(0, PAGE)) for _ in range(2)]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="500ms")
+        assert served(target, work) == [errno.ETIMEDOUT, 0]
+        assert fake.commands.count(WRITE) == 2
+
+
+def test_nbd_a_reply_for_which_nobody_waits_goes_nowhere(targets, here):
+    """Where it was to go may be another's by then."""
+    come = threading.Event()
+
+    def answer(peer, cookie, data):
+        come.wait()
+        peer.sendall(simple(cookie) + data)
+
+    async def work():
+        fake.answer, buffer = answer, bytearray(4096)
+        read = asyncio.ensure_future(target.read(fake.SPOT, memoryview(buffer)))
+        while READ not in fake.commands:
+            await asyncio.sleep(0.01)
+        read.cancel()
+        await asyncio.sleep(0)
+        come.set()
+        await target.read(0, bytearray(4096))
+        return buffer
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == bytes(4096)
+
+
 def test_nbd_a_disk_that_starts_anew_sends_nothing_of_its_last_life(targets, here):
     async def unanswered():
         fake.ignores = WRITE
@@ -669,7 +709,7 @@ def test_nbd_connecting_again_keeps_nobody_waiting(targets, here):
 
 def test_nbd_a_machine_that_is_silent_is_asked_whether_it_lives(targets):
     async def work():
-        own = target.connection.writer.get_extra_info("socket")
+        own = target.connection.transport.get_extra_info("socket")
         return own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
     port = free_port()
@@ -703,7 +743,8 @@ def certificates(directory):
     needs("openssl")
     key, ca = directory / "server-key.pem", directory / "ca-cert.pem"
     new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    sh(*new, "-x509", "-days", 2, "-keyout", directory / "ca-key.pem", "-out", ca, "-subj", "/CN=authority")
+    sh(*new, "-x509", "-days", 2, "-keyout", directory / "ca-key.pem", "-out", ca, "-subj", "/CN=authority",
+       "-addext", "keyUsage=keyCertSign")
     sh(*new, "-keyout", key, "-out", directory / "request",
        "-subj", "/CN=localhost")
     (directory / "names").write_text("subjectAltName=DNS:localhost\n")
@@ -722,13 +763,15 @@ def tls_server(tmp_path):
         yield port, files
 
 
-def test_nbd_speaks_tls(targets, tls_server):
+def test_nbd_speaks_tls(targets, tls_server, monkeypatch):
     async def work():
         await target.write(4096, PAGE)
         buffer = bytearray(8192)
         await target.read(0, memoryview(buffer))
         return buffer
 
+    # As from Python 3.12 on
+    monkeypatch.setattr(asyncio.StreamWriter, "__del__", asyncio.StreamWriter.close, raising=False)
     port, files = tls_server
     target = targets.Nbd(f"nbds://localhost:{port}", **files)
     assert served(target, work) == bytes(4096) + PAGE
