@@ -1085,11 +1085,12 @@ class Cache(Wrapper, ublk.Target):
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets
         self.changing = threading.Lock()  # held while the target is changed
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def cut(self) -> None:
         """Lose what is not durable. Any thread may call it, also a handler."""
-        self.blocks = {}
+        with self.lock:
+            self.blocks = {}
 
     def look(self) -> None:
         """Cut the power where there is the file that says so."""
@@ -1122,8 +1123,9 @@ class Cache(Wrapper, ublk.Target):
         await self.write_back()
 
     def resized(self, size: int) -> None:
-        self.forget(self.kept(size, self.size))  # for the target has no place there
+        behind = self.kept(size, self.size)
         ublk.fit(self.target, size)
+        self.forget(behind)  # for the target has no place there
 
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target do at once what is no plain write: in place of what is older."""
@@ -1135,9 +1137,9 @@ class Cache(Wrapper, ublk.Target):
 
     async def write_back(self) -> None:
         """Write all blocks to the target, durably."""
+        before_a_cut = self.blocks
         async with self.alone():
-            before_a_cut = self.blocks
-            blocks = self.blocks.copy()
+            blocks = before_a_cut.copy()
             for offsets in self.runs(blocks):
                 if self.blocks is not before_a_cut:
                     raise OSError(errno.EIO, "the power was cut")

@@ -23,6 +23,7 @@ from tests.support import (
     Forked,
     Recorder,
     Volatile,
+    error_of,
     fio_verify,
     kernel,
     mount_of,
@@ -149,6 +150,49 @@ def test_a_flush_during_which_the_power_is_cut_fails_and_writes_no_more(targets)
         now(disk.flush())
     now(disk.flush())
     assert disk.target.data == bytes(NEW) + bytes(OLD) * 2
+
+
+def test_a_flush_that_waits_as_the_power_is_cut_fails(targets):
+    async def run():
+        disk = targets.Cache(targets.Ram(size=4096))
+        await disk.write(0, NEW)
+        async with disk.alone():
+            flush = asyncio.ensure_future(disk.flush())
+            await asyncio.sleep(0)
+            disk.cut()
+        await flush
+    with pytest.raises(OSError, match="the power was cut"):
+        asyncio.run(run())
+
+
+def test_a_cut_beside_a_write_takes_all_of_it_or_nothing(targets):
+    class Blocks(dict):
+        def __setitem__(self, at, data):
+            super().__setitem__(at, data)
+            if not at:
+                other.start()
+                other.join(0.2)                                 # until it is done, or waits
+
+    disk = targets.Cache(targets.Ram(size=4096))
+    other = threading.Thread(target=disk.cut)
+    disk.blocks = Blocks()
+    now(disk.write(0, NEW))
+    other.join()
+    assert read(disk) in (NEW, bytes(4096))
+
+
+def test_a_disk_that_cannot_become_smaller_keeps_what_it_has(targets):
+    class Fixed(targets.Ram):
+        def resized(self, size):
+            if size < self.size:
+                raise OSError(errno.EBUSY, "it cannot")
+            super().resized(size)
+        size = 0
+
+    disk = targets.Cache(Fixed(size=8192))
+    now(disk.write(4096, NEW))
+    assert error_of(disk.resized, 4096) == errno.EBUSY
+    assert read(disk, 4096) == NEW
 
 
 def test_what_lay_behind_the_end_of_a_smaller_disk_is_written_nowhere(targets):
