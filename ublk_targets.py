@@ -945,7 +945,7 @@ class Fault(Wrapper, ublk.Target):
 
     def concerns(self, name: str, args: tuple[Any, ...]) -> bool:
         """Tell whether the options are for such a request."""
-        if self.written < self.after or name.replace("_fua", "") not in self.on:
+        if self.written < self.after or not {name, name.replace("_fua", "")} & {*self.on}:
             return False
         if not args:  # a flush is of no range
             return self.range is EVERYWHERE

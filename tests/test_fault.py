@@ -38,6 +38,8 @@ from tests.support import (
     ({}, "read", (0, bytes(512)), 0, True), ({}, "flush", (), 0, True),
     ({"on": "read"}, "write", (0, bytes(512)), 0, False),
     ({"on": "flush,write"}, "write_fua", (0, bytes(512)), 0, True),
+    ({"on": "write_fua"}, "write_fua", (0, bytes(512)), 0, True),
+    ({"on": "write_fua"}, "write", (0, bytes(512)), 0, False),
     ({"on": "discard"}, "discard", (0, 512), 0, True),
     ({"range": "1M"}, "read", ((1 << 20) - 512, bytes(512)), 0, False),
     ({"range": "1M"}, "read", ((1 << 20) - 512, bytes(1024)), 0, True),
