@@ -1364,8 +1364,6 @@ class NbdConnection:
         if not flags & 1 or not await self._go(export.encode()):
             await self._name(export.encode(), flags)
 
-    async def _start_tls(self, host: str) -> None:
-        """Go on over TLS. What came before is of no worth: anybody may have sent it."""
     def _protocol(self) -> Any:
         """Return what takes the bytes that come, for a new reader."""
         import asyncio
@@ -1373,6 +1371,8 @@ class NbdConnection:
         self.reader = asyncio.StreamReader()
         return asyncio.StreamReaderProtocol(self.reader)
 
+    async def _start_tls(self, host: str) -> None:
+        """Go on over TLS. What came before is of no worth: anybody may have sent it."""
         import asyncio
 
         self._send(NBD_OPT_STARTTLS, b"")
@@ -1662,10 +1662,10 @@ class Nbd(ublk.Target):
             if self.pending:
                 with suppress(OSError):
                     self.connection = await self._connect()
-        for request in self.pending.values():
-            self.connection.transport.write(request.message)
             for request in self._expired():
                 self._end(request, errno.ETIMEDOUT)
+        for request in self.pending.values():
+            self.connection.transport.write(request.message)
 
 
 # =================================================================================================
@@ -2148,7 +2148,7 @@ class Part(NamedTuple):
             begin = offset - entry.offset
             data = log.data_of(entry)[begin : begin + length]
             write_all(disk, data, offset)
-        else:
+        elif length:  # of one that failed there may be nothing
             clear(disk, offset, length)
 
 
@@ -2485,6 +2485,7 @@ def find_bad_crash(crashes: Crashes, options: Any) -> int:
     kept = f"{options.disk}.crash"
     images = [CrashImage(f"{kept}{job}", crashes) for job in range(options.jobs)]
     states = 0
+    began = time.monotonic()
     with closing(checked(crashes, check, images)) as verdicts:
         for crash, status in verdicts:
             entry = crash.entry
@@ -2494,12 +2495,7 @@ def find_bad_crash(crashes: Crashes, options: Any) -> int:
                 break
             states += 1
             if sys.stderr.isatty():
-                print(
-                    f"entry {entry.number} of {len(crashes.entries)}",
-                    end="\r",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                show_progress(crashes, entry.number, time.monotonic() - began)
         else:
             print(f"good at {crashes.points} crash points, {states} states")
             return 0
@@ -2516,6 +2512,14 @@ def find_bad_crash(crashes: Crashes, options: Any) -> int:
         f"state {crash.state}: status {status}: see {kept}"
     )
     return 1
+
+
+def show_progress(crashes: Crashes, number: int, seconds: float) -> None:
+    """Say on a terminal how far a check is after so many seconds."""
+    count = len(crashes.entries)
+    left = seconds * (count - number) / (number + 1 - crashes.start)
+    line = f"entry {number} of {count}, {left:.0f} s left"
+    print(line, end="\033[K\r", file=sys.stderr, flush=True)
 
 
 def checked(

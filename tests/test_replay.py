@@ -327,6 +327,19 @@ def test_what_a_write_that_failed_left_may_be_anything_and_a_flush_makes_it_last
     assert all(len(left) == 1 for left in after)
 
 
+def test_replay_rebuilds_a_disk_some_of_whose_changes_failed(run, targets, tmp_path):
+    """Of which nothing may be there."""
+    log = Log(targets, tmp_path / "log")
+    log.disk.target.discard = log.disk.target.write_zeroes = error
+    log.do("write", 0, memoryview(b"x" * 4096))
+    for at in range(0, 4096, 512):
+        for name, *args in (("discard", at, 512), ("write_zeroes", at, 512, True)):
+            assert error_of(now, getattr(log.disk, name)(*args)) == errno.EIO
+    now(log.disk.close())
+    assert run("replay", log.path, tmp_path / "disk").status == 0
+    assert set((tmp_path / "disk").read_bytes()[:4096]) == set(b"x\0")
+
+
 # ---- marks ------------------------------------------------------------------------------------------
 
 def test_a_mark_is_in_the_log_when_the_call_returns(run, targets, tmp_path):
@@ -731,8 +744,8 @@ def test_the_first_bad_crash_is_told_and_kept_though_a_later_one_ends_sooner(run
 def test_a_terminal_shows_how_far_a_check_is(run, torn, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     done = run("replay", torn.path, tmp_path / "disk", "--check", "true")
-    assert [line.partition(",")[0] for line in done.err.split("\r")] == [
-        "entry 3 of 5", "entry 3 of 5", "entry 5 of 5", ""]
+    assert [re.sub(r", \d+ s left\x1b\[K$", "!", line) for line in done.err.split("\r")] == [
+        "entry 3 of 5!", "entry 3 of 5!", "entry 5 of 5!", ""]
 
 
 @kernel
