@@ -86,6 +86,16 @@ def test_leaving_somebody_at_work(folder):
     worker = subprocess.Popen(["sleep", "1000"], cwd=folder())
     LATER.extend([worker.wait, worker.kill])
 
+def test_leaving_somebody_at_work_on_a_dead_disk(folder, tmp_path):
+    control = tmp_path / "control"
+    path = folder(Fault(Ram(size=320 << 20), control=str(control)), mkfs="mkfs.xfs -q")
+    test_leaving_somebody_at_work(lambda: path)
+    control.write_text("--on write,flush --error EIO")
+    (path / "file").write_text("text")
+    os.sync()
+    with pytest.raises(OSError):    # XFS tells nothing any more
+        path.lstat()
+
 def test_leaving_a_hanging_disk(folder, tmp_path):
     control = tmp_path / "control"
     path = folder(Fault(Ram(size=64 << 20), control=str(control)))
@@ -115,6 +125,7 @@ OUTCOMES = {
     "failing_with_an_open_file": "FAILED",
     "failing_to_make_a_file_system": "FAILED",
     "leaving_somebody_at_work": "PASSED ERROR",
+    "leaving_somebody_at_work_on_a_dead_disk": "PASSED ERROR",
     "leaving_a_hanging_disk": "PASSED",
     "leaving_a_disk_of_ones_own": "PASSED ERROR",
 }
