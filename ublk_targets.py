@@ -1189,8 +1189,13 @@ class Cache(Wrapper, ublk.Target):
             self.changing.release()
 
     async def close(self) -> None:
+        import asyncio
+
         try:
-            await self.flush()
+            await asyncio.wait_for(self.flush(), ublk.STOP_TIMEOUT)
+        except asyncio.TimeoutError:  # or a target that hangs would keep the disk for ever
+            lost = "the target does not take what is kept"
+            raise OSError(errno.ETIMEDOUT, lost) from None
         finally:
             await ublk.end_of(getattr(self.target, "close", bool)())
 

@@ -320,8 +320,18 @@ def test_a_server_that_ends_well_loses_nothing(targets):
     below.close = lambda: closed.append(bytes(below.durable))
     disk = targets.Cache(below)
     now(disk.write(4096, NEW))
-    now(disk.close())
+    asyncio.run(disk.close())
     assert closed == [bytes(4096) + bytes(NEW)]
+
+
+def test_a_server_that_ends_does_not_wait_for_ever_for_a_target_that_hangs(targets, monkeypatch):
+    monkeypatch.setattr(ublk, "STOP_TIMEOUT", 0.1)
+    below, closed = targets.Ram(size=8192), []
+    below.close = lambda: closed.append(True)
+    disk = targets.Cache(targets.Fault(below, hang=True))
+    now(disk.write(4096, NEW))
+    assert error_of(lambda: asyncio.run(disk.close())) == errno.ETIMEDOUT
+    assert closed
 
 
 def test_what_another_queue_writes_as_a_block_is_forgotten_stays(targets):
