@@ -2184,7 +2184,6 @@ class Queue:
                 self.answer(self.collect(A_MOMENT if self.ended else None))
             else:
                 self._run_loop()
-        self._hand_in()
         self.closing = True
 
     def is_over(self) -> bool:
@@ -2204,12 +2203,6 @@ class Queue:
         if news and self._ended_before != self.depth:
             return False
         return not (self.begun or self._tasks or self.asked or self._has_chains())
-
-    def _hand_in(self) -> None:
-        """Have the kernel take the last commits before the ring is closed."""
-        self.commit()
-        while self.ring.pending:
-            self.ring.enter()
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
@@ -2645,10 +2638,11 @@ class Queue:
             self.watching = True
 
     def wind_up(self) -> None:
-        """End the tasks that still run, and wait for what the kernel still does.
+        """End the tasks that still run, wait for what the kernel still does, hand in the last commits.
 
-        For LAST_WORDS at most: a write that it does later could land on one of
-        the next server. To be called by the queue's own thread, before close().
+        It waits for LAST_WORDS at most: a write that is done later could land
+        on one of the next server. To be called by the queue's own thread,
+        before close().
         """
         self.closing = True
         deadline = time.monotonic() + LAST_WORDS
@@ -2656,6 +2650,9 @@ class Queue:
             self._end_loop()
         while time.monotonic() < deadline and (self._operations or self._has_chains()):
             self.ended.update(self.collect(A_MOMENT))  # requests for the next server
+        self.commit()
+        while self.ring.pending:
+            self.ring.enter()
 
     def _end_loop(self) -> None:
         """End the tasks that still run."""
@@ -4299,19 +4296,16 @@ class BatchQueue(Queue):
             self.ring.push(self._fetch_slot)
         return tags
 
-    def _hand_in(self) -> None:
-        while self._done or self._sent:
-            self.collect(1.0)
-
     def _committed(self, result: int) -> None:
         """See to it that every element was taken: those behind a failed one were not."""
+        sent = self._sent
+        self._sent = []
         if result < 0:
             raise UblkError(-result, f"queue {self.index} cannot commit")
-        self._done = self._sent[result // self.element_size :] + self._done
-        self._sent = []
+        self._done = sent[result // self.element_size :] + self._done
 
     def _has_chains(self) -> bool:
-        return bool(self.chained)
+        return bool(self.chained or self._done or self._sent)  # whose commits come behind them
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
         if tag in self._cleaning:  # not the end of a chain: its request was served otherwise

@@ -484,6 +484,45 @@ def test_a_queue_that_leaves_waits_for_what_the_kernel_moves():
     assert looks == [] and len(ublk._left_behind) == kept
 
 
+class BatchOfNops(ublk.BatchQueue):
+    """A NOP stands in for the command that commits: it takes all."""
+
+    def _send(self, opcode):
+        super()._send(opcode)
+        self.ring.prepare(self._commit_slot, ublk.IORING_OP_NOP, user_data=ublk.COMMIT)
+
+    def _committed(self, result):
+        self.taken = self._sent
+        super()._committed(self.element_size * len(self._sent))
+
+
+def test_what_the_kernel_has_moved_when_its_queue_leaves_is_committed_with_batches_too(tmp_path):
+    (tmp_path / "data").write_bytes(os.urandom(16 << 10))
+    with open(tmp_path / "data", "rb") as file:
+        device = StandIn(InFile(file), depth=4)
+        queue = BatchOfNops(device, 0)
+        queue._answer()([1, 2])
+        queue.wind_up()
+        assert (sorted(queue.taken), queue._sent) == ([1, 2], [])
+        queue.close()
+        device.close()
+
+
+def test_a_commit_that_another_thread_made_is_made_again_though_its_queue_leaves(monkeypatch):
+    """Before Linux 6.7 that is refused where the thread that moved the data makes it."""
+    device = StandIn(Ram())
+    queue = NopQueue(device)
+    queue.fetch()
+    queue.collect()
+    queue.chained.add(2)
+    monkeypatch.setattr(queue, "_has_chains", lambda: bool(queue.chained))
+    monkeypatch.setattr(queue.ring, "reap", lambda: ([2], [-errno.EINVAL]))
+    queue.wind_up()
+    assert [tag for tag, _ in queue.answers] == [2]
+    queue.close()
+    device.close()
+
+
 class Begun(Ram):
     """Tells that a write has begun, and takes its time."""
 
