@@ -2912,8 +2912,9 @@ def integrity_of(target: Any) -> Any:
 class Worker(threading.Thread):
     """The thread that serves one queue, and never leaves a deaf one behind.
 
-    fetched, left and given_up tell how far it has come: its tags are parked;
-    its queue is served no more; nobody waits for it any longer.
+    fetched, left, closes and given_up tell how far it has come: its tags are
+    parked; its queue is served no more; it closes the target; nobody waits for
+    it any longer.
     """
 
     def __init__(self, device: Device, index: int, cpus: set[int]) -> None:
@@ -2922,7 +2923,7 @@ class Worker(threading.Thread):
         self.index = index
         self.cpus = cpus
         self.queue: Queue | None = None  # until it is closed
-        self.fetched = self.left = self.given_up = False  # how far it has come
+        self.fetched = self.left = self.closes = self.given_up = False  # how far it has come
         self._closing = threading.Lock()  # held by who closes the queue
 
     def run(self) -> None:
@@ -2967,15 +2968,19 @@ class Worker(threading.Thread):
         try:
             close = getattr(self.device.target, "close", None)
             if inspect.iscoroutinefunction(close) and self.device.last_to_leave(self):
+                self.closes = True
+                # Tasks of the other queues may use its files until they have ended
+                becomes(lambda: self.device.serving == {self}, GRACE)
                 queue.call(close)
         finally:
+            self.closes = False
             queue.wind_up()
 
     def leave(self) -> None:
         """Close the target behind the last queue: none uses its files any more."""
-        last = self.device.last_to_leave(self)
+        self.closes = self.device.last_to_leave(self)
         close = getattr(self.device.target, "close", bool)
-        if last and not inspect.iscoroutinefunction(close):
+        if self.closes and not inspect.iscoroutinefunction(close):
             at_once(close())
 
     def give_up(self) -> None:
@@ -2984,7 +2989,9 @@ class Worker(threading.Thread):
         The target's close() has the time it needs.
         """
         late = time.monotonic() + GRACE
-        while self in self.device.serving and (self.left or time.monotonic() < late):
+        while self in self.device.serving and time.monotonic() < late:
+            if self.closes:
+                late = time.monotonic() + GRACE
             time.sleep(0.005)
         with self._closing:
             if self.queue is not None:

@@ -373,11 +373,16 @@ async def later():
     raise OSError(errno.ENOSPC, "no room")
 
 
-@pytest.mark.parametrize("down", ["stop", "detach"])
-@pytest.mark.parametrize("close", [later, fails])
-def test_what_a_targets_close_fails_of_is_the_error_of_the_end(driver, monkeypatch, close, down):
+@pytest.fixture
+def rings(driver, monkeypatch):
+    """Queues that have a ring and a loop, though no requests."""
     monkeypatch.setattr(ublk, "Queue", QUEUE)
     monkeypatch.setattr(QUEUE, "fetch", bool)
+
+
+@pytest.mark.parametrize("down", ["stop", "detach"])
+@pytest.mark.parametrize("close", [later, fails])
+def test_what_a_targets_close_fails_of_is_the_error_of_the_end(driver, rings, close, down):
     disk = new()
     disk.target.close = close
     disk.start()
@@ -385,16 +390,55 @@ def test_what_a_targets_close_fails_of_is_the_error_of_the_end(driver, monkeypat
     assert driver.devices.pop(7, disk.identity) == disk.identity
 
 
-def test_a_targets_close_has_the_time_it_needs(driver, monkeypatch):
+def test_a_targets_close_has_the_time_it_needs(driver, rings, monkeypatch):
     async def close():
         await asyncio.sleep(0.3)
         disk.target.closed += 1
-    monkeypatch.setattr(ublk, "Queue", QUEUE)
-    monkeypatch.setattr(QUEUE, "fetch", bool)
     monkeypatch.setattr(ublk, "GRACE", 0.1)
     with new() as disk:
         disk.target.close = close
     assert disk.target.closed == 1
+
+
+class Lingers(ublk.Target):
+    """Each queue has a task that, told to end, goes on for a while."""
+
+    size = 1 << 20
+
+    def __init__(self, linger):
+        self.linger, self.tasks, self.ends = linger, [], []
+
+    async def start(self, index):
+        self.tasks.append(asyncio.ensure_future(self.wait()))
+        await asyncio.sleep(0)
+
+    async def wait(self):
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await self.linger()
+            self.ends.append("task")
+
+    async def close(self):
+        self.ends.append("target")
+
+
+def test_a_target_is_closed_behind_the_tasks_of_other_queues(driver, rings):
+    target = Lingers(lambda: asyncio.sleep(0.2))
+    with new(target, queues=2):
+        pass
+    assert target.ends == ["task", "target", "task"]
+
+
+def test_a_disk_ends_though_a_task_of_its_target_blocks(driver, rings, monkeypatch):
+    async def block():
+        go.wait(20)
+    monkeypatch.setattr(ublk, "GRACE", 0.1)
+    go, target = threading.Event(), Lingers(block)
+    with new(target):
+        pass
+    assert target.ends == ["target"]
+    go.set()
 
 
 def test_a_disk_is_left_behind_though_its_end_was_interrupted(driver, monkeypatch):
