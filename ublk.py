@@ -1646,7 +1646,8 @@ class Target:
                                         kernel moves them. read and write are called where it
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
-    Of these, write_fua, map and answer are not used where a subclass overrides read or write.
+    Of these, write_fua, map and answer are not used where a subclass overrides what they
+    stand for: write; read, write or write_fua; any of the handlers.
 
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:
@@ -2722,12 +2723,19 @@ SIMPLE_OPERATIONS = {
 PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
 
 
+# A target's handlers, and which of them others stand for.
+HANDLERS = ("read", "write", "write_fua", "zone_append", "report_zones") + tuple(
+    name for name, _ in SIMPLE_OPERATIONS.values()
+)
+STANDS_FOR = {"write_fua": ("write",), "map": HANDLERS[:3], "answer": HANDLERS}
+
+
 def stands(target: Any, name: str) -> bool:
-    """Tell whether a target's map(), answer() or write_fua() may stand for its read() and write().
+    """Tell whether a target's map(), answer() or write_fua() may stand for its other handlers.
 
     Not where a subclass has overridden these since: they would never be called.
     """
-    names = {name, "read", "write"}
+    names = {name, *STANDS_FOR[name]}
     for where in (vars(target), *map(vars, type(target).__mro__)):
         if names & where.keys():
             return name in where
@@ -4372,8 +4380,7 @@ _here = threading.local()  # .queue: the one whose loop runs in this thread
 
 def has_coroutines(target: Any) -> bool:
     """Tell whether a target has methods that are coroutines."""
-    names = [name for name, _ in SIMPLE_OPERATIONS.values()]
-    names += ["read", "write", "write_fua", "zone_append", "report_zones", "start", "close"]
+    names = (*HANDLERS, "start", "close")
     return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
 
 

@@ -567,14 +567,17 @@ class Passing(Ram):
         """The cache it never had is empty."""
 
 
-@pytest.mark.parametrize("base", [Passing, ublk.Null])
-@pytest.mark.parametrize("name", ["read", "write"])
+@pytest.mark.parametrize("base, name", [
+    (Passing, "read"), (Passing, "write"), (Passing, "write_fua"), (ublk.Null, "read"), (ublk.Null, "write"),
+    (ublk.Null, "flush"), (ublk.Null, "discard"), (ublk.Null, "zone_reset"), (ublk.Null, "report_zones")])
 def test_what_a_subclass_overrides_is_what_is_called(base, name):
-    operation, calls = getattr(ublk, f"UBLK_IO_OP_{name.upper()}"), []
-    target = type("Mine", (base,), {name: lambda target, *words: calls.append(words)})()
+    def fail(target, *words):
+        raise OSError(errno.ENODATA, "mine")
+    durable = ublk.UBLK_IO_F_FUA if name == "write_fua" else 0
+    operation = getattr(ublk, f"UBLK_IO_OP_{name.upper().removesuffix('_FUA')}") | durable
+    target = type("Mine", (base,), {name: fail})()
     target.size = 1 << 20
-    assert sorted(serve(target, operation=operation).answers) == [(tag, 4096) for tag in range(4)]
-    assert [offset for offset, _ in calls] == [0, 4096, 8192, 12288]
+    assert sorted(serve(target, operation=operation).answers) == [(tag, -errno.ENODATA) for tag in range(4)]
 
 
 def test_a_durable_write_is_not_offered_where_a_subclass_overrides_write():
