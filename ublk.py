@@ -4517,7 +4517,9 @@ class RingSelector(selectors.EpollSelector):
         left = bool(queue.begun) and not queue.closing
         queue.watch(self.fileno())
         tags = queue.collect(0 if left else timeout)
-        if not queue.closing:
+        if queue.closing:
+            queue.ended.update(tags)  # requests for the next server
+        else:
             if tags:
                 queue.answer(tags)
             queue.add_tasks(left)

@@ -247,6 +247,17 @@ def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
     device.close()
 
 
+def test_what_comes_as_the_tasks_of_a_queue_end_is_no_request_of_its_any_more():
+    """Or the queue would wait for what the kernel moves, which it has done."""
+    device = StandIn(target_of(start=async_start))
+    queue = NopQueue(device)
+    queue.fetch()
+    queue.wind_up()
+    assert queue.ended == {0, 1, 2, 3}
+    queue.close()
+    device.close()
+
+
 def test_a_part_is_continued_by_coroutines_and_plain_methods():
     def parts(target, offset, buffer):
         target.seen.append((offset, len(buffer)))
