@@ -1838,6 +1838,7 @@ class MappedCopy:
 
     def __init__(self, queue: Queue) -> None:
         self.queue: Any = queue
+        self.depth = queue.depth
         self.max_io = queue.max_io
         queue.exits.callback(self.close)
         self.memory = private_memory(queue.depth * queue.max_io)
@@ -1852,21 +1853,20 @@ class MappedCopy:
 
     def make_chains(self) -> None:
         """Fill for each tag the SQE that moves its data, as far as map() is not needed."""
-        depth = self.queue.depth
-        for tag in range(depth):
-            self.queue.ring.prepare(
-                depth + tag, self.moves, user_data=depth + tag, buf_index=tag
-            )
+        ring = self.queue.ring
+        tags = range(self.depth)
+        for tag in tags:
+            slot = self.depth + tag
+            ring.prepare(slot, self.moves, user_data=slot, buf_index=tag)
         commits = bool(self.queue.link_last)
-        self.chains = [self.chain(depth, tag) + (tag,) * commits for tag in range(depth)]
-        self.addresses = [self.address(tag) for tag in range(depth)]
-        self.sqes = self.queue.ring.sqes
-        self.depth = depth
+        self.chains = [self.chain(tag) + (tag,) * commits for tag in tags]
+        self.addresses = [self.address(tag) for tag in tags]
+        self.sqes = ring.sqes
         self.links = self.queue.link_last if self.stages == 1 else Queue.link_last
 
-    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
+    def chain(self, tag: int) -> tuple[int, ...]:
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
-        return (depth + tag,)
+        return (self.depth + tag,)
 
     def transfer(self, tag: int, flags: int, fd: int, position: int, length: int) -> None:
         """Prepare the chain that moves a request's data from or to a file.
@@ -2724,10 +2724,9 @@ PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
 
 
 # A target's handlers, and which of them others stand for.
-HANDLERS = ("read", "write", "write_fua", "zone_append", "report_zones") + tuple(
-    name for name, _ in SIMPLE_OPERATIONS.values()
-)
-STANDS_FOR = {"write_fua": ("write",), "map": HANDLERS[:3], "answer": HANDLERS}
+HANDLERS = ["read", "write", "write_fua", "zone_append", "report_zones"]
+HANDLERS += [name for name, _ in SIMPLE_OPERATIONS.values()]
+STANDS_FOR = {"write_fua": ["write"], "map": HANDLERS[:3], "answer": HANDLERS}
 
 
 def stands(target: Any, name: str) -> bool:
@@ -3993,10 +3992,9 @@ class NeedGetData(MappedCopy):
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
-        for tag in range(queue.depth):
-            queue.command(
-                2 * queue.depth + tag, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag)
-            )
+        for tag in range(self.depth):
+            slot = 2 * self.depth + tag
+            queue.command(slot, tag, UBLK_U_IO_NEED_GET_DATA, self.address(tag))
 
     def ask(self, tag: int) -> None:
         """Ask for the data of a WRITE.
@@ -4005,7 +4003,7 @@ class NeedGetData(MappedCopy):
         that the queue does not end meanwhile.
         """
         queue = self.queue
-        slot = 2 * self.queue.depth + tag
+        slot = 2 * self.depth + tag
         # The driver puts the address asked for into the descriptor, also where
         # that says which of the memory shared with clients has the data: it is
         # to say so again.
@@ -4036,9 +4034,8 @@ class UserCopy(MappedCopy):
         # somebody might use it.
         self.file: Any = open(os.dup(queue.device_fd), "r+b", buffering=0)
         self.fd: int = self.file.fileno()
-        self.abandoned = False
         self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
-        queue.exits.callback(self._close_file)
+        queue.exits.callback(lambda: self.file.close())
 
     def address(self, tag: int) -> int:
         return 0
@@ -4068,13 +4065,10 @@ class UserCopy(MappedCopy):
         # The device lets go of its file only when all descriptors are closed,
         # and a late handler would write into whatever file had the number then.
         # /dev/null has it until the path is forgotten.
-        with open(os.devnull, "r+b", buffering=0) as null:
-            os.dup2(null.fileno(), self.fd, inheritable=False)
-        self.abandoned = True
-
-    def _close_file(self) -> None:
-        if not self.abandoned:
-            self.file.close()
+        null = open(os.devnull, "r+b", buffering=0)
+        os.dup2(null.fileno(), self.fd, inheritable=False)
+        self.late = self.file
+        self.file = null
 
     def _copy(self, copy: Callable[..., int], position: int, buffer: memoryview) -> None:
         """Copy between a buffer and this position of /dev/ublkcN, by preadv() or pwritev().
@@ -4125,18 +4119,18 @@ class ZeroCopy(AutoZeroCopy):
         super().__init__(queue)
         for stage, opcode in ((2, UBLK_U_IO_REGISTER_IO_BUF), (3, UBLK_U_IO_UNREGISTER_IO_BUF)):
             flags = queue.link_last if stage == 3 else Queue.link_last
-            for tag in range(queue.depth):
-                queue.command(stage * queue.depth + tag, tag, opcode, addr=tag, flags=flags)
+            for tag in range(self.depth):
+                queue.command(stage * self.depth + tag, tag, opcode, addr=tag, flags=flags)
 
     def sqe_address(self, tag: int) -> int:
         return 0
 
-    def chain(self, depth: int, tag: int) -> tuple[int, ...]:
-        return 2 * depth + tag, depth + tag, 3 * depth + tag
+    def chain(self, tag: int) -> tuple[int, ...]:
+        return 2 * self.depth + tag, self.depth + tag, 3 * self.depth + tag
 
     def broken(self, tag: int, stage: int) -> bool:
         if stage == 1:
-            self.queue.ring.push(3 * self.queue.depth + tag)
+            self.queue.ring.push(3 * self.depth + tag)
         return stage == 1
 
 
