@@ -1889,12 +1889,8 @@ class MappedCopy:
             RWF_DSYNC if flags & UBLK_IO_F_FUA else 0,
         )
 
-    def broken(self, tag: int, stage: int) -> bool:
-        """Clean up after the stage of a chain that failed; what came behind it was cancelled.
-
-        Returns whether that takes an SQE, the last of the chain.
-        """
-        return False
+    def broken(self, tag: int, stage: int) -> None:
+        """Clean up after the stage of a chain that failed; what came behind it was cancelled."""
 
     def sqe_address(self, tag: int) -> int:
         """Return what it carries in the addr field of the SQE itself."""
@@ -4128,10 +4124,9 @@ class ZeroCopy(AutoZeroCopy):
     def chain(self, tag: int) -> tuple[int, ...]:
         return 2 * self.depth + tag, self.depth + tag, 3 * self.depth + tag
 
-    def broken(self, tag: int, stage: int) -> bool:
+    def broken(self, tag: int, stage: int) -> None:
         if stage == 1:
             self.queue.ring.push(3 * self.depth + tag)
-        return stage == 1
 
 
 class SharedCopy(MappedCopy):
@@ -4182,13 +4177,9 @@ class BatchQueue(Queue):
     BUFFER_SIZE = 256  # bytes, for 128 tags
     link_last = 0  # a chain has no COMMIT at its end: its last CQE is needed
 
-    def __init__(self, device: Device, index: int) -> None:
-        self._sent: list[int] = []  # tags whose commit is on its way
-        self._cleaning: set[int] = set()  # tags whose broken chain is being cleaned up
-        super().__init__(device, index)
-
     def _open(self, device: Device) -> None:
         super()._open(device)
+        self._sent: list[int] = []  # tags whose commit is on its way
         self._flags = 0
         self.element_size = 16
         if device.zoned:
@@ -4317,17 +4308,14 @@ class BatchQueue(Queue):
         return bool(self.chained or self._done or self._sent)  # whose commits come behind them
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
-        if tag in self._cleaning:  # not the end of a chain: its request was served otherwise
-            self._cleaning.remove(tag)
+        if tag not in self.chained:  # of a broken one, the cleaning up
             return
         self.chained.remove(tag)
         length = self.sectors[tag] * SECTOR
         if stage == self.path.stages and result == (length if stage == 1 else 0):
             self.repeat([tag])
-            return
-        if self.path.broken(tag, stage):
-            self._cleaning.add(tag)
-        self.handle(tag)
+        else:
+            super().chain_done(tag, stage, result)
 
 
 # =================================================================================================
