@@ -537,12 +537,14 @@ class Begun(Ram):
 
 
 @kernel
-def test_a_disk_is_let_go_once_the_kernel_has_moved_its_data():
+@pytest.mark.parametrize("batch", [False, pytest.param(True, marks=since("7.0"))])
+def test_a_disk_is_let_go_once_the_kernel_has_moved_its_data(batch):
     """Or the write would fail, and later, all the same, be done."""
     errors, below = [], Begun()
     with ublk.Device(below, partition_scan=False) as lower, \
             open(os.open(lower.path, os.O_RDWR | os.O_DIRECT), "r+b", buffering=0) as file:
-        disk = ublk.Device(InFile(file), recovery="requeue", data_path="copy", partition_scan=False)
+        how = {"recovery": "requeue", "data_path": "copy", "batch": batch, "partition_scan": False}
+        disk = ublk.Device(InFile(file), **how)
         disk.start()
         with opened(disk.path) as fd:
             writer = threading.Thread(target=lambda: errors.append(error_of(write_at, fd, 0, b"w" * 4096)))
