@@ -5657,7 +5657,10 @@ def build_target(cls: type[Target], word: str, given: dict[str, Any]) -> Target:
     except OSError as error:
         what = f"target {word} {error.filename or ''}".rstrip()
         reason = (error.strerror or str(error)).lower()
-        raise UblkError(error.errno or errno.EIO, what, reason) from error
+        number = error.errno or errno.EIO
+        if number not in errno.errorcode:  # but one of ssl's own
+            number = errno.EIO
+        raise UblkError(number, what, reason) from error
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UblkError(errno.EINVAL, f"target {word}", reason) from error

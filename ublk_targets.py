@@ -1647,7 +1647,7 @@ class Nbd(ublk.Target):
                 self.lost = False
             elif request.command != NBD_CMD_READ and not over:
                 self._end(request, error.errno or errno.EIO)
-                self.unsure = True
+                self.unsure = self.unsure or request.command != NBD_CMD_FLUSH
 
     async def _connect(self) -> NbdConnection:
         """Make a connection to the same export. Raises UblkError."""
@@ -1662,11 +1662,17 @@ class Nbd(ublk.Target):
         """Once there are requests make a new connection, and send them there while they may wait."""
         import asyncio
 
+        told = ""
         while self.connection is None:
             await asyncio.sleep(0.2)
             if self.pending:
-                with suppress(OSError):
+                try:
                     self.connection = await self._connect()
+                except OSError as error:
+                    reason = str(error)
+                    if reason != told:
+                        ublk.say(reason)
+                    told = reason
             for request in self._expired():
                 self._end(request, errno.ETIMEDOUT)
         for request in self.pending.values():

@@ -533,6 +533,33 @@ def test_nbd_after_what_a_server_may_still_do_it_is_told_to_change_nothing_more(
         assert served(target, work) == (errno.ETIMEDOUT, errno.EIO, errno.EIO)
 
 
+def test_nbd_a_flush_that_a_silent_server_was_told_leaves_nothing_in_doubt(targets, here):
+    """Where nothing was there to be flushed."""
+    async def work():
+        fake.ignores = FLUSH
+        failed = await errno_of(target.flush())
+        fake.ignores = None
+        await target.write(0, PAGE)
+        await target.flush()
+        return failed
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="500ms")
+        assert served(target, work) == errno.ETIMEDOUT
+
+
+def test_nbd_why_there_is_no_new_connection_is_told_once(targets, here, capfd):
+    async def work():
+        fake.info, fake.dies_of = [struct.pack(">HQH", 0, 1 << 19, 0b1101)], READ
+        return await errno_of(target.read(0, bytearray(4096)))
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="1s")
+        assert served(target, work) == errno.ETIMEDOUT
+        assert fake.connections > 3
+    assert capfd.readouterr().err.count("the export has become smaller") == 1
+
+
 def test_nbd_a_request_is_given_up_though_others_are_answered(targets, here):
     async def work():
         fake.ignores = WRITE
@@ -782,6 +809,11 @@ def test_nbd_believes_no_server_that_nobody_vouches_for(run, tls_server):
     ours = "--ca", files["ca"], "--certificate", files["certificate"]
     assert_fails(run("nbd", f"nbds://localhost:{port}"), 1, "certificate", errno.EPROTO)
     assert_fails(run("nbd", f"nbds://127.0.0.1:{port}", *ours), 1, "certificate", errno.EPROTO)
+
+
+@pytest.mark.parametrize("option", ["--ca", "--certificate"])
+def test_nbd_files_that_are_no_certificates(run, option):
+    assert_fails(run("nbd", "nbds://localhost", option, __file__), 1, "target nbd", errno.EIO)
 
 
 def test_nbd_a_server_without_tls_gets_nothing_in_the_clear(run, here):
