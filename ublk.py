@@ -2951,6 +2951,9 @@ class Worker(threading.Thread):
         try:
             if hasattr(self.device.target, "start"):
                 queue.call(self.device.target.start, self.index)
+            queue.collect(0)
+            if queue.leaving:  # before a request could come, to be lost
+                return
             if self.device.partx_scans:
                 set_admin(False)
             queue.fetch()

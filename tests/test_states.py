@@ -101,6 +101,7 @@ class Parked:
     """A queue to which no request comes."""
 
     path = SimpleNamespace(abandon=bool)
+    leaving = False
 
     def __init__(self, device, index):
         self.device = device
@@ -111,7 +112,7 @@ class Parked:
     def run(self):
         select.select([self.device.wake_fd], [], [])
 
-    fetch = wind_up = close = lambda self: None
+    fetch = wind_up = close = collect = lambda self, *_: None
 
 
 @pytest.fixture
@@ -378,6 +379,23 @@ def rings(driver, monkeypatch):
     """Queues that have a ring and a loop, though no requests."""
     monkeypatch.setattr(ublk, "Queue", QUEUE)
     monkeypatch.setattr(QUEUE, "fetch", bool)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_queue_that_is_told_to_go_as_it_starts_asks_for_no_requests(driver, monkeypatch, plain):
+    def start(index):
+        if index == 0:
+            raise OSError(errno.ENOMEDIUM, "not this one")
+        return told.wait() and None if plain else asyncio.sleep(3600)
+
+    fetched, told, wake = [], threading.Event(), ublk.Device._wake_workers
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    monkeypatch.setattr(QUEUE, "fetch", lambda queue: fetched.append(queue))
+    monkeypatch.setattr(ublk.Device, "_wake_workers", lambda device: (wake(device), told.set()))
+    disk = new(queues=2)
+    disk.target.start = start
+    assert error_of(disk.start) == errno.ENOMEDIUM
+    assert fetched == []
 
 
 @pytest.mark.parametrize("down", ["stop", "detach"])
