@@ -2181,7 +2181,6 @@ class Queue:
                 self.answer(self.collect(A_MOMENT if self.ended else None))
             else:
                 self._run_loop()
-        self.closing = True
 
     def is_over(self) -> bool:
         """Tell whether the loop is to end.
@@ -2932,7 +2931,7 @@ class Worker(threading.Thread):
     def run(self) -> None:
         """Serve, leave, and report what went wrong first."""
         failure = None
-        for step in self.serve, self.leave:
+        for step in self.serve, self.close_queue, self.leave:
             try:
                 step()
             except BaseException as error:
@@ -2962,11 +2961,8 @@ class Worker(threading.Thread):
             self.fetched = True
             queue.run()
         finally:
-            try:
-                if not self.given_up:
-                    self.end(queue)
-            finally:
-                self.close_queue()
+            if not self.given_up:
+                self.end(queue)
 
     def end(self, queue: Queue) -> None:
         """End the queue's loop; with the last one, a target whose close() needs it."""
