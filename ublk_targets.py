@@ -517,6 +517,7 @@ def make_file(path: str, header: bytes, size: int) -> None:
         if not os.path.getsize(path):
             file.write(header)
             file.truncate(size)
+            os.fsync(file.fileno())  # or a loss of power could leave one that is nothing
 
 
 class Sealed:

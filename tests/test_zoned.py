@@ -109,6 +109,15 @@ def test_after_a_loss_of_power_a_zones_pointer_is_where_a_flush_found_it(targets
         disk.close()
 
 
+def test_a_loss_of_power_before_the_first_flush_leaves_a_disk_of_zones(targets, tmp_path, monkeypatch):
+    path, durable = tmp_path / "zones", tmp_path / "durable"
+    monkeypatch.setattr(os, "fsync", lambda fd: durable.write_bytes(path.read_bytes()))
+    zoned(targets, file=str(path)).zone_append(0, memoryview(b"x" * 4096))
+    disk = targets.Zoned(file=str(durable))
+    assert conditions(disk) == [EMPTY] * 16
+    disk.close()
+
+
 def test_a_zone_that_is_reset_during_a_flush_stays_empty(targets, tmp_path):
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
