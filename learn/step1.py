@@ -4,10 +4,10 @@
     python3 learn/step1.py FILE
 """
 import ctypes
+import mmap
 import os
 import sys
 from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
-from mmap import mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
 IO_URING_ENTER = 426
@@ -17,19 +17,20 @@ IORING_OP_READ = 22
 
 
 def structure(*lines):
-    """Make a structure of C from types, each with the names of the fields that have it."""
+    """Make a structure of C: "uint32 a b, int8 c" gives it a and b, of 32 bits each, and c, of 8."""
     fields = []
     for part in ", ".join(lines).split(", "):
         kind, *names = part.split()
         kind = getattr(ctypes, "c_" + kind)
         for name in names:
             fields.append((name, kind))
-    return type("structure", (ctypes.Structure,), {"_fields_": fields})
+    class Structure(ctypes.Structure):
+        _fields_ = fields
+    return Structure
 
 
 Setup = structure(              # io_uring_params: what the kernel tells of a new ring
-    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd",
-    "uint32 resv1 resv2 resv3",
+    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd resv1 resv2 resv3",
     "uint32 sq_head sq_tail sq_mask sq_size sq_flags dropped sq_array resv4",
     "uint64 sq_address",
     "uint32 cq_head cq_tail cq_mask cq_size overflow cqes cq_flags resv5",
@@ -64,20 +65,18 @@ def syscall(*arguments):
 # (CQ). Whoever adds to a queue moves its tail, whoever takes moves its head.
 setup = Setup()
 ring = syscall(IO_URING_SETUP, 4, addressof(setup))
-end = setup.sq_array + 4 * setup.sq_entries
-queues = mmap(ring, end)
+queues = mmap.mmap(ring, setup.sq_array + 4 * setup.sq_entries)     # the array is the last thing in it
 sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
 cq_head = c_uint32.from_buffer(queues, setup.cq_head)
-cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
-sqes = mmap(ring, 4096, offset=IORING_OFF_SQES)
+sqes = mmap.mmap(ring, 4096, offset=IORING_OFF_SQES)
 
 
 def submit(sqe):
     """Have the kernel take a submission."""
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
-    data = bytes(sqe)
-    sqes[:len(data)] = data
+    sqes.seek(0)
+    sqes.write(bytes(sqe))
     sq_tail.value += 1
     syscall(IO_URING_ENTER, ring, 1, 0, 0, 0, 0)
 
@@ -86,7 +85,7 @@ def wait():
     """Wait for a completion, and take it out of its queue."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
-    cqe = CQE.from_buffer_copy(cqes[slot])
+    cqe = CQE.from_buffer_copy(queues, setup.cqes + 16 * slot)
     cq_head.value += 1
     return cqe
 

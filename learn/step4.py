@@ -5,16 +5,16 @@
 """
 import ctypes
 import errno
+import mmap
 import os
 import sys
 from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
-from mmap import PROT_READ, mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
 IO_URING_ENTER = 426
 IORING_OFF_SQES = 0x10000000    # what of a ring to map: its queues are at 0, its SQEs here
 IORING_ENTER_GETEVENTS = 1      # wait for completions
-IORING_SETUP_SQE128 = 1 << 10   # submissions have room for a command
+IORING_SETUP_SQE128 = 0x400     # submissions have room for a command
 IORING_OP_URING_CMD = 46        # a command for a driver
 COMMANDS = {                    # numbers made as for an ioctl: direction, size, type, number
     "ADD_DEV": 0xC0207504,
@@ -30,19 +30,20 @@ DEV_ID = 42                     # any number that is free
 
 
 def structure(*lines):
-    """Make a structure of C from types, each with the names of the fields that have it."""
+    """Make a structure of C: "uint32 a b, int8 c" gives it a and b, of 32 bits each, and c, of 8."""
     fields = []
     for part in ", ".join(lines).split(", "):
         kind, *names = part.split()
         kind = getattr(ctypes, "c_" + kind)
         for name in names:
             fields.append((name, kind))
-    return type("structure", (ctypes.Structure,), {"_fields_": fields})
+    class Structure(ctypes.Structure):
+        _fields_ = fields
+    return Structure
 
 
 Setup = structure(              # io_uring_params: what the kernel tells of a new ring
-    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd",
-    "uint32 resv1 resv2 resv3",
+    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd resv1 resv2 resv3",
     "uint32 sq_head sq_tail sq_mask sq_size sq_flags dropped sq_array resv4",
     "uint64 sq_address",
     "uint32 cq_head cq_tail cq_mask cq_size overflow cqes cq_flags resv5",
@@ -90,12 +91,10 @@ def syscall(*arguments):
 # (CQ). Whoever adds to a queue moves its tail, whoever takes moves its head.
 setup = Setup(flags=IORING_SETUP_SQE128)
 ring = syscall(IO_URING_SETUP, 4, addressof(setup))
-end = setup.sq_array + 4 * setup.sq_entries
-queues = mmap(ring, end)
+queues = mmap.mmap(ring, setup.sq_array + 4 * setup.sq_entries)     # the array is the last thing in it
 sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
 cq_head = c_uint32.from_buffer(queues, setup.cq_head)
-cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
-sqes = mmap(ring, 4096, offset=IORING_OFF_SQES)
+sqes = mmap.mmap(ring, 4096, offset=IORING_OFF_SQES)
 control = os.open("/dev/ublk-control", os.O_RDWR)
 
 
@@ -104,8 +103,8 @@ def submit(fd, name, command):
     sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name], user_data=list(COMMANDS).index(name))
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
-    data = bytes(sqe) + bytes(command)
-    sqes[:len(data)] = data
+    sqes.seek(0)
+    sqes.write(bytes(sqe) + bytes(command))
     sq_tail.value += 1
     syscall(IO_URING_ENTER, ring, 1, 0, 0, 0, 0)
 
@@ -114,16 +113,18 @@ def wait():
     """Wait for a completion, and take it out of its queue; return which command has ended, and how."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
-    cqe = CQE.from_buffer_copy(cqes[slot])
+    cqe = CQE.from_buffer_copy(queues, setup.cqes + 16 * slot)
     cq_head.value += 1
     return list(COMMANDS)[cqe.user_data], cqe.res
 
 
 def manage(name, payload):
-    """Have the control node do a command, show how it ends, and return that."""
+    """Have the control node do a command, show how it ends, and return that if the program can go on."""
     submit(control, name, ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload)))
     name, res = wait()
     print(f"{name}: {os.strerror(-res)}")
+    if res < 0 and name != "GET_FEATURES":
+        sys.exit(1)
     return res
 
 
@@ -149,7 +150,7 @@ def answer(image, desc, buffer):
 def serve(image):
     """Start the disk and answer its requests, one at a time, until it is deleted."""
     file = os.open(f"/dev/ublkc{DEV_ID}", os.O_RDWR)
-    descs = mmap(file, sizeof(IoDesc), prot=PROT_READ)
+    descs = mmap.mmap(file, sizeof(IoDesc), prot=mmap.PROT_READ)
     buffer = create_string_buffer(65536)
     io = IoCommand(addr=addressof(buffer))
     submit(file, "FETCH_REQ", io)
@@ -161,25 +162,24 @@ def serve(image):
         if name == "START_DEV":
             print(f"/dev/ublkb{DEV_ID}")
         else:
-            desc = IoDesc.from_buffer_copy(descs)
             try:
-                io.result = answer(image, desc, buffer)
+                io.result = answer(image, IoDesc.from_buffer_copy(descs), buffer)
             except OSError as error:
-                io.result = -(error.errno or errno.EIO)
+                io.result = -error.errno
             submit(file, "COMMIT_AND_FETCH_REQ", io)
 
 
 def main():
+    image = os.open(sys.argv[1], os.O_RDWR)
     features = ctypes.c_uint64()
     if manage("GET_FEATURES", features) < 0:
         for name in COMMANDS:
             COMMANDS[name] &= 0xFF      # the oldest drivers know the bare numbers only
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID)
     manage("ADD_DEV", info)
-    image = os.open(sys.argv[1], os.O_RDWR)
     # Two parts of Params count (types=3): the first, and the fields about DISCARD
     params = Params(sizeof(Params), types=3, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
-    params.dev_sectors = os.path.getsize(image) // 512
+    params.dev_sectors = os.path.getsize(image) // 512      # of a part of a block at its end, nothing
     params.attrs = 4                    # a volatile cache: FLUSH makes it durable
     params.discard_granularity = 4096
     params.max_discard_sectors = 8192

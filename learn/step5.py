@@ -5,17 +5,17 @@
 """
 import ctypes
 import errno
+import mmap
 import os
 import sys
 import time
 from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
-from mmap import PROT_READ, mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
 IO_URING_ENTER = 426
 IORING_OFF_SQES = 0x10000000    # what of a ring to map: its queues are at 0, its SQEs here
 IORING_ENTER_GETEVENTS = 1      # wait for completions
-IORING_SETUP_SQE128 = 1 << 10   # submissions have room for a command
+IORING_SETUP_SQE128 = 0x400     # submissions have room for a command
 IORING_OP_URING_CMD = 46        # a command for a driver
 COMMANDS = {                    # numbers made as for an ioctl: direction, size, type, number
     "ADD_DEV": 0xC0207504,
@@ -33,19 +33,20 @@ DEV_ID = 42                     # any number that is free
 
 
 def structure(*lines):
-    """Make a structure of C from types, each with the names of the fields that have it."""
+    """Make a structure of C: "uint32 a b, int8 c" gives it a and b, of 32 bits each, and c, of 8."""
     fields = []
     for part in ", ".join(lines).split(", "):
         kind, *names = part.split()
         kind = getattr(ctypes, "c_" + kind)
         for name in names:
             fields.append((name, kind))
-    return type("structure", (ctypes.Structure,), {"_fields_": fields})
+    class Structure(ctypes.Structure):
+        _fields_ = fields
+    return Structure
 
 
 Setup = structure(              # io_uring_params: what the kernel tells of a new ring
-    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd",
-    "uint32 resv1 resv2 resv3",
+    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd resv1 resv2 resv3",
     "uint32 sq_head sq_tail sq_mask sq_size sq_flags dropped sq_array resv4",
     "uint64 sq_address",
     "uint32 cq_head cq_tail cq_mask cq_size overflow cqes cq_flags resv5",
@@ -91,23 +92,20 @@ def syscall(*arguments):
 # (CQ). Whoever adds to a queue moves its tail, whoever takes moves its head.
 setup = Setup(flags=IORING_SETUP_SQE128)
 ring = syscall(IO_URING_SETUP, 4, addressof(setup))
-end = setup.sq_array + 4 * setup.sq_entries
-queues = mmap(ring, end)
+queues = mmap.mmap(ring, setup.sq_array + 4 * setup.sq_entries)     # the array is the last thing in it
 sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
 cq_head = c_uint32.from_buffer(queues, setup.cq_head)
-cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
-sqes = mmap(ring, 4096, offset=IORING_OFF_SQES)
+sqes = mmap.mmap(ring, 4096, offset=IORING_OFF_SQES)
 control = os.open("/dev/ublk-control", os.O_RDWR)
 
 
 def submit(fd, name, command):
     """Have the kernel take a command for one of the driver's files."""
-    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name])
-    sqe.user_data = list(COMMANDS).index(name)
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name], user_data=list(COMMANDS).index(name))
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
-    data = bytes(sqe) + bytes(command)
-    sqes[:len(data)] = data
+    sqes.seek(0)
+    sqes.write(bytes(sqe) + bytes(command))
     sq_tail.value += 1
     syscall(IO_URING_ENTER, ring, 1, 0, 0, 0, 0)
 
@@ -116,16 +114,18 @@ def wait():
     """Wait for a completion, and take it out of its queue; return which command has ended, and how."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
-    cqe = CQE.from_buffer_copy(cqes[slot])
+    cqe = CQE.from_buffer_copy(queues, setup.cqes + 16 * slot)
     cq_head.value += 1
     return list(COMMANDS)[cqe.user_data], cqe.res
 
 
-def manage(name, payload):
-    """Have the control node do a command, show how it ends, and return that."""
+def manage(name, payload, *allowed):
+    """Have the control node do a command, show how it ends, and return that if the program can go on."""
     submit(control, name, ControlCommand(DEV_ID, 0xFFFF, sizeof(payload), addressof(payload)))
     name, res = wait()
     print(f"{name}: {os.strerror(-res)}")
+    if res < 0 and -res not in allowed:
+        sys.exit(1)
     return res
 
 
@@ -146,10 +146,11 @@ def answer(image, desc, buffer):
     return done if done == size else -errno.EIO
 
 
-def serve(image, start):
+def serve(start):
     """Start the disk by a command and answer its requests, one at a time, until it is deleted."""
+    image = os.open(sys.argv[1], os.O_RDWR)     # not before START_USER_RECOVERY: nobody else writes it now
     file = os.open(f"/dev/ublkc{DEV_ID}", os.O_RDWR)
-    descs = mmap(file, sizeof(IoDesc), prot=PROT_READ)
+    descs = mmap.mmap(file, sizeof(IoDesc), prot=mmap.PROT_READ)
     buffer = create_string_buffer(65536)
     io = IoCommand(addr=addressof(buffer))
     submit(file, "FETCH_REQ", io)
@@ -165,26 +166,25 @@ def serve(image, start):
             try:
                 io.result = answer(image, desc, buffer)
             except OSError as error:
-                io.result = -(error.errno or errno.EIO)
+                io.result = -error.errno
             submit(file, "COMMIT_AND_FETCH_REQ", io)
 
 
 def main():
     features = ctypes.c_uint64()
-    if manage("GET_FEATURES", features) < 0:
+    if manage("GET_FEATURES", features, errno.ENODEV, errno.EOPNOTSUPP) < 0:
         for name in COMMANDS:
             COMMANDS[name] &= 0xFF      # the oldest drivers know the bare numbers only
-    image = os.open(sys.argv[1], os.O_RDWR)
     info = DevInfo(nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=65536, dev_id=DEV_ID, flags=RECOVERY)
-    if manage("ADD_DEV", info) == -errno.EEXIST:
-        while manage("START_USER_RECOVERY", info) == -errno.EBUSY:
+    if manage("ADD_DEV", info, errno.EEXIST) < 0:
+        while manage("START_USER_RECOVERY", info, errno.EBUSY) < 0:
             time.sleep(1)               # until the old server is gone; for ever if there was none
-        serve(image, "END_USER_RECOVERY")       # does not return: what follows is for a new disk
+        serve("END_USER_RECOVERY")      # does not return: what follows is for a new disk
     params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
-    params.dev_sectors = os.path.getsize(image) // 512
+    params.dev_sectors = os.path.getsize(sys.argv[1]) // 512
     params.attrs = 4                    # a volatile cache: FLUSH makes it durable
     manage("SET_PARAMS", params)
-    serve(image, "START_DEV")
+    serve("START_DEV")
 
 
 main()

@@ -4,17 +4,17 @@
     python3 learn/step6.py [owner | del]
 """
 import ctypes
+import mmap
 import os
 import sys
 import time
 from ctypes import addressof, c_long, c_uint32, create_string_buffer, sizeof
-from mmap import PROT_READ, mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
 IO_URING_ENTER = 426
 IORING_OFF_SQES = 0x10000000    # what of a ring to map: its queues are at 0, its SQEs here
 IORING_ENTER_GETEVENTS = 1      # wait for completions
-IORING_SETUP_SQE128 = 1 << 10   # submissions have room for a command
+IORING_SETUP_SQE128 = 0x400     # submissions have room for a command
 IORING_OP_URING_CMD = 46        # a command for a driver
 COMMANDS = {                    # numbers made as for an ioctl: direction, size, type, number
     "ADD_DEV": 0xC0207504,
@@ -32,19 +32,20 @@ PATH = b"/dev/ublkc42"
 
 
 def structure(*lines):
-    """Make a structure of C from types, each with the names of the fields that have it."""
+    """Make a structure of C: "uint32 a b, int8 c" gives it a and b, of 32 bits each, and c, of 8."""
     fields = []
     for part in ", ".join(lines).split(", "):
         kind, *names = part.split()
         kind = getattr(ctypes, "c_" + kind)
         for name in names:
             fields.append((name, kind))
-    return type("structure", (ctypes.Structure,), {"_fields_": fields})
+    class Structure(ctypes.Structure):
+        _fields_ = fields
+    return Structure
 
 
 Setup = structure(              # io_uring_params: what the kernel tells of a new ring
-    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd",
-    "uint32 resv1 resv2 resv3",
+    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd resv1 resv2 resv3",
     "uint32 sq_head sq_tail sq_mask sq_size sq_flags dropped sq_array resv4",
     "uint64 sq_address",
     "uint32 cq_head cq_tail cq_mask cq_size overflow cqes cq_flags resv5",
@@ -90,23 +91,20 @@ def syscall(*arguments):
 # (CQ). Whoever adds to a queue moves its tail, whoever takes moves its head.
 setup = Setup(flags=IORING_SETUP_SQE128)
 ring = syscall(IO_URING_SETUP, 4, addressof(setup))
-end = setup.sq_array + 4 * setup.sq_entries
-queues = mmap(ring, end)
+queues = mmap.mmap(ring, setup.sq_array + 4 * setup.sq_entries)     # the array is the last thing in it
 sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
 cq_head = c_uint32.from_buffer(queues, setup.cq_head)
-cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
-sqes = mmap(ring, 4096, offset=IORING_OFF_SQES)
+sqes = mmap.mmap(ring, 4096, offset=IORING_OFF_SQES)
 control = os.open("/dev/ublk-control", os.O_RDWR)
 
 
 def submit(fd, name, command):
     """Have the kernel take a command for one of the driver's files."""
-    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name])
-    sqe.user_data = list(COMMANDS).index(name)
+    sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name], user_data=list(COMMANDS).index(name))
     # The array at sq_array says which SQE each entry of the queue means. It is
     # all zeroes, and the first SQE is free again after the system call.
-    data = bytes(sqe) + bytes(command)
-    sqes[:len(data)] = data
+    sqes.seek(0)
+    sqes.write(bytes(sqe) + bytes(command))
     sq_tail.value += 1
     syscall(IO_URING_ENTER, ring, 1, 0, 0, 0, 0)
 
@@ -115,7 +113,7 @@ def wait():
     """Wait for a completion, and take it out of its queue; return which command has ended, and how."""
     syscall(IO_URING_ENTER, ring, 0, 1, IORING_ENTER_GETEVENTS, 0, 0)
     slot = cq_head.value % setup.cq_entries
-    cqe = CQE.from_buffer_copy(cqes[slot])
+    cqe = CQE.from_buffer_copy(queues, setup.cqes + 16 * slot)
     cq_head.value += 1
     return list(COMMANDS)[cqe.user_data], cqe.res
 
@@ -146,12 +144,12 @@ def answer(image, desc, buffer):
 def serve(image):
     """Start the disk and answer its requests, one at a time, until it is deleted."""
     file = os.open(PATH, os.O_RDWR)
-    descs = mmap(file, sizeof(IoDesc), prot=PROT_READ)
+    descs = mmap.mmap(file, sizeof(IoDesc), prot=mmap.PROT_READ)
     buffer = create_string_buffer(65536)
     io = IoCommand(addr=addressof(buffer))
     submit(file, "FETCH_REQ", io)
-    path = create_string_buffer(PATH)
-    command = ControlCommand(DEV_ID, 0xFFFF, len(path), addressof(path), os.getpid(), len(path))
+    path = create_string_buffer(PATH)       # 12 bytes, and a NUL that is not counted
+    command = ControlCommand(DEV_ID, 0xFFFF, len(PATH), addressof(path), os.getpid(), len(PATH))
     submit(control, "START_DEV", command)
     while True:
         name, res = wait()
@@ -180,7 +178,7 @@ def main(what):
         params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
         params.dev_sectors = 2048       # 1 MiB
         manage("SET_PARAMS", params)
-        image = mmap(-1, 1 << 20)       # memory of that size
+        image = bytearray(1 << 20)      # memory of that size
         serve(image)
 
 

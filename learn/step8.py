@@ -4,17 +4,17 @@
     python3 learn/step8.py IMAGE
 """
 import ctypes
+import mmap
 import os
 import sys
 from ctypes import addressof, c_long, c_uint32, sizeof
-from mmap import PROT_READ, mmap
 
 IO_URING_SETUP = 425            # system calls, with one number on nearly every architecture
 IO_URING_ENTER = 426
 IO_URING_REGISTER = 427
 IORING_OFF_SQES = 0x10000000    # what of a ring to map: its queues are at 0, its SQEs here
 IORING_ENTER_GETEVENTS = 1      # wait for completions
-IORING_SETUP_SQE128 = 1 << 10   # submissions have room for a command
+IORING_SETUP_SQE128 = 0x400     # submissions have room for a command
 IORING_REGISTER_BUFFERS2 = 15   # give the ring a table of memory for READ_FIXED and WRITE_FIXED,
 IORING_RSRC_REGISTER_SPARSE = 1     # which is empty for now
 IORING_OP_READ_FIXED = 4
@@ -29,26 +29,28 @@ COMMANDS = {                    # numbers made as for an ioctl: direction, size,
 }
 MOVES = [IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED]       # of UBLK_IO_OP_READ, UBLK_IO_OP_WRITE
 MOVED = 64                      # user_data of a tag's move: this and the tag
-UBLK_F_AUTO_BUF_REG = 1 << 11   # the driver puts a request's memory into the table
+UBLK_F_AUTO_BUF_REG = 0x800     # the driver puts a request's memory into the table
 DEV_ID = 42                     # any number that is free
 PATH = b"/dev/ublkc42"
 DEPTH = 32                      # tags: places for requests
+ENTRIES = 64                    # of the submission queue: one for each tag, one more, and a power of two
 
 
 def structure(*lines):
-    """Make a structure of C from types, each with the names of the fields that have it."""
+    """Make a structure of C: "uint32 a b, int8 c" gives it a and b, of 32 bits each, and c, of 8."""
     fields = []
     for part in ", ".join(lines).split(", "):
         kind, *names = part.split()
         kind = getattr(ctypes, "c_" + kind)
         for name in names:
             fields.append((name, kind))
-    return type("structure", (ctypes.Structure,), {"_fields_": fields})
+    class Structure(ctypes.Structure):
+        _fields_ = fields
+    return Structure
 
 
 Setup = structure(              # io_uring_params: what the kernel tells of a new ring
-    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd",
-    "uint32 resv1 resv2 resv3",
+    "uint32 sq_entries cq_entries flags sq_thread_cpu sq_thread_idle features wq_fd resv1 resv2 resv3",
     "uint32 sq_head sq_tail sq_mask sq_size sq_flags dropped sq_array resv4",
     "uint64 sq_address",
     "uint32 cq_head cq_tail cq_mask cq_size overflow cqes cq_flags resv5",
@@ -94,24 +96,22 @@ def syscall(*arguments):
 # A ring is two queues shared with the kernel: submissions (SQ), and completions
 # (CQ). Whoever adds to a queue moves its tail, whoever takes moves its head.
 setup = Setup(flags=IORING_SETUP_SQE128)
-ring = syscall(IO_URING_SETUP, 64, addressof(setup))      # room for all tags' commands, and one more
-end = setup.sq_array + 4 * setup.sq_entries
-queues = mmap(ring, end)
+ring = syscall(IO_URING_SETUP, ENTRIES, addressof(setup))
+queues = mmap.mmap(ring, setup.sq_array + 4 * setup.sq_entries)     # the array is the last thing in it
 sq_head = c_uint32.from_buffer(queues, setup.sq_head)
 sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
 cq_head = c_uint32.from_buffer(queues, setup.cq_head)
 cq_tail = c_uint32.from_buffer(queues, setup.cq_tail)
-order = (c_uint32 * 64).from_buffer(queues, setup.sq_array)
-for slot in range(64):          # each entry of the queue has an SQE of its own
-    order[slot] = slot
-cqes = (CQE * setup.cq_entries).from_buffer(queues, setup.cqes)
-sqes = mmap(ring, 8192, offset=IORING_OFF_SQES)     # 64 of 128 bytes
+order = (c_uint32 * ENTRIES).from_buffer(queues, setup.sq_array)
+order[:] = range(ENTRIES)       # each entry of the queue has an SQE of its own
+sqes = mmap.mmap(ring, 128 * ENTRIES, offset=IORING_OFF_SQES)
 control = os.open("/dev/ublk-control", os.O_RDWR)
 
 
 def push(sqe, command):
     """Add a submission to the queue; the next system call hands it in."""
-    slot = sq_tail.value % 64
+    assert sq_tail.value - sq_head.value < ENTRIES, "the queue is full"
+    slot = sq_tail.value % ENTRIES
     sqes.seek(128 * slot)
     sqes.write(bytes(sqe) + bytes(command))
     sq_tail.value += 1
@@ -127,12 +127,13 @@ def submit(fd, name, command, tag=DEPTH):
 
 def wait():
     """Hand in what is new, wait for a completion, and take all there are: each tag, and the result."""
+    # A generator (it has a yield): all this begins when the first completion is asked for.
     new = sq_tail.value - sq_head.value
     syscall(IO_URING_ENTER, ring, new, 1, IORING_ENTER_GETEVENTS, 0, 0)
     while cq_head.value != cq_tail.value:
         slot = cq_head.value % setup.cq_entries
-        cqe = CQE.from_buffer_copy(cqes[slot])
-        cq_head.value += 1
+        cqe = CQE.from_buffer_copy(queues, setup.cqes + 16 * slot)
+        cq_head.value += 1      # before the yield: next(wait()) does not come back here
         yield cqe.user_data, cqe.res
 
 
@@ -157,10 +158,10 @@ def move(image, desc, tag):
 def serve(image):
     """Start the disk and answer its requests, until it is deleted."""
     file = os.open(PATH, os.O_RDWR)
-    descs = mmap(file, 24 * DEPTH, prot=PROT_READ)
+    descs = mmap.mmap(file, 24 * DEPTH, prot=mmap.PROT_READ)
     for tag in range(DEPTH):
         submit(file, "FETCH_REQ", IoCommand(0, tag), tag)
-    submit(control, "START_DEV", ControlCommand(DEV_ID, data=os.getpid()))
+    submit(control, "START_DEV", ControlCommand(DEV_ID, 0xFFFF, data=os.getpid()))
     while True:
         for tag, res in wait():
             if tag >= MOVED:            # res is how many bytes, or an error

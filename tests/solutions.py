@@ -37,10 +37,14 @@ BROKEN = {
 +        raise OSError(errno.EIO, "the image is too short")
 +    return size
 
-                 io.result = answer(image, desc, buffer)
+-            try:
+-                io.result = answer(image, IoDesc.from_buffer_copy(descs), buffer)
++            desc = IoDesc.from_buffer_copy(descs)
++            try:
++                io.result = answer(image, desc, buffer)
 +                submit(file, "COMMIT_AND_FETCH_REQ", io)
              except OSError as error:
--                io.result = -(error.errno or errno.EIO)
+-                io.result = -error.errno
 -            submit(file, "COMMIT_AND_FETCH_REQ", io)
 +                print(f"sector {desc.start_sector}: {error}", file=sys.stderr)
 '''),
@@ -58,17 +62,15 @@ BROKEN = {
 -        if name == "START_DEV":
 -            print(f"/dev/ublkb{DEV_ID}")
 -        else:
--            desc = IoDesc.from_buffer_copy(descs)
 -            try:
--                io.result = answer(image, desc, buffer)
+-                io.result = answer(image, IoDesc.from_buffer_copy(descs), buffer)
 -            except OSError as error:
--                io.result = -(error.errno or errno.EIO)
+-                io.result = -error.errno
 -            submit(file, "COMMIT_AND_FETCH_REQ", io)
-+        desc = IoDesc.from_buffer_copy(descs)
 +        try:
-+            io.result = answer(image, desc, buffer)
++            io.result = answer(image, IoDesc.from_buffer_copy(descs), buffer)
 +        except OSError as error:
-+            io.result = -(error.errno or errno.EIO)
++            io.result = -error.errno
 +        submit(file, "COMMIT_AND_FETCH_REQ", io)
 '''),
     8: change(step(7), '''
@@ -85,8 +87,8 @@ BROKEN = {
 +    cq_head.value = end
 +    for place in range(first, min(first + 8, end)):
 +        slot = place % setup.cq_entries
-         cqe = CQE.from_buffer_copy(cqes[slot])
--        cq_head.value += 1
+         cqe = CQE.from_buffer_copy(queues, setup.cqes + 16 * slot)
+-        cq_head.value += 1      # before the yield: next(wait()) does not come back here
          yield cqe.user_data, cqe.res
 '''),
     9: change(step(4), '''
@@ -118,7 +120,7 @@ BROKEN = {
 +        time.sleep(1)
 +
 +
- def serve(image, start):
+ def serve(start):
 
      io = IoCommand(addr=addressof(buffer))
 +    if os.fork() == 0:
@@ -175,14 +177,15 @@ SOLUTIONS = {
 -def submit(fd, name, command, tag=DEPTH):
 +def submit(fd, name, command, tag=QUEUES * DEPTH):
 
--    descs = mmap(file, 24 * DEPTH, prot=PROT_READ)
+-    descs = mmap.mmap(file, 24 * DEPTH, prot=mmap.PROT_READ)
 -    buffers = [create_string_buffer(65536) for tag in range(DEPTH)]
 -    for tag, buffer in enumerate(buffers):
 -        io = IoCommand(0, tag, 0, addressof(buffer))
 -        submit(file, "FETCH_REQ", io, tag)
 +    descs = []
 +    for queue in range(QUEUES):
-+        descs.append(mmap(file, 24 * DEPTH, prot=PROT_READ, offset=24 * MAX_DEPTH * queue))
++        offset = 24 * MAX_DEPTH * queue
++        descs.append(mmap.mmap(file, 24 * DEPTH, prot=mmap.PROT_READ, offset=offset))
 +    buffers = [create_string_buffer(65536) for number in range(QUEUES * DEPTH)]
 +    for number, buffer in enumerate(buffers):
 +        queue, tag = divmod(number, DEPTH)

@@ -21,7 +21,7 @@ import lessons
 from measure import docstring_lines, tokens_by_line
 
 NEEDS_OF_SERVE = ["mmap", "submit", "control", "sizeof", "addressof", "create_string_buffer", "DEV_ID",
-                  "PROT_READ", "IoDesc", "IoCommand", "ControlCommand"]
+                  "IoDesc", "IoCommand", "ControlCommand"]
 STEPS = sorted((HERE / "learn").glob("step*.py"))
 
 
@@ -96,9 +96,25 @@ def test_a_step_fails_what_it_does_not_know(number, image):
     assert answer(*image, write_zeroes, bytearray(512)) == -errno.EOPNOTSUPP
 
 
-@pytest.mark.parametrize(("number", "arguments"), [(3, []), (4, [-1]), (5, [-1, "START_DEV"])])
+@pytest.mark.parametrize(("number", "name", "arguments"), [(7, "submit", 3), (8, "push", 2)])
+def test_a_full_queue_takes_no_more(number, name, arguments):
+    add = function(number, name, DEPTH=32, ENTRIES=64, sq_head=SimpleNamespace(value=1),
+                   sq_tail=SimpleNamespace(value=65))
+    with pytest.raises(AssertionError, match="full"):
+        add(*[None] * arguments)
+
+
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_a_step_goes_no_further_than_a_command_that_fails(number):
+    manage = function(number, "manage", sys=sys, os=os, wait=lambda: ("ADD_DEV", -errno.EEXIST),
+                      **dict.fromkeys(NEEDS_OF_SERVE, MagicMock()))
+    with pytest.raises(SystemExit, match="1"):
+        manage("ADD_DEV", bytearray(64))
+
+
+@pytest.mark.parametrize(("number", "arguments"), [(3, []), (4, [-1]), (5, ["START_DEV"])])
 def test_a_disk_that_does_not_start_tells_which_command_failed(number, arguments):
-    serve = function(number, "serve", sys=sys, wait=lambda: ("START_DEV", -errno.EINVAL),
+    serve = function(number, "serve", sys=MagicMock(exit=sys.exit), wait=lambda: ("START_DEV", -errno.EINVAL),
                      os=MagicMock(strerror=os.strerror), **dict.fromkeys(NEEDS_OF_SERVE, MagicMock()))
     with pytest.raises(SystemExit, match="START_DEV: Invalid argument"):
         serve(*arguments)
