@@ -123,12 +123,16 @@ def turn() -> Iterator[None]:
     with contextlib.ExitStack() as files:
         for place in places:
             files.enter_context(place)
+        told = False
         while True:
             for place in places:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     yield
                     return
+            if not told:
+                say(f"{JOBS} virtual machines are running; waiting until one ends")
+            told = True
             time.sleep(0.5)
 
 
