@@ -165,7 +165,7 @@ def serve(image):
             try:
                 io.result = answer(image, IoDesc.from_buffer_copy(descs), buffer)
             except OSError as error:
-                io.result = -error.errno
+                io.result = -(error.errno or errno.EIO)
             submit(file, "COMMIT_AND_FETCH_REQ", io)
 
 

@@ -165,8 +165,8 @@ def serve(start):
             desc = IoDesc.from_buffer_copy(descs)
             try:
                 io.result = answer(image, desc, buffer)
-            except OSError as error:
-                io.result = -error.errno
+            except OSError:
+                io.result = -errno.EIO
             submit(file, "COMMIT_AND_FETCH_REQ", io)
 
 

@@ -103,7 +103,7 @@ sq_tail = c_uint32.from_buffer(queues, setup.sq_tail)
 cq_head = c_uint32.from_buffer(queues, setup.cq_head)
 cq_tail = c_uint32.from_buffer(queues, setup.cq_tail)
 order = (c_uint32 * ENTRIES).from_buffer(queues, setup.sq_array)
-order[:] = range(ENTRIES)       # each entry of the queue has an SQE of its own
+order[:] = list(range(ENTRIES))     # each entry of the queue has an SQE of its own
 sqes = mmap.mmap(ring, 128 * ENTRIES, offset=IORING_OFF_SQES)
 control = os.open("/dev/ublk-control", os.O_RDWR)
 

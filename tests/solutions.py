@@ -44,7 +44,7 @@ BROKEN = {
 +                io.result = answer(image, desc, buffer)
 +                submit(file, "COMMIT_AND_FETCH_REQ", io)
              except OSError as error:
--                io.result = -error.errno
+-                io.result = -(error.errno or errno.EIO)
 -            submit(file, "COMMIT_AND_FETCH_REQ", io)
 +                print(f"sector {desc.start_sector}: {error}", file=sys.stderr)
 '''),
@@ -65,12 +65,12 @@ BROKEN = {
 -            try:
 -                io.result = answer(image, IoDesc.from_buffer_copy(descs), buffer)
 -            except OSError as error:
--                io.result = -error.errno
+-                io.result = -(error.errno or errno.EIO)
 -            submit(file, "COMMIT_AND_FETCH_REQ", io)
 +        try:
 +            io.result = answer(image, IoDesc.from_buffer_copy(descs), buffer)
 +        except OSError as error:
-+            io.result = -error.errno
++            io.result = -(error.errno or errno.EIO)
 +        submit(file, "COMMIT_AND_FETCH_REQ", io)
 '''),
     8: change(step(7), '''
