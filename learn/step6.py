@@ -178,7 +178,7 @@ def main(what):
         params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
         params.dev_sectors = 2048       # 1 MiB
         manage("SET_PARAMS", params)
-        image = bytearray(1 << 20)      # memory of that size
+        image = mmap.mmap(-1, 1048576)  # memory of that size
         serve(image)
 
 

@@ -104,7 +104,7 @@ def submit(fd, name, command, tag=DEPTH):
     """Add a command for one of the driver's files to the queue; the next system call hands it in."""
     # user_data tells of a completion whose it is: a tag's, or the control node's,
     # which has DEPTH, the first number that no tag has.
-    assert sq_tail.value - sq_head.value < ENTRIES, "the queue is full"
+    assert sq_tail.value - sq_head.value < ENTRIES      # the queue is not full
     sqe = SQE(opcode=IORING_OP_URING_CMD, fd=fd, cmd_op=COMMANDS[name], user_data=tag)
     slot = sq_tail.value % ENTRIES
     sqes.seek(128 * slot)
@@ -176,7 +176,7 @@ def main():
     params = Params(sizeof(Params), types=1, logical_bs_shift=9, physical_bs_shift=9, max_sectors=128)
     params.dev_sectors = 2048           # 1 MiB
     manage("SET_PARAMS", params)
-    image = bytearray(1 << 20)      # memory of that size
+    image = mmap.mmap(-1, 1048576)  # memory of that size
     serve(image)
 
 

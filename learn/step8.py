@@ -110,7 +110,7 @@ control = os.open("/dev/ublk-control", os.O_RDWR)
 
 def push(sqe, command):
     """Add a submission to the queue; the next system call hands it in."""
-    assert sq_tail.value - sq_head.value < ENTRIES, "the queue is full"
+    assert sq_tail.value - sq_head.value < ENTRIES      # the queue is not full
     slot = sq_tail.value % ENTRIES
     sqes.seek(128 * slot)
     sqes.write(bytes(sqe) + bytes(command))
