@@ -2748,7 +2748,7 @@ def takes_unmap(function: Any) -> bool:
 PR_SET_IO_FLUSHER = 57
 CAP_SYS_ADMIN = 1 << 21
 MAX_DISCARD = 1 << 30  # bytes a single discard or write-zeroes may cover
-NODE_TIMEOUT = 10.0  # seconds udev has to make a device node usable
+NODE_TIMEOUT = 30.0  # seconds udev, whose rule runs a Python, has to make a device node usable
 STOP_TIMEOUT = 30.0  # seconds the handlers have to end what they are doing
 SERVER_TIMEOUT = 15.0  # seconds the kernel may take to notice that a server is gone
 PASSING = 3.0  # seconds somebody may look at a disk without being taken for its user
@@ -3413,7 +3413,7 @@ class Device:
             )
             return
         # A handler may never return
-        becomes(lambda: scanner.poll() is not None, NODE_TIMEOUT, self._pause)
+        becomes(lambda: scanner.poll() is not None, 10.0, self._pause)
 
     # ---- from a disk without a server back to one with -------------------------------------------
 
