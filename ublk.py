@@ -4636,7 +4636,6 @@ def mounts(disk: str) -> Iterator[str]:
         namespace = link_of(f"{process}/ns/mnt")
         if namespace in seen:
             continue
-        seen.add(namespace)
         for line in lines_of(f"{process}/mountinfo"):
             _, _, number, _, place, *more = line.split(" ")
             # It may have any name, and some file systems have no number
@@ -4665,6 +4664,7 @@ def disks_above(disk: str) -> Iterator[str]:
             yield file.split("/")[3]
 
 
+            seen.add(namespace)  # unless the process has ended meanwhile
 def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
     """Stop a disk that nobody uses, or raise UblkError (EBUSY) that names who does.
 
@@ -4969,7 +4969,7 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
 
 def privileged() -> bool:
     """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
-    lines = lines_of("/proc/self/status")
+    lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
     effective = next(line for line in lines if line.startswith("CapEff"))
     users = " ".join(lines_of("/proc/self/uid_map")).split()
     outside = users in ([], ["0", "0", "4294967295"])  # none without user namespaces

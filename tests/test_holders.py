@@ -164,6 +164,14 @@ def test_del_all_takes_the_disks_that_nobody_uses(run, monkeypatch):
         assert idle.wait() == 0
 
 
+def test_a_process_that_has_ended_meanwhile_hides_no_mount(monkeypatch):
+    lines = {"/proc/9/mountinfo": ["1 1 0:9 / /mnt rw - ext4 /dev/ublkb0 rw"]}
+    monkeypatch.setattr(ublk.glob, "glob", lambda pattern: ["/proc/8", "/proc/9"])
+    monkeypatch.setattr(ublk, "link_of", lambda path: "mnt:[1]")
+    monkeypatch.setattr(ublk, "lines_of", lambda path: lines.get(path, []))
+    assert list(ublk.mounts("ublkb0")) == ["the mount at /mnt of pid 9"]
+
+
 def test_a_name_does_not_end_a_line_of_the_kernels(tmp_path):
     lines = ["/mnt/a\rb\x0c", "", "/mnt/\x85\u2028c"]
     (tmp_path / "mounts").write_bytes("".join(f"{line}\n" for line in lines).encode())

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
@@ -259,6 +260,16 @@ def test_whatever_a_start_fails_of_is_an_error_of_ours(driver, monkeypatch, step
     disk.target.files = [__file__]
     monkeypatch.setattr(ublk, step, fail)
     assert "the server of device 7: Too many open files (24 EMFILE)" in message(disk.start)
+
+
+def test_privileges_that_cannot_be_read_are_an_error_of_the_system():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        number = error_of(ublk.privileged)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert number == errno.EMFILE
 
 
 class Unspeakable(Exception):
