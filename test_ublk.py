@@ -1086,7 +1086,7 @@ def test_a_queue_that_dies_ends_the_device(capfd):
         def fail(self):
             raise RuntimeError("not again")
 
-    with ublk.Device(Dies(size=1 << 20)) as device:
+    with pytest.raises(ublk.UblkError, match="not again"), ublk.Device(Dies(size=1 << 20)) as device:
         device.target.tired = True
         done = sh("dd", f"if={device.path}", "of=/dev/null", "bs=4k", "count=1", check=False)
         # an I/O error, or the end of a disk that has gone already

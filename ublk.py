@@ -107,6 +107,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 import typing
 import weakref
@@ -2633,6 +2634,16 @@ class Queue:
             self._await_news(EPOLL, epoll)
             self.watching = True
 
+    def end_handlers(self) -> None:
+        """Cancel the tasks that serve requests, and wait for their end, for LAST_WORDS at most."""
+        import asyncio
+
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.call(partial(asyncio.wait, tasks, timeout=LAST_WORDS))
+
     def wind_up(self) -> None:
         """End the tasks that still run, wait for what the kernel still does, hand in the last commits.
 
@@ -2958,6 +2969,8 @@ class Worker(threading.Thread):
             queue.fetch()
             if self.device.partx_scans:
                 set_admin(True)
+            # To a disk that is recovered requests may come at once
+            self.device.used |= self.device.recovers
             self.fetched = True
             queue.run()
         finally:
@@ -2969,31 +2982,35 @@ class Worker(threading.Thread):
         queue.closing = True
         try:
             close = getattr(self.device.target, "close", None)
-            if inspect.iscoroutinefunction(close) and self.device.last_to_leave(self):
-                self.closes = True
-                # Tasks of the other queues may use its files until they have ended
-                becomes(lambda: self.device.serving == {self}, GRACE)
-                queue.call(close)
+            if inspect.iscoroutinefunction(close):
+                queue.end_handlers()  # which could use files that are closed
+                if self.device.last_to_leave(self):
+                    self.closes = True
+                    # So may tasks of the other queues until they have ended
+                    becomes(lambda: self.device.serving == {self}, GRACE)
+                    queue.call(close)
         finally:
             self.closes = False
             queue.wind_up()
 
     def leave(self) -> None:
         """Close the target behind the last queue: none uses its files any more."""
-        self.closes = self.device.last_to_leave(self)
         close = getattr(self.device.target, "close", bool)
-        if self.closes and not inspect.iscoroutinefunction(close):
+        if self.device.last_to_leave(self) and not inspect.iscoroutinefunction(close):
             at_once(close())
 
     def give_up(self) -> None:
         """Wait for its end, but not for a handler that does not return: its requests fail.
 
-        The target's close() has the time it needs.
+        A queue that is being made, for it has the node's number, and the
+        target's close() have the time they need.
         """
         late = time.monotonic() + GRACE
-        while self in self.device.serving and time.monotonic() < late:
-            if self.closes:
+        while self in self.device.serving and not self.given_up:
+            if self.closes or (self.queue is None and self.is_alive()):
                 late = time.monotonic() + GRACE
+            elif time.monotonic() > late:
+                break
             time.sleep(0.005)
         with self._closing:
             if self.queue is not None:
@@ -3080,6 +3097,7 @@ class Device:
         self.interrupted = ""  # why it is to end, where somebody has said so
         self.state = NEW
         self.recovers = False  # whether the disk was there before
+        self.used = False  # whether a request may have come, so that the target is to be closed
         self.control: Any = None  # the control plane, from the start to the end
         self._workers: list[Worker] = []
         # Those that were told to begin and have not ended. A Thread itself may
@@ -3189,6 +3207,8 @@ class Device:
         try:
             for step in steps:
                 step()
+            self._pause(0)
+            self.state = LIVE
             self.control.enough = bool
         except BaseException as error:
             self.control.enough = bool  # first of all, or no command could undo anything
@@ -3198,8 +3218,9 @@ class Device:
             go_down = self._leave if self.recovers else self._take_away
             try:
                 go_down()
-            except UblkError as left:
-                say(f"{self.name} is left behind: {left}")
+            except UblkError as another:
+                if another is not cause:
+                    say(str(another))
             raise cause from cause.__cause__
 
     def _pause(self, seconds: float) -> None:
@@ -3322,7 +3343,6 @@ class Device:
                 self.serving.add(worker)
                 worker.start()
             except RuntimeError as error:
-                self.serving.discard(worker)
                 del self._workers[worker.index :]  # for whoever is the last to leave
                 raise UblkError(
                     errno.EAGAIN,
@@ -3345,7 +3365,7 @@ class Device:
             self._wake_workers()
         self.serving.discard(worker)
         # An idle queue leaves a quiesced disk before one that is busy
-        if not self.serving or self.failure is not None or self.state is not LIVE:
+        if not self.serving or self.failure or self.state is not LIVE:
             self._end_waits()
         if not self.serving:
             self._close_files()
@@ -3354,8 +3374,6 @@ class Device:
         """Return what to tell of a worker's failure."""
         if isinstance(failure, UblkError):
             return failure
-        import traceback
-
         told = traceback.format_exception_only(type(failure), failure)[-1].strip()
         reason = getattr(failure, "strerror", "") or told
         error = UblkError(-failed(failure), f"the server of {self.name}", reason)
@@ -3365,15 +3383,13 @@ class Device:
     def last_to_leave(self, worker: Worker) -> bool:
         """Hear from a worker that its queue is served no more.
 
-        Returns whether it is the last to leave a target that is to be closed,
-        as a request may have come.
+        Returns whether it is the last to leave a target that is to be closed.
+        None that was given up is: the next server may have its files by now.
         """
         with self._lock:
             worker.left = True
-            last = all(other.left for other in self._workers)
-            # To a disk that is recovered they may come once a queue is fetched
-            fetched = any(other.fetched for other in self._workers)
-            return last and (self.state in (LIVE, LEFT) or (self.recovers and fetched))
+            closes = self.used and not worker.given_up
+            return closes and all(other.left for other in self._workers)
 
     def _wake_workers(self) -> None:
         """Tell every queue to leave its loop; a worker's report may close the pipe meanwhile."""
@@ -3390,9 +3406,8 @@ class Device:
         save_state(self)
         command = self.control.end_user_recovery if self.recovers else self.control.start_dev
         command(self.id, os.getpid())
+        self.used = True
         await_node(self.path, os.R_OK, self._pause)
-        self._pause(0)
-        self.state = LIVE
 
     def _scan(self) -> None:
         """Have partx(8), which every Linux has, look for partitions where the kernel does not."""
@@ -3605,8 +3620,9 @@ class Device:
         left to the next one. Handlers get timeout seconds to end what they are
         doing, then their requests fail; the target's close() gets the time it
         needs. Any thread may call it, but those of the handlers. Raises
-        UblkError: what that close() failed of, or EBUSY that names who still
-        holds the disk open: the device goes when they close it.
+        UblkError: what ended the server before, or that close() failed of; or
+        EBUSY that names who still holds the disk open: the device goes when
+        they close it.
         """
         self._refuse_handlers()
         self.interrupt("stopped")
@@ -3616,7 +3632,9 @@ class Device:
         """End the server but not the device.
 
         It waits for a new server if it was made to be recovered, and is DEAD
-        otherwise. Any thread may call it, but those of the handlers.
+        otherwise. Any thread may call it, but those of the handlers. Raises
+        UblkError: what ended the server before, or the target's close() failed
+        of.
         """
         self._refuse_handlers()
         self._alone(self._leave)
@@ -3641,8 +3659,10 @@ class Device:
             if self._is_lost():
                 self.state = LEFT
                 becomes(lambda: not self.serving, timeout)  # its busy queues leave last
-            elif self.state in (ADDED, LIVE) and self.serving:
-                self._stop_disk(timeout)
+            elif self.state in (ADDED, LIVE):
+                self.state = ADDED  # to go, whoever interrupts that
+                if self.serving:
+                    self._stop_disk(timeout)
         finally:
             self._let_go()
 
@@ -3658,18 +3678,31 @@ class Device:
         return bool(info.flags & waits) and info.state != UBLK_S_DEV_DEAD
 
     def _let_go(self) -> None:
-        """Go down to GONE: end the server, and delete the device if it is ours to delete."""
-        before = self.failure
+        """Go down to GONE: end the server, and delete the device if it is ours to delete.
+
+        Raises what first went wrong, on the way or before.
+        """
+        if self.state is GONE:
+            return
         self._wake_workers()
         for worker in self._workers:
             worker.give_up()
         self._workers.clear()
         self.serving.clear()  # of whom nobody waits for any longer
         self._close_files()
-        self._delete()
+        failure = self.failure
+        try:
+            if self.state is ADDING:
+                clean_up(self.identity)
+            if self.state is ADDED:
+                delete(self.control, self.id, self.identity)
+        except UblkError as error:
+            if failure:
+                say(str(error))
+            failure = failure or error
         self._forget()
-        if self.failure is not None and self.failure is not before:
-            raise self.failure  # of its close()
+        if failure:
+            raise failure
 
     def _stop_disk(self, timeout: float) -> None:
         """STOP_DEV of a disk whose node we have open, so that it is ours."""
@@ -3682,19 +3715,10 @@ class Device:
             elif error.errno not in (errno.ENODEV, errno.ENOENT):  # it is gone, or its node is
                 raise
 
-    def _delete(self) -> None:
-        """Delete what ADD_DEV has made, or may have made."""
-        try:
-            if self.state is ADDING:
-                clean_up(self.identity)
-            if self.state in (ADDED, LIVE):
-                delete(self.control, self.id, self.identity)
-        except UblkError:  # told once is enough
-            self._forget()
-            raise
-
     def _forget(self) -> None:
         self.state = GONE
+        self.used = False  # a child that a handler forks closes no target
+        self._end_waits()
         atexit.unregister(self.__exit__)
         if self.control is not None:
             self.control.close()
@@ -3916,7 +3940,8 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
         # Without its node it may be about to go, by somebody else's command; or
         # nobody can command it.
         if error.errno != errno.ENODEV and not (
-            error.errno == errno.ENOENT and becomes(partial(is_gone, control, dev_id), GRACE)
+            error.errno == errno.ENOENT
+            and becomes(lambda: not is_same(control, dev_id, identity), GRACE)
         ):
             raise
     finally:
@@ -4564,7 +4589,7 @@ class RingSelector(selectors.EpollSelector):
 #
 # What kernels do that one has to know. Up to 6.15 a server killed after it has
 # mapped a queue and before its disk is there cannot be recovered, only deleted.
-# Up to 6.12 START_DEV itself reads the partition table; a server killed in that
+# Up to 6.x START_DEV itself reads the partition table; a server killed in that
 # very moment leaves a device, and itself, that nothing ends: so the kernel does
 # not look for partitions there, partx does. Up to 6.3 STOP_DEV and DEL_DEV can
 # wait for each other: the node is seen closed before DEL_DEV is sent.
@@ -4637,6 +4662,7 @@ def mounts(disk: str) -> Iterator[str]:
         if namespace in seen:
             continue
         for line in lines_of(f"{process}/mountinfo"):
+            seen.add(namespace)  # unless the process has ended meanwhile
             _, _, number, _, place, *more = line.split(" ")
             # It may have any name, and some file systems have no number
             source = more[more.index("-") + 2]
@@ -4664,7 +4690,6 @@ def disks_above(disk: str) -> Iterator[str]:
             yield file.split("/")[3]
 
 
-            seen.add(namespace)  # unless the process has ended meanwhile
 def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
     """Stop a disk that nobody uses, or raise UblkError (EBUSY) that names who does.
 
@@ -4723,15 +4748,6 @@ def is_same(control: Control, dev_id: int, identity: int) -> bool:
 def is_served(info: Any) -> bool:
     """Tell whether a device has a disk and a server that lives, by its ublksrv_ctrl_dev_info."""
     return info.state == UBLK_S_DEV_LIVE and alive(info.ublksrv_pid)
-
-
-def is_gone(control: Control, dev_id: int) -> bool:
-    """Tell whether there is no device of this number."""
-    try:
-        control.get_dev_info(dev_id)
-    except UblkError as error:
-        return error.errno == errno.ENODEV
-    return False
 
 
 # ---- the state file: what `list` and `recover` need to know of a served device -------------------
@@ -4969,11 +4985,11 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
 
 def privileged() -> bool:
     """Tell whether this process has CAP_SYS_ADMIN, and that outside any user namespace."""
-    lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
-    effective = next(line for line in lines if line.startswith("CapEff"))
+    status = Path("/proc/self/status").read_text(errors="replace")
+    effective = re.findall(r"CapEff:\s+(\w+)", status)[-1]  # the name of a program comes before
     users = " ".join(lines_of("/proc/self/uid_map")).split()
     outside = users in ([], ["0", "0", "4294967295"])  # none without user namespaces
-    return outside and bool(int(effective.split()[1], 16) & CAP_SYS_ADMIN)
+    return outside and bool(int(effective, 16) & CAP_SYS_ADMIN)
 
 
 def await_node(path: str, mode: int, pause: Callable[[float], object] = time.sleep) -> None:
@@ -5911,7 +5927,7 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
 
 
 def serve_started(device: Device, started: Started) -> None:
-    """Tell that the disk is there, and serve it. Raises UblkError where a queue failed.
+    """Tell that the disk is there, and serve it.
 
     One that was there before waits for another server where nobody can be told.
     """
@@ -5929,9 +5945,7 @@ def serve_started(device: Device, started: Started) -> None:
         notify("WATCHDOG=1")
         device.follow_size()
     notify("STOPPING=1")
-    if device.failure is not None:
-        raise device.failure
-    if not device.interrupted:
+    if not device.interrupted and device.failure is None:
         device.detach()
 
 

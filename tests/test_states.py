@@ -101,8 +101,7 @@ QUEUE, SERVE = ublk.Queue, ublk.Worker.serve        # what is replaced here
 class Parked:
     """A queue to which no request comes."""
 
-    path = SimpleNamespace(abandon=bool)
-    leaving = False
+    path, leaving = SimpleNamespace(abandon=bool), False
 
     def __init__(self, device, index):
         self.device = device
@@ -113,7 +112,7 @@ class Parked:
     def run(self):
         select.select([self.device.wake_fd], [], [])
 
-    fetch = wind_up = close = collect = lambda self, *_: None
+    fetch = end_handlers = wind_up = close = collect = lambda self, *_: None
 
 
 @pytest.fixture
@@ -262,14 +261,29 @@ def test_whatever_a_start_fails_of_is_an_error_of_ours(driver, monkeypatch, step
     assert "the server of device 7: Too many open files (24 EMFILE)" in message(disk.start)
 
 
-def test_privileges_that_cannot_be_read_are_an_error_of_the_system():
+def without_descriptors(function):
+    """Return the errno with which a function fails that may call another, to have nothing opened any more."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
-        number = error_of(ublk.privileged)
+        return error_of(function, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1])))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_privileges_that_cannot_be_read_are_an_error_of_the_system():
+    number = without_descriptors(lambda open_nothing: open_nothing() or ublk.privileged())
     assert number == errno.EMFILE
+
+
+def test_a_start_for_which_a_worker_can_open_nothing_fails(driver, monkeypatch):
+    disk = new()
+
+    def start(open_nothing):
+        monkeypatch.setattr(ublk, "Queue", lambda *_: (open_nothing(), os.pipe()))
+        monkeypatch.delitem(sys.modules, "traceback")           # which a program may have no need of
+        threading.Timer(3, disk.interrupt, ["nothing was said"]).start()
+        disk.start()
+    assert without_descriptors(start) == errno.EMFILE
 
 
 class Unspeakable(Exception):
@@ -470,6 +484,160 @@ def test_a_disk_ends_though_a_task_of_its_target_blocks(driver, rings, monkeypat
     go.set()
 
 
+def full():
+    raise OSError(errno.ENOSPC, "no room")
+
+
+@pytest.mark.parametrize("moment", ["before", "stop_dev"])
+def test_what_a_targets_close_fails_of_is_told_whenever_it_ends(driver, moment):
+    def ends():
+        disk._wake_workers()
+        until(lambda: not disk.serving)
+    disk = new()
+    disk.target.close = full
+    disk.start()
+    driver.happens[moment] = ends
+    driver.happens.pop("before", bool)()
+    assert error_of(disk.stop) == errno.ENOSPC
+    disk.stop()
+
+
+def test_a_target_is_closed_behind_the_handlers_of_all_queues(driver, monkeypatch):
+    order = []
+
+    class Busy(QUEUE):
+        def fetch(self):
+            self.begun.append(waits())
+
+    async def waits():
+        begun.release()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            order.append("a handler")
+
+    async def close():
+        order.append("the target")
+    monkeypatch.setattr(ublk, "Queue", Busy)
+    disk, begun = new(queues=2), threading.Semaphore(0)
+    disk.target.close = close
+    with disk:
+        assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
+    assert order == ["a handler", "a handler", "the target"]
+
+
+def test_a_target_of_a_disk_that_was_there_for_a_moment_is_closed(driver, monkeypatch):
+    monkeypatch.setattr(ublk, "is_usable", lambda path, mode: "ublkb" not in path)
+    monkeypatch.setattr(ublk, "NODE_TIMEOUT", 0.05)
+    disk = new()
+    assert error_of(disk.start) in (errno.EACCES, errno.ENOENT)
+    assert disk.target.closed == 1
+
+
+def waiting_for_a_server(disk, devices):
+    """Return a get_dev_info() of a disk that waits for the next server once its own has ended."""
+    return lambda dev_id: ublk.ublksrv_ctrl_dev_info(
+        ublksrv_flags=devices.get(7, 0), flags=disk.info.flags,
+        state=ublk.UBLK_S_DEV_LIVE if disk.serving else ublk.UBLK_S_DEV_QUIESCED)
+
+
+def test_a_disk_that_was_to_be_recovered_goes_though_its_end_was_interrupted(driver, monkeypatch):
+    def ends(worker):
+        until(lambda: not disk.serving)
+        interrupts()
+    disk = new(recovery="requeue")
+    disk.start()
+    monkeypatch.setattr(driver, "get_dev_info", waiting_for_a_server(disk, driver.devices))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ublk.Worker, "give_up", ends)
+        disk.stop()
+    disk.stop()
+    assert driver.devices == {}
+
+
+def test_a_start_that_fails_leaves_no_disk_to_the_next_server(driver, monkeypatch, capsys):
+    def scan(*_, **__):
+        disk.report(disk._workers[0], ublk.UblkError(errno.ENOMEM, "no"))
+        return SimpleNamespace(poll=lambda: None)
+    driver.features &= ~ublk.UBLK_F_NO_AUTO_PART_SCAN
+    disk = new(recovery="requeue")
+    monkeypatch.setattr(driver, "get_dev_info", waiting_for_a_server(disk, driver.devices))
+    monkeypatch.setattr(subprocess, "Popen", scan)
+    assert error_of(disk.start) == errno.ENOMEM
+    assert (driver.devices, capsys.readouterr().err) == ({}, "")
+
+
+class Slow(Parked):
+    """A queue that takes its time to be made, and refers to the device's memory meanwhile."""
+
+    def __init__(self, device, index):
+        super().__init__(device, index)
+        with memoryview(device.descriptors[index]):
+            device.target.waits.wait(0.3)
+
+
+def test_a_start_that_is_interrupted_waits_for_a_queue_that_is_being_made(driver, monkeypatch):
+    monkeypatch.setattr(ublk, "Queue", Slow)
+    monkeypatch.setattr(ublk, "GRACE", 0.1)
+    disk = new()
+    disk.target.waits = threading.Event()
+    threading.Timer(0.1, disk.interrupt, ["it rains"]).start()
+    assert "it rains" in message(disk.start)
+
+
+@pytest.mark.parametrize("end", ["a start", "detach"])
+def test_nobody_waits_for_a_disk_that_is_gone(driver, monkeypatch, end):
+    disk = hanging(monkeypatch)
+    if end == "a start":
+        driver.happens["add_dev"] = fails
+        assert error_of(disk.start) == errno.ENOMEM
+    else:
+        disk.start()
+        disk.detach()
+    driver.devices.clear()
+    assert disk.wait(10)
+    disk.target.released.set()
+
+
+def test_no_handler_that_is_late_closes_the_target(driver, monkeypatch):
+    disk = hanging(monkeypatch)
+    disk.start()
+    workers = [*disk._workers]
+
+    def late():
+        disk.target.released.set()
+        for worker in workers:
+            worker.join(10)
+    driver.happens["del_dev"] = late
+    disk.stop()
+    assert disk.target.closed == 0
+
+
+def test_an_end_that_was_interrupted_waits_for_no_handler_again(driver, monkeypatch):
+    disk, close = hanging(monkeypatch), ublk.Worker.close_queue
+    disk.start()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ublk.Worker, "close_queue", lambda worker: close(worker) or interrupts())
+        disk.stop()
+    disk.stop()
+    assert disk.state == ublk.GONE
+    disk.target.released.set()
+
+
+def hanging(monkeypatch):
+    """Return a Device of two queues whose handlers are stuck until they are released."""
+    monkeypatch.setattr(ublk, "GRACE", 0.05)
+    monkeypatch.setattr(ublk, "Queue", Hanging)
+    disk = new(queues=2)
+    disk.target.released = threading.Event()
+    return disk
+
+
+class Hanging(Parked):
+    def run(self):
+        self.device.target.released.wait()
+
+
 def test_a_disk_is_left_behind_though_its_end_was_interrupted(driver, monkeypatch):
     disk = new(recovery="requeue")
     disk.start()
@@ -533,6 +701,12 @@ def test_a_forked_child_takes_no_lock_that_another_thread_held(driver):
         with disk._lock, disk._life, disk._changes:
             child = in_child(lambda: (disk.disown(), disk.stop()))
         assert child == 0 and driver.devices == {7: disk.identity}
+
+
+def test_a_child_that_a_handler_forks_closes_no_target(driver):
+    with new() as disk:
+        worker, = disk._workers
+        assert in_child(lambda: os._exit(disk.last_to_leave(worker))) == 0
 
 
 @pytest.fixture
@@ -653,26 +827,16 @@ class Kept(Parked):
         self.closed += 1
 
 
-@pytest.mark.parametrize("when", ["join", "is_alive", "never"])
-def test_every_queue_is_closed_once_however_late_its_worker_ends(driver, monkeypatch, when):
+def test_every_queue_is_closed_once_however_late_its_worker_ends(driver, monkeypatch):
     monkeypatch.setattr(ublk, "Queue", Kept)
     monkeypatch.setattr(ublk, "GRACE", 0.05)
     Kept.released = threading.Event()
-    original = getattr(ublk.Worker, when, None)
-
-    def ends(worker, *words):
-        result = original(worker, *words)
-        Kept.released.set()
-        threading.Thread.join(worker)
-        return result and worker.is_alive()
-    if when != "never":
-        monkeypatch.setattr(ublk.Worker, when, ends)
     with new() as disk:
         workers = [*disk._workers]
     assert disk.queue.closed == 1
     Kept.released.set()
     for worker in workers:
-        threading.Thread.join(worker)
+        worker.join()
     assert disk.queue.closed == 1
 
 
@@ -962,7 +1126,7 @@ def test_a_program_deletes_no_disk_that_another_has_recovered_or_will(driver, mo
         disk.report(disk._workers[1], None)
     monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: ublk.ublksrv_ctrl_dev_info(
         ublksrv_flags=disk.identity, state=getattr(ublk, f"UBLK_S_DEV_{state}"), flags=disk.info.flags))
-    disk.stop(0)
+    assert error_of(disk.stop, 0) == (errno.ENOMEM if end == "failed" else 0)
     assert "stop_dev" not in driver.sent
     assert driver.devices.pop(7, None) == disk.identity
 
