@@ -22,6 +22,7 @@ from tests.support import (
     Fio,
     Forked,
     Ram,
+    descriptors,
     error_of,
     fio_verify,
     in_flight,
@@ -86,10 +87,10 @@ def test_a_signal_handler_that_raises_leaves_the_rings_counts_right():
 
 def test_a_ring_that_nobody_closed_goes_with_the_last_reference():
     gc.collect()
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = descriptors()
     ublk.Ring(8)
     gc.collect()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 @kernel
@@ -423,14 +424,14 @@ def test_a_queue_that_cannot_be_made_keeps_nothing(monkeypatch, name, step):
         raise MemoryError("no more")
     device = StandIn(Ram())
     device.data_path = ublk.DATA_PATHS[name]
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     with monkeypatch.context() as patch:
         patch.setattr(*step, fail)
         try:
             ublk.Queue(device, 0).close()
         except MemoryError as error:            # whose traceback refers to the queue
             device.descriptors[0].close()       # BufferError where a view of it is left
-            assert os.listdir("/proc/self/fd") == before, error
+            assert descriptors() == before, error
     device.close()
 
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from tests.support import Ram, Volatile, error_of, message, until
+from tests.support import Ram, Volatile, descriptors, error_of, message, until
 
 
 class Target(Ram):
@@ -302,9 +302,9 @@ def test_a_start_fails_of_a_queue_that_cannot_be_made(driver, monkeypatch, step,
         raise failure
     monkeypatch.setattr(ublk, "Queue", QUEUE)
     monkeypatch.setattr(*step, fail)
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     assert "the server of device 7" in message(new(queues=2).start)
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 # ---- down ----------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ class Moment:
 
 
 def test_ctrl_c_at_any_moment_loses_no_descriptor_of_the_device(driver, monkeypatch):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     for number in range(1, 200):
         moment, disk = Moment(number, signal.SIGINT), new()
         monkeypatch.setattr(disk, "_open", lambda step=disk._open, moment=moment: (moment.count(), step()))
@@ -355,7 +355,7 @@ def test_ctrl_c_at_any_moment_loses_no_descriptor_of_the_device(driver, monkeypa
         finally:
             sys.settrace(None)
         disk.stop()
-        assert (driver.devices, len(os.listdir("/proc/self/fd"))) == ({}, before)
+        assert (driver.devices, len(descriptors())) == ({}, before)
 
 
 def test_a_handler_of_a_signal_may_stop_what_is_being_stopped(driver):
