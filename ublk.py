@@ -2074,6 +2074,7 @@ class Queue:
         # Tags whose data were asked for (get-data) and have not come
         self.asked: set[int] = set()
         self.leaving = False  # its server is to go
+        self.failure: UblkError | None = None  # why, where the kernel refused something
         self.closing = False  # requests are no longer answered
         self.chained: set[int] = set()  # tags whose commit is, or was, the end of a chain
         # Coroutines.
@@ -2170,11 +2171,10 @@ class Queue:
         )
 
     def run(self) -> None:
-        """Serve until the device is stopped (every tag ends) or its server is told to go.
+        """Serve until the device is stopped (every tag ends) or its server is to go.
 
-        Raises UblkError where the kernel refuses a command of the queue, which
-        then cannot go on. Requests that coroutines have not answered stay
-        unanswered; the kernel deals with them when the ring is closed.
+        Requests that coroutines have not answered stay unanswered; the kernel
+        deals with them when the ring is closed.
         """
         self.answer = self._answer()
         while not self.is_over():
@@ -2338,8 +2338,13 @@ class Queue:
             self.chained.remove(user_data)
             self._done.append(user_data)
         else:
-            raise UblkError(-result, f"queue {self.index} lost tag {user_data}")
+            self.fail(result, f"lost tag {user_data}")
         return False
+
+    def fail(self, result: int, what: str) -> None:
+        """Have the queue leave, which cannot go on, once all that came with the bad news is heard."""
+        self.failure = self.failure or UblkError(-result, f"queue {self.index} {what}")
+        self.leaving = True
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
         """Hear of a stage of a chain: only those that fail are heard of. Serve the request anew."""
@@ -2992,6 +2997,8 @@ class Worker(threading.Thread):
         finally:
             self.closes = False
             queue.wind_up()
+            if queue.failure is not None:
+                raise queue.failure
 
     def leave(self) -> None:
         """Close the target behind the last queue: none uses its files any more."""
@@ -4316,8 +4323,9 @@ class BatchQueue(Queue):
             self.ended.add(-1)
         elif not flags & IORING_CQE_F_MORE:
             if result < 0 and result != -errno.ENOBUFS:
-                raise UblkError(-result, f"queue {self.index} lost its requests")
-            self.ring.push(self._fetch_slot)
+                self.fail(result, "lost its requests")
+            else:
+                self.ring.push(self._fetch_slot)
         return tags
 
     def _committed(self, result: int) -> None:
@@ -4325,8 +4333,9 @@ class BatchQueue(Queue):
         sent = self._sent
         self._sent = []
         if result < 0:
-            raise UblkError(-result, f"queue {self.index} cannot commit")
-        self._done = sent[result // self.element_size :] + self._done
+            self.fail(result, "cannot commit")
+        else:
+            self._done = sent[result // self.element_size :] + self._done
 
     def _has_chains(self) -> bool:
         return bool(self.chained or self._done or self._sent)  # whose commits come behind them

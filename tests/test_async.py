@@ -247,6 +247,34 @@ def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
     device.close()
 
 
+def test_what_came_with_the_news_that_ends_a_queue_is_heard(monkeypatch):
+    """Or who waits for it, the target's close() maybe, would wait for ever."""
+    reader, writer = os.pipe()
+
+    async def start(target, index):
+        target.reading = asyncio.ensure_future(ublk.uring_read(reader, bytearray(8), 0))
+        await asyncio.sleep(0)
+
+    def reap(original=ublk.Ring.reap):
+        data, results = original(queue.ring)
+        return [1, *data], [-errno.EIO, *results]
+
+    target = target_of(start=start)
+    device = StandIn(target)
+    queue = NopQueue(device)
+    queue.call(target.start, 0)
+    os.write(writer, b"12345678")
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.ring, "reap", reap)
+        queue.run()
+    assert "queue 0 lost tag 1" in str(queue.failure) and not queue._operations
+    queue.wind_up()
+    queue.close()
+    device.close()
+    os.close(reader)
+    os.close(writer)
+
+
 def test_what_comes_as_the_tasks_of_a_queue_end_is_no_request_of_its_any_more():
     """Or the queue would wait for what the kernel moves, which it has done."""
     device = StandIn(target_of(start=async_start))

@@ -101,7 +101,8 @@ QUEUE, SERVE = ublk.Queue, ublk.Worker.serve        # what is replaced here
 class Parked:
     """A queue to which no request comes."""
 
-    path, leaving = SimpleNamespace(abandon=bool), False
+    path = SimpleNamespace(abandon=bool)
+    leaving, failure = False, None
 
     def __init__(self, device, index):
         self.device = device
@@ -421,6 +422,15 @@ def test_a_queue_that_is_told_to_go_as_it_starts_asks_for_no_requests(driver, mo
     disk.target.start = start
     assert error_of(disk.start) == errno.ENOMEDIUM
     assert fetched == []
+
+
+def test_a_queue_whose_command_is_refused_tells_it(driver, monkeypatch):
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    monkeypatch.setattr(QUEUE, "fetch", lambda queue: queue.fail(-errno.EIO, "lost tag 1"))
+    disk = new()
+    with contextlib.suppress(ublk.UblkError), disk:     # it may fail as it starts
+        disk.wait(10)
+    assert "queue 0 lost tag" in str(disk.failure)
 
 
 @pytest.mark.parametrize("down", ["stop", "detach"])
