@@ -5980,12 +5980,13 @@ def notify(message: str) -> None:
             channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
 
 
-def open_descriptors() -> list[int]:
-    """Return the descriptors this process has open, but for the three standard ones."""
-    names = os.listdir("/proc/self/fd")
-    # The listing's own is there, and closed
-    names = [name for name in names if os.path.lexists(f"/proc/self/fd/{name}")]
-    return [int(name) for name in names if int(name) > 2]
+def open_descriptors() -> dict[int, str]:
+    """Return the descriptors this process has open, but for the three standard ones, and of what."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own is closed by now
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return {fd: file for fd, file in found.items() if fd > 2}
 
 
 def in_background(run: Callable[[], None], started: Started, identity: int) -> int:
@@ -6002,17 +6003,7 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     reader, started.news = os.pipe()
     child = os.fork()
     if child == 0:
-        os.setsid()
-        os.register_at_fork(after_in_child=started.hang_up)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in {reader, *started.inherited} - {started.news}:
-            # The number stays taken: whoever of our caller's has it may close it yet
-            os.dup2(null, fd, inheritable=False)
-        started.out = open(os.dup(1), "w", encoding="utf-8")
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        os.close(null)
-        to_the_end(run, started)
+        to_the_end(reader, run, started)
     os.close(started.news)
     end = os.pidfd_open(child)
     on_signals(lambda number, frame: pass_on(number, end))
@@ -6058,11 +6049,31 @@ def clean_up(identity: int) -> None:
                     say(f"device {dev_id} is left behind: {error}")
 
 
-def to_the_end(run: Callable[[], None], started: Started) -> NoReturn:
+def leave_caller(reader: int, started: Started) -> None:
+    """Let go of all that whoever called us has, but its output.
+
+    reader: our parent's end of the pipe.
+    """
+    os.setsid()
+    os.register_at_fork(after_in_child=started.hang_up)
+    # Whoever of our caller's had a number may have closed it, and it be ours
+    callers = started.inherited.items() & open_descriptors().items()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (reader, *dict(callers)):
+        # The number stays taken: whoever of our caller's has it may close it yet
+        os.dup2(null, fd, inheritable=False)
+    started.out = open(os.dup(1), "w", encoding="utf-8")
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end."""
     status = 1
     sys.stdout = sys.stderr
     try:
+        leave_caller(reader, started)
         run()
         status = 0
     except BaseException as error:

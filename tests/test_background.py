@@ -304,3 +304,23 @@ def test_a_number_of_the_callers_never_becomes_another_file(tmp_path, monkeypatc
     assert ublk.in_background(serve, started, 0) == 0
     os.wait()
     assert "begun" in told.read_text()
+
+
+def test_a_number_that_the_caller_has_let_go_of_stays_ours(tmp_path, monkeypatch):
+    """Or the image, opened in between, would be /dev/null."""
+    monkeypatch.setattr(ublk, "on_signals", lambda action: None)
+    callers = [open(os.devnull, "rb") for _ in range(8)]
+    started = ublk.Started(SimpleNamespace(json=False, background=True, trace=None))
+    for file in callers:
+        file.close()
+    image = open(tmp_path / "image", "wb", buffering=0)
+
+    def serve():
+        image.write(b"written")
+        started.tell(b"live")
+        os._exit(0)
+
+    assert ublk.in_background(serve, started, 0) == 0
+    os.wait()
+    image.close()
+    assert (tmp_path / "image").read_bytes() == b"written"
