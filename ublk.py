@@ -2697,7 +2697,6 @@ class Queue:
         and by another thread where the queue's own is stuck in a handler.
         """
         self.closing = True
-        # Memory that the kernel may still write to is never given back.
         _left_behind.extend(self._operations.values())
         if not self.chained <= self.ended:
             _left_behind.append(self.path.memory)
@@ -5982,11 +5981,11 @@ def notify(message: str) -> None:
 
 def open_descriptors() -> dict[int, str]:
     """Return the descriptors this process has open, but for the three standard ones, and of what."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own is closed by now
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-    return {fd: file for fd, file in found.items() if fd > 2}
+    found = {
+        int(name): link_of(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+    }
+    # The listing's own is closed by now, and leads nowhere
+    return {fd: file for fd, file in found.items() if fd > 2 and file}
 
 
 def in_background(run: Callable[[], None], started: Started, identity: int) -> int:
