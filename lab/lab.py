@@ -375,18 +375,18 @@ def pytest_command(python: str, marks: str, word: str, report: object,
     return command + (["-m", marks] if marks else []) + (["-k", word] if word else []) + list(files)
 
 
-def files(names: str) -> set[str]:
+def paths_of(names: str) -> set[str]:
     return {f"tests/test_{name}.py" for name in names.split()}
 
 
 # What is about the project's own programs, and the same with every driver: the first kernel has it.
-ONCE = files("exercises plugin proof raid readme suite systemd")
+ONCE = paths_of("exercises plugin proof raid readme suite systemd")
 # Elsewhere there is, if not ALL=1, what that driver may do otherwise. The oldest has of the targets what all
 # of them promise, in test_targets.py; one in between has each target, and of a server's life what depends on
 # the driver.
 NOT_THERE = {
-    "6.1": files("cache cow durable fault nbd replay stripe zoned"),
-    "6.12": files("async background errors holders identity kills lives targets trace"),
+    "6.1": paths_of("cache cow durable fault nbd replay stripe zoned"),
+    "6.12": paths_of("async background errors holders identity kills lives targets trace"),
 }
 PARTS = 2           # of a kernel's tests, and of the native ones: many short runs fill the processors better
 
