@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import ublk
+from tests.support import Ram
 
 
-class Checked(ublk.Target):
+class Checked(Ram):
     """Keep data and metadata. All ones mean to the kernel a block that was never written.
 
     size: size of the disk
@@ -16,15 +17,9 @@ class Checked(ublk.Target):
 
     def __init__(self, *, size: ublk.Size = ublk.Size(1 << 20), metadata_size: int = 8,
                  checksum: str = "crc"):
-        self.size, self.metadata_size, self.checksum = size, metadata_size, checksum
-        self.data = bytearray(size)
+        super().__init__(size)
+        self.metadata_size, self.checksum = metadata_size, checksum
         self.metadata = bytearray(b"\xff") * (size // ublk.SECTOR * metadata_size)
-
-    def read(self, offset, buffer):
-        buffer[:] = self.data[offset:offset + len(buffer)]
-
-    def write(self, offset, buffer):
-        self.data[offset:offset + len(buffer)] = buffer
 
     def beside(self, offset, length):
         """Return where the metadata of a block lie, so many bytes of them."""

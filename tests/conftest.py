@@ -24,6 +24,7 @@ from tests.support import (
     UBLK,
     KernelLog,
     clean_up,
+    installed,
     leftovers,
     sh,
     watchdog,
@@ -166,19 +167,17 @@ def rules():
         sh("udevadm", "control", "--reload")
         sh("udevadm", "trigger", "--settle", "--name-match=/dev/ublk-control")
     path.parent.mkdir(exist_ok=True)
-    installed = Path(tempfile.mkdtemp(dir="/run"))          # where only root may write
-    shutil.copy(UBLK, installed)
-    # udev calls it for each node: a module is compiled once
-    quick = f"import sys\nsys.path.insert(0, '{installed}')\nimport ublk\nublk.command()\n"
-    (installed / "quick.py").write_text(quick)
-    text = sh("/usr/bin/python3", installed / "quick.py", "udev-rules").stdout
-    assert f"{installed}/ublk.py udev-owner" in text
+    directory = Path(tempfile.mkdtemp(dir="/run"))          # where only root may write
+    shutil.copy(UBLK, directory)
+    (directory / "quick.py").write_text(installed(directory))
+    text = sh("/usr/bin/python3", directory / "quick.py", "udev-rules").stdout
+    assert f"{directory}/ublk.py udev-owner" in text
     path.write_text(text.replace("ublk.py udev-owner", "quick.py udev-owner"))
     apply()
     assert os.stat("/dev/ublk-control").st_mode & 0o777 == 0o666
     yield
     path.unlink()
-    shutil.rmtree(installed)
+    shutil.rmtree(directory)
     apply()
     os.chmod("/dev/ublk-control", 0o600)
     for uid in (ALICE, BOB):

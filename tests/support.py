@@ -320,6 +320,14 @@ def descriptors():
     return sorted(os.listdir("/proc/self/fd"))
 
 
+def installed(directory):
+    """Return a program that is ublk.py of that directory, as a module: Python compiles it once.
+
+    A script it compiles anew each time, which takes seconds in the lab.
+    """
+    return f"import sys; sys.path.insert(0, {str(directory)!r}); import ublk; ublk.command()"
+
+
 def children_of(pid):
     """Return {pid: command line} of a process's children."""
     found = {}

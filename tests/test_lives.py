@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from tests.support import (
     assert_error_line,
     at_least,
     children_of,
+    descriptors,
     devices_left,
     error_of,
     in_flight,
@@ -50,10 +50,10 @@ from tests.support import (
 
 def belongings():
     """Return what this process holds: descriptors, threads, children, mappings, rings and memory."""
-    gc.collect()            # what refers to itself in a circle is not lost, only not yet found
+    files = descriptors()   # first: what refers to itself in a circle is not lost, only not yet found
     status = Path("/proc/self/status").read_text()
     maps = Path("/proc/self/maps").read_text().splitlines()
-    return {"descriptors": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
+    return {"descriptors": len(files), "threads": threading.active_count(),
             "tasks": len(threads_of("self")), "children": len(children_of(os.getpid())),
             "rings": sum("io_uring" in line or "ublk" in line for line in maps), "mappings": len(maps),
             "kilobytes": int(re.search(r"VmRSS:\s+(\d+)", status)[1])}

@@ -28,6 +28,7 @@ from tests.support import (
     UBLK,
     await_state,
     devices_left,
+    installed,
     kernel,
     mounts_left,
     sh,
@@ -186,8 +187,7 @@ class Terminal:
         for path in HERE.glob("__pycache__/ublk*.pyc"):
             (directory / "__pycache__").mkdir(exist_ok=True)
             shutil.copy2(path, directory / "__pycache__")
-        module = f"import sys; sys.path[0] = '{directory}'; import ublk; ublk.command()"
-        programs = {"sudo": 'exec "$@"', "ublk.py": f'exec python3 -c "{module}" "$@"'}
+        programs = {"sudo": 'exec "$@"', "ublk.py": f'exec python3 -c "{installed(directory)}" "$@"'}
         for name, text in programs.items():
             path = directory / "bin" / name
             path.parent.mkdir(exist_ok=True)
@@ -276,7 +276,6 @@ def terminal():
 @in_lab_only
 @pytest.mark.parametrize("story", stories())
 def test_what_the_readme_shows_happens(story, terminal):
-    # Python compiles a file anew each time, which takes seconds here, and an installed module once
     terminal.quick = not story[0].name.startswith("first-steps")
     for command, _ in steps(GIVEN.get(story[0].name, "")):
         assert terminal.run(command)[0] == 0

@@ -90,6 +90,15 @@ def start_machine_anew(targets, path):
     damage(path, 0, targets.ZONED_HEADER.pack(*sizes, b"an earlier boot".ljust(36)))
 
 
+def pointer_after_a_new_start(targets, path):
+    """Return where the data of zone 1 end, once the machine was started anew."""
+    start_machine_anew(targets, path)
+    disk = targets.Zoned(file=str(path))
+    pointer = disk.zones[1].wp
+    disk.close()
+    return pointer
+
+
 def test_after_a_loss_of_power_a_zones_pointer_is_where_a_flush_found_it(targets, tmp_path):
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
@@ -130,10 +139,7 @@ def test_a_zone_that_is_reset_during_a_flush_stays_empty(targets, tmp_path):
     now(disk.flush())
     disk.zone_append(1 << 20, page)
     disk.close()
-    start_machine_anew(targets, path)
-    disk = targets.Zoned(file=str(path))
-    assert disk.zones[1].wp == 1 << 20
-    disk.close()
+    assert pointer_after_a_new_start(targets, path) == 1 << 20
 
 
 def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path):
@@ -154,10 +160,7 @@ def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path):
     disk.disk.flush = nothing_to_wait_for()
     now(disk.flush())
     disk.close()
-    start_machine_anew(targets, path)
-    disk = targets.Zoned(file=str(path))
-    assert disk.zones[1].wp == (1 << 20) + 4096
-    disk.close()
+    assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
 
 
 def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp_path):
@@ -172,10 +175,7 @@ def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp
     disk.disk.flush = flush
     now(disk.flush())
     disk.close()
-    start_machine_anew(targets, path)
-    disk = targets.Zoned(file=str(path))
-    assert disk.zones[1].wp == (1 << 20) + 8192
-    disk.close()
+    assert pointer_after_a_new_start(targets, path) == (1 << 20) + 8192
 
 
 def nothing_to_wait_for():
