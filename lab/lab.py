@@ -369,26 +369,47 @@ class Suite:
 
 
 def pytest_command(python: str, marks: str, word: str, report: object,
-                   files: Sequence[str] = ()) -> list[str]:
+                   options: Sequence[str] = ()) -> list[str]:
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", "-v", "--durations=25",
                f"--junitxml={report}"]
-    return command + (["-m", marks] if marks else []) + (["-k", word] if word else []) + list(files)
+    return command + (["-m", marks] if marks else []) + (["-k", word] if word else []) + list(options)
 
 
-def paths_of(names: str) -> set[str]:
-    return {f"tests/test_{name}.py" for name in names.split()}
+def paths_of(names: str) -> list[str]:
+    """Return the files, or files::tests, that these names stand for."""
+    parts = [name.partition("::") for name in names.split()]
+    return [f"tests/test_{name}.py{separator}{test}" for name, separator, test in parts]
 
 
 # What is about the project's own programs, and the same with every driver: the first kernel has it.
-ONCE = paths_of("exercises plugin proof raid readme suite systemd")
+ONCE = paths_of("durable exercises plugin proof raid readme suite systemd")
 # Elsewhere there is, if not ALL=1, what that driver may do otherwise. The oldest has of the targets what all
-# of them promise, in test_targets.py; one in between has each target, and of a server's life what depends on
-# the driver.
+# of them promise while their server lives, in test_targets.py; one in between has each target, and of a
+# server's life what depends on the driver.
 NOT_THERE = {
-    "6.1": paths_of("cache cow durable fault nbd replay stripe zoned"),
+    "6.1": paths_of("""
+        cache cow fault nbd replay stripe zoned
+        targets::test_each_target_has_a_disk_for_reading_only
+        targets::test_each_target_survives_kills_of_its_server
+        lives::test_many_lives_leave_nothing_behind[AsyncRam-10-options1]
+        lives::test_many_lives_leave_nothing_behind[Null-10-options2]
+        """),
     "6.12": paths_of("async background errors holders identity kills lives targets trace"),
 }
-PARTS = 2           # of a kernel's tests, and of the native ones: many short runs fill the processors better
+# Many short runs fill the processors better.
+PARTS = 2               # of the native tests, and of an older kernel's
+FIRST_PARTS = 3         # of the first kernel's
+
+
+def left_out(kernel: str) -> list[str]:
+    """Return the options by which pytest leaves out what others run."""
+    return [f"--deselect={path}" if "::" in path else f"--ignore={path}"
+            for path in [*NOT_THERE.get(kernel, []), *ONCE]]
+
+
+def parts_of(number: int, word: str) -> list[str]:
+    """Return the parts that a run is divided into, as UBLK_TEST_PART; few tests are not divided."""
+    return ["0/1"] if word else [f"{part}/{number}" for part in range(number)]
 
 
 def suites(kernels: Sequence[str], word: str, host: bool, pairs: bool, timeout: float,
@@ -404,20 +425,19 @@ def suites(kernels: Sequence[str], word: str, host: bool, pairs: bool, timeout: 
         return [[Suite("host", limited + everything, report, {**native, "UBLK_TEST_KERNEL": "host"})]]
     natives = []
     machines = []
-    parts = ["0/1"] if word else [f"{part}/{PARTS}" for part in range(PARTS)]
-    for number, part in enumerate(parts, 1):
+    for number, part in enumerate(parts_of(PARTS, word), 1):
         report = reports / f"host-{number}.xml"
         command = pytest_command(str(VENV / "bin/python"), "not kernel", word, report)
         natives.append(Suite(f"host/{number}", limited + command, report, {**native, "UBLK_TEST_PART": part}))
     more = ["--cpus=4", "--env=UBLK_TEST_ALL=1"] if pairs else []
     for kernel in kernels:
-        elsewhere = NOT_THERE.get(kernel, set()) | ONCE if kernel != kernels[0] and not pairs else set()
-        left_out = [f"--ignore={path}" for path in sorted(elsewhere)]
-        for number, part in enumerate(parts, 1):
+        first = kernel == kernels[0]
+        options = [] if first or pairs else left_out(kernel)
+        for number, part in enumerate(parts_of(FIRST_PARTS if first else PARTS, word), 1):
             report = reports / f"{kernel}-{number}.xml"
             boot = [sys.executable, str(HERE / "lab.py"), "run", kernel, f"--timeout={timeout}",
                     f"--report={report}", *more, f"--env=UBLK_TEST_PART={part}", "--"]
-            command = pytest_command("python3", "kernel", word, GUEST_REPORT, left_out)
+            command = pytest_command("python3", "kernel", word, GUEST_REPORT, options)
             machines.append(Suite(f"{kernel}/{number}", boot + command, report))
     return [natives, machines]
 

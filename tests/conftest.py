@@ -21,9 +21,9 @@ from tests.support import (
     BOB,
     HANG,
     IN_LAB,
-    UBLK,
     KernelLog,
     clean_up,
+    copy_product,
     installed,
     leftovers,
     sh,
@@ -168,7 +168,7 @@ def rules():
         sh("udevadm", "trigger", "--settle", "--name-match=/dev/ublk-control")
     path.parent.mkdir(exist_ok=True)
     directory = Path(tempfile.mkdtemp(dir="/run"))          # where only root may write
-    shutil.copy(UBLK, directory)
+    copy_product(directory)
     (directory / "quick.py").write_text(installed(directory))
     text = sh("/usr/bin/python3", directory / "quick.py", "udev-rules").stdout
     assert f"{directory}/ublk.py udev-owner" in text

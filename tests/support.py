@@ -320,6 +320,15 @@ def descriptors():
     return sorted(os.listdir("/proc/self/fd"))
 
 
+def copy_product(directory):
+    """Copy the product's two files, with what Python has compiled of them."""
+    for name in "ublk.py", "ublk_targets.py":
+        shutil.copy2(HERE / name, directory)
+    for path in HERE.glob("__pycache__/ublk*.pyc"):
+        (directory / "__pycache__").mkdir(exist_ok=True)
+        shutil.copy2(path, directory / "__pycache__")
+
+
 def installed(directory):
     """Return a program that is ublk.py of that directory, as a module: Python compiles it once.
 

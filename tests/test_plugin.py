@@ -12,7 +12,7 @@ from importlib import metadata
 import pytest
 
 import ublk
-from tests.support import HERE, kernel, needs_module, sh
+from tests.support import HERE, copy_product, kernel, needs_module, sh
 
 CONFTEST = """
 import pytest, ublk, ublk_targets
@@ -141,8 +141,7 @@ def pytest_in(directory, *words, check=False, path=""):
 def said(tmp_path_factory):
     """What the suite above says, run beside copies of the product's files."""
     directory = tmp_path_factory.mktemp("theirs")
-    for name in "ublk.py", "ublk_targets.py":
-        shutil.copy(HERE / name, directory)
+    copy_product(directory)
     (directory / "conftest.py").write_text(CONFTEST)
     (directory / "test_theirs.py").write_text(SUITE)
     return pytest_in(directory, "-v")

@@ -186,7 +186,7 @@ def test_quiesce_loses_no_write_that_is_on_its_way(tmp_path, monkeypatch, option
     monkeypatch.setenv("SLOW_IMAGE", str(image))
     disk = Forked(f"{path}:Slow", option, "-r", "requeue").live()
     with Fio(disk) as fio:
-        for _ in range(6):
+        for _ in range(4):
             fio.busy()
             assert ublk.main(["quiesce", str(disk.id)]) == 0
             disk.wait()
@@ -248,7 +248,7 @@ def test_quiesce_waits_for_what_the_kernel_moves(tmp_path, monkeypatch, option):
         monkeypatch.setenv("LOWER", lower.path)
         disk = Forked(f"{path}:Below", option, "-r", "requeue").live()
         with Fio(disk, "--size=2M") as fio:
-            for _ in range(4):
+            for _ in range(3):
                 fio.busy()
                 assert ublk.main(["quiesce", str(disk.id)]) == 0
                 disk.wait()

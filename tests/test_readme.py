@@ -27,6 +27,7 @@ from tests.support import (
     IN_LAB,
     UBLK,
     await_state,
+    copy_product,
     devices_left,
     installed,
     kernel,
@@ -182,11 +183,7 @@ class Terminal:
 
     def __init__(self, directory):
         self.directory, self.user, self.server, self.quick = directory, None, None, True
-        for name in "ublk.py", "ublk_targets.py":
-            shutil.copy2(HERE / name, directory)
-        for path in HERE.glob("__pycache__/ublk*.pyc"):
-            (directory / "__pycache__").mkdir(exist_ok=True)
-            shutil.copy2(path, directory / "__pycache__")
+        copy_product(directory)
         programs = {"sudo": 'exec "$@"', "ublk.py": f'exec python3 -c "{installed(directory)}" "$@"'}
         for name, text in programs.items():
             path = directory / "bin" / name

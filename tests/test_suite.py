@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import ublk
 from tests import support
 from tests.support import (
+    HERE,
     Forked,
     Hanging,
     KernelLog,
@@ -31,6 +33,9 @@ from tests.support import (
     verb,
     watchdog,
 )
+
+sys.path.append(str(HERE / "lab"))
+import lab
 
 
 @kernel
@@ -140,3 +145,10 @@ def test_of_the_log_is_read_what_is_new():
     lines = log.lines()
     assert "tests: after" in lines and "tests: before" not in lines
     log.close()
+
+
+@pytest.mark.parametrize("path", [path for paths in (lab.ONCE, *lab.NOT_THERE.values()) for path in paths])
+def test_what_some_kernels_leave_out_is_there(path):
+    """pytest says nothing of a file or a test that it is to leave out and that there is not."""
+    file, _, test = path.partition("::")
+    assert f"def {test.partition('[')[0]}" in (HERE / file).read_text()
