@@ -1861,22 +1861,23 @@ class MappedCopy:
             ring.prepare(slot, self.moves, user_data=slot, buf_index=tag)
         commits = bool(self.queue.link_last)
         self.chains = [self.chain(tag) + (tag,) * commits for tag in tags]
-        self.addresses = [self.address(tag) for tag in tags]
         self.sqes = ring.sqes
+        # Of the SQEs that move data: the descriptors, and where in their files, in bytes
+        self.fds = [-1] * self.depth
+        self.positions = self.queue.kept(ring.sqes.cast("Q")[self.depth * 8 + 1 :: 8])
         self.links = self.queue.link_last if self.stages == 1 else Queue.link_last
 
     def chain(self, tag: int) -> tuple[int, ...]:
         """Return the SQE slots that serve a request of this tag, each linked to the next."""
         return (self.depth + tag,)
 
-    def transfer(self, tag: int, flags: int, fd: int, position: int, length: int) -> None:
-        """Prepare the chain that moves a request's data from or to a file.
+    def transfer(self, tag: int, flags: int, fd: int, length: int) -> None:
+        """Prepare the chain that moves a request's data, length bytes, from or to a file.
 
-        fd, position: where in which file, in bytes. Raises struct.error for
-        what is no such number.
+        All but its position, which is another each time, while the rest of a
+        request is often like the tag's last. Raises struct.error where fd is no
+        descriptor.
         """
-        if position >> 63:  # all bits set mean the file's own position, which is none
-            raise OverflowError(f"{position} is no position in a file")
         TRANSFER.pack_into(
             self.sqes,
             (self.depth + tag) * 64,
@@ -1884,11 +1885,12 @@ class MappedCopy:
             self.links,
             0,
             fd,
-            position,
-            self.addresses[tag],
+            0,
+            self.address(tag),
             length,
             RWF_DSYNC if flags & UBLK_IO_F_FUA else 0,
         )
+        self.fds[tag] = fd
 
     def broken(self, tag: int, stage: int) -> None:
         """Clean up after the stage of a chain that failed; what came behind it was cancelled."""
@@ -2222,11 +2224,12 @@ class Queue:
         """Have the target's methods serve; a READ or WRITE of a plain target at once.
 
         This is the hot path of every plain target. Locals in place of
-        attributes, one try for a request, one call of the target.
+        attributes, one try for a request, one call of the target; and because a
+        busy disk's requests are much alike, what follows from operation and
+        length is found out once for those in a row.
         """
         from_buffer = self.path.lasting and self.loop is None
-        descriptors = self.flags
-        sectors = self.sectors
+        requests = self.requests
         starts = self.starts
         results = self.results
         memory = self.path.view
@@ -2234,20 +2237,25 @@ class Queue:
         read = self.target.read
         write = self.target.write
         ended: list[int] = []
+        last = -1  # no request is like this one
         for tag in tags:
-            flags = descriptors[tag]
-            if flags & NOT_BY_BUFFER or not from_buffer:
+            if requests[tag] != last:
+                last = requests[tag]
+                flags = self.flags[tag]
+                simple = from_buffer and not flags & NOT_BY_BUFFER
+                length = self.sectors[tag] * SECTOR
+                blank = ZEROES[:length]
+                reads = flags & 0xFF == UBLK_IO_OP_READ
+                move = read if reads else write
+            if not simple:
                 self.handle(tag)
                 continue
             begin = tag * max_io
-            length = sectors[tag] * SECTOR
             buffer = memory[begin : begin + length]
             try:
-                if flags & 0xFF == UBLK_IO_OP_READ:
-                    move = read
-                    buffer[:] = ZEROES[:length]
+                if reads:
+                    buffer[:] = blank
                 else:
-                    move = write
                     buffer = buffer.toreadonly()
                 outcome = move(starts[tag] * SECTOR, buffer)
                 if outcome is not None and outcome != length:
@@ -2267,23 +2275,31 @@ class Queue:
         """
         where = self.target.map
         path = self.path
-        results = self.results
+        requests = self.requests
+        served = self.served
         chained = self.chained
         chains: list[int] = []
+        last = -1  # no request is like this one
         for tag in tags:
-            flags = self.flags[tag]
+            if requests[tag] != last:
+                last = requests[tag]
+                flags = self.flags[tag]
+                length = self.sectors[tag] * SECTOR
+                writes = flags & 0xFF == UBLK_IO_OP_WRITE
             if flags & NOT_BY_MAP:
                 self.handle(tag)
                 continue
-            offset = self.starts[tag] * SECTOR
-            length = self.sectors[tag] * SECTOR
             try:
-                fd, position = where(offset, length, flags & 0xFF == UBLK_IO_OP_WRITE)
-                path.transfer(tag, flags, fd, position, length)
+                fd, position = where(self.starts[tag] * SECTOR, length, writes)
+                if position >> 63:  # all bits set mean the file's own position, which is none
+                    raise OverflowError(f"{position} is no position in a file")
+                if served[tag] != last or path.fds[tag] != fd:
+                    path.transfer(tag, flags, fd, length)
+                    self.prepare(tag, length)
+                path.positions[tag] = position
             except BaseException as error:  # even SystemExit: a client waits for an answer
                 self.complete(tag, failed(error))
                 continue
-            results[tag] = length
             chained.add(tag)
             chains += path.chains[tag]
         self.ring.push_all(chains)

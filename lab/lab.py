@@ -394,7 +394,7 @@ NOT_THERE = {
         lives::test_many_lives_leave_nothing_behind[AsyncRam-10-options1]
         lives::test_many_lives_leave_nothing_behind[Null-10-options2]
         """),
-    "6.12": paths_of("async background errors holders identity kills lives targets trace"),
+    "6.12": paths_of("async background holders identity lives targets trace"),
 }
 # Many short runs fill the processors better.
 PARTS = 2               # of the native tests, and of an older kernel's

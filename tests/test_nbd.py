@@ -518,6 +518,22 @@ def test_nbd_a_write_that_a_silent_server_was_told_is_never_sent_again(targets, 
         assert fake.commands.count(WRITE) == 1
 
 
+def test_nbd_a_server_has_the_whole_time_it_is_given(targets, here):
+    def late(peer, cookie, data):
+        time.sleep(1.8)
+        peer.sendall(simple(cookie) + data)
+
+    async def work():
+        buffer = bytearray(4096)
+        await target.read(FakeNbd.SPOT, memoryview(buffer))
+        return buffer
+
+    with FakeNbd(here, answer=late) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="3s")
+        assert served(target, work) == fake.data[fake.SPOT:][:4096]
+        assert fake.connections == 1
+
+
 def test_nbd_after_what_a_server_may_still_do_it_is_told_to_change_nothing_more(targets, here):
     """For it could do that last."""
     async def work():

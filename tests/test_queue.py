@@ -663,3 +663,57 @@ def test_a_boundary_within_a_block_is_refused(boundary):
     target.block_size, target.boundary = 4096, boundary
     with pytest.raises(ublk.UblkError, match="not a multiple of the block size 4096"):
         ublk.params_of(target, 65536)
+
+
+# Operation and sectors of the requests of a batch: each is like one before it, but not like all of them.
+MIXED = [(ublk.UBLK_IO_OP_READ, 8), (ublk.UBLK_IO_OP_READ, 8), (ublk.UBLK_IO_OP_READ, 16),
+         (ublk.UBLK_IO_OP_WRITE, 16), (ublk.UBLK_IO_OP_WRITE, 8), (ublk.UBLK_IO_OP_READ, 8)]
+
+
+@pytest.fixture
+def batch():
+    """Return a function that has a queue answer MIXED, from its first tag on or from its last.
+
+    batch(target, order) returns the queue, and of each tag operation and sectors.
+    """
+    def batch(target, order):
+        if not opened:
+            device = StandIn(target, depth=len(MIXED))
+            opened.extend([ublk.Queue(device, 0), device])
+        queue, device = opened
+        given = dict(zip(range(len(MIXED))[::order], MIXED))
+        for tag, (operation, sectors) in given.items():
+            place = tag * device.desc_size
+            ublk.IO_DESC.pack_into(device.descriptors[0], place, operation, sectors, 100 * tag, 0)
+        queue._done.clear()
+        queue._answer()(list(given))
+        return queue, given
+    opened = []
+    yield batch
+    for item in opened:
+        item.close()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_request_of_a_batch_is_served_as_what_it_is(batch, order):
+    seen = {}
+    target = target_of(read=lambda _, offset, buffer: seen.update({offset: (0, len(buffer))}),
+                       write=lambda _, offset, buffer: seen.update({offset: (1, len(buffer))}))
+    queue, given = batch(target, order)
+    for tag, (operation, sectors) in given.items():
+        length = sectors * ublk.SECTOR
+        assert (seen[100 * tag * ublk.SECTOR], queue.results[tag]) == ((operation, length), length)
+
+
+def test_what_was_kept_of_a_tags_last_transfer_is_not_taken_for_the_next(batch):
+    file = [3]
+    target = target_of(map=lambda _, offset, length, write: (file[0], offset + 512))
+    for order, fd in ((1, 3), (-1, 3), (-1, 4), (-1, 4)):
+        file[0] = fd
+        queue, given = batch(target, order)
+        for tag, (operation, sectors) in given.items():
+            sqe = ublk.TRANSFER.unpack_from(queue.ring.sqes, (queue.depth + tag) * 64)
+            moves = ublk.IORING_OP_WRITE if operation else ublk.IORING_OP_READ
+            length = sectors * ublk.SECTOR
+            assert (sqe[0], sqe[3], sqe[4], sqe[6]) == (moves, fd, 100 * tag * ublk.SECTOR + 512, length)
+            assert queue.results[tag] == length

@@ -25,6 +25,7 @@ from tests.support import (
     assert_fails,
     at_least,
     become,
+    before,
     devices_left,
     error_of_opening,
     every_command,
@@ -66,6 +67,14 @@ def readable():
         for name in ("ublk.py", "ublk_targets.py"):
             os.chmod(shutil.copy(HERE / name, directory), 0o644)
         yield Path(directory, "ublk.py")
+
+
+@kernel
+@before("6.3")
+def test_an_ordinary_user_is_told_which_kernel_lets_him(rules):
+    done = verb_of(ALICE, "null")
+    assert (done.status, done.out, devices_left()) == (1, "", [])
+    assert_error_line(done.err.splitlines(True)[-1], errno.EOPNOTSUPP, says="needs Linux 6.3")
 
 
 @kernel
