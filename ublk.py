@@ -901,10 +901,8 @@ class Ring:
         self._cq_head_at = cq.head // 4
         self._cq_tail_at = cq.tail // 4
         self._array = self._words[sq.array // 4 : sq.array // 4 + params.sq_entries]
-        cqes = ring[cq.cqes : cq.cqes + 16 * params.cq_entries]
-        self._user_data = cqes.cast("Q")[::2]
-        self._results = cqes.cast("i")[2::4]
-        self._flags = cqes.cast("i")[3::4]
+        # Of each io_uring_cqe: user_data, then res and flags in one number
+        self._cqes = ring[cq.cqes : cq.cqes + 16 * params.cq_entries].cast("Q")
         self._sq_mask = params.sq_entries - 1
         self._cq_mask = params.cq_entries - 1
         self._tail = 0  # SQEs pushed
@@ -1002,11 +1000,14 @@ class Ring:
     def push_all(self, slots: Sequence[int]) -> None:
         """Queue several SQE slots, in their order, at most `entries` of them."""
         start = self._tail & self._sq_mask
+        end = start + len(slots)
         words = array("I", slots)
-        rest = words[self.entries - start :]  # which goes to the beginning
-        self._array[start : start + len(words)] = words[: self.entries - start]
-        self._array[: len(rest)] = rest
-        self._tail += len(words)
+        if end > self.entries:  # what no longer fits goes to the beginning
+            rest = self.entries - start
+            self._array[: end - self.entries] = words[rest:]
+            del words[rest:]
+        self._array[start:end] = words
+        self._tail += len(slots)
 
     def enter(self, min_complete: int = 0, timeout: float | None = None) -> bool:
         """Submit what was pushed and wait for CQEs, for timeout seconds at most.
@@ -1075,32 +1076,39 @@ class Ring:
     def reap(self) -> tuple[list[int], list[int]]:
         """Take every CQE there is; return their user_data and their results, in order.
 
-        Two lists, made by slices of shared memory: nothing in Python is
-        quicker, and this runs once for each batch of requests.
+        Two lists, made by slices: nothing in Python is quicker, and this runs
+        once for each batch of requests, of which most have the result 0.
         """
-        data, results = self._take(self._user_data, self._results)
-        return data, results
+        found = self._take()
+        results = found[1::2]
+        if any(results):
+            results = [ctypes.c_int32(result).value for result in results]
+        return found[::2], results
 
-    def reap_all(self) -> list[tuple[int, ...]]:
+    def reap_all(self) -> list[tuple[int, int, int]]:
         """The same as a list of (user_data, result, flags).
 
         For whom the flags of a CQE matter: what came of a provided buffer, and
         whether a multishot command goes on.
         """
-        return list(zip(*self._take(self._user_data, self._results, self._flags)))
+        found = self._take()
+        return [
+            (data, ctypes.c_int32(result).value, result >> 32)
+            for data, result in zip(found[::2], found[1::2])
+        ]
 
-    def _take(self, *members: memoryview) -> list[list[int]]:
-        """Take every CQE there is; return these members of them, a list for each."""
+    def _take(self) -> list[int]:
+        """Take every CQE there is; return two numbers of each."""
         head = self._words[self._cq_head_at]
         tail = self._words[self._cq_tail_at]
         if head == tail:
-            return [[] for _ in members]
-        first = head & self._cq_mask
-        last = tail & self._cq_mask
+            return []
+        first = 2 * (head & self._cq_mask)
+        last = 2 * (tail & self._cq_mask)
         if first < last:
-            found = [member[first:last].tolist() for member in members]
+            found = self._cqes[first:last].tolist()
         else:
-            found = [(member[first:].tolist() + member[:last].tolist()) for member in members]
+            found = self._cqes[first:].tolist() + self._cqes[:last].tolist()
         self._words[self._cq_head_at] = tail
         return found
 
