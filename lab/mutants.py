@@ -5,9 +5,9 @@
     mutants.py [WORD]           all that mutants.txt lists, or those with this word in their line
     mutants.py --fits           only see whether the list fits the tree, which is part of the lint
 
-Breakages whose test needs no driver are tried here, the others in a virtual machine for each kernel. What the
-list says is held against the tree first: the text to replace stands there exactly once, the named test exists
-and passes on the program as it is.
+Breakages whose test needs no driver are tried here, the others in a virtual machine for each kernel, all of
+these side by side. What the list says is held against the tree first: the text to replace stands there exactly
+once, the named test exists and passes on the program as it is.
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,6 +243,11 @@ def try_all(mutants: Sequence[Mutant], where: str) -> int:
 
 # ---- everywhere ------------------------------------------------------------------------------------------
 
+def try_in(place: str, word: str) -> int:
+    """Try those whose tests run in a place; return an exit status."""
+    return try_natively(word) if place == NATIVE else try_in_kernel(place, word)
+
+
 def try_natively(word: str) -> int:
     """Try those that need no driver in a copy of the tree; return an exit status."""
     with tempfile.TemporaryDirectory() as directory:
@@ -271,10 +277,10 @@ def main() -> int:
         return min(try_all([one for one in mutants if one.where == options.where], options.where), 100)
     if not mutants:
         fail(f"{LIST.name} has nothing with {options.word!r}")
-    kernels = sorted({one.where for one in mutants} - {NATIVE})
-    fetch(kernels or [NEWEST])
-    results = [try_natively(options.word)] if any(one.where == NATIVE for one in mutants) else []
-    results += [try_in_kernel(kernel, options.word) for kernel in kernels]
+    places = sorted({one.where for one in mutants})
+    fetch([place for place in places if place != NATIVE] or [NEWEST])
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda place: try_in(place, options.word), places))
     print(f"=== {len(mutants)} breakages: {'NOT ALL CAUGHT' if any(results) else 'all caught'}")
     return 1 if any(results) else 0
 
