@@ -5643,8 +5643,8 @@ def target_parser(
             if parameter.kind is parameter.KEYWORD_ONLY or kind is bool or option in named:
                 parser.add_argument(option, dest=name, required=not optional, **extra)
                 continue
-        except argparse.ArgumentError as error:
-            refuse(error, f"parameter {name}", f"there is an option {option} already")
+        except (argparse.ArgumentError, ValueError) as error:  # 3.14: of a bool no_x
+            refuse(error, f"parameter {name}", f"it cannot be the option {option} ({error})")
         if optional:
             extra["nargs"] = "*" if "nargs" in extra else "?"
         parser.add_argument(name, **extra)

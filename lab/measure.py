@@ -19,6 +19,9 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
             tokenize.ENCODING, tokenize.ENDMARKER}
+# There are these from 3.12 on.
+FSTRING_START = getattr(tokenize, "FSTRING_START", -1)
+FSTRING_END = getattr(tokenize, "FSTRING_END", -1)
 BANNER = re.compile(r"# =+\n# (.+)\n# =+\n")
 
 
@@ -34,10 +37,15 @@ def docstring_lines(tree: ast.Module) -> set[int]:
 
 
 def tokens_by_line(source: str, without: set[int]) -> Counter[int]:
-    """Return how many tokens stand in each line."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return Counter(token.start[0] for token in tokens
-                   if token.type not in NOT_CODE and token.start[0] not in without)
+    """Return how many tokens stand in each line; a string is one, also where Python sees its parts (3.12)."""
+    found: Counter[int] = Counter()
+    depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if depth == 0 and token.type not in NOT_CODE and line not in without:
+            found[line] += 1
+        depth += (token.type == FSTRING_START) - (token.type == FSTRING_END)
+    return found
 
 
 def report(path: Path) -> None:

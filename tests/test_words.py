@@ -319,7 +319,7 @@ def test_words_reach_the_parameters_they_are_meant_for(tmp_path, parameters, wor
     "*, depth: int = 3", "depth=3", "*, copy=False", "*, debug=False", "*, help=''", "*, no_a=False, a=False"
 ])
 def test_a_parameter_named_like_another_option_is_refused(run, tmp_path, parameters):
-    assert_fails(run(taking(tmp_path, parameters)), 1, "there is an option --", errno.EINVAL)
+    assert_fails(run(taking(tmp_path, parameters)), 1, "cannot be the option --", errno.EINVAL)
 
 
 @pytest.mark.parametrize("parameters", [
