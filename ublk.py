@@ -4077,6 +4077,7 @@ class UserCopy(MappedCopy):
     features = int(UBLK_F_USER_COPY)
     stages = moves = 0
     lasting = False
+    late: Any = None  # what has the number of a path that was abandoned
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
@@ -4114,10 +4115,11 @@ class UserCopy(MappedCopy):
     def abandon(self) -> None:
         # The device lets go of its file only when all descriptors are closed,
         # and a late handler would write into whatever file had the number then.
-        # /dev/null has it until the path is forgotten.
+        # /dev/null has it until the path is forgotten, also where this is called
+        # again, by a stop() after one that was interrupted.
         null = open(os.devnull, "r+b", buffering=0)
         os.dup2(null.fileno(), self.fd, inheritable=False)
-        self.late = self.file
+        self.late = self.late or self.file
         self.file = null
 
     def _copy(self, copy: Callable[..., int], position: int, buffer: memoryview) -> None:

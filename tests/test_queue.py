@@ -327,6 +327,19 @@ def test_a_handler_that_returns_too_late_writes_into_nobodys_file(tmp_path):
     assert set(sizes) == {0}
 
 
+def test_a_queue_that_is_given_up_twice_keeps_its_number_from_other_files():
+    """A stop() that was interrupted there begins anew; the handler may return later."""
+    device = StandIn(Ram())
+    device.data_path = ublk.UserCopy
+    queue = ublk.Queue(device, 0)
+    path = queue.path
+    path.abandon()
+    path.abandon()
+    queue.close()
+    assert os.path.samestat(os.fstat(path.fd), os.stat(os.devnull))
+    device.close()
+
+
 @kernel
 @pytest.mark.parametrize("options", [["--copy"], ["--need-get-data"],
                                      pytest.param(["--copy", "--batch"], marks=since("7.0"))], ids=str)
