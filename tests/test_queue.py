@@ -593,6 +593,11 @@ def test_what_a_subclass_overrides_is_what_is_called(base, name):
     assert sorted(serve(target, operation=operation).answers) == [(tag, -errno.ENODATA) for tag in range(4)]
 
 
+def test_an_inherited_answer_is_not_given_for_data_that_a_subclass_maps():
+    target = type("Mine", (ublk.Null,), {"map": Passing.map})()
+    assert serve(target, depth=1).answers == [(0, -errno.ENOMEDIUM)]
+
+
 def test_a_durable_write_is_not_offered_where_a_subclass_overrides_write():
     class Mine(Passing):
         def write(self, offset, buffer):
