@@ -2188,10 +2188,10 @@ class Queue:
         """
         self.answer = self._answer()
         while not self.is_over():
-            if self.loop is None:
-                self.answer(self.collect(A_MOMENT if self.ended else None))
-            else:
+            if self.loop is not None:
                 self._run_loop()
+            elif tags := self.collect(A_MOMENT if self.ended else None):
+                self.answer(tags)
 
     def is_over(self) -> bool:
         """Tell whether the loop is to end.

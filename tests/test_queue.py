@@ -622,6 +622,18 @@ def test_an_append_that_landed_nowhere_fails_alone_with_batches_too(position):
     device.close()
 
 
+def test_an_answer_is_asked_for_when_there_are_requests_only():
+    asked = []
+
+    def answer(target, queue, tags):
+        asked.append(tags)
+        for tag in tags:
+            queue.complete(tag, 4096)
+
+    serve(type("Mine", (Ram,), {"answer": answer, "read": Ram.read, "write": Ram.write})())
+    assert asked and all(asked)
+
+
 @pytest.mark.parametrize("kind", [ublk.Queue, ublk.BatchQueue])
 def test_what_a_failing_answer_leaves_gets_an_error(kind):
     def answer(queue, tags):
