@@ -5,9 +5,9 @@
     mutants.py [WORD]           all that mutants.txt lists, or those with this word in their line
     mutants.py --fits           only see whether the list fits the tree, which is part of the lint
 
-Breakages whose test needs no driver are tried here, the others in a virtual machine for each kernel, all
-side by side. What the list says is held against the tree first: the text to replace stands there exactly once,
-the named test exists and passes on the program as it is.
+Breakages whose test needs no driver are tried here, the others in a virtual machine for each kernel, all side
+by side. What the list says is held against the tree first: the text to replace stands there exactly once, the
+named test exists and passes on the program as it is.
 """
 from __future__ import annotations
 
