@@ -1974,8 +1974,12 @@ class Log:
     def __init__(self, path: Any, mode: str = "rb") -> None:
         self.path = path
         self.file = open(path, mode, buffering=0)
-        self.fd = self.file.fileno()
         self.close = self.file.close
+
+    @property
+    def fd(self) -> int:
+        """Its descriptor, of which none is left when it is closed: then this raises ValueError."""
+        return self.file.fileno()
 
     def header(self) -> Any:
         """Return the sizes of the disk and of its blocks. Raises UblkError."""
@@ -2142,7 +2146,8 @@ class Record(Wrapper, ublk.Target):
         return OSError(errno.ENOSPC, "no room in the log")
 
     async def close(self) -> None:
-        self.log.close()
+        with self.lock:  # a thread may be setting a mark
+            self.log.close()
         await ublk.end_of(getattr(self.target, "close", bool)())
 
 
@@ -2466,8 +2471,9 @@ def read_replay_words(argv: Sequence[str]) -> Any:
     add("--seed", type=int, default=1, help="makes the same random choices again (1)")
     add("--jobs", **number, default=1, help="so many checks at a time (1)")
     options = parser.parse_args(argv)
-    if options.check and not (options.disk and options.jobs):
-        parser.error("--check needs a disk image to make, and a job")
+    check = options.check
+    if check is not None and not ("{}" in check and options.disk and options.jobs):
+        parser.error("--check needs a disk image to make, {} in its command, and a job")
     return options
 
 

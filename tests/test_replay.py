@@ -167,7 +167,8 @@ def test_a_damaged_log_is_an_error_and_good_up_to_there(run, targets, log, tmp_p
 
 
 @pytest.mark.parametrize("words, status, text", [
-    ("LOG --check true", 2, "--check needs a disk"), ("", 2, "log"), ("/no/such disk", 1, "/no/such"),
+    ("LOG --check {}", 2, "--check needs a disk"), ("LOG DISK --check true", 2, "{} in its command"),
+    ("LOG DISK --check=", 2, "{} in its command"), ("", 2, "log"), ("/no/such disk", 1, "/no/such"),
     ("LOG DISK --to -1", 2, "--to"), ("LOG DISK --to x", 2, "--to"), ("LOG DISK --every day", 2, "--every"),
     ("LOG LOG", 1, "LOG"), ("LOG DISK --base /no/such", 1, "/no/such"), ("EMPTY DISK", 1, "not a log"),
     ("JUNK DISK", 1, "not a log"), ("/dev/zero DISK", 1, "not a log")])
@@ -216,6 +217,22 @@ def test_a_recording_without_room_ends_aloud_and_with_it_the_changes_of_the_disk
     now(log.disk.close())
     assert run("replay", log.path, tmp_path / "disk").status == 0
     assert (tmp_path / "disk").read_bytes() == log.states[1]
+
+
+def test_a_recording_that_has_ended_writes_to_no_file_that_has_its_number(targets, tmp_path):
+    """As where a thread sets a mark too late, or its disk is served again."""
+    log = Log(targets, tmp_path / "log")
+    number = log.disk.log.fd
+    with open(tmp_path / "other", "w+b", buffering=0) as other:
+        other.write(b"somebody's")
+        now(log.disk.close())
+        os.dup2(other.fileno(), number)
+        for late in (lambda: log.disk.mark("late"), lambda: now(log.disk.start(0)),
+                     lambda: now(log.disk.write(0, memoryview(b"x" * 512)))):
+            with pytest.raises(ValueError, match="closed file"):
+                late()
+        assert (tmp_path / "other").read_bytes() == b"somebody's"
+    os.close(number)
 
 
 def mark_meanwhile(targets, path):
@@ -445,17 +462,18 @@ def test_crashes_find_the_database_that_forgets_to_flush(run, targets, tmp_path,
 
 @pytest.mark.parametrize("words, says", [
     (["--from", "100"], "there is no crash point"), (["--to", "0"], "there is no crash point"),
-    (["--check", "/no/such/command {}"], "it cannot be run"), (["--check", "/dev/null"], "it cannot be run"),
-    (["--check", "kill -9 $$"], "it was killed at entry 4"),
-    (["--check", "sh -c 'kill -9 $$'; exit $?"], "it was killed at entry 4")])
+    (["--check", "/no/such/command {}"], "it cannot be run"),
+    (["--check", "/dev/null {}"], "it cannot be run"),
+    (["--check", "kill -9 $$ {}"], "it was killed at entry 4"),
+    (["--check", "sh -c 'kill -9 $$' {}; exit $?"], "it was killed at entry 4")])
 def test_what_was_not_looked_at_is_neither_good_nor_bad(run, log, tmp_path, words, says):
-    done = run("replay", log.path, tmp_path / "disk", "--check", "true", *words)
+    done = run("replay", log.path, tmp_path / "disk", "--check", "true {}", *words)
     assert (done.status, done.out) == (1, "")
     assert says in done.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("check, status", [
-    *[(f"exit {number}", number) for number in (1, 125, 128, 255)], ("rm {}; exit 1", 1)])
+    *[(f"true {{}}; exit {number}", number) for number in (1, 125, 128, 255)], ("rm {}; exit 1", 1)])
 def test_a_check_says_with_any_status_of_its_own_that_a_crash_is_bad(run, log, tmp_path, check, status):
     done = run("replay", log.path, tmp_path / "disk", "--check", check)
     assert done.out.startswith("bad at entry 4") and f"status {status}: " in done.out
@@ -726,7 +744,7 @@ def test_what_a_killed_replay_has_left_is_not_taken_for_a_crash(run, torn, tmp_p
 
 def test_checks_run_side_by_side(run, torn, tmp_path):
     (tmp_path / "here").mkdir()
-    check = (f"touch {tmp_path}/here/$$; for i in $(seq 200); do "
+    check = (f": {{}}; touch {tmp_path}/here/$$; for i in $(seq 200); do "
              f"test $(ls {tmp_path}/here | wc -l) -ge 3 && exit 0; sleep 0.1; done; exit 1")
     done = run("replay", torn.path, tmp_path / "disk", "--check", check, "--states", 3, "--jobs", 3)
     assert done.out.startswith("good at 2 crash points"), done
@@ -743,7 +761,7 @@ def test_the_first_bad_crash_is_told_and_kept_though_a_later_one_ends_sooner(run
 
 def test_a_terminal_shows_how_far_a_check_is(run, torn, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    done = run("replay", torn.path, tmp_path / "disk", "--check", "true")
+    done = run("replay", torn.path, tmp_path / "disk", "--check", "true {}")
     assert [re.sub(r", \d+ s left\x1b\[K$", "!", line) for line in done.err.split("\r")] == [
         "entry 3 of 5!", "entry 3 of 5!", "entry 5 of 5!", ""]
 
