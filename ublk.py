@@ -5534,6 +5534,8 @@ READERS: dict[Any, Callable[[str], Any]] = {
 
 
 def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
+# What Optional[T] is, and from Python 3.10 on T | None
+UNIONS = (typing.Union, getattr(types, "UnionType", typing.Union))
     """Return name -> (parameter, its type) of a target's constructor.
 
     What has no annotation is of the type of its default; a size is a Size. What
@@ -5568,9 +5570,8 @@ def implied_type(name: str, default: Any) -> Any:
 
 def without_none(kind: Any) -> Any:
     """Return T for Optional[T] and T | None, and any other type as it is."""
-    either = typing.get_args(kind)
-    others = [one for one in either if one is not type(None)]
-    if len(either) == 2 and len(others) == 1:
+    others = [one for one in typing.get_args(kind) if one is not type(None)]
+    if typing.get_origin(kind) in UNIONS and len(others) == 1:
         return others[0]
     return kind
 
@@ -5641,7 +5642,7 @@ def target_parser(
         optional = parameter.default is not parameter.empty
         try:
             if name != "read_only":  # which both are to hear of
-                taken.add_argument(option)
+                taken.add_argument(option, **extra)
             if parameter.kind is parameter.KEYWORD_ONLY or kind is bool or option in named:
                 parser.add_argument(option, dest=name, required=not optional, **extra)
                 continue

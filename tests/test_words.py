@@ -228,7 +228,8 @@ def test_help_tells_defaults_and_may_have_percent_signs(monkeypatch, run):
 
 
 @pytest.mark.parametrize("annotation", [
-    "dict", "[int]", "'Nowhere'", "list[bytes]", "typing.Union[int, str]", "complex"])
+    "dict", "typing.Dict[str, None]", "typing.Callable[[int], None]",
+    "[int]", "'Nowhere'", "list[bytes]", "typing.Union[int, str]", "complex"])
 def test_a_type_that_is_not_understood_is_refused(tmp_path, annotation):
     path = target_file(tmp_path, f"""
         import typing
@@ -316,8 +317,8 @@ def test_words_reach_the_parameters_they_are_meant_for(tmp_path, parameters, wor
 
 
 @pytest.mark.parametrize("parameters", [
-    "*, depth: int = 3", "depth=3", "*, copy=False", "*, debug=False", "*, help=''", "*, no_a=False, a=False"
-])
+    "*, depth: int = 3", "depth=3", "*, copy=False", "*, debug=False", "*, help=''", "*, no_a=False, a=False",
+    "*, partition_scan=True"])
 def test_a_parameter_named_like_another_option_is_refused(run, tmp_path, parameters):
     assert_fails(run(taking(tmp_path, parameters)), 1, "cannot be the option --", errno.EINVAL)
 
