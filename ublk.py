@@ -5295,7 +5295,10 @@ class TracedBatchQueue(TracedQueue, BatchQueue):
 
 
 def narrator(path: str) -> Hearer:
-    """Return what a Trace is heard by: a file gets JSON, standard error (as which "-" counts) text."""
+    """Return what a Trace is heard by: standard error (as which "-" counts) gets text, a file JSON.
+
+    What the file has stays: it may be of the server before, which died.
+    """
 
     def narrate(ns: int, stage: str, more: dict[str, Any]) -> None:
         text = json.dumps(more).translate(PLAIN)
@@ -5307,7 +5310,7 @@ def narrator(path: str) -> Hearer:
 
     if path == "-":
         return narrate
-    file = open(path, "wb", buffering=0)
+    file = open(path, "ab", buffering=0)
     return note
 
 

@@ -36,6 +36,13 @@ def microseconds(ns: float) -> str:
     return f"{ns / 1e6:,.1f} ms" if ns >= 1e6 else f"{ns / 1e3:,.0f} us"
 
 
+def begin_of_last(records: Sequence[dict[str, Any]]) -> int:
+    """Return where the last server in a file begins: it asks for the features first."""
+    first = ("sent", "GET_FEATURES")
+    begins = [n for n, record in enumerate(records) if (record["stage"], record.get("command")) == first]
+    return begins[-1] if begins else 0
+
+
 def commands(records: Sequence[dict[str, Any]]) -> list[Row]:
     """Return a row for each command that was answered."""
     rows: list[Row] = []
@@ -142,7 +149,8 @@ def main() -> int:
         print(__doc__)
         return 2
     lines = [line for line in Path(sys.argv[1]).read_text().splitlines() if line.startswith("{")]
-    print(draw([json.loads(line) for line in lines]), end="")
+    records = [json.loads(line) for line in lines]
+    print(draw(records[begin_of_last(records):]), end="")
     return 0
 
 

@@ -172,6 +172,12 @@ def test_the_option_takes_no_word_behind_it():
     assert ublk.device_parser().parse_args(ublk.spelled_out(["--trace=disk.img"])).trace == "disk.img"
 
 
+def test_a_server_leaves_the_trace_of_the_one_before_it(tmp_path):
+    (tmp_path / "trace").write_text("how it died\n")
+    ublk.narrator(str(tmp_path / "trace"))(0, "begun", {})
+    assert (tmp_path / "trace").read_text() == 'how it died\n{"ns": 0, "stage": "begun"}\n'
+
+
 def test_the_trace_is_drawn(tmp_path):
     serve(Ram(), rounds=5, trace=ublk.Trace(ublk.narrator(str(tmp_path / "trace"))))
     done = subprocess.run([sys.executable, HERE / "lab" / "pictures.py", tmp_path / "trace"],
