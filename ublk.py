@@ -5534,11 +5534,11 @@ READERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     Path: Path,
 }
+# What Optional[T] is, and from Python 3.10 on T | None
+UNIONS = (typing.Union, getattr(types, "UnionType", typing.Union))
 
 
 def parameters(cls: type[Target]) -> dict[str, tuple[inspect.Parameter, Any]]:
-# What Optional[T] is, and from Python 3.10 on T | None
-UNIONS = (typing.Union, getattr(types, "UnionType", typing.Union))
     """Return name -> (parameter, its type) of a target's constructor.
 
     What has no annotation is of the type of its default; a size is a Size. What
@@ -6225,10 +6225,11 @@ def print_table(rows: Sequence[Sequence[object]]) -> None:
 
 
 def printable(text: str) -> str:
-    """Escape what would not be seen as it is: newlines, escape sequences, what is not UTF-8."""
+    """Escape what would not be seen as it is: newlines, escape sequences, unknown letters."""
+    known = sys.stdout.encoding or "utf-8"
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
+        for letter in text.encode(known, "backslashreplace").decode(known)
     )
 
 
@@ -6651,7 +6652,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # whoever reads has enough
         return 1
-    except (OSError, KeyboardInterrupt) as error:
+    except (OSError, UnicodeError, KeyboardInterrupt) as error:
         if "--debug" in words:
             raise
         say(error_line(error))

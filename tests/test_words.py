@@ -406,6 +406,19 @@ def test_check_prints_one_line_for_each_thing_whatever_its_name(run, run_dir, mo
     assert len(done.out.splitlines()) == lines and r"\n\udcff\x1b" in done.out
 
 
+def test_a_terminal_without_the_letters_gets_their_numbers(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "UBLK_RUN_DIR": str(tmp_path / "\xe9")}
+    done = sh(sys.executable, UBLK, "check", env=environment, check=False)
+    assert r"\xe9" in done.stdout and not done.stderr
+
+
+def test_a_help_that_cannot_be_written_is_one_error_line(tmp_path):
+    path = target_file(tmp_path, "class Mine(ublk.Target):\n    'Caf\\xe9.'\n")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = sh(sys.executable, UBLK, path, "--help", env=environment, check=False)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_check_wants_no_udev_rules_where_there_is_no_udev(run, monkeypatch):
     monkeypatch.setattr(ublk, "privileged", lambda: False)
     monkeypatch.setattr(ublk, "udev_rules", lambda: iter(()))
