@@ -5587,6 +5587,8 @@ def reading(kind: Any, name: str) -> dict[str, Any]:
     """
     if kind in list(READERS):  # what is no type, such as [int], may have no hash
         return {"type": READERS[kind]}
+    if kind is bool and name.startswith("no_"):  # argparse would take --no-x for its False
+        return {"action": "store_const", "const": True}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if is_target(kind):

@@ -194,14 +194,15 @@ class Kinds(ublk.Target):
     def __init__(self, *, count: int = 3, verify: bool = True, quick: bool = False, ratio: float = 0.5,
                  where: Path = Path("/"), colour: Colour = Colour.RED, mode: typing.Literal["a", "b"] = "a",
                  limit: typing.Optional[int] = None, numbers: list[int] = NUMBERS,
-                 names: list = (), plain=7, nothing=None, log=sys.stderr):
+                 names: list = (), plain=7, nothing=None, no_cache=False, log=sys.stderr):
         self.given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
 
 
 @pytest.mark.parametrize("words, name, value", [
     ("--count -5", "count", -5), ("--count 0x10", "count", 16), ("--count 2K", "count", 2048),
     ("--no-verify", "verify", False), ("--verify", "verify", True), ("", "verify", True),
-    ("--quick", "quick", True), ("--ratio=-1.5", "ratio", -1.5), ("--where /a/b", "where", Path("/a/b")),
+    ("--quick", "quick", True), ("--no-cache", "no_cache", True), ("", "no_cache", False),
+    ("--ratio=-1.5", "ratio", -1.5), ("--where /a/b", "where", Path("/a/b")),
     ("--colour dark_blue", "colour", Colour.DARK_BLUE), ("--mode b", "mode", "b"),
     ("--limit 7", "limit", 7), ("", "limit", None), ("--numbers 4 5", "numbers", [4, 5]),
     ("", "numbers", [1]),
