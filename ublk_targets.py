@@ -210,7 +210,7 @@ class Loop(Mapped, ublk.Target):
             f"its size {self.size} is none, or not a multiple of {self.block_size}",
             f"give it another: truncate -s SIZE {path}",
         )
-        if not self.read_only and self._can_discard():
+        if not (self.read_only or defines(self, "discard", Loop)) and self._can_discard():
             self.discard = self._discard  # an attribute: not every backing has it
 
     def close(self) -> None:
@@ -408,15 +408,30 @@ PROPERTIES = (
 )
 
 
+def defines(target: ublk.Target, name: str, base: type) -> bool:
+    """Tell whether a target's class has that of its own, not from base.
+
+    A durable write would go around its write().
+    """
+    if name == "write_fua" and defines(target, "write", base):
+        return True
+    return getattr(type(target), name, None) is not getattr(base, name, None)
+
+
+def serves(target: ublk.Target, name: str) -> bool:
+    """Tell whether a target is to be asked for requests of this name."""
+    return hasattr(target, name) and (name != "write_fua" or ublk.stands(target, name))
+
+
 class Over:
     """A part of targets over others: they serve the requests that all of these do."""
 
     call: Callable[..., Any]  # gets a handler's name and its arguments, returns what it would
 
-    def offer(self, names: Sequence[str], *targets: ublk.Target) -> None:
-        """Have call() serve the requests of these names that all of the targets serve."""
+    def offer(self, base: type, names: Sequence[str], *targets: ublk.Target) -> None:
+        """Have call() serve the requests that all of the targets serve, but no subclass of base."""
         for name in names:
-            if all(hasattr(target, name) for target in targets):
+            if not defines(self, name, base) and all(serves(below, name) for below in targets):
                 setattr(self, name, partial(self.call, name))
 
 
@@ -469,7 +484,7 @@ class Stripe(Over, Mapped, ublk.Target):
         )
         self.size = least.size // chunk * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
-        self.offer(("flush", "discard", "write_zeroes"), *legs)
+        self.offer(Stripe, ("flush", "discard", "write_zeroes"), *legs)
 
     def before(self, leg: int, offset: int) -> int:
         """Return how much of what lies before a byte of the disk is on one leg."""
@@ -792,15 +807,9 @@ class Wrapper(Over):
     def __init__(self, target: ublk.Target) -> None:
         self.target = target
         for name in PROPERTIES:
-            if hasattr(target, name) and not self.defines(name):
+            if hasattr(target, name) and not defines(self, name, ublk.Target):
                 setattr(self, name, getattr(target, name))
-        self.offer([name for name in HANDLERS if not self.defines(name)], target)
-
-    def defines(self, name: str) -> bool:
-        """Tell whether the class has that of its own. A durable write would go around its write()."""
-        if name == "write_fua" and self.defines("write"):
-            return True
-        return getattr(type(self), name, None) is not getattr(ublk.Target, name, None)
+        self.offer(ublk.Target, HANDLERS, target)
 
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target serve a request, to its end."""
@@ -1081,7 +1090,7 @@ class Cache(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("cache", target)
-        self.offer(["write_fua"], target)
+        self.offer(Cache, ["write_fua"], target)
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets
@@ -1529,7 +1538,7 @@ class Nbd(ublk.Target):
             ublk.say(f"{self.uri}: its last {server.size - self.size} bytes are left out")
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
         for name, (bit, command, flags) in NBD_OFFERS.items():
-            if server.flags & bit:
+            if server.flags & bit and not defines(self, name, Nbd):
                 setattr(self, name, partial(self.ask, command, flags))
 
     async def start(self, index: int) -> None:
@@ -1758,7 +1767,6 @@ class Zoned(ublk.Target):
         if not file or not read_only:
             self._make(size, zone_size, conventional)
         self.disk = Loop(self.path, read_only=read_only)
-        self.close = self.disk.close
         self.read_only = self.disk.read_only
         header = ZONED_HEADER.read(self.disk.fd, self.path)
         self.size, self.zone_size, self.conventional, last_boot = header
@@ -1813,6 +1821,9 @@ class Zoned(ublk.Target):
         for zone in zones[: self.conventional]:
             zone.cond = BLK_ZONE_COND_NOT_WP
         return zones
+
+    def close(self) -> None:
+        self.disk.close()
 
     # ---- zones -----------------------------------------------------------------------------------
 
@@ -2063,7 +2074,7 @@ class Record(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("record", target)
-        self.offer(["flush"])  # of interest even where the target needs none
+        self.offer(Record, ["flush"])  # of interest even where the target needs none
         self.lock = threading.Lock()
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize

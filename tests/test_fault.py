@@ -232,13 +232,16 @@ def test_a_subclass_keeps_what_it_defines(targets):
     assert closed == [True]
 
 
-def test_a_durable_write_does_not_go_around_a_subclass(targets):
-    class Shouting(targets.Fault):
+@pytest.mark.parametrize("name", ["Fault", "Cache"])
+def test_a_durable_write_does_not_go_around_a_subclass(targets, name):
+    wrapper = getattr(targets, name)
+
+    class Shouting(wrapper):
         async def write(self, offset, buffer):
-            await self.call("write", offset, memoryview(bytes(buffer).upper()))
+            await super().write(offset, memoryview(bytes(buffer).upper()))
 
     assert not hasattr(Shouting(Recorder()), "write_fua")
-    assert hasattr(targets.Fault(Recorder()), "write_fua")
+    assert hasattr(wrapper(Recorder()), "write_fua")
 
 
 def test_the_next_request_obeys_a_change(targets):

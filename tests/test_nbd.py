@@ -687,6 +687,15 @@ def test_nbd_a_disk_that_starts_anew_sends_nothing_of_its_last_life(targets, her
         assert fake.commands.count(WRITE) == 1
 
 
+def test_nbd_a_durable_write_does_not_go_around_a_subclass(targets, here):
+    class Mine(targets.Nbd):
+        async def write(self, offset, buffer):
+            """Does what it likes."""
+
+    with FakeNbd(here):
+        assert [hasattr(kind(nbd_uri(here)), "write_fua") for kind in (targets.Nbd, Mine)] == [True, False]
+
+
 def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
     async def work():
         fake.dies_of = WRITE

@@ -19,6 +19,7 @@ from tests.support import (
     Fio,
     Forked,
     Ram,
+    Recorder,
     assert_fails,
     carries,
     content_of,
@@ -247,6 +248,25 @@ def test_a_target_that_is_not_told_of_unmap_may_lie_below_another(targets, tmp_p
     disk.target.data[:] = b"x" * 8192
     now(disk.write_zeroes(4096, 4096, True))
     assert disk.target.data == b"x" * 4096 + bytes(4096)
+
+
+@every_wrapper
+def test_a_durable_write_does_not_go_around_a_subclass_below_another(targets, tmp_path, make):
+    class Shouting(Recorder):
+        def write(self, offset, buffer):
+            super().write(offset, bytes(buffer).upper())
+
+    assert not hasattr(make(targets, Shouting(), tmp_path), "write_fua")
+    assert hasattr(targets.Fault(Recorder()), "write_fua")
+
+
+@pytest.mark.parametrize("name, words, handler", [
+    ("Loop", ["a.img"], "discard"), ("Stripe", ["a.img", "b.img"], "flush"), ("Zoned", [], "close")])
+def test_a_subclass_is_asked_itself_whatever_its_files_can_do(targets, two_files, name, words, handler):
+    base = getattr(targets, name)
+    mine = type("Mine", (base,), {handler: lambda self: "mine"})(*words)
+    assert getattr(mine, handler)() == "mine"
+    base.close(mine)
 
 
 @every_wrapper
