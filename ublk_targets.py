@@ -1487,10 +1487,11 @@ class NbdRequest:
 class Nbd(ublk.Target):
     """Be the client of an NBD server: qemu-nbd, nbdkit and others serve what lies elsewhere.
 
-    It gets all requests at once. When the server ends the connection, a new one is made and gets
-    the requests that had no reply yet. When we do, as a request is never answered, the server may
-    still do what it was told, even after later changes: from then on all changes fail. What was
-    acknowledged and not flushed before may be gone, as servers have caches: the next flush fails.
+    It gets all requests at once. When the server ends the connection (not a tunnel or proxy before
+    it), a new one is made and gets the requests that had no reply yet. When we do, as a request is
+    never answered, the server may still do what it was told, even after later changes: from then on
+    all changes fail. What was acknowledged and not flushed before may be gone, as servers have
+    caches: the next flush fails.
 
     uri: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; nbds: for TLS
     timeout: a request fails when it has no answer for so long
@@ -1685,8 +1686,11 @@ class Nbd(ublk.Target):
                     told = reason
             for request in self._expired():
                 self._end(request, errno.ETIMEDOUT)
-        for request in self.pending.values():
-            self.connection.transport.write(request.message)
+        for request in list(self.pending.values()):
+            if request.done.done():  # given up: it could land on what was written since
+                del self.pending[request.cookie]
+            else:
+                self.connection.transport.write(request.message)
 
 
 # =================================================================================================

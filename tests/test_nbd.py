@@ -687,6 +687,25 @@ def test_nbd_a_disk_that_starts_anew_sends_nothing_of_its_last_life(targets, her
         assert fake.commands.count(WRITE) == 1
 
 
+def test_nbd_a_write_that_was_given_up_is_never_sent_again(targets, here):
+    """It would land on what was written since."""
+    async def work():
+        fake.ignores = WRITE
+        write = asyncio.ensure_future(target.write(0, memoryview(bytes(4096))))
+        while WRITE not in fake.commands:
+            await asyncio.sleep(0.01)
+        write.cancel()
+        fake.ignores = None
+        await target.write(0, PAGE)
+        fake.dies_of = READ
+        await target.read(0, bytearray(4096))
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, work)
+        assert fake.data[:4096] == PAGE
+
+
 def test_nbd_a_durable_write_does_not_go_around_a_subclass(targets, here):
     class Mine(targets.Nbd):
         async def write(self, offset, buffer):
