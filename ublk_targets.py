@@ -1888,10 +1888,16 @@ class Zoned(ublk.Target):
         """Empty zones, durably before their data go and others take their place."""
         with self.lock:
             written = [zone for zone in zones if zone.wp != zone.start]
-            for zone in written:
-                self._note(zone, zone.start, zone.start)
-            if written:
-                os.fdatasync(self.disk.fd)
+            try:
+                for zone in written:
+                    self._note(zone, zone.start, zone.start)
+                if written:
+                    os.fdatasync(self.disk.fd)
+            except OSError:
+                for zone in written:
+                    zone.kept = zone.start  # so that the next flush notes it, too
+                    self._note(zone, zone.wp, zone.durable)
+                raise
             for zone in zones:
                 zone.wp = zone.durable = zone.kept = zone.start
                 zone.resets += 1

@@ -178,6 +178,23 @@ def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 8192
 
 
+def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, monkeypatch):
+    def fails(fd):
+        raise OSError(errno.EIO, "bad sector")
+
+    path, page = tmp_path / "zones", memoryview(os.urandom(4096))
+    disk = zoned(targets, file=str(path))
+    disk.zone_append(1 << 20, page)
+    disk.disk.flush = flushed = nothing_to_wait_for()
+    now(disk.flush())
+    monkeypatch.setattr(os, "fdatasync", fails)
+    assert error_of(disk._reset, disk.zones) == errno.EIO
+    now(disk.flush())
+    assert flushed.count == 4                   # the file may durably say that it is empty
+    disk.close()
+    assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
+
+
 def nothing_to_wait_for():
     """Make a coroutine function that counts its calls."""
     async def function():
