@@ -408,7 +408,7 @@ PROPERTIES = (
 )
 
 
-def defines(target: ublk.Target, name: str, base: type) -> bool:
+def defines(target: object, name: str, base: type) -> bool:
     """Tell whether a target's class has that of its own, not from base.
 
     A durable write would go around its write().
@@ -1508,7 +1508,7 @@ class Nbd(ublk.Target):
         self.timeout = seconds(timeout)
         refuse(not self.timeout, "--timeout 0", "no server answers in no time")
         self.tls: Any = None
-        if uri.startswith("nbds"):
+        if uri.lower().startswith("nbds"):
             import ssl
 
             self.tls = ssl.create_default_context(cafile=ca or None)

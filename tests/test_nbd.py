@@ -860,9 +860,11 @@ def test_nbd_files_that_are_no_certificates(run, option):
     assert_fails(run("nbd", "nbds://localhost", option, __file__), 1, "target nbd", errno.EIO)
 
 
-def test_nbd_a_server_without_tls_gets_nothing_in_the_clear(run, here):
+@pytest.mark.parametrize("scheme", ["nbds", "NBDS"])
+def test_nbd_a_server_without_tls_gets_nothing_in_the_clear(run, here, scheme):
     with nbdkit(here, "--tls=off", "memory", "1M"):
-        assert_fails(run("nbd", f"nbds+unix:///?socket={here}"), 1, "the server speaks no TLS", errno.EINVAL)
+        done = run("nbd", f"{scheme}+unix:///?socket={here}")
+        assert_fails(done, 1, "the server speaks no TLS", errno.EINVAL)
 
 
 def old_hands(fake, peer):

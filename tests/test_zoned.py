@@ -187,8 +187,10 @@ def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, mon
     disk.zone_append(1 << 20, page)
     disk.disk.flush = flushed = nothing_to_wait_for()
     now(disk.flush())
+    table = path.read_bytes()[4096:8192]
     monkeypatch.setattr(os, "fdatasync", fails)
     assert error_of(disk._reset, disk.zones) == errno.EIO
+    assert path.read_bytes()[4096:8192] == table
     now(disk.flush())
     assert flushed.count == 4                   # the file may durably say that it is empty
     disk.close()
