@@ -1671,10 +1671,10 @@ class Target:
         write_metadata(offset, buffer)  keep it; both are called before read and write
 
     **Coroutines.** All but the PLAIN_METHODS may be an ``async def``, or, in a
-    class that has one (start() will do), return something else that can be
-    awaited. Its queues run an asyncio loop, whose ring also does uring_read and
-    the like, and serve other requests meanwhile. A close() that is one runs on
-    the loop of the queue that ends last.
+    class that has one (start() will do), and but for close(), return something
+    else that can be awaited. Its queues run an asyncio loop, whose ring also
+    does uring_read and the like, and serve other requests meanwhile. A close()
+    that is an ``async def`` runs on the loop of the queue that ends last.
 
     **What is returned.** None, or for read and write the number of bytes moved:
     what is short is asked for again.
@@ -5653,7 +5653,7 @@ def target_parser(
                 continue
         except (argparse.ArgumentError, ValueError) as error:  # 3.14: of a bool no_x
             refuse(error, f"parameter {name}", f"it cannot be the option {option} ({error})")
-        if optional:
+        if optional and not is_target(kind):  # whose words may have options among them
             extra["nargs"] = "*" if "nargs" in extra else "?"
         parser.add_argument(name, **extra)
     return parser

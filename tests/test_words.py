@@ -317,6 +317,12 @@ def test_words_reach_the_parameters_they_are_meant_for(tmp_path, parameters, wor
     assert ublk.make_target([str(taking(tmp_path, parameters)), *words.split()]).given == given
 
 
+def test_a_target_that_may_be_left_out_has_options_of_its_own(tmp_path):
+    path = str(taking(tmp_path, "below: ublk.Target = None"))
+    below, = ublk.make_target([path, "null", "--size", "1M"]).given
+    assert below.size == 1 << 20
+
+
 @pytest.mark.parametrize("parameters", [
     "*, depth: int = 3", "depth=3", "*, copy=False", "*, debug=False", "*, help=''", "*, no_a=False, a=False",
     "*, partition_scan=True"])
