@@ -2093,6 +2093,7 @@ class Queue:
         # What is to serve requests, and no task has begun
         self.begun: collections.deque[Coroutine[Any, Any, None]] = collections.deque()
         self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
+        self.threads: set[Any] = set()  # futures of what threads do for them, to_thread() say
         self._enough_tasks = 1  # how many to have for requests that come together
         self.rounds = 0  # how often the loop has waited
         self.watching = False  # whether the ring waits for the loop's epoll, too
@@ -2583,11 +2584,14 @@ class Queue:
     def _begin_loop(self) -> None:
         """Have an asyncio loop wait with the ring."""
         import asyncio
+        from concurrent.futures import ThreadPoolExecutor
 
-        selector = RingSelector(self)
-        self.loop = asyncio.SelectorEventLoop(selector)
+        self.loop = asyncio.SelectorEventLoop(RingSelector(self))
         self.loop.set_exception_handler(self._told)
         _here.queue = self
+        pool: Any = ThreadPoolExecutor(thread_name_prefix="asyncio")
+        pool.submit = partial(noted, self.threads, pool.submit)
+        self.loop.set_default_executor(pool)
 
     def _run_loop(self) -> None:
         """Run the loop, which waits by RingSelector.select(), until it is stopped."""
@@ -2684,7 +2688,9 @@ class Queue:
         deadline = time.monotonic() + LAST_WORDS
         if self.loop is not None:
             self._end_loop()
-        while time.monotonic() < deadline and (self._operations or self._has_chains()):
+        while time.monotonic() < deadline and (
+            self._operations or self.threads or self._has_chains()
+        ):
             self.ended.update(self.collect(A_MOMENT))  # requests for the next server
         self.commit()
         while self.ring.pending:
@@ -3014,12 +3020,15 @@ class Worker(threading.Thread):
                 queue.end_handlers()  # which could use files that are closed
                 if self.device.last_to_leave(self):
                     self.closes = True
-                    # So may tasks of the other queues until they have ended
-                    becomes(lambda: self.device.serving == {self}, GRACE)
-                    queue.call(close)
+                    # So may threads, and tasks of the other queues, until they have ended
+                    becomes(lambda: self.device.serving == {self} and not queue.threads, GRACE)
+                    if self.device.used and not queue.threads:
+                        queue.call(close)
         finally:
             self.closes = False
             queue.wind_up()
+            if queue.threads:
+                self.device.used = False  # but by them, who knows how long: it is not closed
             if queue.failure is not None:
                 raise queue.failure
 
@@ -4412,7 +4421,8 @@ class BatchQueue(Queue):
 # context variable that one of them leaves set, or a cancellation of the task
 # that it leaves unheard, is the next one's). One that waits keeps its task to
 # its end; in the next round there are two for the others, then four. When the
-# queue ends, tasks are cancelled and given LAST_WORDS to go.
+# queue ends, tasks are cancelled, and given LAST_WORDS to go; so are threads that
+# asyncio has do something. A target for which one then goes on is not closed.
 
 LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
 _here = threading.local()  # .queue: the one whose loop runs in this thread
@@ -4535,6 +4545,17 @@ def uring_send(fd: int, buffer: Any, flags: int = 0) -> Promise:
     It has MSG_* flags, as send(2). Raises OSError.
     """
     return operate(IORING_OP_SEND, fd, buffer, rw_flags=flags)
+
+
+def noted(work: set[Any], submit: Callable[..., Any], *words: Any) -> Any:
+    """Give a thread something to do, and have it be in a set until it is done.
+
+    Nobody can cancel it then, and its task may end before it.
+    """
+    future = submit(*words)
+    work.add(future)
+    future.add_done_callback(work.discard)
+    return future
 
 
 class RingSelector(selectors.EpollSelector):

@@ -102,7 +102,7 @@ class Parked:
     """A queue to which no request comes."""
 
     path = SimpleNamespace(abandon=bool)
-    leaving, failure = False, None
+    leaving, failure, threads = False, None, ()
 
     def __init__(self, device, index):
         self.device = device
@@ -492,6 +492,58 @@ def test_a_disk_ends_though_a_task_of_its_target_blocks(driver, rings, monkeypat
         pass
     assert target.ends == ["target"]
     go.set()
+
+
+class Threaded(ublk.Target):
+    """Each queue has a thread do something, for which nobody waits."""
+
+    size = 1 << 20
+
+    def __init__(self, does):
+        self.does, self.ends = does, []
+
+    async def start(self, index):
+        self.task = asyncio.ensure_future(self.wait())
+        await asyncio.sleep(0)
+
+    async def wait(self):
+        await asyncio.get_running_loop().run_in_executor(None, self.do)
+
+    def do(self):
+        self.does()
+        self.ends.append("thread")
+
+    def close(self):
+        self.ends.append("target")
+
+
+class ThreadedToTheEnd(Threaded):
+    """Is closed in the loop."""
+
+    async def close(self):
+        super().close()
+
+
+@pytest.mark.parametrize("kind", [Threaded, ThreadedToTheEnd])
+def test_a_target_is_closed_behind_what_threads_do_for_it(driver, rings, kind):
+    """Or its descriptors would be another file's by the time that they use them."""
+    target = kind(lambda: threading.Event().wait(0.1))
+    with new(target, queues=2):
+        pass
+    assert target.ends == ["thread", "thread", "target"]
+
+
+@pytest.mark.parametrize("kind", [Threaded, ThreadedToTheEnd])
+def test_a_target_for_which_a_thread_does_not_end_is_not_closed(driver, rings, monkeypatch, kind):
+    monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
+    monkeypatch.setattr(ublk, "GRACE", 0.5)
+    go = threading.Event()
+    target = kind(go.wait)
+    with new(target, queues=2):
+        pass
+    ends = [*target.ends]
+    go.set()
+    assert ends == []
 
 
 def full():
