@@ -3971,18 +3971,16 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
                 open_char(dev_id, timeout).close()
         what = f"device {dev_id} is stopped but not deleted"
         remedy = "it goes when they close it"
-        control.del_dev(dev_id, timeout)
+        control.del_dev(dev_id, timeout / 2)
     except OSError as error:
+        # It may be about to go, by somebody else's command, or gone: DEL_DEV
+        # waits for a free number, which somebody may have taken at once
+        if becomes(lambda: not is_same(control, dev_id, identity), timeout / 2):
+            return
         if error.errno in (errno.ETIMEDOUT, errno.EBUSY):
             who = ", ".join(holders(dev_id)) or "somebody"
             raise UblkError(errno.EBUSY, what, f"held open by {who}", remedy) from None
-        # Without its node it may be about to go, by somebody else's command; or
-        # nobody can command it.
-        if error.errno != errno.ENODEV and not (
-            error.errno == errno.ENOENT
-            and becomes(lambda: not is_same(control, dev_id, identity), GRACE)
-        ):
-            raise
+        raise
     finally:
         fcntl.flock(control.fd, fcntl.LOCK_UN)
 

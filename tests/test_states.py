@@ -1228,6 +1228,15 @@ def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver
     assert (driver.devices.pop(7, None), driver.sent) == (99, [])
 
 
+def test_del_waits_for_no_other_device_that_got_its_number_at_once(driver):
+    def taken():
+        driver.devices[7] = 99
+        raise ublk.UblkError(errno.ETIMEDOUT, "DEL_DEV")
+    driver.devices[7], driver.happens["del_dev"] = 1, taken
+    ublk.delete(driver, 7, identity=1)
+    assert driver.devices.pop(7) == 99
+
+
 # ---- a size that a target cannot have ---------------------------------------------------------------
 
 @pytest.mark.parametrize("able", [False, True], ids=["without resized()", "resized() fails"])
