@@ -3049,6 +3049,7 @@ class Worker(threading.Thread):
             if self.closes or (self.queue is None and self.is_alive()):
                 late = time.monotonic() + GRACE
             elif time.monotonic() > late:
+                say(f"{self.device.name}: its target does not return, and stays open")
                 break
             time.sleep(0.005)
         with self._closing:

@@ -675,6 +675,16 @@ def test_no_handler_that_is_late_closes_the_target(driver, monkeypatch):
     assert disk.target.closed == 0
 
 
+@pytest.mark.parametrize("end", [ublk.Device.stop, ublk.Device.detach])
+def test_who_ends_a_disk_is_told_that_its_target_stays_open(driver, monkeypatch, capsys, end):
+    disk = hanging(monkeypatch)
+    disk.start()
+    end(disk)
+    driver.devices.clear()
+    assert "its target does not return, and stays open" in capsys.readouterr().err
+    disk.target.released.set()
+
+
 def test_an_end_that_was_interrupted_waits_for_no_handler_again(driver, monkeypatch):
     disk, close = hanging(monkeypatch), ublk.Worker.close_queue
     disk.start()
@@ -962,13 +972,14 @@ def test_a_state_file_that_cannot_be_written_does_not_end_a_server(driver, monke
 
 def test_what_ended_a_server_is_told_though_its_disk_cannot_go(driver, handlers, monkeypatch, capsys):
     def held(*_, **__):
-        driver.devices.clear()
         raise ublk.UblkError(errno.ETIMEDOUT, "DEL_DEV")
     monkeypatch.setattr(driver, "del_dev", held, raising=False)
+    monkeypatch.setattr(ublk.delete, "__defaults__", (0.1,))
     disk, cause = new(), ublk.UblkError(errno.ENOMEM, "the cause")
     live = SimpleNamespace(live=lambda disk: disk.report(disk._workers[0], cause))
     assert error_of(ublk.serve, disk, disk.start, live) == errno.ENOMEM
     assert "is stopped but not deleted" in capsys.readouterr().err
+    driver.devices.clear()
 
 
 def test_no_descriptor_for_news_to_systemd_is_no_reason_to_end(monkeypatch):
