@@ -3695,14 +3695,14 @@ class Device:
 
     def _take_away(self, timeout: float = STOP_TIMEOUT) -> None:
         """Go down to GONE. What a KeyboardInterrupt keeps from it is done the next time."""
+        lost = self._is_lost()
+        if self.state is LIVE:
+            self.state = LEFT if lost else ADDED  # whoever interrupts what comes now
         try:
-            if self._is_lost():
-                self.state = LEFT
+            if lost:
                 becomes(lambda: not self.serving, timeout)  # its busy queues leave last
-            elif self.state in (ADDED, LIVE):
-                self.state = ADDED  # to go, whoever interrupts that
-                if self.serving:
-                    self._stop_disk(timeout)
+            elif self.state is ADDED and self.serving:
+                self._stop_disk(timeout)
         finally:
             self._let_go()
 

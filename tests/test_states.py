@@ -710,6 +710,16 @@ class Hanging(Parked):
         self.device.target.released.wait()
 
 
+def test_a_disk_goes_though_the_look_whether_it_has_a_server_was_interrupted(driver, monkeypatch):
+    disk = new()
+    disk.start()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(disk, "_is_lost", interrupts)
+        disk.stop()
+    disk.stop()
+    assert (disk.state, driver.devices) == (ublk.GONE, {})
+
+
 def test_a_disk_is_left_behind_though_its_end_was_interrupted(driver, monkeypatch):
     disk = new(recovery="requeue")
     disk.start()
