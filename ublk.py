@@ -84,6 +84,7 @@ import argparse
 import atexit
 import collections.abc
 import contextlib
+import contextvars
 import ctypes
 import dataclasses
 import enum
@@ -2093,7 +2094,9 @@ class Queue:
         # What is to serve requests, and no task has begun
         self.begun: collections.deque[Coroutine[Any, Any, None]] = collections.deque()
         self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
-        self.threads: set[Any] = set()  # futures of what threads do for them, to_thread() say
+        self.threads: set[Any] = (
+            set()
+        )  # futures of what threads do for requests, to_thread() say
         self._enough_tasks = 1  # how many to have for requests that come together
         self.rounds = 0  # how often the loop has waited
         self.watching = False  # whether the ring waits for the loop's epoll, too
@@ -2566,6 +2569,7 @@ class Queue:
 
     async def _work(self) -> None:
         """Serve requests, one after the other until one has to wait."""
+        _serving.set(True)
         rounds = self.rounds
         while self.begun and self.rounds == rounds:
             await self.begun.popleft()
@@ -4421,10 +4425,13 @@ class BatchQueue(Queue):
 # that it leaves unheard, is the next one's). One that waits keeps its task to
 # its end; in the next round there are two for the others, then four. When the
 # queue ends, tasks are cancelled, and given LAST_WORDS to go; so are threads that
-# asyncio has do something. A target for which one then goes on is not closed.
+# asyncio has do something for a request. A target that one then still uses is not
+# closed.
 
 LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
 _here = threading.local()  # .queue: the one whose loop runs in this thread
+# Whether it is for a request, what a task, or one that it has begun, does
+_serving = contextvars.ContextVar("serving", default=False)
 
 
 def has_coroutines(target: Any) -> bool:
@@ -4547,13 +4554,14 @@ def uring_send(fd: int, buffer: Any, flags: int = 0) -> Promise:
 
 
 def noted(work: set[Any], submit: Callable[..., Any], *words: Any) -> Any:
-    """Give a thread something to do, and have it be in a set until it is done.
+    """Give a thread something to do; if that is for a request, have it be in a set until it is done.
 
     Nobody can cancel it then, and its task may end before it.
     """
     future = submit(*words)
-    work.add(future)
-    future.add_done_callback(work.discard)
+    if _serving.get():
+        work.add(future)
+        future.add_done_callback(work.discard)
     return future
 
 

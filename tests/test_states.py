@@ -495,21 +495,21 @@ def test_a_disk_ends_though_a_task_of_its_target_blocks(driver, rings, monkeypat
 
 
 class Threaded(ublk.Target):
-    """Each queue has a thread do something, for which nobody waits."""
+    """Each queue has a thread do something for a request, and another beside the requests."""
 
     size = 1 << 20
 
-    def __init__(self, does):
-        self.does, self.ends = does, []
+    def __init__(self, does, beside):
+        self.does, self.beside, self.begun, self.ends = does, beside, threading.Semaphore(0), []
 
     async def start(self, index):
-        self.task = asyncio.ensure_future(self.wait())
-        await asyncio.sleep(0)
+        self.task = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(None, self.beside))
 
-    async def wait(self):
-        await asyncio.get_running_loop().run_in_executor(None, self.do)
+    async def serve(self):
+        await asyncio.get_running_loop().run_in_executor(None, self.work)
 
-    def do(self):
+    def work(self):
+        self.begun.release()
         self.does()
         self.ends.append("thread")
 
@@ -524,24 +524,30 @@ class ThreadedToTheEnd(Threaded):
         super().close()
 
 
-@pytest.mark.parametrize("kind", [Threaded, ThreadedToTheEnd])
-def test_a_target_is_closed_behind_what_threads_do_for_it(driver, rings, kind):
-    """Or its descriptors would be another file's by the time that they use them."""
-    target = kind(lambda: threading.Event().wait(0.1))
+def ends_of(target, monkeypatch):
+    """Return what has ended with a disk of two queues that have a request each."""
+    monkeypatch.setattr(QUEUE, "fetch", lambda queue: queue.begun.append(queue.target.serve()))
     with new(target, queues=2):
-        pass
-    assert target.ends == ["thread", "thread", "target"]
+        assert target.begun.acquire(timeout=10) and target.begun.acquire(timeout=10)
+    return [*target.ends]
 
 
 @pytest.mark.parametrize("kind", [Threaded, ThreadedToTheEnd])
-def test_a_target_for_which_a_thread_does_not_end_is_not_closed(driver, rings, monkeypatch, kind):
+def test_a_target_is_closed_behind_what_threads_do_for_requests(driver, rings, monkeypatch, kind):
+    """Or its descriptors would be another file's by the time that they use them."""
+    go = threading.Event()
+    target = kind(lambda: threading.Event().wait(0.1), go.wait)
+    ends = ends_of(target, monkeypatch)
+    go.set()
+    assert ends == ["thread", "thread", "target"]
+
+
+@pytest.mark.parametrize("kind", [Threaded, ThreadedToTheEnd])
+def test_a_target_that_a_thread_still_uses_is_not_closed(driver, rings, monkeypatch, kind):
     monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
     monkeypatch.setattr(ublk, "GRACE", 0.5)
     go = threading.Event()
-    target = kind(go.wait)
-    with new(target, queues=2):
-        pass
-    ends = [*target.ends]
+    ends = ends_of(kind(go.wait, bool), monkeypatch)
     go.set()
     assert ends == []
 
