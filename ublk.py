@@ -3033,6 +3033,7 @@ class Worker(threading.Thread):
             queue.wind_up()
             if queue.threads:
                 self.device.used = False  # but by them, who knows how long: it is not closed
+                self.stays_open()
             if queue.failure is not None:
                 raise queue.failure
 
@@ -3053,7 +3054,7 @@ class Worker(threading.Thread):
             if self.closes or (self.queue is None and self.is_alive()):
                 late = time.monotonic() + GRACE
             elif time.monotonic() > late:
-                say(f"{self.device.name}: its target does not return, and stays open")
+                self.stays_open()
                 break
             time.sleep(0.005)
         with self._closing:
@@ -3061,6 +3062,10 @@ class Worker(threading.Thread):
                 self.given_up = True
                 self.queue.path.abandon()
         self.close_queue()
+
+    def stays_open(self) -> None:
+        """Tell that somebody still uses the target."""
+        say(f"{self.device.name}: its target does not return, and stays open")
 
     def close_queue(self) -> None:
         """Close the queue, unless that is done."""
