@@ -4669,7 +4669,7 @@ def holders(dev_id: int) -> list[str]:
     """Return who uses /dev/ublkbN or one of its partitions, as far as we may see.
 
     That is programs that have it open (this one included), mounts in any
-    namespace, swap, and the disks that are built upon it (LVM, md, dm, loop).
+    namespace, swap, and what is built upon it (LVM, md, dm, loop, btrfs).
     """
     disk = f"ublkb{dev_id}"
     return [*openers(disk), *mounts(disk), *swaps(disk), *disks_above(disk)]
@@ -4746,12 +4746,17 @@ def swaps(disk: str) -> Iterator[str]:
 
 
 def disks_above(disk: str) -> Iterator[str]:
-    """Yield the disks that are built upon a disk or its partitions: LVM, dm, md, loop."""
-    for place in (f"/sys/block/{disk}", f"/sys/block/{disk}/{disk}p*"):
-        for holder in glob.glob(f"{place}/holders/*"):
+    """Yield what is built upon a disk or its partitions: LVM, dm, md, loop, a btrfs.
+
+    That has several disks, and is mounted by the name of one.
+    """
+    for part in (disk, f"{disk}p*"):
+        for holder in glob.glob(f"/sys/class/block/{part}/holders/*"):
             name = os.path.basename(holder)
             title = "".join(lines_of(f"{holder}/dm/name"))
             yield f"{name} ({title})" if title else name
+        for member in glob.glob(f"/sys/fs/btrfs/*/devices/{part}"):
+            yield f"btrfs {member.split('/')[4]}"
     for file in glob.glob("/sys/block/*/loop/backing_file"):
         if any(is_node_of(line, disk) for line in lines_of(file)):
             yield file.split("/")[3]

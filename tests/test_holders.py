@@ -172,6 +172,13 @@ def test_a_process_that_has_ended_meanwhile_hides_no_mount(monkeypatch):
     assert list(ublk.mounts("ublkb0")) == ["the mount at /mnt of pid 9"]
 
 
+@pytest.mark.parametrize("name", ["ublkb0", "ublkb0p*"])
+def test_a_file_system_of_several_disks_holds_each(monkeypatch, name):
+    found = {f"/sys/fs/btrfs/*/devices/{name}": ["/sys/fs/btrfs/0-1/devices/it"]}
+    monkeypatch.setattr(ublk.glob, "glob", lambda pattern: found.get(pattern, []))
+    assert list(ublk.disks_above("ublkb0")) == ["btrfs 0-1"]
+
+
 def test_a_name_does_not_end_a_line_of_the_kernels(tmp_path):
     lines = ["/mnt/a\rb\x0c", "", "/mnt/\x85\u2028c"]
     (tmp_path / "mounts").write_bytes("".join(f"{line}\n" for line in lines).encode())
