@@ -5689,7 +5689,7 @@ def target_parser(
             if parameter.kind is parameter.KEYWORD_ONLY or kind is bool or option in named:
                 parser.add_argument(option, dest=name, required=not optional, **extra)
                 continue
-        except (argparse.ArgumentError, ValueError) as error:  # 3.14: of a bool no_x
+        except argparse.ArgumentError as error:
             refuse(error, f"parameter {name}", f"it cannot be the option {option} ({error})")
         if optional and not is_target(kind):  # whose words may have options among them
             extra["nargs"] = "*" if "nargs" in extra else "?"
