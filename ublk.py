@@ -3416,7 +3416,8 @@ class Device:
         # An idle queue leaves a quiesced disk before one that is busy
         if not self.serving or self.failure or self.state is not LIVE:
             self._end_waits()
-        if not self.serving:
+        # None may be about to begin, either, while the disk starts
+        if not self.serving and all(other.left for other in self._workers):
             self._close_files()
 
     def _named(self, failure: BaseException) -> UblkError:

@@ -308,6 +308,19 @@ def test_a_start_fails_of_a_queue_that_cannot_be_made(driver, monkeypatch, step,
     assert descriptors() == before
 
 
+def test_a_queue_that_fails_at_once_closes_nothing_that_another_begins_with(driver, monkeypatch):
+    closed = []
+
+    def start(worker, original=threading.Thread.start):
+        closed.append(worker.device._files[0].closed)
+        original(worker)
+        worker.join()
+    monkeypatch.setattr(ublk.Worker, "start", start)
+    monkeypatch.setattr(ublk.Worker, "serve", lambda worker: fails())
+    assert "ENOMEM" in message(new(queues=2).start)
+    assert closed == [False, False]
+
+
 # ---- down ----------------------------------------------------------------------------------------
 
 def interrupts():
