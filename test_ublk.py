@@ -1088,7 +1088,8 @@ def test_a_queue_that_dies_ends_the_device(capfd):
 
     with pytest.raises(ublk.UblkError, match="not again"), ublk.Device(Dies(size=1 << 20)) as device:
         device.target.tired = True
-        done = sh("dd", f"if={device.path}", "of=/dev/null", "bs=4k", "count=1", check=False)
+        done = sh("dd", f"if={device.path}", "of=/dev/null", "bs=4k", "count=1", "iflag=direct",
+                  check=False)
         # an I/O error, or the end of a disk that has gone already
         assert done.returncode == 1 or done.stderr.startswith("0+0 records in")
         assert device.wait(60) and isinstance(device.failure.__cause__, RuntimeError)
