@@ -471,7 +471,7 @@ EXPLANATIONS = explanations("""
     any ENOENT its device node is not visible here -> see whether /dev holds the node of this device
     any EINTR the command was cancelled -> try again
     any ETIMEDOUT it did not end in time -> see whether its server, or who has it open, hangs
-    ADD_DEV EEXIST the id is taken -> choose another, or none
+    ADD_DEV EEXIST the id is taken -> choose another, or `ublk.py del` that device first
     ADD_DEV EPERM this process lacks CAP_SYS_ADMIN -> run as root, or ask for an unprivileged device (-p)
     ADD_DEV EACCES too many unprivileged devices \
         -> delete some, or raise /sys/module/ublk_drv/parameters/ublks_max

@@ -229,6 +229,7 @@ def test_ctrl_c_with_a_handler_that_never_returns(tmp_path):
             size = 1 << 20
             def start(self, index):
                 ublk.Device.stop.__defaults__ = (0.5,)
+                ublk.delete.__defaults__ = (3.0,)
             def read(self, offset, buffer):
                 while offset == 65536:
                     time.sleep(1)
