@@ -2407,7 +2407,8 @@ class Queue:
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
         if self.loop is not None:
-            self.begun.append(self._see_through(tag))
+            if not self.closing:  # or none is begun any more, as where a chain breaks
+                self.begun.append(self._see_through(tag))
             return
         try:
             result = run(self._serve(tag))

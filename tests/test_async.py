@@ -247,6 +247,16 @@ def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
     device.close()
 
 
+def test_a_chain_that_breaks_as_its_queue_ends_begins_nothing_that_nobody_awaits():
+    device = StandIn(target_of(start=async_start))
+    queue = NopQueue(device)
+    queue.wind_up()
+    queue.chain_done(0, 1, -errno.EIO)
+    assert not queue.begun
+    queue.close()
+    device.close()
+
+
 def test_what_came_with_the_news_that_ends_a_queue_is_heard(monkeypatch):
     """Or who waits for it, the target's close() maybe, would wait for ever."""
     reader, writer = os.pipe()
