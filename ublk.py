@@ -2094,9 +2094,8 @@ class Queue:
         # What is to serve requests, and no task has begun
         self.begun: collections.deque[Coroutine[Any, Any, None]] = collections.deque()
         self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
-        self.threads: set[Any] = (
-            set()
-        )  # futures of what threads do for requests, to_thread() say
+        # Futures of what threads do for requests, to_thread() say
+        self.threads: set[Any] = set()
         self._enough_tasks = 1  # how many to have for requests that come together
         self.rounds = 0  # how often the loop has waited
         self.watching = False  # whether the ring waits for the loop's epoll, too

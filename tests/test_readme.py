@@ -103,7 +103,7 @@ SINCE = {
 }
 
 MASKS = {
-    r"[A-Z][a-z]{2} +\d+ \d\d:\d\d": "DATE",
+    r"[A-Z][a-z]{2} +\d+ (\d\d:\d\d| \d{4})": "DATE",         # ls: with the year where the clock is behind
     r"\d+, +\d+": "MAJOR, MINOR",
     r"\b\d{3}:\d+": "MAJOR:MINOR",
     r"(?<![-\d])\d+(?= +\d+:\d+\b)": "PID",                     # in front of an owner, in `list`
@@ -240,6 +240,7 @@ class Terminal:
     def close(self):
         """Take away what the commands have made."""
         self.interrupt()
+        self.user = None
         for number in devices_left():
             if state_of(number) != "LIVE":          # unmounting would wait for a server
                 self.run(f"ublk.py stop {number}")
