@@ -3064,8 +3064,9 @@ class Worker(threading.Thread):
         self.close_queue()
 
     def stays_open(self) -> None:
-        """Tell that somebody still uses the target."""
+        """Tell that somebody still uses the target, also at the end of the process."""
         say(f"{self.device.name}: its target does not return, and stays open")
+        _left_behind.append(self.device.target)
 
     def close_queue(self) -> None:
         """Close the queue, unless that is done."""
@@ -3761,7 +3762,6 @@ class Device:
         except UblkError as error:
             if error.errno == errno.ETIMEDOUT:
                 say(f"{self.name}: a handler does not return, its requests fail now")
-                _left_behind.append(self.target)
             elif error.errno not in (errno.ENODEV, errno.ENOENT):  # it is gone, or its node is
                 raise
 
