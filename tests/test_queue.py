@@ -707,10 +707,10 @@ def batch():
     batch(target, order) returns the queue, and of each tag operation and sectors.
     """
     def batch(target, order):
-        if not opened:
+        if not made:
             device = StandIn(target, depth=len(MIXED))
-            opened.extend([ublk.Queue(device, 0), device])
-        queue, device = opened
+            made.extend([ublk.Queue(device, 0), device])
+        queue, device = made
         given = dict(zip(range(len(MIXED))[::order], MIXED))
         for tag, (operation, sectors) in given.items():
             place = tag * device.desc_size
@@ -718,9 +718,9 @@ def batch():
         queue._done.clear()
         queue._answer()(list(given))
         return queue, given
-    opened = []
+    made = []
     yield batch
-    for item in opened:
+    for item in made:
         item.close()
 
 
