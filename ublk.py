@@ -136,6 +136,10 @@ PAGE_SIZE = mmap.PAGESIZE
 # something: what cannot be had is raised, to be caught by who knows better.
 
 
+# errno 95 has two names; block devices know it by this one
+ERRNO_NAMES = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
+
+
 class UblkError(OSError):
     """An OSError that says what failed, why, and what to do about it, in one line.
 
@@ -153,10 +157,8 @@ class UblkError(OSError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        number = self.errno or 0
-        # errno 95 has two names; block devices know it by this one
-        names = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
-        text = f"{self.what}: {self.reason} ({self.errno} {names.get(number, 'ERROR')})"
+        name = ERRNO_NAMES.get(self.errno or 0, "ERROR")
+        text = f"{self.what}: {self.reason} ({self.errno} {name})"
         if self.remedy:
             text += f": {self.remedy}"
         return " ".join(text.splitlines())
@@ -165,8 +167,9 @@ class UblkError(OSError):
 def say(text: str) -> None:
     """Tell whoever watches standard error; that nobody does must hurt neither request nor disk."""
     try:
-        print(f"ublk: {text}", file=sys.stderr, flush=True)
-    except Exception:  # a program may have closed it, or put anything there
+        sys.stderr.write(f"ublk: {text}\n")
+        sys.stderr.flush()
+    except Exception:  # a program may have closed it, have none, or put anything there
         pass
 
 
@@ -883,20 +886,14 @@ class Ring:
     """
 
     def __init__(self, entries: int, for_control: bool = False) -> None:
+        self.sqe_size = 128 if for_control else 64
         params = self._setup(entries, for_control)
         self.entries = params.sq_entries
-        self.sqe_size = 128 if for_control else 64
         sq = params.sq_off
         cq = params.cq_off
-        size = max(sq.array + 4 * params.sq_entries, cq.cqes + 16 * params.cq_entries)
-        # FEAT_SINGLE_MMAP (5.4): both rings lie in one mapping
-        self._rings = mmap.mmap(self.fd, size, offset=IORING_OFF_SQ_RING)
-        self._sqe_map = mmap.mmap(
-            self.fd, params.sq_entries * self.sqe_size, offset=IORING_OFF_SQES
-        )
         self.sqes = memoryview(self._sqe_map)
         ring = memoryview(self._rings)
-        self._words = ring[: size & ~3].cast("I")
+        self._words = ring[: len(ring) & ~3].cast("I")
         self._sq_head_at = sq.head // 4
         self._sq_tail_at = sq.tail // 4
         self._cq_head_at = cq.head // 4
@@ -924,7 +921,7 @@ class Ring:
         )
 
     def _setup(self, entries: int, for_control: bool) -> Any:
-        """Create the ring.
+        """Create the ring and map it.
 
         Returns the io_uring_params with the offsets of everything in the rings.
         """
@@ -936,7 +933,17 @@ class Ring:
             flags |= IORING_SETUP_DEFER_TASKRUN
         params = io_uring_params(flags=flags)
         try:
-            fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
+            self.fd = syscall(SYS_io_uring_setup, entries, ctypes.addressof(params))
+            self._file = open(self.fd, "rb", buffering=0)
+            end_of_array = params.sq_off.array + 4 * params.sq_entries
+            end_of_cqes = params.cq_off.cqes + 16 * params.cq_entries
+            # FEAT_SINGLE_MMAP (5.4): both rings lie in one mapping
+            self._rings = mmap.mmap(
+                self.fd, max(end_of_array, end_of_cqes), offset=IORING_OFF_SQ_RING
+            )
+            self._sqe_map = mmap.mmap(
+                self.fd, params.sq_entries * self.sqe_size, offset=IORING_OFF_SQES
+            )
         except OSError as error:
             remedy = {
                 errno.EINVAL: "use Linux 6.1 or later",
@@ -948,8 +955,6 @@ class Ring:
             number = error.errno or errno.EIO
             what = "cannot create an io_uring"
             raise UblkError(number, what, remedy=remedy.get(number, "")) from None
-        self._file = open(fd, "rb", buffering=0)
-        self.fd = fd
         return params
 
     def prepare(
@@ -5217,7 +5222,7 @@ class Trace:
     def tell(self, stage: str, **more: Any) -> None:
         """Tell what has happened; that nobody can hear it must hurt neither request nor disk."""
         if more.get("result", 0) < 0:
-            more["error"] = errno.errorcode.get(-more["result"])
+            more["error"] = ERRNO_NAMES.get(-more["result"])
         with self._lock:
             try:
                 self.hear(time.monotonic_ns(), stage, more)

@@ -892,7 +892,7 @@ class Fault(Wrapper, ublk.Target):
         for name in self.on:
             ublk.pick(dict.fromkeys(HANDLERS), "--on", name)
         refuse(
-            error not in ("", *errno.errorcode.values()),
+            error and not isinstance(getattr(errno, error, None), int),
             f"--error {error}",
             "there is no such errno",
         )
@@ -2504,7 +2504,7 @@ def described(log: Log, entry: Entry) -> str:
     if entry.kind == "mark":
         line += f"  {os.fsdecode(log.data_of(entry))}"
     if entry.error:
-        line += f"  {errno.errorcode.get(entry.error, entry.error)}"
+        line += f"  {ublk.ERRNO_NAMES.get(entry.error, entry.error)}"
     return line
 
 

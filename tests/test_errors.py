@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -361,6 +362,12 @@ def test_a_disk_without_partx_says_that_partitions_are_not_looked_for(monkeypatc
     device = ublk.Device(Ram())
     device._scan()
     assert "there is no partx(8)" in capfd.readouterr().err
+
+
+def test_what_is_said_without_a_standard_error_is_said_to_nobody(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    ublk.say("a message")
+    assert capsys.readouterr().out == ""
 
 
 def test_an_option_before_the_target_is_told_where_it_belongs(run):

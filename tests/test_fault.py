@@ -244,6 +244,12 @@ def test_a_durable_write_does_not_go_around_a_subclass(targets, name):
     assert hasattr(wrapper(Recorder()), "write_fua")
 
 
+@pytest.mark.parametrize("name", ["EIO", "EOPNOTSUPP", "ENOTSUP"])
+def test_an_error_has_any_of_its_names(targets, name):
+    fault = targets.Fault(Ram(), error=name)
+    assert error_of(now, fault.write(0, memoryview(bytes(512)))) == getattr(errno, name)
+
+
 def test_the_next_request_obeys_a_change(targets):
     fault = targets.Fault(Ram(), error="EIO")
     assert fails(fault.write, 0, DATA)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -102,12 +103,15 @@ def test_every_way_of_serving_is_told(target, way):
         assert records.of(request)[2]["by"] == way
 
 
-def test_an_error_is_told_by_its_name():
+@pytest.mark.parametrize("name", ["EIO", "EOPNOTSUPP"])
+def test_an_error_is_told_by_its_name(name):
+    number = getattr(errno, name)
+
     def read(target, offset, buffer):
-        raise OSError(5, "broken")
+        raise OSError(number, "broken")
 
     result = told(target_of(read=read), depth=1).of(1)[3]
-    assert (result["result"], result["error"]) == (-5, "EIO")
+    assert (result["result"], result["error"]) == (-number, name)
 
 
 def test_of_a_busy_disk_some_requests_are_told_whole_and_the_others_counted(monkeypatch):
