@@ -1015,16 +1015,15 @@ class Ring:
         self._array[start:end] = words
         self._tail += len(slots)
 
-    def enter(self, min_complete: int = 0, timeout: float | None = None) -> bool:
+    def enter(self, min_complete: int = 0, timeout: float | None = None) -> None:
         """Submit what was pushed and wait for CQEs, for timeout seconds at most.
 
         min_complete: how many CQEs to wait for; 0: none.
         timeout: seconds; None: without end.
 
-        Returns False when the time ran out or a signal came first. True means
-        no more than that the kernel was asked: whether something has come,
-        reap() tells. What it did not take stays pending for the next call.
-        Raises OSError for anything the kernel holds against the ring itself,
+        Whether something has come, or the time ran out or a signal came first,
+        reap() tells. What the kernel did not take stays pending for the next
+        call. Raises OSError for anything the kernel holds against the ring itself,
         and ENOMEM, from then on, where it took only a part of a chain.
         """
         if timeout is None:
@@ -1041,17 +1040,13 @@ class Ring:
         if self._was_cut:
             raise OSError(errno.ENOMEM, "the kernel had no memory for the rest of a chain")
         taken = self._enter()
-        if taken == offered:
-            return True
-        if taken >= 0:
+        if 0 <= taken < offered:
             self._look_for_cut()
-            return True
-        number = ctypes.get_errno()
-        if number in (errno.EINTR, errno.ETIME):
-            return False
-        if number in (errno.EBUSY, errno.EAGAIN):  # completions must be taken first
-            return True
-        raise OSError(number, os.strerror(number))
+        if taken < 0:
+            number = ctypes.get_errno()
+            # Before EBUSY and EAGAIN end, completions must be taken
+            if number not in (errno.EINTR, errno.ETIME, errno.EBUSY, errno.EAGAIN):
+                raise OSError(number, os.strerror(number))
 
     def _look_for_cut(self) -> None:
         """End the ring's use where the kernel took only the first part of a chain.
@@ -1361,11 +1356,16 @@ class Control:
         enough.
         """
         deadline = time.monotonic() + timeout
+        news = select.poll()
+        news.register(ring.fd, select.POLLIN)
         while True:
             left = deadline - time.monotonic()
             if left <= 0 or enough():
                 return None
-            ring.enter(1, timeout=min(left, 0.2))
+            ring.enter()
+            # Not by enter(): a signal's handler, which comes before we look at its
+            # errno, may leave another
+            news.poll(min(left, 0.2) * 1000)
             for token, result in sorted(zip(*ring.reap()), reverse=True):  # its own first
                 # -ENOENT is what becomes of its cancellation where it has ended, and
                 # a signal's handler kept that from being noted
@@ -2058,7 +2058,7 @@ class Queue:
     list. map() says for each where its data lies. Otherwise its methods are
     called, one request after the other.
 
-    For a target's answer() method, which gets a list of tags with new requests:
+    For a target's answer() method, which gets a list of tags with new requests and keeps none of this:
         flags, sectors, starts      of each tag's request: operation and flags, sectors, first sector
         requests                    flags and sectors in one number, to tell requests that are alike
         path                        what moves the data

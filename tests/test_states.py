@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -826,20 +827,39 @@ def control(monkeypatch):
 
 def test_an_answer_that_a_signals_handler_keeps_from_being_noted_is_not_waited_for(control):
     ring = control._rings[0]
-    reap, enter, in_vain = ring.reap, ring.enter, []
+    reap, found = ring.reap, []
 
     def disturbed():
-        ring.reap = reap
+        ring.reap = watched
         reap()
         interrupts()
 
-    def watched(*words, **more):
-        if not enter(*words, **more):
-            in_vain.append(words)
-    ring.enter, ring.reap = watched, disturbed
+    def watched():
+        found.append(reap())
+        return found[-1]
+    ring.reap = disturbed
     with pytest.raises(KeyboardInterrupt):
         control.stop_dev(7)
-    assert in_vain == []
+    assert found == [([0], [-errno.ENOENT])]
+
+
+def test_a_signals_handler_that_calls_c_leaves_a_command_its_errno(control, monkeypatch):
+    accept, libc, called = 13, ctypes.CDLL(None, use_errno=True), []
+
+    def call(*_):
+        called.append(libc.close(-1))
+    before = signal.signal(signal.SIGALRM, call)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as nobody:
+            control.fd = nobody.fileno()
+            monkeypatch.setattr(ublk, "IORING_OP_URING_CMD", accept)
+            control.enough = lambda: len(called) > 3
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+            assert error_of(control.stop_dev, 7, 30) == errno.ETIMEDOUT
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(called) > 3
 
 
 def test_a_command_that_was_cancelled_before_it_began_was_late(control, monkeypatch):
