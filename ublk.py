@@ -268,8 +268,8 @@ class Command(int):
 
 def names_of(prefix: str) -> dict[Any, str]:
     """Return each constant whose name starts so, with the rest of its name: ZONED of UBLK_F_ZONED."""
-    names = [name for name in globals() if name.startswith(prefix)]
-    return {globals()[name]: name[len(prefix) :] for name in names}
+    constants = globals().items()
+    return {value: name[len(prefix) :] for name, value in constants if name.startswith(prefix)}
 
 
 def table_of(prefix: str) -> Any:
@@ -1358,19 +1358,17 @@ class Control:
         deadline = time.monotonic() + timeout
         news = select.poll()
         news.register(ring.fd, select.POLLIN)
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or enough():
-                return None
+        while time.monotonic() < deadline and not enough():
             ring.enter()
             # Not by enter(): a signal's handler, which comes before we look at its
             # errno, may leave another
-            news.poll(min(left, 0.2) * 1000)
+            news.poll(100)  # milliseconds
             for token, result in sorted(zip(*ring.reap()), reverse=True):  # its own first
                 # -ENOENT is what becomes of its cancellation where it has ended, and
                 # a signal's handler kept that from being noted
                 if token or result == -errno.ENOENT:
                     return result
+        return None
 
     # ---- the commands --------------------------------------------------------------------------
 
@@ -1984,7 +1982,7 @@ def is_short(count: int | None, buffer: memoryview) -> bool:
 
 def is_awaitable(outcome: object) -> bool:
     """Tell whether a handler has not ended: it returned a coroutine, a Future or the like."""
-    return outcome is not None and hasattr(outcome, "__await__")
+    return hasattr(outcome, "__await__")
 
 
 def at_once(outcome: object) -> None:
