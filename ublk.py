@@ -2867,6 +2867,7 @@ def check_limits(device: Device) -> None:
         ("largest request", device.max_io, PAGE_SIZE, 1 << UBLK_IO_BUF_BITS),
         ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
         ("size", device.target.size, SECTOR, (1 << 63) - 1),
+        ("boundary", device.target.boundary, 0, ((1 << 32) - 1) * SECTOR),
         ("dma alignment", device.target.dma_alignment, 0, PAGE_SIZE),
         ("max_segments", device.target.max_segments, 0, (1 << 16) - 1),
         ("max_segment_size", device.target.max_segment_size or 4096, 4096, (1 << 32) - 1),
