@@ -941,8 +941,9 @@ class Fault(Wrapper, ublk.Target):
             read = vars(ublk.target_parser(Fault, "fault").parse_args(shlex.split(words)))
         except (ValueError, SystemExit):
             raise wrong(f"fault {words}", "nobody understands this") from None
+        refuse(read.pop("target"), f"fault {words}", "not all are options", "name only these")
         given = {name: value for name, value in read.items() if value is not None}
-        self.rule = Fault(**{**given, "target": self.target})
+        self.rule = Fault(self.target, **given)
 
     async def call(self, name: str, *args: Any) -> Any:
         self.look()
@@ -995,7 +996,7 @@ class Fault(Wrapper, ublk.Target):
         """Have the target serve a request; note what was written."""
         result = await super().call(name, *args)
         offset, length = extent(args)
-        if name in WITH_DATA:
+        if name in (*WITH_DATA, "zone_append"):
             with rule.lock:
                 rule.written += length
         if rule.bad_sectors and name in (*WITH_DATA, "write_zeroes"):
@@ -1006,11 +1007,14 @@ class Fault(Wrapper, ublk.Target):
         """Serve a request late, in part, elsewhere, corrupted, not at all or with an error."""
         import asyncio
 
-        if rule.delay or rule.jitter or rule.hang:
-            await asyncio.sleep(rule.delay + rule.jitter * draw("jitter"))
-        while rule.hang and self.rule is rule:
+        pause = rule.delay + rule.jitter * draw("jitter")
+        if pause:
+            await asyncio.sleep(pause)
+        hangs = rule.hang
+        while hangs:
             await asyncio.sleep(0.05)
             self.look()
+            hangs = self.rule.hang and self.rule.concerns(name, args)
         lost = rule.lost and name not in ("read", "zone_append")  # which have a result
         idle = lost or rule.error
         if rule.torn and name in WITH_DATA:
@@ -1054,7 +1058,7 @@ class Fault(Wrapper, ublk.Target):
             return
         with self.lock:
             seen: Any = None
-            with suppress(OSError), open(self.control, "rb") as file:
+            with suppress(FileNotFoundError), open(self.control, "rb") as file:
                 # The same words may be written again
                 seen = os.fstat(file.fileno()).st_mtime_ns, file.read(4096)
             if seen == self.seen:

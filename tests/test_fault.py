@@ -7,6 +7,7 @@ import asyncio
 import errno
 import os
 import random
+import resource
 import threading
 import time
 from functools import partial
@@ -256,7 +257,7 @@ def test_the_next_request_obeys_a_change(targets):
     fault.change("--on read --count 1 --error EIO")
     calls = fault.write, fault.read, fault.read
     assert [fails(call, 0, memoryview(bytearray(512))) for call in calls] == [False, True, False]
-    for words in "--nonsense", "'", "--error ENONSENSE", "--skip -1":
+    for words in "--nonsense", "'", "--error ENONSENSE", "--skip -1", "error EIO", "fault --error EIO":
         with pytest.raises(ublk.UblkError):
             fault.change(words)
     assert not fails(fault.write, 0, DATA)
@@ -278,6 +279,39 @@ def test_words_that_are_written_again_count_anew(targets, tmp_path):
         path.write_text("--count 1 --error EIO")
         os.utime(path, (second, second))
         assert [fails(fault.write, 0, DATA) for _ in range(2)] == [True, False]
+
+
+def test_no_request_passes_while_nobody_can_read_the_control_file(targets, tmp_path):
+    path = tmp_path / "ctl"
+    fault = targets.Fault(Ram(), control=str(path))
+    path.write_text("--error EIO")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        assert error_of(now, fault.write(0, DATA)) == errno.EMFILE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert fails(fault.write, 0, DATA) and not any(fault.target.data)
+
+
+def test_a_request_hangs_on_while_new_words_say_so_too(targets):
+    async def run():
+        fault = targets.Fault(Ram(), hang=True, on="write")
+        request = asyncio.ensure_future(fault.write(0, DATA))
+        for words in "--hang --on write", "--hang", "--hang --range 0-4K":
+            fault.change(words)
+            await asyncio.wait([request], timeout=0.2)
+            assert not request.done(), words
+        fault.change("--hang --range 4K-8K")
+        await request
+        return fault
+    assert asyncio.run(run()).target.data[:4096] == DATA
+
+
+def test_what_is_appended_to_zones_is_written_too(targets):
+    zoned = targets.Zoned(size=64 << 20, zone_size=8 << 20)
+    fault = targets.Fault(zoned, on="zone_append", after=8192, error="ENOSPC")
+    assert [fails(fault.zone_append, 0, DATA) for _ in range(4)] == [False, False, True, True]
 
 
 @kernel
