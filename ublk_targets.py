@@ -225,6 +225,10 @@ class Loop(Mapped, ublk.Target):
         """Do what read() does, while the queue goes on."""
         return ublk.uring_read(self.fd, buffer, offset)
 
+    def store(self, offset: int, buffer: memoryview) -> Any:
+        """Do what write() does, while the queue goes on."""
+        return ublk.uring_write(self.fd, buffer, offset)
+
     async def flush(self) -> None:
         await ublk.uring_fsync(self.fd, datasync=True)
 
@@ -238,7 +242,7 @@ class Loop(Mapped, ublk.Target):
             if error.errno not in UNSUPPORTED:
                 raise
         for at, count in pieces(offset, length):
-            await moved(self.write, at, ublk.ZEROES[:count])
+            await moved(self.store, at, ublk.ZEROES[:count])
 
     async def _discard(self, offset: int, length: int) -> None:
         import asyncio

@@ -29,7 +29,7 @@ def test_a_stripes_ranges_are_the_same_by_chunk_and_by_leg(targets, tmp_path, co
 
 
 def test_a_chunk_that_the_kernel_would_not_know_of_is_refused(targets, tmp_path):
-    """It counts the sectors of one in 32 bits: requests would cross into the next, and go on in the wrong file."""
+    """It counts sectors in 32 bits: requests would cross into the next chunk, in the wrong file."""
     stripe = targets.Stripe(*files(tmp_path, 2, 2 << 40), chunk=2 << 40)
     assert "boundary 2199023255552: not a number from 0" in message(ublk.Device(stripe).start)
     stripe.close()

@@ -9,6 +9,7 @@ import fcntl
 import gc
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -26,6 +27,7 @@ from tests.support import (
     error_of,
     files,
     fio_verify,
+    in_flight,
     kernel,
     message,
     needs,
@@ -35,6 +37,7 @@ from tests.support import (
     recovered,
     sh,
     since,
+    until,
     write_at,
 )
 
@@ -305,6 +308,17 @@ def test_discards_of_a_device_keep_no_other_request_waiting(targets, tmp_path):
     asyncio.run(work())
     assert waited == [True]
     disk.close()
+
+
+@kernel
+def test_zeroes_that_have_to_be_written_keep_no_other_request_waiting(targets, tmp_path):
+    path, = files(tmp_path, 1, 256 << 20)       # in a tmpfs, which cannot turn a range into zeroes
+    with ublk.Device(targets.Loop(path)) as disk, opened(disk.path) as fd:
+        zeroing = subprocess.Popen(["blkdiscard", "-z", disk.path])
+        until(lambda: in_flight(disk)[1], "the zeroes")
+        assert read_at(fd, 0, 4096) == bytes(4096)
+        assert in_flight(disk)[1], "the read has waited for them"
+        assert zeroing.wait() == 0
 
 
 def test_a_device_that_a_killed_server_still_holds_is_waited_for(targets, tmp_path, monkeypatch):
