@@ -5372,10 +5372,10 @@ def narrator(path: str) -> Hearer:
 # of the user's own is a module like any other, loaded under its own name.
 #
 # A server in the background is a child process. It tells its parent through a
-# pipe of its own; its output is the caller's until the disk is there, and from
-# then on a log beside the state file. Of what the caller had open it keeps
-# nothing. That the disk is there is told last of all, when nothing else can fail
-# any more; if the command was killed meanwhile, its disk goes, too.
+# pipe of its own. What the caller gave it, as a key to read, it has until the
+# disk is there, and then nothing: its output goes to a log beside the state file
+# from then on. That the disk is there is told last of all, when nothing else can
+# fail any more; if the command was killed meanwhile, its disk goes, too.
 #
 # Signals only leave a note, and the one loop that waits looks at it. So there
 # is no moment in which a signal could find a device half made and leave it
@@ -5945,6 +5945,18 @@ class Started:
             os.close(self.news)
         self.news = -1
 
+    def let_go(self, handed_down: bool) -> None:
+        """Let go of what whoever called us has open.
+
+        handed_down: of what a shell, say, has opened for us, or of the rest.
+        """
+        # Whoever of our caller's had a number may have closed it, and it be ours.
+        # What we open is not handed down.
+        for fd, _ in self.inherited.items() & open_descriptors().items():
+            if os.get_inheritable(fd) == handed_down:
+                # The number stays taken: whoever of our caller's has it may close it yet
+                os.dup2(1, fd, inheritable=False)
+
     def live(self, device: Device) -> None:
         """Tell the path of the disk, or with --json all about it.
 
@@ -5969,9 +5981,11 @@ class Started:
             print(text, file=self.out, flush=True)
             return
         log = private(log_path(device.id), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        print(text, file=self.out, flush=True)
         # Hold nothing any more of where the command was given
+        self.let_go(handed_down=True)
+        print(text, file=self.out, flush=True)
         self.out.close()
+        os.dup2(1, 0)
         os.dup2(log, 2)
         os.close(log)
         os.chdir("/")
@@ -6066,9 +6080,9 @@ def open_descriptors() -> dict[int, str]:
 def in_background(run: Callable[[], None], started: Started, identity: int) -> int:
     """Serve in a child process; return when the disk is usable, or the child's own error.
 
-    The child keeps our output until the disk is there, and nothing else of what
-    whoever called us had open. It tells its news through a pipe of its own. No
-    program that it starts inherits either. Returns the exit status. Raises
+    The child keeps what whoever called us has given us until the disk is there.
+    It tells its news through a pipe of its own. No program that it starts
+    inherits that, or our output. Returns the exit status. Raises
     UblkError (ECHILD) where it died without a word; what it may have created is
     deleted, by its identity.
     """
@@ -6124,22 +6138,18 @@ def clean_up(identity: int) -> None:
 
 
 def leave_caller(reader: int, started: Started) -> None:
-    """Let go of all that whoever called us has, but its output.
+    """Let go of what whoever called us has, but of nothing that it has given us.
 
     reader: our parent's end of the pipe.
     """
     os.setsid()
     os.register_at_fork(after_in_child=started.hang_up)
-    # Whoever of our caller's had a number may have closed it, and it be ours
-    callers = started.inherited.items() & open_descriptors().items()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (reader, *dict(callers)):
-        # The number stays taken: whoever of our caller's has it may close it yet
-        os.dup2(null, fd, inheritable=False)
+    os.close(reader)
     started.out = open(os.dup(1), "w", encoding="utf-8")
-    os.dup2(null, 0)
+    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.close(null)
+    started.let_go(handed_down=False)
 
 
 def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoReturn:

@@ -81,11 +81,25 @@ def test_a_server_in_the_foreground_has_its_standard_descriptors_too(backing):
 @kernel
 def test_a_background_server_holds_nothing_of_its_caller(tmp_path):
     lock = tmp_path / "lock"
-    assert shell(f"exec 9>{lock}; flock 9; $UBLK null --background", cwd=tmp_path).stdout == "/dev/ublkb0\n"
+    done = shell(f"exec 9>{lock}; flock 9; : | $UBLK null --background", cwd=tmp_path)
+    assert done.stdout == "/dev/ublkb0\n"
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert os.readlink(f"/proc/{pid_of(0)}/cwd") == "/"
+    server = f"/proc/{pid_of(0)}"
+    assert [os.readlink(f"{server}/{name}") for name in ("cwd", "fd/0", "fd/1")] == ["/", *[os.devnull] * 2]
     delete()
+
+
+@pytest.mark.parametrize("key", ["/dev/fd/9", "/dev/stdin"])
+def test_a_target_may_read_what_its_caller_has_given_it(tmp_path, key):
+    """Or it would find nothing there, and take that for a key."""
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            def __init__(self, key):
+                raise OSError(5, open(key).read())
+    """)
+    done = shell(f"echo secret | $UBLK {path} {key} --background 9<&0")
+    assert_error_line(done.stderr, errno.EIO, says="secret")
 
 
 @kernel
@@ -290,10 +304,11 @@ def test_what_the_caller_has_open_is_found_whatever_it_is():
 def test_a_number_of_the_callers_never_becomes_another_file(tmp_path, monkeypatch):
     """Where a program calls main(), its objects live on in the server, and may yet let go of theirs."""
     monkeypatch.setattr(ublk, "on_signals", lambda action: None)
-    callers = open(os.devnull, "rb")
+    callers = open(tmp_path / "theirs", "wb")
     told = tmp_path / "trace"
 
     def serve():
+        assert os.readlink(f"/proc/self/fd/{callers.fileno()}") == os.devnull
         callers.close()
         print("begun", file=started.out, flush=True)
         started.trace(0, "begun", {})
@@ -324,3 +339,24 @@ def test_a_number_that_the_caller_has_let_go_of_stays_ours(tmp_path, monkeypatch
     os.wait()
     image.close()
     assert (tmp_path / "image").read_bytes() == b"written"
+
+
+def test_a_number_that_was_handed_down_and_let_go_of_stays_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(ublk, "on_signals", lambda action: None)
+    path = tmp_path / "image"
+    number = os.open(path, os.O_WRONLY | os.O_CREAT)
+    os.set_inheritable(number, True)
+    started = ublk.Started(SimpleNamespace(json=False, background=True, trace=None))
+
+    def serve():
+        os.close(number)
+        assert os.open(path, os.O_WRONLY) == number
+        started.let_go(handed_down=True)
+        os.write(number, b"written")
+        started.tell(b"live")
+        os._exit(0)
+
+    assert ublk.in_background(serve, started, 0) == 0
+    os.wait()
+    os.close(number)
+    assert path.read_bytes() == b"written"
