@@ -200,8 +200,9 @@ def test_bad_target_words(no_driver, run, tmp_path, word, says):
     assert_fails(run(word.format(directory)), 1, says)
 
 
-def test_debug_shows_the_traceback():
-    done = verb("null", "--size", "0", "--debug", script=UBLK)
+@pytest.mark.parametrize("mode", [[], ["--background"]], ids=["", "background"])
+def test_debug_shows_the_traceback(mode):
+    done = verb("null", "--size", "0", "--debug", *mode, script=UBLK)
     assert done.status == 1 and "Traceback" in done.err and "UblkError" in done.err
 
 

@@ -5906,7 +5906,7 @@ def launch(run: Callable[[], None], started: Started, identity: int = 0) -> int:
     run: serves, and tells started when the disk is there.
     identity: of a device it may create, which is deleted should it die.
     """
-    if started.background:
+    if started.options.background:
         return in_background(run, started, identity)
     with contextlib.redirect_stdout(sys.stderr):  # where a target may print what it likes
         run()
@@ -5919,17 +5919,16 @@ class Started:
     The one hears of it on standard output; the other reads a pipe: ``live``, or
     ``failed`` once standard error has been told why.
 
-    options: the command's; made before anything is opened, for what is open now
+    options: of the command; made before anything is opened, for what is open now
     is of whoever called us.
     """
 
     def __init__(self, options: Any) -> None:
         self.inherited = open_descriptors()
-        self.background = options.background
-        self.json = options.json
+        self.options = options
         self.out = sys.stdout
         self.news = -1
-        if self.background and options.trace == "-":  # for which the log has no room
+        if options.background and options.trace == "-":  # for which the log has no room
             raise Usage("--background leaves standard error: name a file, --trace=FILE")
         self.trace = narrator(options.trace) if options.trace else None
 
@@ -5975,7 +5974,7 @@ class Started:
                 f"note: {device.info.nr_hw_queues} queues, one for each processor, not {device.queues}"
             )
         text = device.path
-        if self.json:
+        if self.options.json:
             text = json.dumps(describe(device.control, device.id))
         if self.news < 0:
             print(text, file=self.out, flush=True)
@@ -6161,8 +6160,7 @@ def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoRetu
         run()
         status = 0
     except BaseException as error:
-        failed(error)
-        say(error_line(error))
+        tell_failure(error, started.options.debug)
     finally:
         try:
             if status:
@@ -6687,8 +6685,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the words, by default those of the process.
 
-    The one place where an exception becomes a line on standard error; with
-    --debug it is shown with its traceback.
+    Whatever fails is told on standard error. Raises SystemExit where argparse has
+    told of it, or the help.
     """
     open_standard_descriptors()
     words = sys.argv[1:] if argv is None else list(argv)
@@ -6707,11 +6705,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # whoever reads has enough
         return 1
-    except (OSError, UnicodeError, KeyboardInterrupt) as error:
-        if "--debug" in words:
-            raise
-        say(error_line(error))
+    except (Exception, KeyboardInterrupt) as error:
+        tell_failure(error, "--debug" in words)
         return 1
+
+
+def tell_failure(error: BaseException, debug: bool) -> None:
+    """Tell on standard error of what has failed: in one line, or a bug with its traceback.
+
+    debug: whether anything is shown with its traceback.
+    """
+    if debug or not isinstance(error, (OSError, UnicodeError, KeyboardInterrupt)):
+        sys.__excepthook__(type(error), error, error.__traceback__)
+    else:
+        say(error_line(error))
 
 
 def error_line(error: BaseException) -> str:

@@ -102,6 +102,20 @@ def test_a_target_may_read_what_its_caller_has_given_it(tmp_path, key):
     assert_error_line(done.stderr, errno.EIO, says="secret")
 
 
+@pytest.mark.parametrize("mode", [[], ["--background"]], ids=["", "background"])
+def test_to_interrupt_a_constructor_is_one_line(tmp_path, mode):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            def __init__(self):
+                open("begun", "w").close()
+                time.sleep(3600)
+    """)
+    disk = Forked(path, *mode, change=lambda: os.chdir(tmp_path))
+    until((tmp_path / "begun").exists, "the constructor")
+    assert disk.kill(signal.SIGINT) == 1
+    assert disk.said() == "ublk: ended by KeyboardInterrupt\n"
+
+
 @kernel
 def test_a_target_speaks_to_the_callers_standard_error_until_the_disk_is_there(tmp_path):
     path = target_file(tmp_path, """

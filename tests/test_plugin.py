@@ -188,9 +188,11 @@ ublk._left_behind.append("its target")
 """
 
 
-def test_the_installed_command_ends_whatever_a_handler_does(installed):
-    done = sh(sys.executable, "-c", STUCK + COMMAND, "unknown", cwd=installed, check=False, timeout=60)
-    assert done.returncode == 2 and "unknown target" in done.stderr
+@pytest.mark.parametrize("words, status, says", [
+    (["unknown"], 2, "unknown target"), (["/no/such.py", "--debug"], 1, "Traceback")])
+def test_the_installed_command_ends_whatever_a_handler_does(installed, words, status, says):
+    done = sh(sys.executable, "-c", STUCK + COMMAND, *words, cwd=installed, check=False, timeout=60)
+    assert done.returncode == status and says in done.stderr
 
 
 @pytest.mark.parametrize("conftest", ["", CONFTEST], ids=["alone", "with-conftest"])
