@@ -142,6 +142,7 @@ def test_check_says_what_to_do_about_a_missing_io_uring(run, monkeypatch):
     ("null surplus", 2, "surplus", None),
     ("null surplus --background", 2, "surplus", None),
     ("null --background --trace", 2, "name a file", None),
+    ("null --trace=", 1, "a system call failed", errno.ENOENT),
     ("recover 0 --target", 2, "a target is missing", None),
     ("null --size 1X -r requeue", 2, "'1X' is not a whole number of bytes", None),
     ("fault --delay 10ms --background", 2, "a target is missing", None),

@@ -3537,7 +3537,8 @@ class Device:
         ):
             refuse(another, f"cannot recover {self.name}", reason, "give it the target it had")
         size = basic.dev_sectors * SECTOR
-        self.target.block_size = block
+        if self.target.block_size != block:
+            self.target.block_size = block
         if self.target.size != size:
             fit(self.target, size)
         self.size = size
@@ -5443,7 +5444,7 @@ def companion() -> Any:
 
     An error in it is raised, not taken for its absence.
     """
-    folder = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.dirname(os.path.realpath(__file__))
     if folder not in sys.path:  # as in `python -I`
         sys.path.append(folder)
     try:
@@ -5866,7 +5867,8 @@ def create(words: Sequence[str]) -> int:
                 f"less than the target's own, {target.block_size}",
             )
             target.block_size = block_size
-        target.read_only = target.read_only or read_only
+        if read_only:
+            target.read_only = True
         device = Device(
             target,
             **asked,
@@ -5930,7 +5932,7 @@ class Started:
         self.news = -1
         if options.background and options.trace == "-":  # for which the log has no room
             raise Usage("--background leaves standard error: name a file, --trace=FILE")
-        self.trace = narrator(options.trace) if options.trace else None
+        self.trace = None if options.trace is None else narrator(options.trace)
 
     def tell(self, news: bytes) -> None:
         """Write to the parent, if we have one. Raises OSError (EPIPE) where it has gone."""

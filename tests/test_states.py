@@ -1056,6 +1056,15 @@ def waiting(driver, monkeypatch):
     driver.devices.clear()
 
 
+def test_a_target_that_cannot_be_changed_recovers_its_disk(waiting):
+    class Fixed(Target):
+        block_size = property(lambda self: 512)
+
+    disk = new(Fixed(), id=7)
+    disk.resume()
+    disk.detach()
+
+
 @pytest.mark.parametrize("moment", ["is_usable", "open_char"])
 def test_a_start_serves_no_other_device_of_its_number(driver, monkeypatch, moment):
     def exchanged(*words, original=getattr(ublk, moment), **more):

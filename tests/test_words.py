@@ -143,8 +143,11 @@ def test_a_file_may_have_colons_in_its_name(tmp_path):
         assert ublk.make_target([str(word)]).size == 4096
 
 
-def test_the_companion_is_found_by_an_isolated_python():
-    done = sh(sys.executable, "-I", UBLK, "loop", "/no/such/file", check=False)
+@pytest.mark.parametrize("linked", [False, True], ids=["", "through a link"])
+def test_the_companion_is_found_by_an_isolated_python(tmp_path, linked):
+    (tmp_path / "link.py").symlink_to(UBLK)
+    program = tmp_path / "link.py" if linked else UBLK
+    done = sh(sys.executable, "-I", program, "loop", "/no/such/file", check=False)
     assert_error_line(done.stderr, errno.ENOENT, says="/no/such/file")
 
 
@@ -255,6 +258,14 @@ def test_a_dataclass_is_a_target(tmp_path):
     target = ublk.make_target([str(path), "1M", "--no-verify"])
     assert (target.size, target.retries, target.verify) == (1 << 20, 3, False)
     assert ublk.make_target([str(path), "1M", "5"]).retries == 5
+
+
+@pytest.mark.parametrize("body", [
+    "@dataclasses.dataclass(frozen=True)\nclass Mine(ublk.Target):\n    size: ublk.Size = 4096",
+    "class Mine(ublk.Target):\n    size, read_only = 4096, property(lambda self: True)"])
+def test_a_target_that_cannot_be_changed_need_not_be(no_driver, run, tmp_path, body):
+    path = target_file(tmp_path, f"import dataclasses\n{body}")
+    assert_fails(run(path), 1, "cannot open /dev/ublk-control", errno.ENOENT)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="needs Python 3.10")
