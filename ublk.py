@@ -5782,7 +5782,6 @@ def device_parser() -> Any:
     add("--max-io", type=number_of_bytes, default=512 << 10, help="largest request (512K)")
     add("--block-size", type=number_of_bytes, help="logical block size (the target's)")
     add("--read-only", action="store_true", help="refuse writes")
-    add("--background", action="store_true", help="return when the block device is usable")
     add(
         "-r",
         "--recovery",
@@ -5823,16 +5822,11 @@ def device_parser() -> Any:
         action="store_true",
         help="create it even where this kernel is known to crash",
     )
-    add("--json", action="store_true", help="print the device as a JSON object")
-    add("--debug", action="store_true", help="show a traceback with an error")
-    add("--trace", **TRACE)
+    for name in ("--background", "--json", "--debug", "--trace"):
+        add(name, **ARGUMENTS[name])
     return parser
 
 
-TRACE: Any = {
-    "metavar": "[=FILE]",
-    "help": "tell what the disk does, on standard error, or in a file as JSON",
-}
 # Options about the command, not about the disk
 TOLD = ("background", "force", "json", "debug", "trace")
 
@@ -6310,7 +6304,7 @@ def delete_devices(options: Any) -> int:
         raise Usage("del needs one or more ids, or --all")
     with Control() as control:
         ids = device_ids()
-        failures = 0
+        status = 0
         for dev_id in [*ids, *stale_states(ids)] if options.all else options.id:
             try:
                 info = control.get_dev_info(dev_id)
@@ -6321,8 +6315,8 @@ def delete_devices(options: Any) -> int:
                 gone = error.errno == errno.ENODEV and forget_state(dev_id)
                 if not gone and not (options.all and error.errno in NOT_OURS):
                     say(str(error))
-                    failures += 1
-    return 1 if failures else 0
+                    status = 1
+    return status
 
 
 def recover(options: Any) -> int:
@@ -6454,12 +6448,12 @@ def show_features(options: Any) -> None:
 
 def check(options: Any) -> int:
     """Say what is missing on this machine, and the command that mends it."""
-    failures = 0
+    status = 0
     for name, problem, remedy in checks():
         answer = f"missing  {name}: {problem}: {remedy}" if problem else f"ok       {name}"
         print(printable(answer))
-        failures += bool(problem)
-    return 1 if failures else 0
+        status |= bool(problem)
+    return status
 
 
 def checks() -> Iterator[tuple[str, str, str]]:
@@ -6573,12 +6567,15 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "size": {"type": number_of_bytes},
     "node": {},
     "--all": FLAG,
-    "--background": FLAG,
-    "--json": FLAG,
+    "--background": {**FLAG, "help": "return when the block device is usable"},
+    "--json": {**FLAG, "help": "print JSON"},
     "--if-unused": {**FLAG, "help": "only where nobody has it open"},
     "--force": {**FLAG, "help": "also a disk that somebody uses"},
     "--timeout": {"type": float, "default": 30.0, "metavar": "SECONDS"},
-    "--trace": TRACE,
+    "--trace": {
+        "metavar": "[=FILE]",
+        "help": "tell what the disk does, on standard error, or in a file as JSON",
+    },
     "--target": {
         "nargs": "...",
         "metavar": "TARGET [TARGET ARGS]",
