@@ -75,7 +75,12 @@ def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+def fallocate(
+    fd: int,
+    mode: int,
+    offset: int,
+    length: int,
+) -> None:
     """fallocate(2), which the os module lacks; raises OSError."""
     place = ctypes.c_int64(offset), ctypes.c_int64(length)
     if LIBC.fallocate(fd, mode, *place) < 0:
@@ -88,13 +93,14 @@ def write_all(fd: int, data: Any, offset: int) -> None:
     while data:
         count = os.pwrite(fd, data, offset)
         data = data[count:]
-        offset = offset + count
+        offset += count
 
 
 def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
     """Cut a range into pieces: yield where each begins and its length."""
-    for at in range(offset, offset + length, PIECE):
-        yield at, min(PIECE, offset + length - at)
+    end = offset + length
+    for at in range(offset, end, PIECE):
+        yield at, min(PIECE, end - at)
 
 
 def aligned(data: Any) -> memoryview:
@@ -139,15 +145,18 @@ class Ram(ublk.Target):
 
     def resized(self, size: int) -> None:
         # 0 would be the whole file; that no disk has no bytes the Device tells
-        self.view = memoryview(mmap.mmap(self.fd, size or 1))
+        memory = mmap.mmap(self.fd, size or 1)
+        self.view = memoryview(memory)
         self.size = size
 
     def part(self, offset: int, length: int) -> memoryview:
         """Return the memory of a range. A disk that grows may get a request before resized() is called."""
+        end = offset + length
         view = self.view  # which another queue may replace
-        if offset + length > len(view):
-            view = self.view = memoryview(mmap.mmap(self.fd, offset + length))
-        return view[offset : offset + length]
+        if end > len(view):
+            memory = mmap.mmap(self.fd, end)
+            view = self.view = memoryview(memory)
+        return view[offset:end]
 
     def read(self, offset: int, buffer: memoryview) -> None:
         buffer[:] = self.part(offset, len(buffer))
@@ -156,17 +165,16 @@ class Ram(ublk.Target):
         part = self.part(offset, len(buffer))
         part[:] = buffer
 
-    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+    def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
         clear(self.fd, offset, length)  # which gives pages back
 
-    def discard(self, offset: int, length: int) -> None:
-        clear(self.fd, offset, length)
+    discard = write_zeroes
 
 
 class Mapped:
     """A part of targets with map(): it serves what the kernel could not, or was not asked to."""
 
-    map: Callable[[int, int, bool], tuple[int, int]]
+    map: Any
 
     def read(self, offset: int, buffer: memoryview) -> int:
         fd, at = self.map(offset, len(buffer), False)
@@ -189,7 +197,13 @@ class Loop(Mapped, ublk.Target):
     read_only: open it for reading only
     """
 
-    def __init__(self, path: str, *, direct: bool = False, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        direct: bool = False,
+        read_only: bool = False,
+    ) -> None:
         self.path = path
         self.is_block = is_block(path)
         self.files = [path]
@@ -210,14 +224,20 @@ class Loop(Mapped, ublk.Target):
             f"its size {self.size} is none, or not a multiple of {self.block_size}",
             f"give it another: truncate -s SIZE {path}",
         )
-        if not (self.read_only or defines(self, "discard", Loop)) and self._can_discard():
+        has_own = defines(self, "discard", Loop)
+        if not (self.read_only or has_own) and self._can_discard():
             self.discard = self._discard  # an attribute: not every backing has it
 
     def close(self) -> None:
         self.opened()
         self.fd = -1  # the number may become another file's
 
-    def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
+    def map(
+        self,
+        offset: int,
+        length: int,
+        write: bool,
+    ) -> tuple[int, int]:
         """Say in which file, and where in it, these bytes of the disk are."""
         return self.fd, offset
 
@@ -235,14 +255,16 @@ class Loop(Mapped, ublk.Target):
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, or convert to zeroes, where there is neither write them."""
         mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
+        mode |= FALLOC_FL_KEEP_SIZE
         try:
-            await ublk.uring_fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
+            await ublk.uring_fallocate(self.fd, mode, offset, length)
             return
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
         for at, count in pieces(offset, length):
-            await moved(self.store, at, ublk.ZEROES[:count])
+            zeroes = ublk.ZEROES[:count]
+            await moved(self.store, at, zeroes)
 
     async def _discard(self, offset: int, length: int) -> None:
         import asyncio
@@ -306,16 +328,22 @@ def patiently(call: Callable[[], Any]) -> Any:
         time.sleep(0.005)
 
 
-def open_backing(path: str, flags: int = 0, read_only: bool = False) -> tuple[int, bool]:
+def open_backing(
+    path: str,
+    flags: int = 0,
+    read_only: bool = False,
+) -> tuple[int, bool]:
     """Open a file or block device; return its descriptor and whether it is only for reading.
 
     A device to be written to is taken exclusively, so that nobody mounts it
     meanwhile.
     """
-    exclusive = os.O_EXCL if is_block(path) else 0
+    to_write = flags | os.O_RDWR
+    if is_block(path):
+        to_write |= os.O_EXCL
     if not read_only:
         try:
-            fd = patiently(lambda: os.open(path, flags | exclusive | os.O_RDWR))
+            fd = patiently(lambda: os.open(path, to_write))
             return fd, False
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -329,11 +357,16 @@ def claim(fd: int, path: str, read_only: bool = False) -> None:
     Raises UblkError (EBUSY) where another server uses it.
     """
     how = fcntl.LOCK_SH if read_only else fcntl.LOCK_EX
+    how |= fcntl.LOCK_NB
     try:
-        patiently(lambda: fcntl.flock(fd, how | fcntl.LOCK_NB))
+        patiently(lambda: fcntl.flock(fd, how))
     except BlockingIOError:
-        busy = "another server uses it"
-        raise ublk.UblkError(errno.EBUSY, path, busy, "end that first") from None
+        raise ublk.UblkError(
+            errno.EBUSY,
+            path,
+            "another server uses it",
+            "end that first",
+        ) from None
 
 
 # linux/stat.h, linux/fcntl.h
@@ -359,15 +392,6 @@ def direct_units(fd: int) -> tuple[int, int]:
 # =================================================================================================
 
 
-async def together(coroutines: Sequence[Any]) -> None:
-    """Run coroutines side by side until all have ended, also where one fails; then raise what it raised."""
-    import asyncio
-
-    for outcome in await asyncio.gather(*coroutines, return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            raise outcome
-
-
 async def moved(handler: Any, *args: Any) -> None:
     """Have a target's handler, coroutine or not, serve a request to its end, as a queue does."""
     if len(args) == 2 and not isinstance(args[1], int):
@@ -375,13 +399,16 @@ async def moved(handler: Any, *args: Any) -> None:
         return
     if len(args) == 3 and not ublk.takes_unmap(handler):
         args = args[:2]
-    ublk.succeeded(handler, await ublk.end_of(handler(*args)))
+    outcome = await ublk.end_of(handler(*args))
+    ublk.succeeded(handler, outcome)
 
 
 def extent(args: Sequence[Any]) -> tuple[int, int]:
     """Return offset and length of a request, from what its handler is called with."""
     offset, what = (*args, 0, 0)[:2]
-    return offset, what if isinstance(what, int) else len(what)
+    if isinstance(what, int):
+        return offset, what
+    return offset, len(what)
 
 
 # What a target may define: handlers of requests, and all else
@@ -398,9 +425,12 @@ HANDLERS = (
     "zone_reset",
     "zone_reset_all",
 )
-# The rest. Memory of clients need not suit a target below another, which gets that one's own.
+DEFAULTS = [name for name in vars(ublk.Target) if name[0] != "_"]
+# Memory of clients need not suit a target below another, which gets that one's own
+DEFAULTS.remove("dma_alignment")
+# The rest
 PROPERTIES = (
-    *(name for name in vars(ublk.Target) if name[0] != "_" and name != "dma_alignment"),
+    *DEFAULTS,
     "zone_size",
     "max_open_zones",
     "max_active_zones",
@@ -419,23 +449,35 @@ def defines(target: object, name: str, base: type) -> bool:
     """
     if name == "write_fua" and defines(target, "write", base):
         return True
-    return getattr(type(target), name, None) is not getattr(base, name, None)
+    there = getattr(type(target), name, None)
+    return there is not getattr(base, name, None)
 
 
 def serves(target: ublk.Target, name: str) -> bool:
     """Tell whether a target is to be asked for requests of this name."""
-    return hasattr(target, name) and (name != "write_fua" or ublk.stands(target, name))
+    if name == "write_fua":
+        return ublk.stands(target, name)
+    return hasattr(target, name)
 
 
 class Over:
-    """A part of targets over others: they serve the requests that all of these do."""
+    """A part of targets over others: they serve the requests that all of these do.
 
-    call: Callable[..., Any]  # gets a handler's name and its arguments, returns what it would
+    A subclass's own handler has them go on with call(name, ...), not with super().
+    """
 
-    def offer(self, base: type, names: Sequence[str], *targets: ublk.Target) -> None:
+    call: Any  # gets a handler's name and its arguments, returns what it would
+
+    def offer(
+        self,
+        base: type,
+        names: Sequence[str],
+        *targets: ublk.Target,
+    ) -> None:
         """Have call() serve the requests that all of the targets serve, but no subclass of base."""
         for name in names:
-            if not defines(self, name, base) and all(serves(below, name) for below in targets):
+            all_serve = all(serves(below, name) for below in targets)
+            if all_serve and not defines(self, name, base):
                 setattr(self, name, partial(self.call, name))
 
 
@@ -473,8 +515,8 @@ class Stripe(Over, Mapped, ublk.Target):
         ]
         self.files = paths
         self.boundary = chunk
-        for name in ("block_size", "dma_alignment"):
-            setattr(self, name, max(getattr(leg, name) for leg in legs))
+        self.block_size = max(leg.block_size for leg in legs)
+        self.dma_alignment = max(leg.dma_alignment for leg in legs)
         refuse(
             chunk <= 0 or chunk % self.block_size,
             f"chunk of {chunk} bytes",
@@ -492,9 +534,11 @@ class Stripe(Over, Mapped, ublk.Target):
 
     def before(self, leg: int, offset: int) -> int:
         """Return how much of what lies before a byte of the disk is on one leg."""
-        row, within = divmod(offset, self.boundary * len(self.legs))
-        more = within - leg * self.boundary
-        return row * self.boundary + min(max(more, 0), self.boundary)
+        chunk = self.boundary
+        row, within = divmod(offset, chunk * len(self.legs))
+        more = within - leg * chunk
+        more = min(max(more, 0), chunk)
+        return row * chunk + more
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[Loop, int, int]]:
         """Yield (leg, offset there, length) for a longer range, of which each leg has one piece."""
@@ -504,22 +548,34 @@ class Stripe(Over, Mapped, ublk.Target):
             if start < end:
                 yield leg, start, end - start
 
-    def map(self, offset: int, length: int, write: bool) -> tuple[int, int]:
+    def map(
+        self,
+        offset: int,
+        length: int,
+        write: bool,
+    ) -> tuple[int, int]:
         leg = offset // self.boundary % len(self.legs)
-        return self.legs[leg].fd, self.before(leg, offset)
+        at = self.before(leg, offset)
+        return self.legs[leg].fd, at
 
     async def call(self, name: str, *args: Any) -> None:
-        """Have all legs flush, and those that it touches serve another request."""
+        """Have all legs flush, and those that it touches serve another request, until all have ended."""
+        import asyncio
+
         if name == "flush":
-            await together([leg.flush() for leg in self.legs])
-            return
-        offset, length, *how = args
-        spans = self.spans(offset, length)
-        await together([getattr(leg, name)(at, count, *how) for leg, at, count in spans])
+            work = [leg.flush() for leg in self.legs]
+        else:
+            offset, length, *how = args
+            spans = self.spans(offset, length)
+            work = [getattr(leg, name)(at, count, *how) for leg, at, count in spans]
+        for outcome in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     def resized(self, size: int) -> None:
         for number, leg in enumerate(self.legs):
-            leg.resized(self.before(number, size))
+            share = self.before(number, size)
+            leg.resized(share)
         self.size = size
 
     def close(self) -> None:
@@ -550,18 +606,22 @@ class Sealed:
 
     def pack(self, *values: Any) -> bytes:
         data = self.struct.pack(self.magic, *values)
-        return data + zlib.crc32(data).to_bytes(4, "little")
+        checksum = zlib.crc32(data)
+        return data + checksum.to_bytes(4, "little")
 
     def unpack(self, data: bytes) -> tuple[Any, ...]:
         """Return the values; none where data is damaged, or something else."""
         if len(data) < self.size:
             return ()
         values = self.struct.unpack(data[:-4])[1:]
-        return values if data == self.pack(*values) else ()
+        if data != self.pack(*values):
+            return ()
+        return values
 
     def read(self, fd: int, path: str) -> tuple[Any, ...]:
         """Return the values at the beginning of a file; raise UblkError where there are none."""
-        values = self.unpack(os.pread(fd, self.size, 0))
+        data = os.pread(fd, self.size, 0)
+        values = self.unpack(data)
         refuse(not values, path, f"not {self.what}, or a damaged one")
         return values
 
@@ -569,6 +629,7 @@ class Sealed:
 # Size, block size and fingerprint of the base, boot id
 COW_HEADER = Sealed(b"ublkcow2", "QQI36s", "an overlay")
 COW_UNIT = 64 << 10  # header and marks fill whole pages of any machine
+MARKS_AT = COW_UNIT
 # marks of blocks: see Cow
 BASE = b"\0"
 OURS = b"\1"
@@ -583,11 +644,13 @@ def boot_id() -> bytes:
 
 def fingerprint(fd: int, size: int) -> int:
     """Return a checksum, never 0, of what file systems keep at known places, and of some blocks."""
-    known = [(0, 132 << 10), (max(size - COW_UNIT, 0), COW_UNIT)]
+    end = max(size - COW_UNIT, 0)
+    known = [(0, 132 << 10), (end, COW_UNIT)]
     others = [(size // 64 * number, 4096) for number in range(64)]
     checksum = 0
     for offset, length in known + others:
-        checksum = zlib.crc32(os.pread(fd, length, offset), checksum)
+        data = os.pread(fd, length, offset)
+        checksum = zlib.crc32(data, checksum)
     return checksum or 1
 
 
@@ -618,11 +681,8 @@ class Cow(ublk.Target):
         any_base: bool = False,
         read_only: bool = False,
     ) -> None:
-        refuse(
-            commit and read_only, "--commit", "it writes to the base", "leave --read-only out"
-        )
         self.files = distinct([base, overlay])
-        self.below = Loop(base, read_only=not commit)
+        self.below = Loop(base, read_only=read_only or not commit)
         refuse(
             commit and self.below.read_only,
             base,
@@ -632,9 +692,9 @@ class Cow(ublk.Target):
         self.size = self.below.size
         self.block_size = self.below.block_size
         self.grain = self.block_size
-        count = -(-self.size // (self.grain * COW_UNIT)) * COW_UNIT
-        self.marks_at = COW_UNIT
-        self.data_at = COW_UNIT + count
+        blocks = self.size // self.grain
+        units = -(-blocks // COW_UNIT)
+        self.data_at = MARKS_AT + units * COW_UNIT
         if not read_only:
             make_file(overlay, b"", self.data_at + self.size)
         self.top = Loop(overlay, read_only=read_only)
@@ -654,7 +714,8 @@ class Cow(ublk.Target):
         grain = self.grain
         seen = found = fingerprint(self.below.fd, size)
         # Else it is new, or was killed as it was made
-        if any(os.pread(self.top.fd, COW_HEADER.size, 0)):
+        head = os.pread(self.top.fd, COW_HEADER.size, 0)
+        if any(head):
             size, grain, seen, last_boot = COW_HEADER.read(self.top.fd, self.path)
         refuse(
             (size, grain) != (self.size, self.grain),
@@ -679,11 +740,12 @@ class Cow(ublk.Target):
             self.lost = last_boot != boot
             return
         os.fsync(self.top.fd)
-        for at in range(self.marks_at, self.data_at, COW_UNIT):
+        for at in range(MARKS_AT, self.data_at, COW_UNIT):
             marks = os.pread(self.top.fd, COW_UNIT, at)
             if OURS in marks:
                 settled = KEPT if last_boot == boot else BASE
-                write_all(self.top.fd, marks.replace(OURS, settled), at)
+                marks = marks.replace(OURS, settled)
+                write_all(self.top.fd, marks, at)
         self._seal(found)
 
     def _seal(self, seen: int) -> None:
@@ -698,25 +760,27 @@ class Cow(ublk.Target):
         """Return which blocks these are; a disk that was made larger has none behind the base's end."""
         if offset + length > self.size:
             raise OSError(errno.EIO, "behind the end of the base")
-        return slice(offset // self.grain, (offset + length) // self.grain)
+        start = offset // self.grain
+        return slice(start, start + length // self.grain)
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into (whether the overlay has it, offset, length)."""
-        for run in re.finditer(b"\0+|[^\0]+", self._marks(self.blocks(offset, length))):
-            yield (
-                run[0][:1] != BASE,
-                offset + run.start() * self.grain,
-                len(run[0]) * self.grain,
-            )
+        marks = self._marks(self.blocks(offset, length))
+        for run in re.finditer(b"\0+|[^\0]+", marks):
+            ours = run[0][:1] != BASE
+            at = offset + run.start() * self.grain
+            yield ours, at, len(run[0]) * self.grain
 
     def _marks(self, blocks: slice) -> bytes:
         """Return the marks of blocks. A mapping would be quicker, and kill us: a full tmpfs has no page
         to show for a hole, not even for reading."""
         count = blocks.stop - blocks.start
-        marks = os.pread(self.top.fd, count, self.marks_at + blocks.start)
+        marks = os.pread(self.top.fd, count, MARKS_AT + blocks.start)
         if len(marks) < count:
             raise OSError(errno.EIO, "the overlay's end is missing")
-        return marks.replace(OURS, BASE) if self.lost else marks
+        if self.lost:
+            marks = marks.replace(OURS, BASE)
+        return marks
 
     def _mark(self, blocks: slice) -> None:
         """Note that the overlay has these blocks."""
@@ -727,16 +791,17 @@ class Cow(ublk.Target):
             marks = marks.replace(BASE, OURS)
             start = blocks.start
             while marks:  # where there is no room for all, flush() is to know of the others
-                count = os.pwrite(self.top.fd, marks, self.marks_at + start)
+                count = os.pwrite(self.top.fd, marks, MARKS_AT + start)
                 self.fresh.add((start, start + count))
-                start = start + count
+                start += count
                 marks = marks[count:]
 
     def _keep(self, fresh: set[tuple[int, int]]) -> None:
         """Note that blocks of the overlay are durable."""
         with self.lock:
             for start, stop in fresh:
-                write_all(self.top.fd, KEPT * (stop - start), self.marks_at + start)
+                marks = KEPT * (stop - start)
+                write_all(self.top.fd, marks, MARKS_AT + start)
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -750,12 +815,14 @@ class Cow(ublk.Target):
 
     async def write(self, offset: int, buffer: memoryview) -> None:
         blocks = self.blocks(offset, len(buffer))
-        await moved(self.top.write, self.data_at + offset, buffer)
+        place = self.data_at + offset
+        await moved(self.top.write, place, buffer)
         self._mark(blocks)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         blocks = self.blocks(offset, length)
-        await self.top.write_zeroes(self.data_at + offset, length, unmap)
+        place = self.data_at + offset
+        await self.top.write_zeroes(place, length, unmap)
         self._mark(blocks)
 
     async def discard(self, offset: int, length: int) -> None:
@@ -780,11 +847,12 @@ class Cow(ublk.Target):
                     write_all(self.below.fd, data, start)
         os.fsync(self.below.fd)
         # The marks first: a block without one is the base's
-        clear(self.top.fd, self.marks_at, self.data_at - self.marks_at)
+        clear(self.top.fd, MARKS_AT, self.data_at - MARKS_AT)
         os.fsync(self.top.fd)
         clear(self.top.fd, self.data_at, self.size)
         os.fsync(self.top.fd)
-        self._seal(fingerprint(self.below.fd, self.size))
+        seen = fingerprint(self.below.fd, self.size)
+        self._seal(seen)
 
     def close(self) -> None:
         os.fdatasync(self.top.fd)
@@ -932,7 +1000,13 @@ class Fault(Wrapper, ublk.Target):
         self.chancy = rate < 1 or self.jitter or torn or flip or astray
         self.asked: Counter[Any] = Counter()  # how often for what, if that matters
 
-    def match(self, name: str, offset: int, length: int, data: memoryview | None) -> bool:
+    def match(
+        self,
+        name: str,
+        offset: int,
+        length: int,
+        data: memoryview | None,
+    ) -> bool:
         """Tell whether this request is to be struck, if the options say so; to be overridden.
 
         data: what is written, or what a read would find.
@@ -941,8 +1015,9 @@ class Fault(Wrapper, ublk.Target):
 
     def change(self, words: str) -> None:
         """Have these words replace the options, from the next request on. Raises UblkError."""
+        parser = ublk.target_parser(Fault, "fault")
         try:
-            read = vars(ublk.target_parser(Fault, "fault").parse_args(shlex.split(words)))
+            read = vars(parser.parse_args(shlex.split(words)))
         except (ValueError, SystemExit):
             raise wrong(f"fault {words}", "nobody understands this") from None
         refuse(read.pop("target"), f"fault {words}", "not all are options", "name only these")
@@ -952,15 +1027,16 @@ class Fault(Wrapper, ublk.Target):
     async def call(self, name: str, *args: Any) -> Any:
         self.look()
         rule = self.rule
-        struck = rule.concerns(name, args) and await self.matches(name, args)
-        draw = rule.draw(name, *extent(args)) if struck else None
-        if draw is None:
-            return await self.serve(rule, name, args)
-        return await self.strike(rule, draw, name, args)
+        if rule.concerns(name, args) and await self.matches(name, args):
+            draw = rule.draw(name, *extent(args))
+            if draw:
+                return await self.strike(rule, draw, name, args)
+        return await self.serve(rule, name, args)
 
-    def concerns(self, name: str, args: tuple[Any, ...]) -> bool:
+    def concerns(self, name: str, args: Any) -> bool:
         """Tell whether the options are for such a request."""
-        if self.written < self.after or not {name, name.replace("_fua", "")} & {*self.on}:
+        names = {name, name.replace("_fua", "")}
+        if self.written < self.after or names.isdisjoint(self.on):
             return False
         if not args:  # a flush is of no range
             return self.range is EVERYWHERE
@@ -968,9 +1044,9 @@ class Fault(Wrapper, ublk.Target):
         start, end = self.range
         return offset < end and offset + max(length, ublk.SECTOR) > start
 
-    async def matches(self, name: str, args: tuple[Any, ...]) -> bool:
+    async def matches(self, name: str, args: Any) -> bool:
         """Ask match(), which is to see what a read finds."""
-        if name == "read" and type(self).match is not Fault.match:
+        if name == "read" and defines(self, "match", Fault):
             await super().call(name, *args)
         data = args[1] if name in TRANSFERS else None
         return self.match(name, *extent(args), data)
@@ -983,10 +1059,12 @@ class Fault(Wrapper, ublk.Target):
                 self.asked[what] += 1
             draw = partial(chance, self.seed, *what, self.asked[what])
         if self.bad_sectors:
-            hit = bool(self.bad(offset, length))
+            hit: Any = self.bad(offset, length)
         else:
             hit = draw("rate") < self.rate
-        return draw if hit and 0 <= next(self.turns) < self.count else None
+        if hit and 0 <= next(self.turns) < self.count:
+            return draw
+        return None
 
     def bad(self, offset: int, length: int) -> list[int]:
         """Return where the bad sectors of a range are."""
@@ -996,7 +1074,12 @@ class Fault(Wrapper, ublk.Target):
         there = [at for at in sectors if at not in self.healed]
         return [at for at in there if chance(self.seed, at) < self.rate]
 
-    async def serve(self, rule: Fault, name: str, args: tuple[Any, ...]) -> Any:
+    async def serve(
+        self,
+        rule: Fault,
+        name: str,
+        args: Any,
+    ) -> Any:
         """Have the target serve a request; note what was written."""
         result = await super().call(name, *args)
         offset, length = extent(args)
@@ -1007,7 +1090,13 @@ class Fault(Wrapper, ublk.Target):
             rule.healed.update(rule.bad(offset, length))
         return result
 
-    async def strike(self, rule: Fault, draw: Any, name: str, args: tuple[Any, ...]) -> Any:
+    async def strike(
+        self,
+        rule: Fault,
+        draw: Any,
+        name: str,
+        args: Any,
+    ) -> Any:
         """Serve a request late, in part, elsewhere, corrupted, not at all or with an error."""
         import asyncio
 
@@ -1023,7 +1112,8 @@ class Fault(Wrapper, ublk.Target):
         idle = lost or rule.error
         if rule.torn and name in WITH_DATA:
             offset, buffer = args
-            blocks = int(draw("torn") * (len(buffer) // self.block_size))
+            blocks = len(buffer) // self.block_size
+            blocks = int(blocks * draw("torn"))
             args = offset, buffer[: blocks * self.block_size]
             idle = not blocks
         result = None
@@ -1037,14 +1127,21 @@ class Fault(Wrapper, ublk.Target):
             raise OSError(rule.error, os.strerror(rule.error))
         return result
 
-    def spoil(self, draw: Any, name: str, offset: int, buffer: memoryview) -> tuple[Any, ...]:
+    def spoil(
+        self,
+        draw: Any,
+        name: str,
+        offset: int,
+        buffer: memoryview,
+    ) -> Any:
         """Return where a transfer goes instead, and with what."""
         if self.astray:
             unit = self.boundary or self.block_size
             own, inside = divmod(offset, unit)
-            places = (self.size - inside - len(buffer)) // unit + 1
-            step = 1 + int(draw("astray") * (places - 1))
-            offset = (own + step) % places * unit + inside
+            last = (self.size - inside - len(buffer)) // unit
+            step = 1 + int(draw("astray") * last)
+            own = (own + step) % (last + 1)
+            offset = own * unit + inside
         if self.flip and name != "read":
             buffer = aligned(buffer)
             self.flip_bits(draw, buffer)
@@ -1161,8 +1258,8 @@ class Cache(Wrapper, ublk.Target):
             for offsets in self.runs(blocks):
                 if self.blocks is not before_a_cut:
                     raise OSError(errno.EIO, "the power was cut")
-                data = aligned(b"".join(blocks[at] for at in offsets))
-                await super().call("write", offsets[0], data)
+                data = b"".join(blocks[at] for at in offsets)
+                await super().call("write", offsets[0], aligned(data))
             if hasattr(self.target, "flush"):
                 await super().call("flush")
             self.forget(blocks)  # no sooner: what fails is done again
@@ -1170,8 +1267,9 @@ class Cache(Wrapper, ublk.Target):
     def runs(self, blocks: dict[int, bytes]) -> Iterator[list[int]]:
         """Yield the offsets of blocks that make one write: they lie side by side."""
         run: list[int] = []
+        boundary = self.boundary or PIECE
         for at in sorted(blocks):
-            ends = at % PIECE == 0 or at % (self.boundary or PIECE) == 0
+            ends = at % PIECE == 0 or at % boundary == 0
             if run and (ends or at > run[-1] + self.block_size):
                 yield run
                 run = []
@@ -1182,10 +1280,12 @@ class Cache(Wrapper, ublk.Target):
     def kept(self, offset: int, length: int) -> dict[int, bytes]:
         """Return the blocks of a range that are here."""
         places = range(offset, offset + length, self.block_size)
-        # A discard may be of more places than there are blocks
-        some = places if len(places) < len(self.blocks) else self.blocks.copy()
-        found = {at: self.blocks.get(at) for at in some if at in places}
-        return {at: data for at, data in found.items() if data}
+        with self.lock:
+            blocks = self.blocks
+            # A discard may be of more places than there are blocks
+            fewer: Any = min(places, blocks, key=len)
+            there = [at for at in fewer if at in places and at in blocks]
+            return {at: blocks[at] for at in there}
 
     def forget(self, blocks: dict[int, bytes]) -> None:
         """Keep these no longer, but what has been written since."""
@@ -1215,7 +1315,8 @@ class Cache(Wrapper, ublk.Target):
             lost = "the target does not take what is kept"
             raise OSError(errno.ETIMEDOUT, lost) from None
         finally:
-            await ublk.end_of(getattr(self.target, "close", bool)())
+            close = getattr(self.target, "close", bool)
+            await ublk.end_of(close())
 
 
 def span(text: str) -> tuple[int, int]:
@@ -1234,7 +1335,7 @@ def span(text: str) -> tuple[int, int]:
     return start, end
 
 
-UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+UNITS = {"ms": 1e-3, "us": 1e-6}
 
 
 def seconds(text: str) -> float:
@@ -1242,7 +1343,7 @@ def seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+|\d*\.\d+)(ms|us|s|)", text)
     if not found:
         raise wrong(f"time {text}", "not a number with ms, us or s", "write 10ms or 1.5s")
-    return float(found[1]) * UNITS[found[2]]
+    return float(found[1]) * UNITS.get(found[2], 1.0)
 
 
 # =================================================================================================

@@ -303,7 +303,7 @@ def test_a_request_hangs_on_while_new_words_say_so_too(targets):
             await asyncio.wait([request], timeout=0.2)
             assert not request.done(), words
         fault.change("--hang --range 4K-8K")
-        await request
+        await asyncio.wait_for(request, 20)
         return fault
     assert asyncio.run(run()).target.data[:4096] == DATA
 

@@ -177,6 +177,7 @@ def test_targets_through_a_data_path_that_is_not_theirs(name, option, workshop):
     ("cow a.img a.img", 1, "named twice", errno.EINVAL),
     ("cow none.img x.cow", 1, "none.img", errno.ENOENT),
     ("cow . x.cow", 1, "neither a file nor a block device", errno.EINVAL),
+    ("cow a.img x.cow --commit --read-only", 1, "it cannot be written to", errno.EINVAL),
     ("cow a.img .", 1, "", None),
     ("cow a.img none/x.cow", 1, "none/x.cow", errno.ENOENT),
     ("zoned --block-size 512", 1, "block size 512: less than the target's own, 4096", errno.EINVAL),
