@@ -314,8 +314,8 @@ def test_discards_of_a_device_keep_no_other_request_waiting(targets, tmp_path):
 @kernel
 def test_zeroes_that_have_to_be_written_keep_no_other_request_waiting(targets, tmp_path):
     path, = files(tmp_path, 1, 256 << 20)       # in a tmpfs, which cannot turn a range into zeroes
-    with ublk.Device(targets.Loop(path)) as disk, opened(disk.path) as fd:
-        zeroing = subprocess.Popen(["blkdiscard", "-z", disk.path])
+    with ublk.Device(targets.Loop(path)) as disk, opened(disk.path) as fd, \
+            subprocess.Popen(["blkdiscard", "-z", disk.path]) as zeroing:
         until(lambda: in_flight(disk)[1], "the zeroes")
         assert read_at(fd, 0, 4096) == bytes(4096)
         assert in_flight(disk)[1], "the read has waited for them"
