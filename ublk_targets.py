@@ -573,9 +573,9 @@ class Stripe(Over, Mapped, ublk.Target):
                 raise outcome
 
     def resized(self, size: int) -> None:
-        for number, leg in enumerate(self.legs):
-            share = self.before(number, size)
-            leg.resized(share)
+        rows = -(-size // (self.boundary * len(self.legs)))
+        for leg in self.legs:  # whole rows, or the next server would find fewer
+            leg.resized(rows * self.boundary)
         self.size = size
 
     def close(self) -> None:

@@ -79,6 +79,17 @@ def test_the_files_of_a_disk_grow_with_it(targets, tmp_path):
     assert [os.path.getsize(path) for path in paths] == [2 << 20, 2 << 20]
 
 
+@pytest.mark.parametrize("more", [512, 64 << 10, 96 << 10])
+def test_the_next_server_of_a_disk_that_has_grown_has_no_less(targets, tmp_path, more):
+    paths = files(tmp_path, 2, 1 << 20)
+    stripe = targets.Stripe(*paths)
+    stripe.resized((2 << 20) + more)
+    stripe.close()
+    again = targets.Stripe(*paths)
+    assert again.size >= stripe.size == (2 << 20) + more
+    again.close()
+
+
 @kernel
 def test_a_disk_does_not_grow_beyond_its_device(targets):
     with ublk.Device(ublk.Null(size=1 << 20)) as lower:
