@@ -40,7 +40,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -1366,6 +1366,7 @@ NBD_REFUSALS = {
 NBD_INFO_EXPORT = 0
 NBD_INFO_BLOCK_SIZE = 3
 NBD_FLAG_READ_ONLY = 1 << 1
+NBD_FLAG_SEND_FLUSH = 1 << 2
 NBD_CMD_READ, NBD_CMD_WRITE, NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_TRIM = range(5)
 NBD_CMD_WRITE_ZEROES = 6
 NBD_CMD_FLAG_FUA = 1
@@ -1373,7 +1374,7 @@ NBD_CMD_FLAG_NO_HOLE = 2
 # What a server may offer: the handler, the bit of its flags that says so,
 # command and flag to ask for it
 NBD_OFFERS = {
-    "flush": (1 << 2, NBD_CMD_FLUSH, 0),
+    "flush": (NBD_FLAG_SEND_FLUSH, NBD_CMD_FLUSH, 0),
     "write_fua": (1 << 3, NBD_CMD_WRITE, NBD_CMD_FLAG_FUA),
     "discard": (1 << 5, NBD_CMD_TRIM, 0),
     # Discards are there to give blocks back
@@ -1384,6 +1385,7 @@ NBD_REQUEST_MAGIC = 0x25609513
 NBD_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 NBD_REPLY_MAGIC = 0x67446698
 NBD_HANDSHAKE = 5.0  # seconds a server has for all of it
+NBD_LOOKS = 10  # how often a request is looked at before it is given up
 # A machine that is silent is asked whether it lives, and is dead 30 s later
 NBD_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -1392,12 +1394,13 @@ def nbd_address(uri: str) -> tuple[Any, str]:
     """Take an NBD URI apart: (a path or (host, port), name of the export). Raises ValueError, UblkError."""
     from urllib.parse import unquote, urlsplit
 
+    scheme = uri.partition(":")[0].lower()  # urlsplit() overlooks blanks
     parts = urlsplit(uri)
     key, _, path = parts.query.partition("=")
     export = unquote(parts.path[1:])
-    if parts.scheme in ("nbd", "nbds") and parts.hostname:
+    if scheme in ("nbd", "nbds") and parts.hostname:
         return (parts.hostname, parts.port or 10809), export
-    if parts.scheme in ("nbd+unix", "nbds+unix") and key == "socket" and path:
+    if scheme in ("nbd+unix", "nbds+unix") and key == "socket" and path:
         return unquote(path), export
     raise wrong(
         repr(uri),
@@ -1414,11 +1417,9 @@ def dial(address: Any) -> socket.socket:
         connection.connect(address)
     else:
         connection = socket.create_connection(address, NBD_HANDSHAKE)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in NBD_KEEPALIVE.items():
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    connection.setblocking(False)
     return connection
 
 
@@ -1436,7 +1437,7 @@ class NbdConnection:
     flags: int = 0
     minimum: int = 1
     maximum: int = 32 << 20
-    refused: set[int] = field(default_factory=set)  # by a server that shuts down: cookies
+    refused: int = 0  # how many requests, by a server that shuts down
     reader: Any = None
     transport: Any = None
 
@@ -1582,7 +1583,7 @@ class NbdRequest:
         self.cookie = cookie
         self.command = command
         self.done = asyncio.get_running_loop().create_future()
-        self.begun = time.monotonic()
+        self.looks = 0
         self.length = extent((offset, what))[1]
         head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
         # A copy: the connection may keep it longer than the request lasts
@@ -1590,7 +1591,7 @@ class NbdRequest:
         self.room: Any = what if command == NBD_CMD_READ else bytearray()
         changes = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
         self.is_volatile = changes and not flags & NBD_CMD_FLAG_FUA
-        self.covers = 0  # of a flush: how many changes it makes durable
+        self.covers = 0  # how many changes a flush makes durable
 
 
 class Nbd(ublk.Target):
@@ -1624,13 +1625,12 @@ class Nbd(ublk.Target):
             if certificate:
                 self.tls.load_cert_chain(certificate)
         asyncio.run(self._meet())
-        self.connection: Any = None
         self.cookie = 0
-        self.acknowledged = 0  # changes that were, and how many of them are durable
+        # Changes that were (to an earlier server of the disk, too), and how many of them are durable
+        self.acknowledged = 1
         self.durable = 0
         self.lost = False  # some of them with a connection, and no flush has failed yet
         self.unsure = False  # whether a server still does what it was told long ago
-        self.tasks: Any = ()  # asyncio itself may forget one that nobody else knows
 
     async def _meet(self) -> None:
         """Learn what the export is like."""
@@ -1652,14 +1652,17 @@ class Nbd(ublk.Target):
                 setattr(self, name, partial(self.ask, command, flags))
 
     async def start(self, index: int) -> None:
-        """See that there is one queue: its loop carries the connection."""
+        """Have what it was told before be durable. One queue: its loop carries the connection."""
         import asyncio
 
         refuse(index, self.uri, "there is one connection", "use one queue")
         self.pending: dict[int, NbdRequest] = {}  # by cookie
-        self.connection = await self._connect()
+        self.connection: Any = await self._connect()
         loop = asyncio.get_running_loop()
+        # asyncio itself may forget one that nobody else knows
         self.tasks = [loop.create_task(work) for work in (self._receive(), self._watch())]
+        if self.connection.flags & NBD_FLAG_SEND_FLUSH:
+            await self.ask(NBD_CMD_FLUSH, 0)
 
     async def read(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)
@@ -1683,7 +1686,8 @@ class Nbd(ublk.Target):
             what = what[: self.maximum]
         self.cookie += 1
         request = NbdRequest(self.cookie, command, flags, offset, what)
-        request.covers = self.acknowledged
+        if command == NBD_CMD_FLUSH:
+            request.covers = self.acknowledged
         self.pending[self.cookie] = request
         if self.connection and not self.connection.transport.is_closing():
             self.connection.transport.write(request.message)
@@ -1695,24 +1699,28 @@ class Nbd(ublk.Target):
     def _end(self, request: NbdRequest, error: int) -> None:
         """Wake whoever waits for a request, if nobody has made it give up."""
         del self.pending[request.cookie]
-        if not error and request.command == NBD_CMD_FLUSH:
+        if not error:
             self.durable = max(self.durable, request.covers)
-        elif not error and request.is_volatile:
-            self.acknowledged += 1
+            self.acknowledged += request.is_volatile
         if not request.done.done():
             request.done.set_result(error)
 
     def _expired(self) -> list[NbdRequest]:
         """Return the requests that have waited for too long."""
-        late = time.monotonic() - self.timeout
-        return [request for request in self.pending.values() if request.begun < late]
+        return [request for request in self.pending.values() if request.looks > NBD_LOOKS]
 
     async def _watch(self) -> None:
-        """End a connection on which a request is not answered."""
+        """End a connection on which a request is not answered.
+
+        Time is counted by looks: an answer may be there for us who were stopped
+        for longer.
+        """
         import asyncio
 
         while True:
-            await asyncio.sleep(min(1.0, self.timeout / 4))
+            await asyncio.sleep(self.timeout / NBD_LOOKS)
+            for request in self.pending.values():
+                request.looks += 1
             if self.connection and self._expired():
                 silence = TimeoutError(errno.ETIMEDOUT, "the server does not answer")
                 self.connection.reader.set_exception(silence)
@@ -1738,16 +1746,15 @@ class Nbd(ublk.Target):
             raise OSError(
                 errno.EIO, "the server sent no reply to any request but something else"
             )
-        refused = self.connection.refused
         if error == errno.ESHUTDOWN:  # not done: the next connection gets it
-            refused.add(cookie)
+            self.connection.refused += 1
         else:
             if not error:
                 data = await self.connection.take(len(request.room))
                 if not request.done.done():  # else the room may be another's by now
                     request.room[:] = data
             self._end(request, error if error in errno.errorcode or not error else errno.EIO)
-        if self.pending and self.pending.keys() <= refused:
+        if 0 < self.connection.refused == len(self.pending):
             raise ConnectionAbortedError(errno.ESHUTDOWN, "the server is shutting down")
 
     def _lose(self, error: OSError) -> None:
@@ -1763,8 +1770,9 @@ class Nbd(ublk.Target):
         over = isinstance(error, ConnectionError)
         for request in list(self.pending.values()):
             if request.command == NBD_CMD_FLUSH and lost:
+                # One that was given up tells nobody
+                self.lost = self.lost and request.done.done()
                 self._end(request, errno.EIO)
-                self.lost = False
             elif request.command != NBD_CMD_READ and not over:
                 self._end(request, error.errno or errno.EIO)
                 self.unsure = self.unsure or request.command != NBD_CMD_FLUSH

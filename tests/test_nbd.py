@@ -106,6 +106,7 @@ def test_nbd_addresses(targets, uri, address, export):
 @pytest.mark.parametrize("uri, says", [
     ("", "not an NBD address"), ("host", "not an NBD address"), ("nbd://", "not an NBD address"),
     ("http://host/", "not an NBD address"), ("nbd+unix:///x", "not an NBD address"),
+    (" nbds://localhost/", "not an NBD address"), ("nb\tds://localhost/", "not an NBD address"),
     ("nbd://host:99999/", "ort"), ("nbd://host:x/", "ort"), ("nbd://[::1/", "IPv6"),
     ("nbd://.x/", "label"),
     ("nbd+unix:///?socket=/no/such", "2 ENOENT"), (nbd_uri("x" * 200), "too long")])
@@ -466,6 +467,24 @@ def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targ
     assert told.count("\n") == 1 and "what was not flushed may be gone: the next flush fails" in told
 
 
+def test_nbd_a_flush_that_was_given_up_tells_nobody_what_was_lost(targets, here):
+    async def work():
+        fake.ignores = FLUSH
+        fake.commands.clear()
+        flush = asyncio.ensure_future(target.flush())
+        while FLUSH not in fake.commands:
+            await asyncio.sleep(0.01)
+        flush.cancel()
+        await target.write(0, PAGE)
+        fake.ignores, fake.dies_of = None, READ
+        await target.read(0, bytearray(4096))
+        return [await errno_of(target.flush()) for _ in range(2)]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, 0]
+
+
 @pytest.mark.parametrize("change", ["write_fua", "flush"])
 def test_nbd_what_was_durable_when_a_connection_is_lost_fails_nothing(targets, here, capfd, change):
     async def work():
@@ -484,10 +503,24 @@ def test_nbd_what_was_durable_when_a_connection_is_lost_fails_nothing(targets, h
     assert "flushed" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("dies_of", [None, FLUSH])
+def test_nbd_what_an_earlier_server_of_the_disk_had_not_flushed_is_durable_or_it_does_not_start(
+        targets, here, dies_of):
+    """Nobody could say later whether it was lost with a connection."""
+    async def nothing():
+        """The start is all that is of interest."""
+
+    with FakeNbd(here) as fake:
+        fake.dies_of = dies_of
+        assert error_of(served, targets.Nbd(nbd_uri(here)), nothing) == (errno.EIO if dies_of else 0)
+        assert FLUSH in fake.commands
+
+
 def test_nbd_a_flush_makes_durable_what_was_done_when_it_was_asked_for(targets, here):
     """Of a write that ends while a flush is under way nobody knows."""
     async def work():
         fake.ignores = FLUSH
+        fake.commands.clear()
         flush = asyncio.ensure_future(target.flush())
         while FLUSH not in fake.commands:
             await asyncio.sleep(0.01)
@@ -532,6 +565,19 @@ def test_nbd_a_server_has_the_whole_time_it_is_given(targets, here):
         target = targets.Nbd(nbd_uri(here), timeout="3s")
         assert served(target, work) == fake.data[fake.SPOT:][:4096]
         assert fake.commands.count(READ) == 1
+
+
+def test_nbd_who_was_stopped_for_long_takes_the_answers_that_came_meanwhile(targets, here):
+    async def work():
+        calls = [target.read(0, bytearray(256 << 10)) for _ in range(8)] + [target.write(0, PAGE)]
+        answers = [asyncio.ensure_future(errno_of(call)) for call in calls]
+        await asyncio.sleep(0)
+        time.sleep(1.5)
+        return {await answer for answer in answers}
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="1s")
+        assert served(target, work) == {0} and fake.commands.count(WRITE) == 1
 
 
 def test_nbd_after_what_a_server_may_still_do_it_is_told_to_change_nothing_more(targets, here):
@@ -740,7 +786,7 @@ def test_nbd_a_connection_may_break_at_any_byte(targets, here, monkeypatch):
             assert buffer == data
 
     with FakeNbd(here) as fake:
-        target = targets.Nbd(nbd_uri(here))
+        target = targets.Nbd(nbd_uri(here), timeout="3600s")
         served(target, work)
 
 
@@ -781,6 +827,7 @@ def test_nbd_connecting_again_keeps_nobody_waiting(targets, here):
 def test_nbd_a_machine_that_is_silent_is_asked_whether_it_lives(targets):
     async def work():
         own = target.connection.transport.get_extra_info("socket")
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) and own.gettimeout() == 0
         return own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
     port = free_port()
@@ -1054,24 +1101,31 @@ def test_nbd_a_server_restarted_under_load_loses_nothing(targets, here, new_imag
 
 
 @kernel
-def test_nbd_what_a_killed_server_had_not_written_yet_fails_the_next_fsync(targets, here, tmp_path):
+@pytest.mark.parametrize("recovers", [False, True], ids=["", "recovered"])
+def test_nbd_what_a_killed_server_had_not_written_yet_fails_the_next_fsync(here, tmp_path, recovers):
     needs("qemu-img")
     image = tmp_path / "disk.qcow2"
     sh("qemu-img", "create", "-q", "-f", "qcow2", image, "16M")
     words = "qemu-nbd", "-t", "-f", "qcow2", "-k", "AT", image, here
     with ExitStack() as stack:
         server = stack.enter_context(nbd_server(*words))
-        disk = stack.enter_context(ublk.Device(targets.Nbd(nbd_uri(here))))
+        disk = Forked("nbd", nbd_uri(here), "-r", "reissue").live()
         fd = stack.enter_context(opened(disk.path))
         write_at(fd, 0, b"x" * 4096)
+        if recovers:
+            disk.kill()
+            disk = recovered(disk)
         server.kill()
         server.wait()
         here.unlink(missing_ok=True)
         stack.enter_context(nbd_server(*words))
         read_at(fd, 1 << 20, 4096)
-        assert error_of(os.fsync, fd) == errno.EIO
+        assert error_of(os.fsync, fd) == (0 if recovers else errno.EIO)
+        if recovers:                            # which has flushed it
+            assert read_at(fd, 0, 4096) == b"x" * 4096
         write_at(fd, 0, b"x" * 4096)
         os.fsync(fd)
+    assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel
