@@ -1898,8 +1898,9 @@ class Zoned(ublk.Target):
             f"damaged: not {self.data_at + self.size} bytes long",
             "restore it",
         )
-        self.zones = self._load_zones(last_boot == boot_id())
-        if last_boot != boot_id() and not self.read_only:
+        same_boot = last_boot == boot_id()
+        self.zones = self._load_zones(same_boot)
+        if not (same_boot or self.read_only):
             for zone in self.zones:
                 self._note(zone, zone.wp, zone.wp)
             os.fsync(self.disk.fd)
@@ -2090,7 +2091,6 @@ LOG_HEADER = Sealed(b"ublklog4", "QI", "a log of the target record")  # sizes of
 # in place of an offset how long the log was when it was asked for: it is for what stands up to there.
 ENTRY = Sealed(b"entr", "IIQQI", "an entry")
 KINDS = (*CHANGES, "mark")
-KINDS_WITH_DATA = (*WITH_DATA, "mark")
 RWF_APPEND = 0x10  # linux/fs.h
 
 
@@ -2125,12 +2125,17 @@ class Log:
 
     @contextmanager
     def growing(self) -> Iterator[None]:
-        """Have no other process add to it meanwhile: marks come from anywhere."""
-        fcntl.lockf(self.fd, fcntl.LOCK_EX)
+        """Have nobody else add to it meanwhile: marks come from anywhere."""
         try:
+            self._lock(fcntl.F_WRLCK)
             yield
         finally:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN)
+            self._lock(fcntl.F_UNLCK)
+
+    def _lock(self, how: int) -> None:
+        """Wait for a lock that a server that is killed loses together with its claim()."""
+        flock = struct.pack("hhqqi", how, 0, 0, 0, 0)  # type, whence, start, length, pid
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLKW, flock)
 
     def append(
         self, kind: str, data: Any = b"", offset: int = 0, length: int = 0, error: int = 0
@@ -2156,18 +2161,19 @@ class Log:
             if end + ENTRY.size > limit:
                 break
             fields = ENTRY.unpack(os.pread(self.fd, ENTRY.size, end))
-            if not fields or fields[0] >= len(KINDS):
+            if not fields:
                 raise self.damaged(number)
-            kind, error, offset, length, crc = fields
+            index, error, offset, length, crc = fields
+            kind = KINDS[index]
             end += ENTRY.size
-            if KINDS[kind] in KINDS_WITH_DATA:
+            if kind in (*WITH_DATA, "mark"):
                 end += length
             if end > limit:
                 break
-            if KINDS[kind] == "flush":
+            if kind == "flush":
                 offset = bisect.bisect(ends, offset)
             ends.append(end)
-            yield Entry(number, KINDS[kind], error, offset, length, crc, end)
+            yield Entry(number, kind, error, offset, length, crc, end)
         ublk.say(f"{self.path} is cut off after entry {number - 1}: the rest is left out")
 
     def data_of(self, entry: Entry) -> bytes:
@@ -2454,21 +2460,19 @@ class CrashImage:
 
     def show(self, crash: Crash) -> Crash:
         """Make the image that of a crash, the one that crashes has just come to."""
-        log = self.crashes.log
         disk = self.crashes.disk
-        stale = self.crashes.settled[self.known :]
-        stale += [part[1:] for part in self.parts]
+        stale = {*self.crashes.settled[self.known :], *(part[1:] for part in self.parts)}
         self.known = len(self.crashes.settled)
         self.parts = crash.parts
         image = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         with open(image, "r+b"):  # which closes it
             if os.fstat(image).st_mtime_ns != self.time:
                 os.ftruncate(image, self.crashes.size)
-                stale = [] if cloned(disk, image) else [(0, self.crashes.size)]
-            for offset, length in set(stale):
+                stale = set() if cloned(disk, image) else {(0, self.crashes.size)}
+            for offset, length in stale:
                 make_same(disk, image, offset, length)
             for part in crash.parts:
-                part.apply(log, image)
+                part.apply(self.crashes.log, image)
             self.time = UNTOUCHED
             os.utime(image, ns=(self.time, self.time))
         return crash._replace(path=self.path)
@@ -2550,7 +2554,7 @@ def replay(argv: Sequence[str]) -> int:
         if not options.disk:
             log.header()
             for entry in itertools.islice(log.entries(), options.to):
-                print(described(log, entry))
+                print(ublk.printable(described(log, entry)))
             return 0
         with new_disk(log, options.disk, options.base) as disk:
             found = Crashes(
@@ -2627,7 +2631,7 @@ def described(log: Log, entry: Entry) -> str:
 
 def mark(path: str, text: str) -> None:
     """Append a mark to a log that a server is writing. Raises UblkError, OSError."""
-    with closing(Log(path, "r+b")) as log:
+    with closing(Log(path, "r+b")) as log, log.growing():  # else it could end within an entry
         log.header()
         with suppress(BlockingIOError):
             fcntl.flock(log.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -2730,7 +2734,9 @@ def pytest_configure(config: Any) -> None:
 
                 def make(*target: Any, **options: Any) -> ublk.Device:
                     words = target or ("ram", "--size", "64M")
-                    made = ublk.make_target(words) if isinstance(words[0], str) else words[0]
+                    made = words[0]
+                    if isinstance(made, str):
+                        made = ublk.make_target(words)
                     device = ublk.Device(made, **options)
                     stack.callback(device.stop)
                     device.start()
@@ -2760,14 +2766,12 @@ def pytest_configure(config: Any) -> None:
         @pytest.fixture
         def nothing_left(self) -> Iterator[None]:
             """Fail a test that leaves a disk behind, however it made it."""
-            before = set(ublk.device_ids())
+            before = ublk.device_ids()
             yield
-            left = sorted(set(ublk.device_ids()) - before)
-            assert not left, (
-                f"left behind: {', '.join(f'/dev/ublkb{number}' for number in left)}"
-            )
+            left = [f"/dev/ublkb{each}" for each in ublk.device_ids() if each not in before]
+            assert not left, f"left behind: {', '.join(left)}"
 
-    config.pluginmanager.register(Fixtures(), "ublk_fixtures")
+    config.pluginmanager.register(Fixtures())
 
 
 def let_go() -> None:

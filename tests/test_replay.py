@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import closing, contextmanager
 from functools import partial
@@ -28,12 +29,14 @@ from tests.support import (
     error_of,
     fio_verify,
     kernel,
+    message,
     mount_of,
     needs,
     now,
     opened,
     patched,
     sh,
+    until,
     write_at,
 )
 
@@ -262,6 +265,31 @@ def test_a_mark_that_comes_as_an_entry_finds_no_room_stays(run, targets, tmp_pat
     assert run("replay", log.path).out.split() == ["1", "mark", "0", "4", "here"]
 
 
+def test_a_mark_that_waits_for_a_server_that_is_killed_in_an_entry_is_refused(targets, log):
+    """Behind half an entry nobody would find it, and no server could continue the log."""
+    ready, tell = os.pipe()
+    refused, before = [], log.path.read_bytes()
+    server = os.fork()
+    if server == 0:
+        disk = targets.Record(str(log.path), targets.Ram(size=1 << 20))
+        with disk.log.growing():
+            os.pwrite(disk.log.fd, b"half an entry", os.path.getsize(log.path))
+            os.write(tell, b"!")
+            signal.pause()
+    os.read(ready, 1)
+    marking = threading.Thread(target=lambda: refused.append(message(targets.mark, str(log.path), "here")))
+    marking.start()
+    waiting = re.compile(rf"->.*:{log.path.stat().st_ino} ")
+    until(lambda: waiting.search(Path("/proc/locks").read_text()), "its wait for the lock")
+    os.kill(server, signal.SIGKILL)
+    os.waitpid(server, 0)
+    marking.join()
+    assert "nobody records to it" in refused[0]
+    assert log.path.read_bytes() == before + b"half an entry"
+    os.close(ready)
+    os.close(tell)
+
+
 def test_a_mark_that_comes_as_a_log_is_continued_stays(run, targets, log, monkeypatch):
     def entries(self, call=targets.Log.entries):
         yield from call(self)
@@ -284,6 +312,13 @@ def test_a_write_is_torn_between_the_blocks_of_the_disk_as_it_is_served(targets,
     now(disk.close())
     assert {found_in(crash)[:16] for crash in targets.crashes(tmp_path / "log", states=50)} == {
         b"a" * 16, b"a" * 8 + bytes(8), bytes(8) + b"a" * 8, bytes(16)}
+
+
+def test_what_a_mark_says_is_listed_in_one_line(run, targets, tmp_path):
+    log = Log(targets, tmp_path / "log")
+    log.disk.mark("one\ntwo\x1b[2J")
+    assert run("replay", log.path).out.split() == ["1", "mark", "0", "11", r"one\ntwo\x1b[2J"]
+    now(log.disk.close())
 
 
 def test_a_log_has_a_limit_and_holds_all_that_was_done_until_then(run, targets, tmp_path):
