@@ -1034,7 +1034,8 @@ class Ring:
             )
             self._wait_arg.ts = ctypes.addressof(self._timeout)
         self._words[self._sq_tail_at] = self._tail & 0xFFFFFFFF
-        offered = self.pending
+        # What is pending, without a call: this runs up to LOOKS times for a request
+        offered = (self._tail - self._words[self._sq_head_at]) & 0xFFFFFFFF
         self._to_submit.value = offered
         self._to_wait_for.value = min_complete
         if self._was_cut:
@@ -2022,11 +2023,14 @@ async def transfer(
 
     An awaitable is awaited; what was short is asked for again.
     """
-    outcome = await end_of(outcome)
-    while is_short(outcome, buffer):
+    while True:
+        if is_awaitable(outcome):
+            outcome = await outcome
+        if not is_short(outcome, buffer):
+            return
         offset += outcome
         buffer = buffer[outcome:]
-        outcome = await end_of(function(offset, buffer[:]))
+        outcome = function(offset, buffer[:])
 
 
 def run(serving: Coroutine[Any, Any, Any]) -> Any:
@@ -2094,8 +2098,8 @@ class Queue:
         # Coroutines.
         self.loop: Any = None  # of asyncio, where there are coroutines
         self._memories: list[Any] = [None] * self.depth  # what they get of their requests
-        # What is to serve requests, and no task has begun
-        self.begun: collections.deque[Coroutine[Any, Any, None]] = collections.deque()
+        # Tags whose requests no task serves yet
+        self.waiting: collections.deque[int] = collections.deque()
         self._tasks: set[Any] = set()  # asyncio itself may forget those that wait
         # Futures of what threads do for requests, to_thread() say
         self.threads: set[Any] = set()
@@ -2215,7 +2219,7 @@ class Queue:
         news = self.ring.pending or self._ended_before != before
         if news and self._ended_before != self.depth:
             return False
-        return not (self.begun or self._tasks or self.asked or self._has_chains())
+        return not (self.waiting or self._tasks or self.asked or self._has_chains())
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
@@ -2223,6 +2227,8 @@ class Queue:
             return self._answer_by_target
         if stands(self.target, "map") and self.path.moves:
             return self._answer_by_map
+        if self.loop is not None:
+            return self._answer_by_task
         return self._answer_by_handler
 
     def _answer_by_target(self, tags: list[int]) -> None:
@@ -2234,6 +2240,10 @@ class Queue:
             for tag in set(tags).difference(self._done):
                 self.complete(tag, result)
 
+    def _answer_by_task(self, tags: list[int]) -> None:
+        """Leave the requests to the tasks that come next."""
+        self.waiting.extend(tags)
+
     def _answer_by_handler(self, tags: list[int]) -> None:
         """Have the target's methods serve; a READ or WRITE of a plain target at once.
 
@@ -2242,7 +2252,6 @@ class Queue:
         busy disk's requests are much alike, what follows from operation and
         length is found out once for those in a row.
         """
-        from_buffer = self.path.lasting and self.loop is None
         requests = self.requests
         starts = self.starts
         results = self.results
@@ -2256,7 +2265,7 @@ class Queue:
             if requests[tag] != last:
                 last = requests[tag]
                 flags = self.flags[tag]
-                simple = from_buffer and not flags & NOT_BY_BUFFER
+                simple = self.path.lasting and not flags & NOT_BY_BUFFER
                 length = self.sectors[tag] * SECTOR
                 blank = ZEROES[:length]
                 reads = flags & 0xFF == UBLK_IO_OP_READ
@@ -2409,8 +2418,7 @@ class Queue:
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
         if self.loop is not None:
-            if not self.closing:  # or none is begun any more, as where a chain breaks
-                self.begun.append(self._see_through(tag))
+            self.waiting.append(tag)
             return
         try:
             result = run(self._serve(tag))
@@ -2423,7 +2431,7 @@ class Queue:
 
         It goes to the kernel with the next round of the loop.
         """
-        self.prepare(tag, result)
+        self.results[tag] = result
         self.served[tag] = -1
         self.repeat([tag])
 
@@ -2562,31 +2570,28 @@ class Queue:
         return memoryview(memory)[:length]
 
     def add_tasks(self, more: bool) -> None:
-        """Add tasks for what was begun, twice as many if those of the last round all had to wait."""
+        """Add tasks for what waits, twice as many if those of the last round all had to wait."""
         if more:
             self._enough_tasks *= 2
-        for _ in range(min(self._enough_tasks, len(self.begun))):
+        for _ in range(min(self._enough_tasks, len(self.waiting))):
             task = self.loop.create_task(self._work())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _work(self) -> None:
-        """Serve requests, one after the other until one has to wait."""
+        """Serve requests, one after the other until one has to wait; answer none when the queue ends."""
         _serving.set(True)
         rounds = self.rounds
-        while self.begun and self.rounds == rounds:
-            await self.begun.popleft()
+        while self.waiting and self.rounds == rounds:
+            tag = self.waiting.popleft()
+            try:
+                result = await self._serve(tag)
+            except BaseException as error:  # even SystemExit: a client waits for an answer
+                result = 0 if self.closing else failed(error)
+            if not self.closing:
+                self.complete(tag, result)
             if self.rounds == rounds:  # it need not wait: this task can do the others, too
                 self._enough_tasks = 1
-
-    async def _see_through(self, tag: int) -> None:
-        """Serve a request, and answer it unless the queue ends."""
-        try:
-            result = await self._serve(tag)
-        except BaseException as error:  # even SystemExit: a client waits for an answer
-            result = 0 if self.closing else failed(error)
-        if not self.closing:
-            self.complete(tag, result)
 
     def _begin_loop(self) -> None:
         """Have an asyncio loop wait with the ring."""
@@ -2707,9 +2712,6 @@ class Queue:
         """End the tasks that still run."""
         import asyncio
 
-        for serving in self.begun:
-            serving.close()
-        self.begun.clear()
         tasks = asyncio.all_tasks(self.loop)
         for task in tasks:
             task.cancel()
@@ -4593,7 +4595,7 @@ class RingSelector(selectors.EpollSelector):
         queue.rounds += 1
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
-        left = bool(queue.begun) and not queue.closing
+        left = bool(queue.waiting) and not queue.closing
         queue.watch(self.fileno())
         tags = queue.collect(0 if left else timeout)
         if queue.closing:

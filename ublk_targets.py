@@ -145,25 +145,28 @@ class Ram(ublk.Target):
 
     def resized(self, size: int) -> None:
         # 0 would be the whole file; that no disk has no bytes the Device tells
-        memory = mmap.mmap(self.fd, size or 1)
-        self.view = memoryview(memory)
+        self.grown(size or 1)
         self.size = size
 
-    def part(self, offset: int, length: int) -> memoryview:
-        """Return the memory of a range. A disk that grows may get a request before resized() is called."""
-        end = offset + length
-        view = self.view  # which another queue may replace
-        if end > len(view):
-            memory = mmap.mmap(self.fd, end)
-            view = self.view = memoryview(memory)
-        return view[offset:end]
+    def grown(self, size: int) -> memoryview:
+        """Map more of the memory: a disk that grows may get a request before resized() is called."""
+        memory = mmap.mmap(self.fd, size)
+        view = self.view = memoryview(memory)
+        return view
 
     def read(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self.part(offset, len(buffer))
+        end = offset + len(buffer)
+        view = self.view  # which another queue may replace
+        if end > len(view):
+            view = self.grown(end)
+        buffer[:] = view[offset:end]
 
     def write(self, offset: int, buffer: memoryview) -> None:
-        part = self.part(offset, len(buffer))
-        part[:] = buffer
+        end = offset + len(buffer)
+        view = self.view
+        if end > len(view):
+            view = self.grown(end)
+        view[offset:end] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
         clear(self.fd, offset, length)  # which gives pages back

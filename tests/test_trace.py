@@ -94,7 +94,7 @@ def test_times_go_forward():
     assert times == sorted(times) and len(times) == 4 * 3 * len(STAGES)
 
 
-@pytest.mark.parametrize("target, way", [(AsyncRam, "_answer_by_handler"), (Answering, "_answer_by_target"),
+@pytest.mark.parametrize("target, way", [(AsyncRam, "_answer_by_task"), (Answering, "_answer_by_target"),
                                          (ublk.Null, "_answer_by_target")])
 def test_every_way_of_serving_is_told(target, way):
     records = told(target(), rounds=2)
