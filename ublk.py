@@ -3784,12 +3784,14 @@ class Device:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
         # Another thread may have had these locks
         self._make_locks()
-        for worker in self._workers:
-            if worker.queue is not None:
-                worker.queue.close()
+        self._forget()  # first: whatever cannot be given up, the disk is not ours
+        # A thread, which is not here, may have had a view of their memory
+        with contextlib.suppress(BufferError), contextlib.ExitStack() as exits:
+            exits.callback(self._close_files)
+            for worker in self._workers:
+                if worker.queue is not None:
+                    exits.callback(worker.queue.close)
         self._workers.clear()
-        self._close_files()
-        self._forget()
 
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""
@@ -3797,7 +3799,7 @@ class Device:
             for view in self.shared.values():
                 view.release()
             self.char_fd = self.wake_write = -1
-            for file in (*self.descriptors, *self._files):
+            for file in (*self._files, *self.descriptors):
                 file.close()
 
 

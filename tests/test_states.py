@@ -808,6 +808,14 @@ def test_a_forked_child_takes_no_lock_that_another_thread_held(driver):
         assert child == 0 and driver.devices == {7: disk.identity}
 
 
+def test_a_forked_child_leaves_a_disk_alone_of_whose_ring_a_thread_had_a_view(driver, rings):
+    def given_up():
+        closed = all(file.closed for file in disk._files)
+        os._exit(not closed or disk.state is not ublk.GONE)
+    with new(queues=2) as disk, disk._workers[0].queue.ring._cqes[:2]:      # as who takes completions has
+        assert in_child(given_up) == 0
+
+
 def test_a_child_that_a_handler_forks_closes_no_target(driver):
     with new() as disk:
         worker, = disk._workers
