@@ -3143,6 +3143,7 @@ class Device:
         self.directory = os.getcwd()  # where the words may name files
         self.follows = False  # whether somebody calls follow_size() again and again
         self.size = 0  # the disk's
+        self.files: list[list[Any]] = []  # what tells those it is made of from others
         self.identity = 0  # what tells it from any other of its number, once there is one
         self.info = ublksrv_ctrl_dev_info()
         self.char_fd = self.wake_fd = self.wake_write = -1
@@ -3261,6 +3262,10 @@ class Device:
         atexit.register(self.__exit__, SystemExit)
         _served.add(self)  # before a target's start() can fork
         try:
+            # Now, as others may get their names while they are served
+            self.files = [
+                file_identity(os.path.join(self.directory, path)) for path in self.target.files
+            ]
             for step in steps:
                 step()
             self._pause(0)
@@ -4895,6 +4900,10 @@ def save_state(device: Device) -> None:
     args = [word for word in args if word not in device.target.once]
     state = {
         "id": device.id,
+    for known in device.files:
+        now = file_identity(known[0])
+        if now[:-1] == known[:-1]:  # or another has its name by now
+            known[-1] = now[-1]
         "identity": f"{device.identity:016x}",
         "target": target,
         "args": args,
@@ -4902,9 +4911,7 @@ def save_state(device: Device) -> None:
         "cwd": device.directory,
         "pid": os.getpid(),
         "follows": device.follows,
-        "files": [
-            file_identity(os.path.join(device.directory, path)) for path in device.target.files
-        ],
+        "files": device.files,
         "size": device.size,
     }
     path = state_path(device.id)
@@ -4921,13 +4928,24 @@ def save_state(device: Device) -> None:
 
 def file_identity(path: str) -> list[Any]:
     """Return what tells a file or block device from others that may get its name.
+# linux/fcntl.h, linux/stat.h
+AT_FDCWD = -100
+STATX_BTIME = 0x800
 
-    That is path, device, inode and size in bytes; of a block device its number.
+
+
+    That is path, device, inode, time of birth (a new file often gets the inode
+    of one that was just removed) and size in bytes; of a block device its
+    number.
     """
     status = os.stat(path)
     if stat.S_ISBLK(status.st_mode):
         return [path, "device", status.st_rdev, 0]
-    return [path, status.st_dev, status.st_ino, status.st_size]
+    more = ctypes.create_string_buffer(256)  # struct statx; zeroes where nobody tells
+    if hasattr(_libc, "statx"):
+        _libc.statx(AT_FDCWD, os.fsencode(path), 0, STATX_BTIME, more)
+    born = list(struct.unpack_from("=qI", more, 80))
+    return [path, status.st_dev, status.st_ino, born, status.st_size]
 
 
 def check_files(what: str, files: Any) -> None:

@@ -140,6 +140,17 @@ def test_another_file_in_the_old_ones_place_is_not_served(run, backing, monkeypa
     assert run("del", disk.id).status == 0
 
 
+def test_a_new_file_that_has_the_inode_of_the_old_one_is_another(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    made_of = json.loads(json.dumps([ublk.file_identity(str(path))]))
+    ublk.check_files("it", made_of)
+    path.unlink()
+    path.write_bytes(bytes(4096))           # gets it where the old one's is the first that is free
+    with pytest.raises(ublk.UblkError, match="another file than it was made of"):
+        ublk.check_files("it", made_of)
+
+
 @kernel
 @since("6.16")
 def test_a_file_that_has_grown_with_its_disk_is_the_same(run, backing):
