@@ -3659,6 +3659,8 @@ class Device:
         size = disk_size(self.id)
         if size in (0, self.size) or self.state is not LIVE:
             return
+        if not is_same(self.control, self.id, self.identity):  # it is another disk's
+            return
         try:
             fit(self.target, size)
         except Exception as error:

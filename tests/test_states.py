@@ -1236,6 +1236,20 @@ def test_no_other_device_is_resized_or_noted_while_a_target_takes_its_time(drive
     assert "update_size" not in driver.sent and ublk.load_state(7)["target"] == "another"
 
 
+def test_a_target_does_not_follow_to_the_size_of_another_disk(driver, monkeypatch):
+    sizes = []
+
+    def exchanged(dev_id):
+        driver.devices[7] = 99
+        return 512
+    with new() as disk:
+        disk.target.resized = sizes.append
+        monkeypatch.setattr(ublk, "disk_size", exchanged)
+        disk.follow_size()
+    assert driver.devices.pop(7) == 99
+    assert sizes == []
+
+
 def raise_if(wanted):
     if wanted:
         fails()
