@@ -1469,13 +1469,13 @@ class Control:
         params.len = ctypes.sizeof(params)
         self._run(UBLK_CMD_SET_PARAMS, dev_id, params)
 
-    def get_params(self, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> Any:
+    def get_params(self, dev_id: int) -> Any:
         """GET_PARAMS: what the kernel kept of SET_PARAMS, as a ublk_params.
 
         Members it does not know stay zero.
         """
         params = ublk_params(len=ctypes.sizeof(ublk_params))
-        self._run(UBLK_CMD_GET_PARAMS, dev_id, params, timeout=timeout)
+        self._run(UBLK_CMD_GET_PARAMS, dev_id, params)
         return params
 
     def get_dev_info(self, dev_id: int) -> Any:
@@ -4900,12 +4900,12 @@ def save_state(device: Device) -> None:
     """
     target, args, options = device.words
     args = [word for word in args if word not in device.target.once]
-    state = {
-        "id": device.id,
     for known in device.files:
         now = file_identity(known[0])
         if now[:-1] == known[:-1]:  # or another has its name by now
             known[-1] = now[-1]
+    state = {
+        "id": device.id,
         "identity": f"{device.identity:016x}",
         "target": target,
         "args": args,
@@ -4928,13 +4928,13 @@ def save_state(device: Device) -> None:
         ) from None
 
 
-def file_identity(path: str) -> list[Any]:
-    """Return what tells a file or block device from others that may get its name.
 # linux/fcntl.h, linux/stat.h
 AT_FDCWD = -100
 STATX_BTIME = 0x800
 
 
+def file_identity(path: str) -> list[Any]:
+    """Return what tells a file or block device from others that may get its name.
 
     That is path, device, inode, time of birth (a new file often gets the inode
     of one that was just removed) and size in bytes; of a block device its
@@ -5021,18 +5021,17 @@ def stale_states(ids: Sequence[int]) -> list[int]:
     return sorted(found - set(ids))
 
 
-def geometry(control: Control, dev_id: int) -> tuple[int, int]:
-    """Return the size of a disk and of its blocks in bytes; 0, 0 while the driver does not tell.
+def geometry(control: Control, info: Any) -> tuple[int, int]:
+    """Return the size of a disk and of its blocks in bytes; 0, 0 while it is being removed.
 
-    It does not while it removes or detaches a disk, which a handler may hold
-    up.
+    A handler may hold that up, or that a disk is detached, and GET_PARAMS, and
+    the end of whoever has sent it, would wait along; so of a disk that is there
+    sysfs is asked.
     """
-    try:
-        basic = control.get_params(dev_id, timeout=2.0).basic
-    except UblkError as error:
-        if error.errno != errno.ETIMEDOUT:
-            raise
-        return 0, 0
+    if info.state != UBLK_S_DEV_DEAD:
+        block = "".join(lines_of(f"/sys/block/ublkb{info.dev_id}/queue/logical_block_size"))
+        return disk_size(info.dev_id), int(block or 0)
+    basic = control.get_params(info.dev_id).basic
     return basic.dev_sectors * SECTOR, 1 << basic.logical_bs_shift
 
 
@@ -5042,7 +5041,7 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
     The kernel's word goes before the state file's. Raises UblkError.
     """
     info = control.get_dev_info(dev_id)
-    size, block = geometry(control, dev_id)
+    size, block = geometry(control, info)
     state = load_state(dev_id, info.ublksrv_flags)
     return {
         "id": dev_id,
@@ -5057,7 +5056,7 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
         "depth": info.queue_depth,
         "max_io_bytes": info.max_io_buf_bytes,
         "flags": flag_names(info.flags),
-        "pid": info.ublksrv_pid if alive(info.ublksrv_pid) else -1,
+        "pid": info.ublksrv_pid if is_served(info) else -1,
         "owner_uid": info.owner_uid,
         "owner_gid": info.owner_gid,
     }
@@ -6395,7 +6394,7 @@ def resize(options: Any) -> None:
         info = control.get_dev_info(options.id)
         state = load_state(options.id, info.ublksrv_flags)
         # A server whose process is not seen may be another container's
-        served = alive(info.ublksrv_pid) or not becomes(
+        served = is_served(info) or not becomes(
             lambda: control.get_dev_info(options.id).state != UBLK_S_DEV_LIVE, LAST_BREATH
         )
         check_new_size(control, options.id, options.size)
@@ -6405,35 +6404,31 @@ def resize(options: Any) -> None:
             "a program serves it, and is not asked",
             "have that program call Device.resize()",
         )
-        before, _ = geometry(control, options.id)
+        before = disk_size(options.id)
         control.update_size(options.id, options.size)
-        if served and options.size != before:
-            await_server(control, options.id, options.size, info.ublksrv_flags)
+    if served and options.size != before:
+        await_server(options.id, options.size, info.ublksrv_flags, bool(state))
 
 
-def await_server(control: Control, dev_id: int, size: int, identity: int) -> None:
+def await_server(dev_id: int, size: int, identity: int, seen: bool) -> None:
     """Wait until a server has followed to the disk's new size; UblkError if its target cannot.
 
-    It says so in its state file. Where we do not see that, as it is another
+    It says so in its state file. Where we have not seen that, as it is another
     user's, the server has followed if the disk keeps its size: it looks at it
     every second, and changes it back if it cannot.
     """
     what = f"cannot resize device {dev_id}"
-    begun = time.monotonic()
 
     def follows() -> bool:
-        now, _ = geometry(control, dev_id)
-        state = load_state(dev_id, identity)
-        unseen = not state and time.monotonic() > begun + 3.0
         refuse(
-            now not in (0, size),
+            disk_size(dev_id) not in (0, size),
             what,
             f"its target cannot have {size} bytes",
             "see what its server says",
         )
-        return unseen or state.get("size") == size
+        return seen and load_state(dev_id, identity).get("size") == size
 
-    if not becomes(follows, SERVER_TIMEOUT):
+    if not becomes(follows, SERVER_TIMEOUT if seen else 3.0) and seen:
         reason = "its server does not tell whether it follows"
         raise UblkError(errno.ETIMEDOUT, what, reason, "see what it says")
 

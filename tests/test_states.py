@@ -1355,20 +1355,6 @@ def test_a_size_that_is_not_taken_back_is_not_told_as_followed(driver, monkeypat
         assert ublk.load_state(7)["size"] == 1 << 20
 
 
-def commanded(driver, monkeypatch, *infos):
-    """Have a device be as these tell, one after the other, and have no state file."""
-    left = [ublk.ublksrv_ctrl_dev_info(ublksrv_flags=1, state=state, ublksrv_pid=pid) for state, pid in infos]
-    monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: left.pop(0) if left[1:] else left[0])
-    monkeypatch.setattr(driver, "get_params", lambda *_, **__: ublk.params_of(Target(), 4096))
-    monkeypatch.setattr(ublk, "load_state", lambda *_: {})
-
-
-def test_resize_waits_for_a_server_in_another_container(driver, monkeypatch):
-    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_LIVE, -1))
-    monkeypatch.setattr(ublk, "LAST_BREATH", 0.1)
-    assert "its target cannot have" in message(ublk.resize, SimpleNamespace(id=7, size=2 << 20))
-    assert driver.sent == ["update_size"]
-
 @pytest.mark.parametrize("moment", ["live", "resized"])
 def test_no_file_that_gets_the_name_of_one_that_is_served_is_noted(driver, monkeypatch, tmp_path, moment):
     def exchanged(*_):
@@ -1398,6 +1384,40 @@ def test_how_far_a_file_has_grown_with_its_disk_is_noted(driver, monkeypatch, tm
         disk.follow_size()
         assert ublk.load_state(7)["files"][0][-1] == 8192
 
+
+def commanded(driver, monkeypatch, *infos):
+    """Have a device be as these tell, one after the other, and have no state file."""
+    left = [ublk.ublksrv_ctrl_dev_info(ublksrv_flags=1, state=state, ublksrv_pid=pid) for state, pid in infos]
+    monkeypatch.setattr(driver, "get_dev_info", lambda dev_id: left.pop(0) if left[1:] else left[0])
+    monkeypatch.setattr(driver, "get_params", lambda *_, **__: ublk.params_of(Target(), 4096))
+    monkeypatch.setattr(ublk, "load_state", lambda *_: {})
+
+
+def test_resize_waits_for_a_server_in_another_container(driver, monkeypatch):
+    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_LIVE, -1))
+    monkeypatch.setattr(ublk, "LAST_BREATH", 0.1)
+    monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 1 << 20)
+    assert "its target cannot have" in message(ublk.resize, SimpleNamespace(id=7, size=2 << 20))
+    assert driver.sent == ["update_size"]
+
+
+def test_a_process_that_has_a_dead_servers_number_is_not_its_server(driver, monkeypatch):
+    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_QUIESCED, os.getpid()))
+    assert ublk.describe(driver, 7)["pid"] == -1
+    ublk.resize(SimpleNamespace(id=7, size=2 << 20))
+    assert driver.sent == ["update_size"]
+
+
+def test_a_damaged_state_file_is_told_once_however_long_a_server_is_waited_for(
+        driver, monkeypatch, tmp_path, capsys):
+    load_state = ublk.load_state
+    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_LIVE, os.getpid()))
+    monkeypatch.setenv("UBLK_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(ublk, "load_state", load_state)
+    monkeypatch.setattr(ublk, "becomes", lambda condition, seconds: any([condition() for _ in range(9)]))
+    (tmp_path / "7.json").write_text("{")
+    ublk.resize(SimpleNamespace(id=7, size=2 << 20))
+    assert capsys.readouterr().err.count("ignoring") == 1
 
 
 def test_a_disk_that_is_stopped_was_not_quiesced(driver, monkeypatch):
