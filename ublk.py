@@ -2689,6 +2689,10 @@ class Queue:
         if tasks:
             self.call(partial(asyncio.wait, tasks, timeout=LAST_WORDS))
 
+    def is_in_use(self) -> bool:
+        """Tell whether a handler, or a thread that it has do something, has not ended."""
+        return bool(self._tasks or self.threads)
+
     def wind_up(self) -> None:
         """End the tasks that still run, wait for what the kernel still does, hand in the last commits.
 
@@ -3032,12 +3036,12 @@ class Worker(threading.Thread):
                     self.closes = True
                     # So may threads, and tasks of the other queues, until they have ended
                     becomes(lambda: self.device.serving == {self} and not queue.threads, GRACE)
-                    if self.device.used and not queue.threads:
+                    if self.device.used and not queue.is_in_use():
                         queue.call(close)
         finally:
             self.closes = False
             queue.wind_up()
-            if queue.threads:
+            if queue.is_in_use():
                 self.device.used = False  # but by them, who knows how long: it is not closed
                 self.stays_open()
             if queue.failure is not None:

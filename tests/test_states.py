@@ -115,7 +115,7 @@ class Parked:
     def run(self):
         select.select([self.device.wake_fd], [], [])
 
-    fetch = end_handlers = wind_up = close = collect = lambda self, *_: None
+    fetch = end_handlers = wind_up = close = collect = is_in_use = lambda self, *_: None
 
 
 @pytest.fixture
@@ -610,6 +610,28 @@ def test_a_target_is_closed_behind_the_handlers_of_all_queues(driver, monkeypatc
     with disk:
         assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
     assert order == ["a handler", "a handler", "the target"]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_target_that_a_handler_still_uses_is_not_closed(driver, rings, monkeypatch, capsys, plain):
+    """A close() that is a coroutine would run beside it."""
+    async def goes_on():
+        begun.release()
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+
+    async def close():
+        disk.target.closed += 1
+    monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
+    monkeypatch.setattr(QUEUE, "fetch", lambda queue: queue.begun.append(goes_on()))
+    disk, begun = new(), threading.Semaphore(0)
+    disk.target.start = lambda index: asyncio.sleep(0)
+    if not plain:
+        disk.target.close = close
+    with disk:
+        assert begun.acquire(timeout=10)
+    assert disk.target.closed == 0 and "its target does not return, and stays open" in capsys.readouterr().err
 
 
 def test_a_target_of_a_disk_that_was_there_for_a_moment_is_closed(driver, monkeypatch):
