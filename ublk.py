@@ -2417,6 +2417,7 @@ class Queue:
 
     def handle(self, tag: int) -> None:
         """Serve one request by the target's method for its operation."""
+        self.chained.discard(tag)
         if self.loop is not None:
             self.waiting.append(tag)
             return

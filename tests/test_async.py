@@ -246,6 +246,19 @@ def test_what_no_task_has_begun_when_its_queue_ends_is_not_begun_any_more():
     device.close()
 
 
+def test_a_chain_that_has_broken_keeps_no_memory():
+    """The kernel has done with it, though the handler that serves in its place has not."""
+    kept = len(ublk._left_behind)
+    device = StandIn(target_of(start=async_start))
+    queue = NopQueue(device)
+    queue.chained.add(0)
+    queue.chain_done(0, 1, -errno.EIO)
+    queue.wind_up()
+    queue.close()
+    device.close()
+    assert len(ublk._left_behind) == kept
+
+
 def test_what_came_with_the_news_that_ends_a_queue_is_heard(monkeypatch):
     """Or who waits for it, the target's close() maybe, would wait for ever."""
     reader, writer = os.pipe()
