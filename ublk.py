@@ -756,6 +756,7 @@ IORING_ENTER_GETEVENTS = 1
 IORING_ENTER_EXT_ARG = 8
 IORING_REGISTER_BUFFERS2 = 15
 IORING_REGISTER_PBUF_RING = 22
+IORING_REGISTER_PBUF_STATUS = 26
 IORING_CQE_F_BUFFER = 1
 IORING_CQE_F_MORE = 2
 IORING_CQE_BUFFER_SHIFT = 16
@@ -810,6 +811,7 @@ io_uring_rsrc_register = structure(
 io_uring_buf_reg = structure(
     "io_uring_buf_reg", "u64 ring_addr, u32 ring_entries, u16 bgid flags, u64 resv[3]"
 )
+io_uring_buf_status = structure("io_uring_buf_status", "u32 buf_group head resv[8]")
 timespec = structure("timespec", "s64 tv_sec tv_nsec")
 
 _libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: it drops the GIL while waiting
@@ -4303,21 +4305,22 @@ class BatchQueue(Queue):
         self._base = address_of(self.memory)
         view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
         self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
-        self._buffer_tail = 0
         for number in range(self.BUFFERS):
-            self._offer(number)
+            address = self._base + self._tags_at + number * self.BUFFER_SIZE
+            struct.pack_into(
+                "=QIH", self.memory, 16 * number, address, self.BUFFER_SIZE, number
+            )
+        self._offer_buffers(0)
 
-    def _offer(self, number: int) -> None:
-        """Give a buffer (back) to the kernel.
+    def _offer_buffers(self, head: int) -> None:
+        """Give all buffers to the kernel, which has used them up.
 
-        The ring of provided buffers has entries of 16 bytes; its tail, a 16-bit
-        number, overlays the end of the first.
+        head: how many it has taken.
+
+        It takes them in turn, so their ring always has the same 16 bytes for
+        each, but for the tail, a 16-bit number at the end of the first.
         """
-        at = self._buffer_tail % self.BUFFERS * 16
-        address = self._base + self._tags_at + number * self.BUFFER_SIZE
-        struct.pack_into("=QIH", self.memory, at, address, self.BUFFER_SIZE, number)
-        self._buffer_tail = (self._buffer_tail + 1) & 0xFFFF
-        struct.pack_into("=H", self.memory, 14, self._buffer_tail)
+        struct.pack_into("=H", self.memory, 14, head + self.BUFFERS & 0xFFFF)
 
     def fetch(self) -> None:
         """Park all tags with one command, and ask for their requests with another."""
@@ -4382,13 +4385,16 @@ class BatchQueue(Queue):
             number = flags >> IORING_CQE_BUFFER_SHIFT
             start = self._tags_at + number * self.BUFFER_SIZE
             tags = array("H", self.memory[start : start + max(result, 0)]).tolist()
-            self._offer(number)
         if result == UBLK_IO_RES_ABORT:
             self.ended.add(-1)
         elif not flags & IORING_CQE_F_MORE:
             if result < 0 and result != -errno.ENOBUFS:
                 self.fail(result, "lost its requests")
             else:
+                # Not all have a CQE that names them: there may have been no room for it
+                status = io_uring_buf_status()
+                self.ring.register(IORING_REGISTER_PBUF_STATUS, ctypes.addressof(status), 1)
+                self._offer_buffers(status.head)
                 self.ring.push(self._fetch_slot)
         return tags
 

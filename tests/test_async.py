@@ -39,6 +39,7 @@ from tests.support import (
     opened,
     read_at,
     sh,
+    since,
     target_file,
     until,
     write_at,
@@ -964,6 +965,30 @@ def test_handlers_that_wait_for_each_other_leave_no_client_waiting():
         for thread in clients:
             thread.join(60)
         assert found == [4096] * 200
+
+
+@kernel
+@since("7.0")
+def test_a_queue_with_batches_hears_of_all_requests_though_there_is_no_room_for_their_news(monkeypatch):
+    """A buffer that the kernel took for news that it could not tell was never given back."""
+    monkeypatch.setattr(ublk.BatchQueue, "BUFFERS", 2)
+    zero = os.open("/dev/zero", os.O_RDWR)
+
+    async def read(target, offset, buffer):     # as many operations as fill the ring's completions
+        await asyncio.gather(*(ublk.uring_read(zero, bytearray(1), 0) for _ in range(400)))
+
+    def client(fd, number):
+        found.append(sum(len(read_at(fd, 4096 * number, 4096)) for _ in range(20)))
+    found = []
+    disk = ublk.Device(target_of(read=read), depth=4, batch=True, partition_scan=False)
+    with disk, opened(disk.path, os.O_RDONLY) as fd:
+        clients = [threading.Thread(target=client, args=(fd, number)) for number in range(4)]
+        for thread in clients:
+            thread.start()
+        until(lambda: found == [20 * 4096] * 4)
+        for thread in clients:
+            thread.join()
+    os.close(zero)
 
 
 @kernel
