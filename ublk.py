@@ -4384,7 +4384,7 @@ class BatchQueue(Queue):
         if flags & IORING_CQE_F_BUFFER:
             number = flags >> IORING_CQE_BUFFER_SHIFT
             start = self._tags_at + number * self.BUFFER_SIZE
-            tags = array("H", self.memory[start : start + max(result, 0)]).tolist()
+            tags = array("H", self.memory[start : start + result]).tolist()
         if result == UBLK_IO_RES_ABORT:
             self.ended.add(-1)
         elif not flags & IORING_CQE_F_MORE:
