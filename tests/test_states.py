@@ -539,9 +539,16 @@ class ThreadedToTheEnd(Threaded):
         super().close()
 
 
+def have_requests(monkeypatch, serve):
+    """Have each queue serve a request by a coroutine, serve(queue); it is never answered."""
+    monkeypatch.setattr(QUEUE, "_serve", lambda queue, tag: serve(queue))
+    monkeypatch.setattr(QUEUE, "fetch", lambda queue: queue.waiting.append(0))
+    monkeypatch.setattr(QUEUE, "complete", lambda *_: None)
+
+
 def ends_of(target, monkeypatch, queues=2):
     """Return what has ended with a disk whose queues have a request each."""
-    monkeypatch.setattr(QUEUE, "fetch", lambda queue: queue.begun.append(queue.target.serve()))
+    have_requests(monkeypatch, lambda queue: queue.target.serve())
     with new(target, queues=queues):
         assert all(target.begun.acquire(timeout=10) for _ in range(queues))
     return [*target.ends]
@@ -588,14 +595,10 @@ def test_what_a_targets_close_fails_of_is_told_whenever_it_ends(driver, moment):
     disk.stop()
 
 
-def test_a_target_is_closed_behind_the_handlers_of_all_queues(driver, monkeypatch):
+def test_a_target_is_closed_behind_the_handlers_of_all_queues(driver, rings, monkeypatch):
     order = []
 
-    class Busy(QUEUE):
-        def fetch(self):
-            self.begun.append(waits())
-
-    async def waits():
+    async def waits(queue):
         begun.release()
         try:
             await asyncio.Event().wait()
@@ -604,7 +607,7 @@ def test_a_target_is_closed_behind_the_handlers_of_all_queues(driver, monkeypatc
 
     async def close():
         order.append("the target")
-    monkeypatch.setattr(ublk, "Queue", Busy)
+    have_requests(monkeypatch, waits)
     disk, begun = new(queues=2), threading.Semaphore(0)
     disk.target.close = close
     with disk:
@@ -615,7 +618,7 @@ def test_a_target_is_closed_behind_the_handlers_of_all_queues(driver, monkeypatc
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_target_that_a_handler_still_uses_is_not_closed(driver, rings, monkeypatch, capsys, plain):
     """A close() that is a coroutine would run beside it."""
-    async def goes_on():
+    async def goes_on(queue):
         begun.release()
         while True:
             with contextlib.suppress(asyncio.CancelledError):
@@ -624,7 +627,7 @@ def test_a_target_that_a_handler_still_uses_is_not_closed(driver, rings, monkeyp
     async def close():
         disk.target.closed += 1
     monkeypatch.setattr(ublk, "LAST_WORDS", 0.05)
-    monkeypatch.setattr(QUEUE, "fetch", lambda queue: queue.begun.append(goes_on()))
+    have_requests(monkeypatch, goes_on)
     disk, begun = new(), threading.Semaphore(0)
     disk.target.start = lambda index: asyncio.sleep(0)
     if not plain:
