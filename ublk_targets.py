@@ -1661,9 +1661,8 @@ class Nbd(ublk.Target):
         refuse(index, self.uri, "there is one connection", "use one queue")
         self.pending: dict[int, NbdRequest] = {}  # by cookie
         self.connection: Any = await self._connect()
-        loop = asyncio.get_running_loop()
         # asyncio itself may forget one that nobody else knows
-        self.tasks = [loop.create_task(work) for work in (self._receive(), self._watch())]
+        self.tasks = [asyncio.create_task(work) for work in (self._receive(), self._watch())]
         if self.connection.flags & NBD_FLAG_SEND_FLUSH:
             await self.ask(NBD_CMD_FLUSH, 0)
 
@@ -1767,18 +1766,18 @@ class Nbd(ublk.Target):
         lost = hasattr(self, "flush") and self.acknowledged > self.durable
         told = "; what was not flushed may be gone: the next flush fails" if lost else ""
         ublk.say(f"{self.uri}: connection lost: {error.strerror}{told}")
-        self.lost = self.lost or lost
+        self.lost |= lost
         self.durable = self.acknowledged
         # The server ended it, and does nothing more of what it was told
         over = isinstance(error, ConnectionError)
         for request in list(self.pending.values()):
             if request.command == NBD_CMD_FLUSH and lost:
                 # One that was given up tells nobody
-                self.lost = self.lost and request.done.done()
+                self.lost &= request.done.done()
                 self._end(request, errno.EIO)
             elif request.command != NBD_CMD_READ and not over:
                 self._end(request, error.errno or errno.EIO)
-                self.unsure = self.unsure or request.command != NBD_CMD_FLUSH
+                self.unsure |= request.command != NBD_CMD_FLUSH
 
     async def _connect(self) -> NbdConnection:
         """Make a connection to the same export. Raises UblkError."""
