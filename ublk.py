@@ -1874,6 +1874,9 @@ class MappedCopy:
         for tag in tags:
             slot = self.depth + tag
             ring.prepare(slot, self.moves, user_data=slot, buf_index=tag)
+        # To ask the driver with when the queue ends, as there may be none to be had then
+        self.asking = Ring(self.depth)
+        self.queue.exits.callback(self.asking.close)
         commits = bool(self.queue.link_last)
         self.chains = [self.chain(tag) + (tag,) * commits for tag in tags]
         self.sqes = ring.sqes
@@ -2400,7 +2403,7 @@ class Queue:
         """
         tags = list(self.chained - self.ended)
         if tags:
-            ring = Ring(self.depth)
+            ring = self.path.asking
             for tag in tags:
                 ring.prepare(
                     tag,
@@ -2410,9 +2413,8 @@ class Queue:
                     cmd=IO_CMD.pack(self.index, tag, 0, 0),
                 )
             ring.push_all(tags)
-            ring.enter(len(tags))
+            ring.enter()  # which does it at once
             _, results = ring.reap()
-            ring.close()
             if results.count(-errno.EBUSY) == len(tags):
                 self.chained.clear()
         return not self.chained <= self.ended

@@ -15,6 +15,7 @@ import mmap
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -312,6 +313,17 @@ def mounts_left():
 def command_line(pid):
     """Return the words of a process in one line."""
     return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+
+
+@contextmanager
+def descriptors_below(limit):
+    """Have nothing opened that would get this number or a higher one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def descriptors():

@@ -7,7 +7,6 @@ import asyncio
 import errno
 import os
 import random
-import resource
 import threading
 import time
 from functools import partial
@@ -20,6 +19,7 @@ from tests.support import (
     AsyncRam,
     Ram,
     Recorder,
+    descriptors_below,
     error_of,
     files,
     in_flight,
@@ -285,12 +285,8 @@ def test_no_request_passes_while_nobody_can_read_the_control_file(targets, tmp_p
     path = tmp_path / "ctl"
     fault = targets.Fault(Ram(), control=str(path))
     path.write_text("--error EIO")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-    try:
+    with descriptors_below(0):
         assert error_of(now, fault.write(0, DATA)) == errno.EMFILE
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert fails(fault.write, 0, DATA) and not any(fault.target.data)
 
 

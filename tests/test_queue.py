@@ -22,6 +22,7 @@ from tests.support import (
     Forked,
     Ram,
     descriptors,
+    descriptors_below,
     error_of,
     fio_verify,
     in_flight,
@@ -493,6 +494,16 @@ def test_a_queue_that_leaves_waits_for_what_the_kernel_moves():
     queue.close()
     device.close()
     assert looks == [] and len(ublk._left_behind) == kept
+
+
+def test_a_queue_leaves_though_no_descriptor_is_left():
+    device = StandIn(InFile(io.BytesIO()), depth=4)
+    queue = NopQueue(device)
+    queue.chained.add(2)
+    with descriptors_below(0):
+        assert queue._has_chains()
+    queue.close()
+    device.close()
 
 
 class BatchOfNops(ublk.BatchQueue):

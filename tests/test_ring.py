@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import resource
 import signal
 import threading
 from pathlib import Path
@@ -14,7 +13,15 @@ from pathlib import Path
 import pytest
 
 import ublk
-from tests.support import IN_LAB, assert_error_line, descriptors, error_of, kernel, message
+from tests.support import (
+    IN_LAB,
+    assert_error_line,
+    descriptors,
+    descriptors_below,
+    error_of,
+    kernel,
+    message,
+)
 
 
 def descriptors_and_mappings():
@@ -310,16 +317,12 @@ def test_no_ring_to_be_had_says_why(monkeypatch, number, says):
 
 @pytest.mark.parametrize("room", range(3))
 def test_a_ring_without_enough_descriptors_is_an_error_of_ours(room):
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = [os.open(os.devnull, os.O_RDONLY) for _ in range(room + 1)]
     for fd in files:
         os.close(fd)
     before = descriptors()
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files[room], limits[1]))
+    with descriptors_below(files[room]):
         said = message(ublk.Ring, 8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert_error_line(f"ublk: {said}\n", errno.EMFILE, says="cannot create an io_uring")
     assert descriptors() == before
 
