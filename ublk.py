@@ -5433,6 +5433,10 @@ class Usage(Exception):
     """The words on the command line make no sense: exit status 2."""
 
 
+class NotASize(argparse.ArgumentTypeError, ValueError):
+    """What parse_size raises; argparse tells only its own errors as they are."""
+
+
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?:([KMGT])(?:i?B)?)?", re.ASCII | re.IGNORECASE)
 
 
@@ -5440,7 +5444,7 @@ def parse_size(text: str) -> int:
     """Read a number of bytes such as 4096, 512K, 1.5MiB or 1GB (powers of 1024).
 
     Exactly, as floats are not: 0.1G is refused, for it is no whole number of
-    bytes. Raises ValueError.
+    bytes. Raises NotASize, a ValueError.
     """
     found = SIZE.fullmatch(text)
     if found:
@@ -5448,7 +5452,7 @@ def parse_size(text: str) -> int:
         size = fractions.Fraction(number) * 1024 ** " KMGT".index(unit.upper())
         if size.denominator == 1:
             return int(size)
-    raise ValueError(f"{text!r} is not a whole number of bytes, such as 4096, 512K or 1GiB")
+    raise NotASize(f"{text!r} is not a whole number of bytes, such as 4096, 512K or 1GiB")
 
 
 def format_size(size: int) -> str:
@@ -5585,20 +5589,12 @@ def one_line(what: str) -> Iterator[None]:
         raise UblkError(errno.EINVAL, what, reason, "mend the file") from error
 
 
-def number_of_bytes(text: str) -> int:
-    """Do what parse_size does, for argparse, which tells only its own errors as they are."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def whole_number(text: str) -> int:
     """Read an int: decimal, with a sign, as 0x…, or with the letters of a size."""
     try:
         return int(text, 0)
     except ValueError:
-        return number_of_bytes(text)
+        return parse_size(text)
 
 
 def make_parser(program: str, **options: Any) -> argparse.ArgumentParser:
@@ -5609,7 +5605,7 @@ def make_parser(program: str, **options: Any) -> argparse.ArgumentParser:
 # type of a parameter -> what reads its word
 READERS: dict[Any, Callable[[str], Any]] = {
     int: whole_number,
-    Size: number_of_bytes,
+    Size: parse_size,
     float: float,
     str: str,
     Path: Path,
@@ -5815,8 +5811,8 @@ def device_parser() -> Any:
     )
     add("-q", "--queues", type=int, default=1, help="hardware queues (1)")
     add("-d", "--depth", type=int, default=128, help="requests in flight per queue (128)")
-    add("--max-io", type=number_of_bytes, default=512 << 10, help="largest request (512K)")
-    add("--block-size", type=number_of_bytes, help="logical block size (the target's)")
+    add("--max-io", type=parse_size, default=512 << 10, help="largest request (512K)")
+    add("--block-size", type=parse_size, help="logical block size (the target's)")
     add("--read-only", action="store_true", help="refuse writes")
     add(
         "-r",
@@ -6065,12 +6061,15 @@ def serve_started(device: Device, started: Started) -> None:
         if device.recovers:
             device.detach()
         raise
-    notify(f"READY=1\nSTATUS=serving {device.path}")
+    news = f"READY=1\nSTATUS=serving {device.path}"
     # Not without end: a signal that comes just before a wait for ever would
     # not end it.
     pause = min(watchdog() / 2 or 1.0, 1.0)
-    while not device.wait(pause):
-        notify("WATCHDOG=1")
+    while True:
+        if notify(news):
+            news = "WATCHDOG=1"
+        if device.wait(pause):
+            break
         device.follow_size()
     notify("STOPPING=1")
     if not device.interrupted and device.failure is None:
@@ -6083,20 +6082,24 @@ def watchdog() -> float:
     return int(text) / 1e6 if text.isdecimal() else 0.0
 
 
-def notify(message: str) -> None:
+def notify(message: str) -> bool:
     """Tell systemd (sd_notify(3)), where it started us and asked to be told.
 
-    Nobody there, or nobody reading, is no reason to take a disk away.
+    Nobody there, or nobody reading, is no reason to take a disk away. Returns
+    False where it has no room for the message now.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        import socket
+        from socket import AF_UNIX, MSG_DONTWAIT, SOCK_DGRAM, socket
 
         if address[0] == "@":
             address = f"\0{address[1:]}"
-        kind = socket.AF_UNIX, socket.SOCK_DGRAM
-        with contextlib.suppress(OSError), socket.socket(*kind) as channel:
-            channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
+        try:
+            with socket(AF_UNIX, SOCK_DGRAM) as channel:
+                channel.sendto(message.encode(), MSG_DONTWAIT, address)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+    return True
 
 
 def open_descriptors() -> dict[int, str]:
@@ -6195,8 +6198,7 @@ def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoRetu
         tell_failure(error, started.options.debug)
     finally:
         try:
-            if status:
-                started.tell(b"failed")
+            started.tell(b"failed")  # unless that is done
             sys.stdout.flush()
         finally:  # its reader may be gone
             os._exit(status)
@@ -6596,7 +6598,7 @@ FLAG = {"action": "store_true"}
 # What commands take, each in one meaning
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "id": {"type": int},
-    "size": {"type": number_of_bytes},
+    "size": {"type": parse_size},
     "node": {},
     "--all": FLAG,
     "--background": {**FLAG, "help": "return when the block device is usable"},

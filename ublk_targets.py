@@ -2580,7 +2580,7 @@ def read_replay_words(argv: Sequence[str]) -> Any:
     """Return the words of a replay, as attributes."""
     parser = ublk.make_parser("ublk.py replay", description=replay.__doc__)
     add = parser.add_argument
-    number: Any = {"type": ublk.number_of_bytes, "metavar": "N"}
+    number: Any = {"type": ublk.parse_size, "metavar": "N"}
     add("log", help="what the target record has written")
     add("disk", nargs="?", help="the disk image to make; without it the entries are shown")
     add("--mark", metavar="TEXT", help="note this in a log that is being written")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,15 +41,35 @@ def test_a_notify_socket_that_is_not_there_does_no_harm(tmp_path):
 
     def change():
         def notify(message, notify=ublk.notify):
-            notify(message)
             with open(told, "a", encoding="utf-8") as file:
                 file.write(f"{message}\n")
+            return notify(message)
         os.environ.update(NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="20000")
         replace(ublk, notify=notify)
     with Forked("null", change=change) as disk:
         until(lambda: told.exists() and "WATCHDOG" in told.read_text(), "the watchdog")
         assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
     assert told.read_text().endswith("STOPPING=1\n")
+
+
+def test_systemd_hears_of_readiness_when_it_has_room_for_more(tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        while ublk.notify("another's"):
+            pass
+
+        def wait(pause, looks=iter([False, True])):
+            ended = next(looks)
+            with suppress(BlockingIOError):
+                while not ended:
+                    assert systemd.recv(4096, socket.MSG_DONTWAIT) == b"another's"
+            return ended
+
+        disk = SimpleNamespace(path="/dev/ublkb0", interrupted="signal", wait=wait, follow_size=bool)
+        ublk.serve_started(disk, SimpleNamespace(live=bool))
+        assert systemd.recv(4096) == b"READY=1\nSTATUS=serving /dev/ublkb0"
+        assert systemd.recv(4096) == b"STOPPING=1"
 
 
 def test_a_notify_socket_that_nobody_reads_does_no_harm(tmp_path, monkeypatch):
