@@ -5871,9 +5871,10 @@ def create(words: Sequence[str]) -> int:
     options, args = device_parser().parse_known_args(spelled_out(words[1:]))
     started = Started(options)
     # What is wrong with the words is told here, and at once.
-    make = target_maker([words[0], *args], options.read_only)
+    words = [words[0], *args]
+    make = target_maker(words, options.read_only)
     asked = {name: value for name, value in vars(options).items() if name not in TOLD}
-    made_by = {**asked, "words": [words[0], *args]}
+    made_by = {**asked, "words": words}
     block_size = asked.pop("block_size")
     read_only = asked.pop("read_only")
     identity = new_identity(True)
@@ -5903,7 +5904,7 @@ def create(words: Sequence[str]) -> int:
             words=(words[0], args, made_by),
         )
         device.identity = identity
-        return serve(device, device.start, started)
+        serve(device, device.start, started)
 
     return launch(first, started, identity)
 
@@ -6126,7 +6127,7 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     child = os.fork()
     if child == 0:
         to_the_end(reader, run, started)
-    os.close(started.news)
+    started.hang_up()
     end = os.pidfd_open(child)
     on_signals(lambda number, frame: pass_on(number, end))
     heard = select.poll()  # for select() there may be too many descriptors
