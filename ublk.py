@@ -5978,12 +5978,15 @@ class Started:
 
         handed_down: of what a shell, say, has opened for us, or of the rest.
         """
+        # Who has a number may close it yet, so it stays taken; and by who uses it,
+        # data would be lost without an error in /dev/null.
+        nothing = os.open("/", os.O_PATH)
         # Whoever of our caller's had a number may have closed it, and it be ours.
         # What we open is not handed down.
         for fd, _ in self.inherited.items() & open_descriptors().items():
             if os.get_inheritable(fd) == handed_down:
-                # The number stays taken: whoever of our caller's has it may close it yet
-                os.dup2(1, fd, inheritable=False)
+                os.dup2(nothing, fd, inheritable=False)
+        os.close(nothing)
 
     def live(self, device: Device) -> None:
         """Tell the path of the disk, or with --json all about it.
