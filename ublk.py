@@ -6175,27 +6175,22 @@ def clean_up(identity: int) -> None:
                     say(f"device {dev_id} is left behind: {error}")
 
 
-def leave_caller(reader: int, started: Started) -> None:
-    """Let go of what whoever called us has, but of nothing that it has given us.
-
-    reader: our parent's end of the pipe.
-    """
-    os.setsid()
-    os.register_at_fork(after_in_child=started.hang_up)
-    os.close(reader)
-    started.out = open(os.dup(1), "w", encoding="utf-8")
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.close(null)
-    started.let_go(handed_down=False)
-
-
 def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoReturn:
-    """Run a forked child, and end it without what its parent has registered for its own end."""
+    """Run a forked child, and end it without what its parent has registered for its own end.
+
+    reader: the parent's end of the pipe.
+    """
     status = 1
     sys.stdout = sys.stderr
     try:
-        leave_caller(reader, started)
+        os.setsid()
+        os.register_at_fork(after_in_child=started.hang_up)
+        os.close(reader)
+        started.out = open(os.dup(1), "w", encoding="utf-8")
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 1)
+        os.close(null)
+        started.let_go(handed_down=False)
         run()
         status = 0
     except BaseException as error:
@@ -6738,7 +6733,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             flush_output()
     except Usage as error:
-        say(error_line(error))
+        say(str(error))
         return 2
     except BrokenPipeError:  # whoever reads has enough
         return 1
