@@ -2114,6 +2114,7 @@ class Queue:
         self._operations: dict[int, Operation] = {}
         self._last_operation = OPERATION + FIXED_SLOTS
         self.exits = contextlib.ExitStack()  # gives back what the queue has, the last first
+        _queues.add(self)  # before a thread that forks could find it half made
         try:
             self._open(device)
         except BaseException:
@@ -3801,13 +3802,8 @@ class Device:
         # Another thread may have had these locks
         self._make_locks()
         self._forget()  # first: whatever cannot be given up, the disk is not ours
-        # A thread, which is not here, may have had a view of their memory
-        with contextlib.suppress(BufferError), contextlib.ExitStack() as exits:
-            exits.callback(self._close_files)
-            for worker in self._workers:
-                if worker.queue is not None:
-                    exits.callback(worker.queue.close)
         self._workers.clear()
+        self._close_files()
 
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""
@@ -3820,11 +3816,16 @@ class Device:
 
 
 _served: weakref.WeakSet[Device] = weakref.WeakSet()
+_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 
 def _disown_all() -> None:
-    for device in list(_served):
-        device.disown()
+    # A thread, which is not here, may have had a view of their memory
+    with contextlib.suppress(BufferError), contextlib.ExitStack() as ends:
+        for device in _served:
+            ends.callback(device.disown)
+        for queue in _queues:
+            ends.callback(queue.close)
 
 
 # A child that a program forks for purposes of its own would keep DEL_DEV

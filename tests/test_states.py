@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import glob
 import mmap
 import os
 import re
@@ -840,6 +841,24 @@ def test_a_forked_child_leaves_a_disk_alone_of_whose_ring_a_thread_had_a_view(dr
         os._exit(not closed or disk.state is not ublk.GONE)
     with new(queues=2) as disk, disk._workers[0].queue.ring._cqes[:2]:      # as who takes completions has
         assert in_child(given_up) == 0
+
+
+def test_a_child_that_is_forked_as_a_queue_is_made_holds_nothing_of_the_device(driver, monkeypatch):
+    """Or the kernel would not hear of its parent's end, and its own end would delete its parent's device."""
+    def rings():
+        links = map(ublk.link_of, glob.glob("/proc/self/fd/*"))
+        return [link for link in links if link == "anon_inode:[io_uring]"]
+
+    def half_made(target):
+        ends.append(in_child(lambda: os._exit(disk.state != ublk.GONE or rings() != before)))
+        return False
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    monkeypatch.setattr(QUEUE, "fetch", bool)
+    monkeypatch.setattr(ublk, "has_coroutines", half_made)
+    disk, ends, before = new(), [], rings()
+    with disk:
+        pass
+    assert ends == [0]
 
 
 def test_a_child_that_a_handler_forks_closes_no_target(driver):
