@@ -4121,7 +4121,6 @@ class UserCopy(MappedCopy):
     features = int(UBLK_F_USER_COPY)
     stages = moves = 0
     lasting = False
-    late: Any = None  # what has the number of a path that was abandoned
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(queue)
@@ -4129,8 +4128,10 @@ class UserCopy(MappedCopy):
         # somebody might use it.
         self.file: Any = open(os.dup(queue.device_fd), "r+b", buffering=0)
         self.fd: int = self.file.fileno()
-        self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
         queue.exits.callback(lambda: self.file.close())
+        # What abandon() needs: there may be no descriptors left by then
+        self.null: Any = queue.exits.enter_context(open(os.devnull, "r+b", buffering=0))
+        self.origin = UBLKSRV_IO_BUF_OFFSET + (queue.index << UBLK_QID_OFF)
 
     def address(self, tag: int) -> int:
         return 0
@@ -4161,10 +4162,10 @@ class UserCopy(MappedCopy):
         # and a late handler would write into whatever file had the number then.
         # /dev/null has it until the path is forgotten, also where this is called
         # again, by a stop() after one that was interrupted.
-        null = open(os.devnull, "r+b", buffering=0)
-        os.dup2(null.fileno(), self.fd, inheritable=False)
-        self.late = self.late or self.file
-        self.file = null
+        if self.file is not self.null:
+            os.dup2(self.null.fileno(), self.fd, inheritable=False)
+            self.late = self.file
+            self.file = self.null
 
     def _copy(self, copy: Callable[..., int], position: int, buffer: memoryview) -> None:
         """Copy between a buffer and this position of /dev/ublkcN, by preadv() or pwritev().

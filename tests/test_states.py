@@ -274,6 +274,22 @@ def without_descriptors(function):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+@contextlib.contextmanager
+def all_descriptors_taken():
+    """Have this process be at its limit of open files."""
+    limits, files = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (500, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                files.append(open(os.devnull))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in files:
+            file.close()
+
+
 def test_privileges_that_cannot_be_read_are_an_error_of_the_system():
     number = without_descriptors(lambda open_nothing: open_nothing() or ublk.privileged())
     assert number == errno.EMFILE
@@ -421,6 +437,18 @@ def rings(driver, monkeypatch):
     """Queues that have a ring and a loop, though no requests."""
     monkeypatch.setattr(ublk, "Queue", QUEUE)
     monkeypatch.setattr(QUEUE, "fetch", bool)
+
+
+def test_a_disk_goes_though_a_handler_is_stuck_and_nothing_can_be_opened_any_more(driver, rings, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(ublk, "GRACE", 0.05)
+    monkeypatch.setattr(QUEUE, "run", lambda queue: go.wait(10))
+    disk = new(data_path="user-copy")
+    disk.start()
+    with all_descriptors_taken():
+        disk.stop()
+    go.set()
+    assert driver.devices == {}
 
 
 @pytest.mark.parametrize("plain", [True, False])
