@@ -3991,6 +3991,9 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
         # Two DEL_DEV at a time would wait for each other.
         if control.legacy:
             fcntl.flock(control.fd, fcntl.LOCK_EX)
+        # An ordinary user's node may not be his yet, where a start was interrupted
+        node = f"/dev/ublkc{dev_id}"
+        becomes(lambda: is_usable(node, os.R_OK | os.W_OK) or not os.path.exists(node), timeout)
         if not is_same(control, dev_id, identity):
             if dev_id not in device_ids():
                 forget_state(dev_id)

@@ -32,6 +32,7 @@ from tests.support import (
     kernel,
     needs,
     refused,
+    replace,
     sh,
     since,
     state_of,
@@ -96,6 +97,23 @@ def test_an_ordinary_user_owns_a_disk(rules, readable):
         assert (done.status, done.out, done.err) == (0, "", "")
         assert disk.wait() == 0 and devices_left() == []
     assert disk.said().count("\n") == 1 and "30 seconds" in disk.said() and "no recovery" in disk.said()
+
+
+@kernel
+@since("6.3")
+def test_a_start_that_is_interrupted_before_the_node_is_the_users_leaves_no_device(rules):
+    def change():
+        become(ALICE)()
+
+        def add_dev(control, *words, add_dev=ublk.Control.add_dev):
+            info = add_dev(control, *words)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return info
+        replace(ublk.Control, add_dev=add_dev)
+    disk = Forked("ram", "--size", "4M", change=change)
+    assert disk.wait() == 1
+    assert_error_line(disk.said(), errno.EINTR, says="ended by SIGTERM before the disk was there")
+    assert devices_left() == []
 
 
 @kernel
