@@ -3401,8 +3401,9 @@ class Device:
         self.data_path = next(
             path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
         )
-        self.wake_fd, self.wake_write = os.pipe()
-        self._files += open(self.wake_fd, "rb", 0), open(self.wake_write, "wb", 0)
+        ends = os.pipe()
+        self._files += open(ends[0], "rb", 0), open(ends[1], "wb", 0)
+        self.wake_fd, self.wake_write = ends  # which a Ctrl-C before would have closed
         size = whole_pages(self.info.queue_depth * self.desc_size)
         apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
         for index in range(self.info.nr_hw_queues):

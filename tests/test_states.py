@@ -356,6 +356,17 @@ def test_ctrl_c_in_any_command_leaves_nothing(driver, command):
     assert (disk.state, driver.devices) == (ublk.GONE, {})
 
 
+def test_ctrl_c_as_the_pipe_that_wakes_is_made_leaves_nothing(driver, monkeypatch):
+    def interrupted(file, mode, *words, open=open, **more):
+        return interrupts() if mode == "wb" else open(file, mode, *words, **more)
+    disk = new()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ublk, "open", interrupted, raising=False)
+        disk.start()
+    disk.stop()
+    assert driver.devices == {}
+
+
 class Moment:
     """Sends a signal before the given step of this thread, counted from when count() is called."""
 
