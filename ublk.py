@@ -2880,6 +2880,8 @@ def check_limits(device: Device) -> None:
         ("block size", device.target.block_size, SECTOR, PAGE_SIZE),
         ("size", device.target.size, SECTOR, (1 << 63) - 1),
         ("boundary", device.target.boundary, 0, ((1 << 32) - 1) * SECTOR),
+        ("zone size", getattr(device.target, "zone_size", 0), 0, ((1 << 32) - 1) * SECTOR),
+        ("discard granularity", device.target.discard_granularity, 0, (1 << 32) - 1),
         ("dma alignment", device.target.dma_alignment, 0, PAGE_SIZE),
         ("max_segments", device.target.max_segments, 0, (1 << 16) - 1),
         ("max_segment_size", device.target.max_segment_size or 4096, 4096, (1 << 32) - 1),
@@ -3535,7 +3537,12 @@ class Device:
         attrs = basic.attrs
         flushes = hasattr(self.target, "flush")
         durable = stands(self.target, "write_fua")
+        chunk = params_of(self.target, self.info.max_io_buf_bytes).basic.chunk_sectors
         for another, reason in (
+            (
+                chunk != basic.chunk_sectors,
+                f"the target has a boundary every {chunk} sectors, the disk every {basic.chunk_sectors}",
+            ),
             (
                 given != kept,
                 f"the target has {given} bytes of metadata beside a block, the disk {kept}",

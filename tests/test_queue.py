@@ -27,6 +27,7 @@ from tests.support import (
     fio_verify,
     in_flight,
     kernel,
+    message,
     opened,
     read_at,
     recovered,
@@ -696,6 +697,13 @@ def test_a_write_is_durable_by_itself_only_where_an_append_is_too():
     target.zone_size, target.max_append = 1 << 20, 65536
     target.max_open_zones = target.max_active_zones = 0
     assert not ublk.params_of(target, 65536).basic.attrs & ublk.UBLK_ATTR_FUA
+
+
+@pytest.mark.parametrize("name, value", [("zone_size", 1 << 41), ("discard_granularity", 1 << 32)])
+def test_a_number_that_has_no_room_where_the_kernel_looks_for_it_is_refused(name, value):
+    target = Ram()
+    setattr(target, name, value)
+    assert f"{value}: not a number from 0 to" in message(ublk.Device(target).start)
 
 
 @pytest.mark.parametrize("boundary", [100, 512, 6144])
