@@ -1043,9 +1043,11 @@ class Ring:
         if self._was_cut:
             raise OSError(errno.ENOMEM, "the kernel had no memory for the rest of a chain")
         taken = self._enter()
-        if 0 <= taken < offered:
+        if taken == offered:
+            return
+        if taken >= 0:
             self._look_for_cut()
-        if taken < 0:
+        else:
             number = ctypes.get_errno()
             # Before EBUSY and EAGAIN end, completions must be taken
             if number not in (errno.EINTR, errno.ETIME, errno.EBUSY, errno.EAGAIN):
@@ -1859,6 +1861,7 @@ class MappedCopy:
         queue.exits.callback(self.close)
         self.memory = private_memory(queue.depth * queue.max_io)
         self.view = queue.kept(memoryview(self.memory))
+        self.written = queue.kept(self.view.toreadonly())
         self.base = address_of(self.view)
         if self.moves:
             self.make_chains()
@@ -2261,7 +2264,7 @@ class Queue:
         requests = self.requests
         starts = self.starts
         results = self.results
-        memory = self.path.view
+        path = self.path
         max_io = self.max_io
         read = self.target.read
         write = self.target.write
@@ -2271,11 +2274,12 @@ class Queue:
             if requests[tag] != last:
                 last = requests[tag]
                 flags = self.flags[tag]
-                simple = self.path.lasting and not flags & NOT_BY_BUFFER
+                simple = path.lasting and not flags & NOT_BY_BUFFER
                 length = self.sectors[tag] * SECTOR
                 blank = ZEROES[:length]
                 reads = flags & 0xFF == UBLK_IO_OP_READ
                 move = read if reads else write
+                memory = path.view if reads else path.written
             if not simple:
                 self.handle(tag)
                 continue
@@ -2284,8 +2288,6 @@ class Queue:
             try:
                 if reads:
                     buffer[:] = blank
-                else:
-                    buffer = buffer.toreadonly()
                 outcome = move(starts[tag] * SECTOR, buffer)
                 if outcome is not None and outcome != length:
                     run(transfer(move, outcome, starts[tag] * SECTOR, buffer))
@@ -2681,9 +2683,8 @@ class Queue:
 
     def watch(self, epoll: int) -> None:
         """Have the ring wait for what an epoll waits for."""
-        if not self.watching:
-            self._await_news(EPOLL, epoll)
-            self.watching = True
+        self._await_news(EPOLL, epoll)
+        self.watching = True
 
     def end_handlers(self) -> None:
         """Cancel the tasks that serve requests, and wait for their end, for LAST_WORDS at most."""
@@ -4631,14 +4632,16 @@ class RingSelector(selectors.EpollSelector):
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
         left = bool(queue.waiting) and not queue.closing
-        queue.watch(self.fileno())
+        if not queue.watching:
+            queue.watch(self.fileno())
         tags = queue.collect(0 if left else timeout)
         if queue.closing:
             queue.ended.update(tags)  # requests for the next server
         else:
             if tags:
                 queue.answer(tags)
-            queue.add_tasks(left)
+            if queue.waiting:
+                queue.add_tasks(left)
             if queue.is_over():
                 queue.loop.stop()
         if queue.watching:
