@@ -4485,8 +4485,9 @@ _serving = contextvars.ContextVar("serving", default=False)
 
 def has_coroutines(target: Any) -> bool:
     """Tell whether a target has methods that are coroutines."""
-    names = (*HANDLERS, "start", "close")
-    return any(inspect.iscoroutinefunction(getattr(target, name, None)) for name in names)
+    methods = [getattr(target, name, None) for name in (*HANDLERS, "start", "close")]
+    # Up to Python 3.9 it does not look into a partial of a method
+    return any(inspect.iscoroutinefunction(getattr(each, "func", each)) for each in methods)
 
 
 class Operation:

@@ -52,6 +52,12 @@ def test_every_python_compiles_and_runs_it(tmp_path):
         assert "usage: ublk.py" in sh(python, "-W", "error", "-I", module, "loop", "--help").stdout
 
 
+def test_every_python_knows_which_targets_have_coroutines():
+    code = "import ublk, ublk_targets; print(ublk.has_coroutines(ublk_targets.Fault(ublk.Null())))"
+    for python in interpreters().values():
+        assert sh(python, "-c", code, cwd=HERE).stdout == "True\n", python
+
+
 def test_both_files_need_the_standard_library_only():
     """What a function imports when it is called is seen, too, therefore by their syntax trees."""
     nodes = [*ast.walk(SOURCE), *ast.walk(ast.parse((HERE / "ublk_targets.py").read_text()))]
