@@ -2747,6 +2747,10 @@ class Queue:
         and by another thread where the queue's own is stuck in a handler.
         """
         self.closing = True
+        if self.loop is not None:
+            # One still open is a forked child's: its end would take out of the epoll,
+            # which they share, what its parent waits for
+            self.loop.is_closed = lambda: True
         _left_behind.extend(self._operations.values())
         if not self.chained <= self.ended:
             _left_behind.append(self.path.memory)

@@ -739,6 +739,23 @@ def test_a_loop_that_a_target_stops_goes_on():
     assert sorted(serve(target_of(read=read), rounds=3).answers) == sorted([(t, 4096) for t in range(4)] * 3)
 
 
+def test_a_child_that_is_forked_before_the_loop_runs_takes_nothing_out_of_its_epoll():
+    """Or nothing would wake the loop for what a thread has done, and a request would wait for ever."""
+    def start(target, index):
+        epoll = Path("/proc/self/fdinfo", str(ublk._here.queue.loop._selector.fileno()))
+        before = epoll.read_text()
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert "tfd" in before and epoll.read_text() == before
+
+    async def read(target, offset, buffer):
+        await asyncio.to_thread(bool)
+    serve(target_of(start=start, read=read))
+
+
 def test_a_start_that_is_interrupted_is_seen_to_its_end():
     target, ended = target_of(), []
 
