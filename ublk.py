@@ -3280,9 +3280,8 @@ class Device:
         _served.add(self)  # before a target's start() can fork
         try:
             # Now, as others may get their names while they are served
-            self.files = [
-                file_identity(os.path.join(self.directory, path)) for path in self.target.files
-            ]
+            with contextlib.suppress(FileNotFoundError):  # of one that start() makes
+                self.files = identities(self)
             for step in steps:
                 step()
             self._pause(0)
@@ -4934,6 +4933,7 @@ def save_state(device: Device) -> None:
     """
     target, args, options = device.words
     args = [word for word in args if word not in device.target.once]
+    device.files = device.files or identities(device)
     for known in device.files:
         now = file_identity(known[0])
         if now[:-1] == known[:-1]:  # or another has its name by now
@@ -4960,6 +4960,11 @@ def save_state(device: Device) -> None:
         raise UblkError(
             error.errno or errno.EIO, f"state file {path}", remedy=OWN_RUN_DIR
         ) from None
+
+
+def identities(device: Device) -> list[list[Any]]:
+    """Return what tells the files that a device is made of from others."""
+    return [file_identity(os.path.join(device.directory, path)) for path in device.target.files]
 
 
 # linux/fcntl.h, linux/stat.h

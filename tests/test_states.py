@@ -1457,6 +1457,18 @@ def test_no_file_that_gets_the_name_of_one_that_is_served_is_noted(driver, monke
         assert ublk.load_state(7)["files"] == made_of
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_that_a_target_makes_or_names_as_it_starts_is_noted(driver, tmp_path, named):
+    def start(index):
+        path.write_bytes(bytes(4096))
+        disk.target.files = [str(path)]
+    path = tmp_path / "disk.img"
+    disk = new()
+    disk.target.start, disk.target.files = start, [str(path)] * named
+    with disk:
+        assert ublk.load_state(7)["files"] == [ublk.file_identity(str(path))]
+
+
 def test_how_far_a_file_has_grown_with_its_disk_is_noted(driver, monkeypatch, tmp_path):
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(4096))
