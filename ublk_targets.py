@@ -1664,7 +1664,10 @@ class Nbd(ublk.Target):
         # asyncio itself may forget one that nobody else knows
         self.tasks = [asyncio.create_task(work) for work in (self._receive(), self._watch())]
         if self.connection.flags & NBD_FLAG_SEND_FLUSH:
-            await self.ask(NBD_CMD_FLUSH, 0)
+            try:
+                await self.ask(NBD_CMD_FLUSH, 0)
+            except OSError:
+                self.lost = True  # a client is to hear of it
 
     async def read(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)

@@ -169,7 +169,7 @@ class FakeNbd:
         self.path, self.hello, self.answer = path, hello, answer
         self.info = [struct.pack(">HQH", 0, size, flags), *info]
         self.data, self.connections, self.longest = bytearray(os.urandom(1 << 20)), 0, 0
-        self.commands, self.dies_of, self.ignores, self.limits = [], None, None, iter(())
+        self.commands, self.dies_of, self.ignores, self.fails, self.limits = [], None, None, None, iter(())
 
     def __enter__(self):
         family, address = self.path if isinstance(self.path, tuple) else (socket.AF_UNIX, str(self.path))
@@ -242,6 +242,10 @@ class FakeNbd:
                 self.dies_of = None
                 raise EOFError
             if command == self.ignores:
+                continue
+            if command == self.fails:
+                self.fails = None
+                peer.sendall(struct.pack(">IIQ", 0x67446698, errno.EIO, cookie))
                 continue
             data = self.data[offset:offset + length] if command == 0 else b""
             if self.answer and command == 0 and offset == self.SPOT:
@@ -503,17 +507,19 @@ def test_nbd_what_was_durable_when_a_connection_is_lost_fails_nothing(targets, h
     assert "flushed" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("dies_of", [None, FLUSH])
-def test_nbd_what_an_earlier_server_of_the_disk_had_not_flushed_is_durable_or_it_does_not_start(
-        targets, here, dies_of):
-    """Nobody could say later whether it was lost with a connection."""
-    async def nothing():
-        """The start is all that is of interest."""
+@pytest.mark.parametrize("fate", [None, "dies_of", "fails"])
+def test_nbd_what_an_earlier_server_of_the_disk_had_not_flushed_is_durable_or_a_flush_fails(
+        targets, here, fate):
+    """Were it the start that fails, the next one would go well, and no client hear of it."""
+    async def work():
+        assert FLUSH in fake.commands
+        return [await errno_of(target.flush()) for _ in range(2)]
 
     with FakeNbd(here) as fake:
-        fake.dies_of = dies_of
-        assert error_of(served, targets.Nbd(nbd_uri(here)), nothing) == (errno.EIO if dies_of else 0)
-        assert FLUSH in fake.commands
+        if fate:
+            setattr(fake, fate, FLUSH)
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO if fate else 0, 0]
 
 
 def test_nbd_a_flush_makes_durable_what_was_done_when_it_was_asked_for(targets, here):
