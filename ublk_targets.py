@@ -712,7 +712,8 @@ class Cow(ublk.Target):
 
     def _open(self, any_base: bool) -> None:
         """Check the overlay's header, or write a new one, and settle what became of blocks OURS."""
-        boot = last_boot = boot_id()
+        boot = boot_id()
+        last_boot = b""
         size = self.size
         grain = self.grain
         seen = found = fingerprint(self.below.fd, size)
@@ -742,14 +743,17 @@ class Cow(ublk.Target):
         if self.read_only:
             self.lost = last_boot != boot
             return
-        os.fsync(self.top.fd)
         for at in range(MARKS_AT, self.data_at, COW_UNIT):
             marks = os.pread(self.top.fd, COW_UNIT, at)
-            if OURS in marks:
-                settled = KEPT if last_boot == boot else BASE
-                marks = marks.replace(OURS, settled)
+            if last_boot == boot:  # a flush is to do the rest: a client hears where that fails
+                first = at - MARKS_AT
+                for run in re.finditer(OURS + b"+", marks):
+                    self.fresh.add((first + run.start(), first + run.end()))
+            elif OURS in marks:
+                marks = marks.replace(OURS, BASE)
                 write_all(self.top.fd, marks, at)
-        self._seal(found)
+        if (seen, last_boot) != (found, boot):
+            self._seal(found)
 
     def _seal(self, seen: int) -> None:
         """Write the header, durably, with the fingerprint of the base; 0 means any."""
@@ -851,6 +855,7 @@ class Cow(ublk.Target):
         os.fsync(self.below.fd)
         # The marks first: a block without one is the base's
         clear(self.top.fd, MARKS_AT, self.data_at - MARKS_AT)
+        self.fresh.clear()
         os.fsync(self.top.fd)
         clear(self.top.fd, self.data_at, self.size)
         os.fsync(self.top.fd)

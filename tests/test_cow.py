@@ -85,12 +85,19 @@ def test_after_a_loss_of_power_only_durable_blocks_count(targets, tmp_path):
 
 def test_committing_writes_the_overlay_into_the_base(targets, tmp_path):
     base, overlay = overlay_of(targets, tmp_path)
+    killed = targets.Cow(base, overlay)
+    os.pwrite(killed.top.fd, b"o" * 512, killed.data_at)
+    killed._mark(killed.blocks(0, 512))
+    killed.top.close()
+    killed.below.close()
     for _ in range(2):                              # harmless when it is done again
-        cow = targets.Cow(base, overlay, commit=True)
+        targets.Cow(base, overlay, commit=True).close()
+        cow = targets.Cow(base, overlay)
         assert list(cow.runs(0, 1 << 20)) == [(False, 0, 1 << 20)]
         assert os.stat(overlay).st_blocks * 512 < 512 << 10
         cow.close()
-        assert Path(base).read_bytes() == b"b" * 1536 + b"o" * 1536 + b"b" * ((1 << 20) - 3072)
+        content = b"o" * 512 + b"b" * 1024 + b"o" * 1536 + b"b" * ((1 << 20) - 3072)
+        assert Path(base).read_bytes() == content
 
 
 @pytest.mark.parametrize("damage, says", [
@@ -292,6 +299,28 @@ def test_what_an_overlay_has_flushed_survives_a_loss_of_power(targets, tmp_path)
         start_machine_anew(targets, directory / "x.cow")
         with ublk.Device(targets.Cow(str(base), f"{directory}/x.cow")) as disk, opened(disk.path) as fd:
             assert read_at(fd, 8192, 4096) == data
+
+
+@kernel
+def test_a_client_hears_of_what_could_not_be_written_while_an_overlay_had_no_server(targets, tmp_path):
+    """The kernel tells of it once: not the next server's start, after which one more would go well."""
+    class Spoilt(targets.Fault):
+        def match(self, name, offset, length, data):
+            return data is not None and b"y" * 4096 in bytes(data)
+    base = tmp_path / "base.img"
+    base.write_bytes(bytes(1 << 20))
+    below = Spoilt(targets.Ram(size=64 << 20), on="write", error="EIO")
+    with ublk.Device(below) as lower:
+        sh(*MKFS["ext4"], lower.path)
+        with mount_of(lower.path, tmp_path / "mnt") as directory:
+            disk = Forked("cow", base, directory / "x.cow", "-r", "requeue").live()
+            with opened(disk.path) as fd:
+                write_at(fd, 8192, b"x" * 4096)
+                os.fsync(fd)
+                write_at(fd, 8192, b"y" * 4096)
+                disk.kill()
+                with recovered(disk):
+                    assert [error_of(os.fsync, fd) for _ in range(2)] == [errno.EIO, 0]
 
 
 @kernel
