@@ -576,10 +576,11 @@ class Stripe(Over, Mapped, ublk.Target):
                 raise outcome
 
     def resized(self, size: int) -> None:
-        rows = -(-size // (self.boundary * len(self.legs)))
+        row = self.boundary * len(self.legs)
+        rows = -(-size // row)
         for leg in self.legs:  # whole rows, or the next server would find fewer
             leg.resized(rows * self.boundary)
-        self.size = size
+        self.size = rows * row
 
     def close(self) -> None:
         for leg in self.legs:
@@ -2249,7 +2250,7 @@ class Record(Wrapper, ublk.Target):
 
     def resized(self, size: int) -> None:
         ublk.fit(self.target, size)
-        self.largest = max(size, self.largest)
+        self.largest = max(size, self.size, self.largest)
         self._head()
 
     async def call(self, name: str, *args: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -86,8 +87,17 @@ def test_the_next_server_of_a_disk_that_has_grown_has_no_less(targets, tmp_path,
     stripe.resized((2 << 20) + more)
     stripe.close()
     again = targets.Stripe(*paths)
-    assert again.size >= stripe.size == (2 << 20) + more
+    assert again.size == stripe.size >= (2 << 20) + more
     again.close()
+
+
+def test_the_next_server_of_a_recorded_disk_that_has_grown_goes_on_with_its_log(targets, tmp_path):
+    paths = files(tmp_path, 2, 1 << 20)
+    for more in 0, 512:
+        record = targets.Record(str(tmp_path / "log"), targets.Stripe(*paths))
+        record.resized((2 << 20) + more)
+        asyncio.run(record.close())
+    targets.Record(str(tmp_path / "log"), targets.Stripe(*paths)).target.close()
 
 
 @kernel
