@@ -1031,7 +1031,7 @@ class Fault(Wrapper, ublk.Target):
             raise wrong(f"fault {words}", "nobody understands this") from None
         refuse(read.pop("target"), f"fault {words}", "not all are options", "name only these")
         given = {name: value for name, value in read.items() if value is not None}
-        self.rule = Fault(self.target, **given)
+        self.rule = Fault(self.target, **{"seed": self.seed, **given})
 
     async def call(self, name: str, *args: Any) -> Any:
         self.look()

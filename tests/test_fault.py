@@ -88,9 +88,12 @@ def fails(call, *args):
 DATA = memoryview(b"n" * 4096)
 
 
-def test_the_same_seed_makes_the_same_faults(targets):
+@pytest.mark.parametrize("changes", [False, True])
+def test_the_same_seed_makes_the_same_faults(targets, changes):
     def faults(seed):
         fault = targets.Fault(targets.Ram(size=4 << 20), on="write", rate=0.3, error="EIO", seed=seed)
+        if changes:
+            fault.change("--on write --rate 0.3 --error EIO")
         return [number for number in range(64) if fails(fault.write, 0, DATA)]
     first = faults(1)
     assert 5 < len(first) < 40
