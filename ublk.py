@@ -5065,9 +5065,9 @@ def geometry(control: Control, info: Any) -> tuple[int, int]:
 
     A handler may hold that up, or that a disk is detached, and GET_PARAMS, and
     the end of whoever has sent it, would wait along; so of a disk that is there
-    sysfs is asked.
+    sysfs is asked, where there is that.
     """
-    if info.state != UBLK_S_DEV_DEAD:
+    if info.state != UBLK_S_DEV_DEAD and os.path.isdir("/sys/block"):
         block = "".join(lines_of(f"/sys/block/ublkb{info.dev_id}/queue/logical_block_size"))
         return disk_size(info.dev_id), int(block or 0)
     basic = control.get_params(info.dev_id).basic

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import traceback
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.support import (
     ALICE,
     LIBC,
     Forked,
+    Ram,
     assert_fails,
     at_least,
     become,
@@ -227,3 +229,11 @@ def test_a_container_controls_its_own_disks_only(containers, control):
     assert status == 0 and text.count("\n") == 1 and "30 seconds" in text
     assert devices_left() == [1]
     assert verb("del", 1).status == 0
+
+
+@kernel
+def test_a_disk_is_listed_where_there_is_no_sysfs():
+    there = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys && exec "$@"', "sh", sys.executable, ublk.__file__]
+    with ublk.Device(Ram()) as disk:
+        row, = json.loads(sh(*there, "list", "--json").stdout)
+    assert (row["size"], row["block_size"]) == (disk.target.size, disk.target.block_size)
