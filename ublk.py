@@ -6116,7 +6116,7 @@ def notify(message: str) -> bool:
     """Tell systemd (sd_notify(3)), where it started us and asked to be told.
 
     Nobody there, or nobody reading, is no reason to take a disk away. Returns
-    False where it has no room for the message now.
+    False where it could not be told now.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
@@ -6127,8 +6127,8 @@ def notify(message: str) -> bool:
         try:
             with socket(AF_UNIX, SOCK_DGRAM) as channel:
                 channel.sendto(message.encode(), MSG_DONTWAIT, address)
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
+        except OSError:
+            return False
     return True
 
 
