@@ -5994,10 +5994,19 @@ class Started:
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Close the pipe, which a process that a target forks would keep open for us."""
+        """Close the pipe to the parent, if there is one."""
         if self.news >= 0:
             os.close(self.news)
         self.news = -1
+
+    def in_helper(self) -> None:
+        """Keep nothing open that somebody waits for, in a process that a target forks.
+
+        It may live as long as the disk.
+        """
+        self.hang_up()
+        self.out.close()
+        self.let_go(handed_down=True)
 
     def let_go(self, handed_down: bool) -> None:
         """Let go of what whoever called us has open.
@@ -6210,9 +6219,9 @@ def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoRetu
     sys.stdout = sys.stderr
     try:
         os.setsid()
-        os.register_at_fork(after_in_child=started.hang_up)
         os.close(reader)
         started.out = open(os.dup(1), "w", encoding="utf-8")
+        os.register_at_fork(after_in_child=started.in_helper)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 1)
         os.close(null)

@@ -151,6 +151,29 @@ def test_a_helper_that_outlives_a_failed_server_keeps_nobody_waiting(tmp_path):
 
 
 @kernel
+def test_a_helper_that_a_target_forks_holds_nothing_that_somebody_waits_for(tmp_path):
+    """As a process of multiprocessing: it lives as long as the disk."""
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                child = os.fork()
+                if child == 0:
+                    time.sleep(90)
+                with open("helper", "w") as file:
+                    file.write(str(child))
+    """)
+    lines = f"exec 9>lock; flock 9; $UBLK {path} --background 2>said"
+    assert shell(lines, cwd=tmp_path).stdout == "/dev/ublkb0\n"
+    helper = int((tmp_path / "helper").read_text())
+    assert ublk.alive(helper), "its output was waited for"
+    with open(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.kill(helper, signal.SIGKILL)
+    delete()
+
+
+@kernel
 def test_a_target_that_uses_what_its_caller_has_opened_fails(backing, tmp_path):
     """Or what is written would be gone, and nobody know."""
     path = target_file(tmp_path, """
