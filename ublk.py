@@ -6710,13 +6710,14 @@ def print_help() -> None:
 
 
 def open_standard_descriptors() -> None:
-    """Have 0 to 2 open, as the void.
+    """Have 0 to 2 open, as the void, also in what a target starts.
 
     Or the next file that is opened would be what everybody writes messages to.
     """
     fd = -1
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        os.set_inheritable(fd, True)
     os.close(fd)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
