@@ -2687,7 +2687,7 @@ class Queue:
         self.watching = True
 
     def end_handlers(self) -> None:
-        """Cancel the tasks that serve requests, and wait for their end, for LAST_WORDS at most."""
+        """Cancel the tasks that serve requests; wait for them and for chains, each LAST_WORDS at most."""
         import asyncio
 
         tasks = set(self._tasks)
@@ -2695,6 +2695,12 @@ class Queue:
             task.cancel()
         if tasks:
             self.call(partial(asyncio.wait, tasks, timeout=LAST_WORDS))
+        # Or what such a chain has yet to begin could find another file under its number
+        becomes(lambda: not self._has_chains(), LAST_WORDS, self._rest)
+
+    def _rest(self, seconds: float) -> None:
+        """Hear of what ends; requests that come are for the next server."""
+        self.ended.update(self.collect(seconds))
 
     def is_in_use(self) -> bool:
         """Tell whether a handler, or a thread that it has do something, has not ended."""
@@ -2714,7 +2720,7 @@ class Queue:
         while time.monotonic() < deadline and (
             self._operations or self.threads or self._has_chains()
         ):
-            self.ended.update(self.collect(A_MOMENT))  # requests for the next server
+            self._rest(A_MOMENT)
         self.commit()
         while self.ring.pending:
             self.ring.enter()

@@ -497,6 +497,50 @@ def test_a_queue_that_leaves_waits_for_what_the_kernel_moves():
     assert looks == [] and len(ublk._left_behind) == kept
 
 
+class AfterANop(ublk.MappedCopy):
+    """As with zero copy, a transfer is not the first of its chain."""
+
+    stages = 2
+
+    def __init__(self, queue):
+        super().__init__(queue)
+        for slot in range(2 * self.depth, 3 * self.depth):
+            queue.ring.prepare(slot, ublk.IORING_OP_NOP, user_data=slot, flags=queue.link_last)
+
+    def chain(self, tag):
+        return 2 * self.depth + tag, self.depth + tag
+
+
+def test_a_close_that_is_a_coroutine_waits_for_transfers_that_have_not_begun(tmp_path):
+    """Or they would find whatever file has the number of theirs by then. A system call begins some twenty."""
+    class Closes(Ram):
+        def map(self, offset, length, write):
+            return self.fd, offset
+
+        async def close(self):
+            os.close(self.fd)
+            self.fd = os.open(tmp_path / "another", os.O_RDWR | os.O_CREAT)
+
+    device = StandIn(Closes(), depth=128)
+    device.data_path = AfterANop
+    device.target.fd = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT)
+    queue = NopQueue(device)
+    queue.path.view[:] = b"w" * len(queue.path.view)
+    for tag in range(128):
+        queue.flags[tag], queue.sectors[tag], queue.starts[tag] = ublk.UBLK_IO_OP_WRITE, 8, 8 * tag
+    queue.fetch()
+    queue._answer()(queue.collect())
+    queue.closing = True
+    queue.end_handlers()
+    queue.call(device.target.close)
+    queue.wind_up()
+    queue.close()
+    device.close()
+    os.close(device.target.fd)
+    assert (tmp_path / "another").read_bytes() == b""
+    assert (tmp_path / "data").read_bytes() == b"w" * (512 << 10)
+
+
 def test_a_queue_leaves_though_no_descriptor_is_left():
     device = StandIn(InFile(io.BytesIO()), depth=4)
     queue = NopQueue(device)
