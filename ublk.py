@@ -755,6 +755,7 @@ IORING_OFF_SQES = 0x10000000
 IORING_ENTER_GETEVENTS = 1
 IORING_ENTER_EXT_ARG = 8
 IORING_REGISTER_BUFFERS2 = 15
+IORING_REGISTER_RING_FDS = 20
 IORING_REGISTER_PBUF_RING = 22
 IORING_REGISTER_PBUF_STATUS = 26
 IORING_CQE_F_BUFFER = 1
@@ -808,6 +809,7 @@ io_uring_getevents_arg = structure(
 io_uring_rsrc_register = structure(
     "io_uring_rsrc_register", "u32 nr flags, u64 resv2 data tags"
 )
+io_uring_rsrc_update = structure("io_uring_rsrc_update", "u32 offset resv, u64 data")
 io_uring_buf_reg = structure(
     "io_uring_buf_reg", "u64 ring_addr, u32 ring_entries, u16 bgid flags, u64 resv[3]"
 )
@@ -1131,6 +1133,14 @@ class Ring:
         """
         table = io_uring_rsrc_register(nr=count, flags=IORING_RSRC_REGISTER_SPARSE)
         self.register(IORING_REGISTER_BUFFERS2, ctypes.addressof(table), ctypes.sizeof(table))
+
+    def keep_to_the_end(self) -> None:
+        """Have the kernel keep the ring after close(), until the thread that made it has ended.
+
+        To be called by that thread (5.18). Raises OSError: ENOMEM.
+        """
+        update = io_uring_rsrc_update(offset=0xFFFFFFFF, data=self.fd)
+        self.register(IORING_REGISTER_RING_FDS, ctypes.addressof(update), 1)
 
     @property
     def pending(self) -> int:
@@ -3047,6 +3057,10 @@ class Worker(threading.Thread):
     def end(self, queue: Queue) -> None:
         """End the queue's loop; with the last one, a target whose close() needs it."""
         queue.closing = True
+        # Up to 6.12 this thread would be given what comes as its ring goes, if it
+        # still could: requests that then are nobody's, and never end
+        if not (self.device.control.features or 0) & UBLK_F_USER_RECOVERY_FAIL_IO:
+            queue.ring.keep_to_the_end()
         try:
             close = getattr(self.device.target, "close", None)
             if inspect.iscoroutinefunction(close):

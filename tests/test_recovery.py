@@ -21,6 +21,7 @@ import ublk
 from tests.support import (
     BOB,
     CONTINUE,
+    HERE,
     ROUNDS,
     Forked,
     Ram,
@@ -28,6 +29,7 @@ from tests.support import (
     assert_fails,
     assert_nothing_stuck,
     await_state,
+    completed,
     devices_left,
     error_of,
     kernel,
@@ -649,6 +651,45 @@ def damages(run_dir, tmp_path, good):
     os.mkfifo(path)
     yield "a pipe"
     path.unlink()
+
+
+# Asks a disk for blocks whether or not it answers, as long as less than 900 answers are missing.
+ASKING = """\
+import mmap, os, sys, ublk
+ring = ublk.Ring(1024)
+disk = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+buffer = mmap.mmap(-1, 4096)
+missing = slot = 0
+while True:
+    if missing < 900:
+        ring.prepare(slot, ublk.IORING_OP_READ, disk, 0, ublk.address_of(buffer), 4096)
+        ring.push(slot)
+        slot, missing = (slot + 1) % 1024, missing + 1
+    ring.enter(missing == 900)
+    results = ring.reap()[1]
+    missing -= len(results)
+    assert min(results, default=0) >= 0, results
+"""
+
+
+@kernel
+@pytest.mark.parametrize("path", ["copy", pytest.param("user-copy", marks=since("6.5"))])
+def test_requests_that_come_while_a_queue_goes_are_the_next_servers(path):
+    """Up to 6.12 the queue's thread would take them, if it still could, and nobody ever answer them."""
+    disk = ublk.Device(Ram(), depth=1024, max_io=4096, recovery="reissue", data_path=path)
+    disk.start()
+    client = subprocess.Popen([sys.executable, "-c", ASKING, disk.path], cwd=HERE)
+    try:
+        for _ in range(4):
+            enough = completed(disk) + 500
+            until(lambda disk=disk, enough=enough: completed(disk) > enough, "the disk to be under load")
+            disk.detach()
+            disk = ublk.Device.recover(disk.id, Ram())
+        assert client.poll() is None
+    finally:
+        client.kill()
+    client.wait()
+    disk.stop()
 
 
 @kernel
