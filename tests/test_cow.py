@@ -319,8 +319,9 @@ def test_a_client_hears_of_what_could_not_be_written_while_an_overlay_had_no_ser
                 os.fsync(fd)
                 write_at(fd, 8192, b"y" * 4096)
                 disk.kill()
-                with recovered(disk):
-                    assert [error_of(os.fsync, fd) for _ in range(2)] == [errno.EIO, 0]
+                disk = recovered(disk)
+                assert [error_of(os.fsync, fd) for _ in range(2)] == [errno.EIO, 0]
+            assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel
