@@ -233,7 +233,8 @@ def test_a_container_controls_its_own_disks_only(containers, control):
 
 @kernel
 def test_a_disk_is_listed_where_there_is_no_sysfs():
-    there = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys && exec "$@"', "sh", sys.executable, ublk.__file__]
+    script = 'mount -t tmpfs none /sys && exec "$@"'
+    there = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, ublk.__file__]
     with ublk.Device(Ram()) as disk:
         row, = json.loads(sh(*there, "list", "--json").stdout)
     assert (row["size"], row["block_size"]) == (disk.target.size, disk.target.block_size)
