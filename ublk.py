@@ -896,7 +896,8 @@ class Ring:
         sq = params.sq_off
         cq = params.cq_off
         self.sqes = memoryview(self._sqe_map)
-        ring = memoryview(self._rings)
+        # Kept, for close() to release it: the frame of a call may outlive that
+        ring = self._bytes = memoryview(self._rings)
         self._words = ring[: len(ring) & ~3].cast("I")
         self._sq_head_at = sq.head // 4
         self._sq_tail_at = sq.tail // 4

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -313,6 +314,15 @@ def test_no_ring_to_be_had_says_why(monkeypatch, number, says):
     with pytest.raises(ublk.UblkError) as found:
         ublk.Ring(8)
     assert_error_line(f"ublk: {found.value}\n", number, says=says)
+
+
+def test_a_ring_closes_though_somebody_has_a_frame_of_its_making(monkeypatch):
+    """A log, or a collection of garbage, may look at the stack at any moment."""
+    frames, timespec = [], ublk.timespec
+    monkeypatch.setattr(ublk, "timespec", lambda: frames.append(sys._getframe(1)) or timespec())
+    before = descriptors()
+    ublk.Ring(8).close()
+    assert frames and descriptors() == before
 
 
 @pytest.mark.parametrize("room", range(3))
