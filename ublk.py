@@ -1874,7 +1874,7 @@ class MappedCopy:
         self.view = queue.kept(memoryview(self.memory))
         self.written = queue.kept(self.view.toreadonly())
         self.base = address_of(self.view)
-        if self.moves:
+        if self.moves and stands(queue.target, "map"):
             self.make_chains()
 
     def address(self, tag: int) -> int:

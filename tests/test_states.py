@@ -315,7 +315,7 @@ FAILURES = [OSError(errno.ENOMEM, "no"), OSError("no", "number"), MemoryError(),
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=repr)
-@pytest.mark.parametrize("step", [(ublk, "Ring"), (ublk.MappedCopy, "make_chains"), (ublk, "SharedCopy"),
+@pytest.mark.parametrize("step", [(ublk, "Ring"), (ublk, "private_memory"), (ublk, "SharedCopy"),
                                   (ublk.Queue, "fetch")], ids=lambda step: step[1])
 def test_a_start_fails_of_a_queue_that_cannot_be_made(driver, monkeypatch, step, failure):
     def fail(*_, **__):
