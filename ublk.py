@@ -3058,11 +3058,11 @@ class Worker(threading.Thread):
     def end(self, queue: Queue) -> None:
         """End the queue's loop; with the last one, a target whose close() needs it."""
         queue.closing = True
-        # Up to 6.12 this thread would be given what comes as its ring goes, if it
-        # still could: requests that then are nobody's, and never end
-        if not (self.device.control.features or 0) & UBLK_F_USER_RECOVERY_FAIL_IO:
-            queue.ring.keep_to_the_end()
         try:
+            # Up to 6.12 this thread would be given what comes as its ring goes, if it
+            # still could: requests that then are nobody's, and never end
+            if not (self.device.control.features or 0) & UBLK_F_USER_RECOVERY_FAIL_IO:
+                queue.ring.keep_to_the_end()
             close = getattr(self.device.target, "close", None)
             if inspect.iscoroutinefunction(close):
                 queue.end_handlers()  # which could use files that are closed
