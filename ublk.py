@@ -1864,6 +1864,7 @@ class MappedCopy:
     # What moves a READ's data; a WRITE's is the next; 0: only Python does
     moves: int = IORING_OP_READ
     lasting = True  # a tag's requests all have the same memory, as it was left by the last
+    chains: Any = None  # of each tag, where its target had a map() as the queue was made
 
     def __init__(self, queue: Queue) -> None:
         self.queue: Any = queue
@@ -2245,7 +2246,7 @@ class Queue:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
         if stands(self.target, "answer") and not self.needs_handlers:
             return self._answer_by_target
-        if stands(self.target, "map") and self.path.moves:
+        if stands(self.target, "map") and self.path.chains:
             return self._answer_by_map
         if self.loop is not None:
             return self._answer_by_task

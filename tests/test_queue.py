@@ -447,6 +447,13 @@ def test_a_queue_that_cannot_be_made_keeps_nothing(monkeypatch, name, step):
     device.close()
 
 
+def test_a_map_that_comes_with_the_start_is_not_needed():
+    def start(target, index):
+        target.map = lambda offset, length, write: (-1, 0)
+
+    assert serve(target_of(start=start, read=Ram.read, data=bytes(1 << 20)), depth=1).answers == [(0, 4096)]
+
+
 @pytest.mark.parametrize("kept", [4, 3, 2.5, 0])
 def test_only_a_whole_transfer_to_the_tags_own_buffer_is_committed(tmp_path, kept):
     """READs of 4 KiB, one a tag, on a real ring; NOPs stand in for the driver's commands."""
