@@ -6273,8 +6273,14 @@ def recover_from_state(dev_id: int, started: Started, recipe: Recipe | None = No
     what = f"cannot recover device {dev_id}"
     with Control() as control:  # a device that is not there or not ours is the first news
         identity = control.get_dev_info(dev_id).ublksrv_flags
-        # The target's files are the old server's while that lives.
-        if not becomes(lambda: not is_served(control.get_dev_info(dev_id)), LAST_BREATH):
+        # The target's files are the old server's until the kernel has noticed its end. Its
+        # process may be another container's, or a zombie of which a thread still writes.
+        if not (
+            becomes(lambda: not is_served(control.get_dev_info(dev_id)), LAST_BREATH)
+            and becomes(
+                lambda: control.get_dev_info(dev_id).state != UBLK_S_DEV_LIVE, SERVER_TIMEOUT
+            )
+        ):
             raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
     words, options, make = recipe or recipe_of(dev_id, identity, what)
     made_by = (words[0], list(words[1:]), options)

@@ -506,6 +506,24 @@ def test_recover_refuses_a_disk_that_is_served(run):
 
 
 @kernel
+def test_recover_leaves_the_files_of_a_server_alone_whose_process_is_not_seen(tmp_path, monkeypatch):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def __init__(self):
+                with open(os.environ["MADE"], "a") as made:
+                    made.write("once")
+    """)
+    monkeypatch.setenv("MADE", str(tmp_path / "made"))
+    with Forked(path, "-r", "requeue") as disk:
+        there = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, ublk.__file__]
+        done = subprocess.run([*there, "recover", str(disk.id)], capture_output=True, text=True)
+        assert done.returncode == 1 and "its server still lives" in done.stderr
+        assert (tmp_path / "made").read_text() == "once" and state_of(disk.id) == "LIVE"
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
 def test_recover_refuses_a_disk_not_made_for_it(run):
     disk = orphan("null")
     assert_fails(run("recover", disk.id), 1, "not made to be recovered", errno.EINVAL)

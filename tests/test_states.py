@@ -1183,6 +1183,14 @@ def test_a_recovery_serves_no_other_device_of_its_number(waiting, monkeypatch, m
     assert "it is gone, or not there yet" in message(ublk.recover_from_state, 7, nobody)
 
 
+def test_a_recovery_makes_no_target_while_the_server_may_live(driver, monkeypatch):
+    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_LIVE, -1))
+    monkeypatch.setattr(ublk, "SERVER_TIMEOUT", 0.1)
+    nobody = SimpleNamespace(trace=None)
+    recipe = ["mine"], {}, lambda: pytest.fail("the target was made")
+    assert "its server still lives" in message(ublk.recover_from_state, 7, nobody, recipe)
+
+
 def test_a_recovery_fits_no_target_to_another_device_of_its_number(waiting, monkeypatch):
     def exchanged(*_, original=ublk.open_char, **__):
         waiting.devices[7] = 99
