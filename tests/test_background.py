@@ -141,22 +141,29 @@ def test_a_target_speaks_to_the_callers_standard_error_until_the_disk_is_there(t
     delete()
 
 
-@kernel
-def test_a_helper_that_outlives_a_failed_server_keeps_nobody_waiting(tmp_path):
-    path = target_file(tmp_path, """
-        import signal
+def target_with_helper(tmp_path, seconds, then="pass"):
+    """Return a target whose start() forks a helper that lives so long; its pid is in `helper` there.
+
+    then: what start() does after that.
+    """
+    return target_file(tmp_path, f"""
         class Mine(ublk.Target):
             size = 1 << 20
             def start(self, index):
                 child = os.fork()
                 if child == 0:
-                    time.sleep(3600)
-                with open(os.environ["HELPER"], "w") as file:
+                    time.sleep({seconds})
+                with open({str(tmp_path / "helper")!r}, "w") as file:
                     file.write(str(child))
-                os.kill(os.getpid(), signal.SIGKILL)
+                {then}
     """)
+
+
+@kernel
+def test_a_helper_that_outlives_a_failed_server_keeps_nobody_waiting(tmp_path):
+    path = target_with_helper(tmp_path, 3600, "os.kill(os.getpid(), 9)")
     helper = tmp_path / "helper"
-    waiting = Forked(path, "--background", change=lambda: os.environ.update(HELPER=str(helper)))
+    waiting = Forked(path, "--background")
     assert waiting.wait() == 1
     assert_error_line(waiting.said(), errno.ECHILD, says="killed by signal 9")
     os.kill(int(helper.read_text()), signal.SIGKILL)
@@ -165,16 +172,7 @@ def test_a_helper_that_outlives_a_failed_server_keeps_nobody_waiting(tmp_path):
 @kernel
 def test_a_helper_that_a_target_forks_holds_nothing_that_somebody_waits_for(tmp_path):
     """As a process of multiprocessing: it lives as long as the disk."""
-    path = target_file(tmp_path, """
-        class Mine(ublk.Target):
-            size = 1 << 20
-            def start(self, index):
-                child = os.fork()
-                if child == 0:
-                    time.sleep(90)
-                with open("helper", "w") as file:
-                    file.write(str(child))
-    """)
+    path = target_with_helper(tmp_path, 90)
     lines = f"exec 9>lock; flock 9; $UBLK {path} --background 2>said"
     assert shell(lines, cwd=tmp_path).stdout == "/dev/ublkb0\n"
     helper = int((tmp_path / "helper").read_text())

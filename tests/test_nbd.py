@@ -453,6 +453,16 @@ async def errno_of(coroutine):
     return 0
 
 
+async def flush_under_way(target, fake):
+    """Begin a flush that is not answered; return it once the server has heard of it."""
+    fake.ignores = FLUSH
+    fake.commands.clear()
+    flush = asyncio.ensure_future(target.flush())
+    while FLUSH not in fake.commands:
+        await asyncio.sleep(0.01)
+    return flush
+
+
 @pytest.mark.parametrize("dies_of", [READ, FLUSH])
 def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targets, here, capfd, dies_of):
     async def work():
@@ -473,11 +483,7 @@ def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targ
 
 def test_nbd_a_flush_that_was_given_up_tells_nobody_what_was_lost(targets, here):
     async def work():
-        fake.ignores = FLUSH
-        fake.commands.clear()
-        flush = asyncio.ensure_future(target.flush())
-        while FLUSH not in fake.commands:
-            await asyncio.sleep(0.01)
+        flush = await flush_under_way(target, fake)
         flush.cancel()
         await target.write(0, PAGE)
         fake.ignores, fake.dies_of = None, READ
@@ -525,11 +531,7 @@ def test_nbd_what_an_earlier_server_of_the_disk_had_not_flushed_is_durable_or_a_
 def test_nbd_a_flush_makes_durable_what_was_done_when_it_was_asked_for(targets, here):
     """Of a write that ends while a flush is under way nobody knows."""
     async def work():
-        fake.ignores = FLUSH
-        fake.commands.clear()
-        flush = asyncio.ensure_future(target.flush())
-        while FLUSH not in fake.commands:
-            await asyncio.sleep(0.01)
+        flush = await flush_under_way(target, fake)
         await target.write(0, PAGE)
         request, = target.pending.values()
         target._end(request, 0)                 # as if the answer had come now
