@@ -12,7 +12,6 @@ import glob
 import mmap
 import os
 import re
-import resource
 import select
 import signal
 import socket
@@ -24,7 +23,15 @@ from types import SimpleNamespace
 import pytest
 
 import ublk
-from tests.support import Ram, Volatile, descriptors, error_of, message, until
+from tests.support import (
+    Ram,
+    Volatile,
+    descriptors,
+    descriptors_below,
+    error_of,
+    message,
+    until,
+)
 
 
 class Target(Ram):
@@ -267,27 +274,18 @@ def test_whatever_a_start_fails_of_is_an_error_of_ours(driver, monkeypatch, step
 
 def without_descriptors(function):
     """Return the errno with which a function fails that may call another, to have nothing opened any more."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        return error_of(function, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1])))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with contextlib.ExitStack() as limit:
+        return error_of(function, lambda: limit.enter_context(descriptors_below(0)))
 
 
 @contextlib.contextmanager
 def all_descriptors_taken():
     """Have this process be at its limit of open files."""
-    limits, files = resource.getrlimit(resource.RLIMIT_NOFILE), []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (500, limits[1]))
-    try:
+    with contextlib.ExitStack() as files, descriptors_below(500):
         with contextlib.suppress(OSError):
             while True:
-                files.append(open(os.devnull))
+                files.enter_context(open(os.devnull))
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for file in files:
-            file.close()
 
 
 def test_privileges_that_cannot_be_read_are_an_error_of_the_system():
