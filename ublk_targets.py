@@ -753,6 +753,8 @@ class Cow(ublk.Target):
             elif OURS in marks:
                 marks = marks.replace(OURS, BASE)
                 write_all(self.top.fd, marks, at)
+        if not seen:  # a commit was killed: the seal is to be of what lasts
+            os.fsync(self.below.fd)
         if (seen, last_boot) != (found, boot):
             self._seal(found)
 
@@ -2017,6 +2019,8 @@ class Zoned(ublk.Target):
         """Empty zones, durably before their data go and others take their place."""
         with self.lock:
             written = [zone for zone in zones if zone.wp != zone.start]
+            for zone in written:
+                zone.kept = zone.start  # so that where this fails the next flush notes all, too
             try:
                 for zone in written:
                     self._note(zone, zone.start, zone.start)
@@ -2024,11 +2028,10 @@ class Zoned(ublk.Target):
                     os.fdatasync(self.disk.fd)
             except OSError:
                 for zone in written:
-                    zone.kept = zone.start  # so that the next flush notes it, too
                     self._note(zone, zone.wp, zone.durable)
                 raise
             for zone in zones:
-                zone.wp = zone.durable = zone.kept = zone.start
+                zone.wp = zone.durable = zone.start
                 zone.resets += 1
                 zone.settle()
             for zone in written:

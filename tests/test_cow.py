@@ -145,6 +145,34 @@ def test_a_commit_that_was_killed_can_be_done_again(targets, tmp_path, monkeypat
     targets.Cow(base, overlay).close()
 
 
+def test_an_overlay_knows_no_base_that_a_loss_of_power_may_take_back(targets, tmp_path, monkeypatch):
+    """As what a commit wrote that was killed, until somebody has made it durable."""
+    base, overlay = map(Path, overlay_of(targets, tmp_path))
+    durable = {path: path.read_bytes() for path in (base, overlay)}
+
+    def fsync(fd):
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        durable[path] = path.read_bytes()
+        if path == base and not killed:
+            raise InterruptedError
+    killed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        before = durable[base]
+        with pytest.raises(InterruptedError):
+            targets.Cow(str(base), str(overlay), commit=True)
+        killed.append(True)
+        durable[base] = before
+        gc.collect()
+        targets.Cow(str(base), str(overlay)).close()
+    for path, content in durable.items():
+        path.write_bytes(content)
+    start_machine_anew(targets, overlay)
+    cow = targets.Cow(str(base), str(overlay))
+    assert list(cow.runs(0, 4096)) == [(False, 0, 1536), (True, 1536, 1536), (False, 3072, 1024)]
+    cow.close()
+
+
 def test_marks_there_was_room_for_are_kept_by_a_flush(targets, tmp_path, monkeypatch):
     """All of a block's changes are there for good then, or none."""
     base, overlay = overlay_of(targets, tmp_path)

@@ -197,6 +197,27 @@ def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, mon
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
 
 
+def test_zones_that_could_not_be_emptied_nor_restored_are_noted_by_a_flush(targets, tmp_path, monkeypatch):
+    path, page = tmp_path / "zones", memoryview(os.urandom(4096))
+    disk = zoned(targets, file=str(path))
+    for offset in (0, 1 << 20):
+        disk.zone_append(offset, page)
+    disk.disk.flush = nothing_to_wait_for()
+    now(disk.flush())
+
+    def fails(*_):
+        patch.setattr(targets.Zoned, "_note", fails)
+        raise OSError(errno.EIO, "bad sector")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fails)
+        assert error_of(disk._reset, disk.zones) == errno.EIO
+    now(disk.flush())
+    disk.close()
+    disk = targets.Zoned(file=str(path))
+    assert [zone.wp - zone.start for zone in disk.zones[:3]] == [4096, 4096, 0]
+    disk.close()
+
+
 def nothing_to_wait_for():
     """Make a coroutine function that counts its calls."""
     async def function():
