@@ -3166,23 +3166,13 @@ class Device:
     words: Any = None
 
     def __post_init__(self) -> None:
-        for name in PLAIN_METHODS:
-            refuse(
-                inspect.iscoroutinefunction(getattr(self.target, name, None)),
-                f"{name}() of a target",
-                "it is an async def, for which nobody waits",
-                "make it a plain def",
-            )
         if self.unprivileged is None:
             self.unprivileged = not privileged()
         if self.trace is not None:
             self.trace = Trace(self.trace)
-        self.words = self.words or (type(self.target).__name__, [], {})
-        self.zoned = hasattr(self.target, "zone_size")
-        self.directory = os.getcwd()  # where the words may name files
+        self.take(self.target, self.words)
         self.follows = False  # whether somebody calls follow_size() again and again
         self.size = 0  # the disk's
-        self.files: list[list[Any]] = []  # what tells those it is made of from others
         self.identity = 0  # what tells it from any other of its number, once there is one
         self.info = ublksrv_ctrl_dev_info()
         self.char_fd = self.wake_fd = self.wake_write = -1
@@ -3206,6 +3196,25 @@ class Device:
         # left by an exception that it raises.
         self._over = threading.Lock()
         self._over.acquire()
+
+    def take(self, target: Target, words: Any) -> None:
+        """Have a target be the one behind the disk; words: those that made it."""
+        for name in PLAIN_METHODS:
+            refuse(
+                inspect.iscoroutinefunction(getattr(target, name, None)),
+                f"{name}() of a target",
+                "it is an async def, for which nobody waits",
+                "make it a plain def",
+            )
+        self.target = target
+        self.words = words or (type(target).__name__, [], {})
+        self.zoned = hasattr(target, "zone_size")
+        self.directory = ""  # where the words may name files
+        self.files: list[list[Any]] = []  # what tells those it is made of from others
+        # Now, as others may get their names while they are served
+        with contextlib.suppress(OSError):  # of one that start() makes
+            self.directory = os.getcwd()
+            self.files = identities(self)
 
     def _make_locks(self) -> None:
         self._lock = threading.Lock()  # held for a moment, while workers end
@@ -3301,9 +3310,6 @@ class Device:
         atexit.register(self.__exit__, SystemExit)
         _served.add(self)  # before a target's start() can fork
         try:
-            # Now, as others may get their names while they are served
-            with contextlib.suppress(FileNotFoundError):  # of one that start() makes
-                self.files = identities(self)
             for step in steps:
                 step()
             self._pause(0)
@@ -3547,11 +3553,14 @@ class Device:
         device.resume()
         return device
 
-    def resume(self) -> None:
-        """What recover() does, for a Device that was not started."""
+    def resume(self, prepare: Callable[[], object] = bool) -> None:
+        """What recover() does, for a Device that was not started.
+
+        prepare: called when no other server can have the disk any more.
+        """
         self.recovers = True
-        steps = self._await_end_of_server, self._open, self._adopt, self._serve, self._go_live
-        self._alone(self._go_up, *steps)
+        begin = self._await_end_of_server, self._open, prepare
+        self._alone(self._go_up, *begin, self._adopt, self._serve, self._go_live)
 
     def _adopt(self) -> None:
         """Have the target be as the disk is."""
@@ -4708,7 +4717,8 @@ class RingSelector(selectors.EpollSelector):
 # compared before a state file is believed and before anything is deleted that
 # somebody else might have made. And a number is sure only while one has its
 # /dev/ublkcN open: so a server opens that first, and tells the driver
-# everything else then.
+# everything else then. One that recovers a disk makes its target then, too, as
+# no other server can have the files any more.
 #
 # **State.** One small JSON file for each served device tells what the kernel
 # does not know: the target's words, the directory they were given in, and of
@@ -6270,27 +6280,23 @@ def recover_from_state(dev_id: int, started: Started, recipe: Recipe | None = No
     Raises UblkError: ENODEV, ENOENT where there is no state to be believed or
     the directory is gone, EINVAL for another file than it was made of.
     """
-    what = f"cannot recover device {dev_id}"
-    with Control() as control:  # a device that is not there or not ours is the first news
-        identity = control.get_dev_info(dev_id).ublksrv_flags
-        # The target's files are the old server's until the kernel has noticed its end. Its
-        # process may be another container's, or a zombie of which a thread still writes.
-        if not (
-            becomes(lambda: not is_served(control.get_dev_info(dev_id)), LAST_BREATH)
-            and becomes(
-                lambda: control.get_dev_info(dev_id).state != UBLK_S_DEV_LIVE, SERVER_TIMEOUT
-            )
-        ):
-            raise explain(UBLK_CMD_START_USER_RECOVERY, errno.EBUSY, what)
-    words, options, make = recipe or recipe_of(dev_id, identity, what)
-    made_by = (words[0], list(words[1:]), options)
-    device = Device(make(), id=dev_id, trace=started.trace, words=made_by)
-    device.identity = identity
-    serve(device, device.resume, started)
+    device = Device(Target(), id=dev_id, trace=started.trace)
+
+    def prepare() -> None:
+        # No sooner: until the node is open, another server may have the target's
+        # files, and change what a target remembers of them.
+        noted = signal.getsignal(signal.SIGTERM)
+        on_signals(signal.default_int_handler)  # for what may never return
+        words, options, make = recipe or recipe_of(dev_id, device.identity)
+        device.take(make(), (words[0], words[1:], options))
+        on_signals(noted)
+
+    serve(device, partial(device.resume, prepare), started)
 
 
-def recipe_of(dev_id: int, identity: int, what: str) -> Recipe:
+def recipe_of(dev_id: int, identity: int) -> Recipe:
     """Return what a device's state file tells, from where its words may name files."""
+    what = f"cannot recover device {dev_id}"
     remedy = f"name its target: `ublk.py recover {dev_id} --target TARGET ...`"
     state = load_state(dev_id, identity)
     if not state:

@@ -524,6 +524,27 @@ def test_recover_leaves_the_files_of_a_server_alone_whose_process_is_not_seen(tm
 
 
 @kernel
+def test_a_recovery_makes_its_target_when_no_other_server_can_have_the_disk(tmp_path, monkeypatch):
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def __init__(self):
+                with open(os.environ["MADE"], "a") as made:
+                    try:
+                        open("/dev/ublkc0").close()
+                    except OSError as error:
+                        made.write(f"{error.strerror}, ")
+    """)
+    made = tmp_path / "made"
+    monkeypatch.setenv("MADE", str(made))
+    disk = Forked(path, "-r", "requeue").live()
+    disk.kill()
+    with recovered(disk) as disk:
+        assert made.read_text() == "No such file or directory, Device or resource busy, "
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
 def test_recover_refuses_a_disk_not_made_for_it(run):
     disk = orphan("null")
     assert_fails(run("recover", disk.id), 1, "not made to be recovered", errno.EINVAL)

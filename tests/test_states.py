@@ -1168,25 +1168,35 @@ def test_a_start_serves_no_other_device_of_its_number(driver, monkeypatch, momen
     assert (driver.sent, ublk.load_state(7)["target"]) == (["add_dev"], "another")
 
 
-@pytest.mark.parametrize("moment", ["a target", "start_user_recovery"])
-def test_a_recovery_serves_no_other_device_of_its_number(waiting, monkeypatch, moment):
-    def exchanged():
-        waiting.devices[7] = 99
-    make = {"a target": lambda: exchanged() or Target()}.get(moment, Target)
-    monkeypatch.setattr(ublk, "load_state", lambda *_: {"target": "ram", "args": [], "cwd": os.getcwd()})
-    monkeypatch.setattr(ublk, "target_maker", lambda *_: make)
-    monkeypatch.setattr(ublk, "serve", lambda disk, start, started: start() or disk.detach())
-    waiting.happens["start_user_recovery"] = exchanged
-    nobody = SimpleNamespace(trace=None)
-    assert "it is gone, or not there yet" in message(ublk.recover_from_state, 7, nobody)
+UNMADE = ["mine"], {}, lambda: pytest.fail("the target was made")
 
 
-def test_a_recovery_makes_no_target_while_the_server_may_live(driver, monkeypatch):
-    commanded(driver, monkeypatch, (ublk.UBLK_S_DEV_LIVE, -1))
-    monkeypatch.setattr(ublk, "SERVER_TIMEOUT", 0.1)
+def test_a_recovery_serves_no_other_device_of_its_number(waiting, handlers):
+    waiting.happens["start_user_recovery"] = lambda: waiting.devices.update({7: 99})
     nobody = SimpleNamespace(trace=None)
-    recipe = ["mine"], {}, lambda: pytest.fail("the target was made")
-    assert "its server still lives" in message(ublk.recover_from_state, 7, nobody, recipe)
+    assert "it is gone, or not there yet" in message(ublk.recover_from_state, 7, nobody, UNMADE)
+
+
+def test_a_recovery_makes_no_target_while_another_server_may_be_there(waiting, handlers, monkeypatch):
+    monkeypatch.setattr(ublk, "open_char", lambda *_, **__: fails())
+    nobody = SimpleNamespace(trace=None)
+    assert error_of(ublk.recover_from_state, 7, nobody, UNMADE) == errno.ENOMEM
+
+
+def test_a_recovery_begins_also_where_its_directory_is_gone(waiting, handlers, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    recipe = ["mine"], {}, fails
+    assert error_of(ublk.recover_from_state, 7, SimpleNamespace(trace=None), recipe) == errno.ENOMEM
+
+
+def test_a_signal_ends_a_recovery_whose_target_is_never_made(waiting, handlers):
+    recipe = ["mine"], {}, lambda: signal.raise_signal(signal.SIGTERM) or signal.pause()
+    with pytest.raises(KeyboardInterrupt):
+        ublk.recover_from_state(7, SimpleNamespace(trace=None), recipe)
+    assert waiting.sent == ["start_user_recovery"]
 
 
 def test_a_recovery_fits_no_target_to_another_device_of_its_number(waiting, monkeypatch):
@@ -1452,8 +1462,9 @@ def test_no_file_that_gets_the_name_of_one_that_is_served_is_noted(driver, monke
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(4096))
     made_of = [ublk.file_identity(str(path))]
-    disk = new()
-    disk.target.files, disk.target.resized = [str(path)], exchanged
+    target = Target()
+    target.files, target.resized = [str(path)], exchanged
+    disk = new(target)
     monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
     if moment == "live":
         driver.happens["add_dev"] = exchanged
@@ -1467,11 +1478,10 @@ def test_no_file_that_gets_the_name_of_one_that_is_served_is_noted(driver, monke
 def test_a_file_that_a_target_makes_or_names_as_it_starts_is_noted(driver, tmp_path, named):
     def start(index):
         path.write_bytes(bytes(4096))
-        disk.target.files = [str(path)]
-    path = tmp_path / "disk.img"
-    disk = new()
-    disk.target.start, disk.target.files = start, [str(path)] * named
-    with disk:
+        target.files = [str(path)]
+    path, target = tmp_path / "disk.img", Target()
+    target.start, target.files = start, [str(path)] * named
+    with new(target):
         assert ublk.load_state(7)["files"] == [ublk.file_identity(str(path))]
 
 

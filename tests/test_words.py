@@ -11,6 +11,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -454,20 +455,14 @@ def test_check_tells_of_rules_whose_program_has_gone(words, works):
     assert not ublk.asks_for_owner(f"# {asks}")
 
 
-class Waiting:
-    """A control plane with one device, which waits for a server."""
-
-    __enter__ = __exit__ = lambda self, *_: self
-
-    def get_dev_info(self, dev_id):
-        return ublk.ublksrv_ctrl_dev_info(dev_id=dev_id, state=2, ublksrv_pid=-1, ublksrv_flags=7)
-
-
 @pytest.fixture
 def recover(run, run_dir, monkeypatch):
     """Recover a device that waits, whose state file has something else than it should."""
     def recovered(damage):
-        monkeypatch.setattr(ublk, "Control", Waiting)
+        monkeypatch.setattr(ublk, "Control", lambda: SimpleNamespace(close=bool))
+        monkeypatch.setattr(ublk, "on_signals", bool)         # or the next test would have them
+        monkeypatch.setattr(ublk.Device, "_await_end_of_server", lambda disk: setattr(disk, "identity", 7))
+        monkeypatch.setattr(ublk.Device, "_open", bool)
         state = {"id": 0, "identity": f"{7:016x}", "target": "null", "args": [], "options": {}, "cwd": "/"}
         run_dir.mkdir()
         (run_dir / "0.json").write_text(json.dumps({**state, **damage}))
