@@ -103,6 +103,7 @@ import select
 import selectors
 import shlex
 import signal
+import socket
 import stat
 import struct
 import sys
@@ -6161,13 +6162,11 @@ def notify(message: str) -> bool:
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        from socket import AF_UNIX, MSG_DONTWAIT, SOCK_DGRAM, socket
-
         if address[0] == "@":
             address = f"\0{address[1:]}"
         try:
-            with socket(AF_UNIX, SOCK_DGRAM) as channel:
-                channel.sendto(message.encode(), MSG_DONTWAIT, address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+                channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
         except OSError:
             return False
     return True

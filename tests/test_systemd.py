@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 
 import ublk
-from tests.support import Forked, kernel, replace, until
+from tests.support import HERE, Forked, kernel, replace, sh, until
 
 
 @kernel
@@ -70,6 +71,17 @@ def test_systemd_hears_of_readiness_when_it_has_room_for_more(tmp_path, monkeypa
         ublk.serve_started(disk, SimpleNamespace(live=bool))
         assert systemd.recv(4096) == b"READY=1\nSTATUS=serving /dev/ublkb0"
         assert systemd.recv(4096) == b"STOPPING=1"
+
+
+def test_a_server_short_of_descriptors_tells_systemd_later(tmp_path):
+    """It has nothing to open then but the socket: a module that it began to need could not be loaded."""
+    code = """if True:
+        import resource, ublk
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        print(ublk.notify("READY=1"))
+    """
+    environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    assert sh(sys.executable, "-c", code, cwd=HERE, env=environment).stdout == "False\n"
 
 
 def test_a_notify_socket_that_nobody_reads_does_no_harm(tmp_path, monkeypatch):
