@@ -1911,6 +1911,7 @@ class Zoned(ublk.Target):
             f"damaged: not {self.data_at + self.size} bytes long",
             "restore it",
         )
+        self.lost = False  # what was not flushed, and no flush has failed yet
         same_boot = last_boot == boot_id()
         self.zones = self._load_zones(same_boot)
         if not (same_boot or self.read_only):
@@ -2027,6 +2028,7 @@ class Zoned(ublk.Target):
                 if written:
                     os.fdatasync(self.disk.fd)
             except OSError:
+                self.lost = True  # maybe data of other zones: the kernel tells of them but once
                 for zone in written:
                     self._note(zone, zone.wp, zone.durable)
                 raise
@@ -2047,17 +2049,19 @@ class Zoned(ublk.Target):
             zones = [zone for zone in self.zones if zone.wp != zone.kept]
             ends = [(zone, zone.resets, zone.wp) for zone in zones]
         await self.disk.flush()
-        if not ends:
-            return
         for zone, resets, wp in ends:
             with self.lock:
                 # Another flush may have come further meanwhile
                 if zone.resets == resets:
                     zone.durable = max(zone.durable, wp)
                     self._note(zone, zone.wp, zone.durable)
-        await self.disk.flush()
-        for zone, resets, wp in ends:
-            with self.lock:
+        if ends:
+            await self.disk.flush()
+        with self.lock:
+            if self.lost:
+                self.lost = False
+                raise OSError(errno.EIO, "a reset before the end of this flush has failed")
+            for zone, resets, wp in ends:
                 if zone.resets == resets:
                     zone.kept = max(zone.kept, wp)
 

@@ -191,10 +191,27 @@ def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, mon
     monkeypatch.setattr(os, "fdatasync", fails)
     assert error_of(disk._reset, disk.zones) == errno.EIO
     assert path.read_bytes()[4096:8192] == table
-    now(disk.flush())
-    assert flushed.count == 4                   # the file may durably say that it is empty
+    assert [error_of(now, disk.flush()) for _ in range(2)] == [errno.EIO, 0]
+    assert flushed.count == 6                   # the file may durably say that it is empty
     disk.close()
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
+
+
+def test_a_flush_beside_a_reset_that_failed_fails(targets, monkeypatch):
+    """The kernel tells but once that data are lost, though they are another zone's."""
+    def fails(fd):
+        raise OSError(errno.EIO, "bad sector")
+
+    async def flush():
+        assert error_of(disk._reset, disk.zones[2:3]) == errno.EIO
+        disk.disk.flush = nothing_to_wait_for()
+    disk = zoned(targets)
+    for offset in (1 << 20, 2 << 20):
+        disk.zone_append(offset, memoryview(bytes(4096)))
+    monkeypatch.setattr(os, "fdatasync", fails)
+    disk.disk.flush = flush
+    assert [error_of(now, disk.flush()) for _ in range(2)] == [errno.EIO, 0]
+    disk.close()
 
 
 def test_zones_that_could_not_be_emptied_nor_restored_are_noted_by_a_flush(targets, tmp_path, monkeypatch):
@@ -211,7 +228,7 @@ def test_zones_that_could_not_be_emptied_nor_restored_are_noted_by_a_flush(targe
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", fails)
         assert error_of(disk._reset, disk.zones) == errno.EIO
-    now(disk.flush())
+    assert [error_of(now, disk.flush()) for _ in range(2)] == [errno.EIO, 0]
     disk.close()
     disk = targets.Zoned(file=str(path))
     assert [zone.wp - zone.start for zone in disk.zones[:3]] == [4096, 4096, 0]
