@@ -3573,11 +3573,12 @@ class Device:
         attrs = basic.attrs
         flushes = hasattr(self.target, "flush")
         durable = stands(self.target, "write_fua")
-        chunk = params_of(self.target, self.info.max_io_buf_bytes).basic.chunk_sectors
+        boundary = getattr(self.target, "zone_size", self.target.boundary)
+        chunk = basic.chunk_sectors * SECTOR
         for another, reason in (
             (
-                chunk != basic.chunk_sectors,
-                f"the target has a boundary every {chunk} sectors, the disk every {basic.chunk_sectors}",
+                boundary != chunk,
+                f"the target has a boundary every {boundary} bytes, the disk every {chunk}",
             ),
             (
                 given != kept,

@@ -1246,6 +1246,14 @@ def test_a_recovery_takes_no_target_that_needs_more_than_its_disk_does(waiting, 
     assert "end_user_recovery" not in waiting.sent
 
 
+def test_a_recovery_takes_a_file_that_has_grown_by_less_than_a_block(waiting):
+    disk = new(id=7)
+    disk.target.size += 100
+    disk.resume()
+    assert disk.state is ublk.LIVE and disk.size == disk.target.size - 100
+    disk.detach()
+
+
 def test_a_recovery_that_lacks_a_queue_closes_its_target(waiting, monkeypatch):
     class Unmade(Parked):
         def __init__(self, device, index):
