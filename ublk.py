@@ -3484,7 +3484,8 @@ class Device:
             return failure
         told = traceback.format_exception_only(type(failure), failure)[-1].strip()
         reason = getattr(failure, "strerror", "") or told
-        error = UblkError(-failed(failure), f"the server of {self.name}", reason)
+        what = getattr(failure, "filename", "") or f"the server of {self.name}"
+        error = UblkError(-failed(failure), what, reason)
         error.__cause__ = failure
         return error
 

@@ -1192,6 +1192,11 @@ def test_a_recovery_begins_also_where_its_directory_is_gone(waiting, handlers, t
     assert error_of(ublk.recover_from_state, 7, SimpleNamespace(trace=None), recipe) == errno.ENOMEM
 
 
+def test_a_recovery_tells_which_file_its_target_lacks(waiting, handlers):
+    recipe = ["mine"], {}, lambda: open("disk.img")
+    assert message(ublk.recover_from_state, 7, SimpleNamespace(trace=None), recipe).startswith("disk.img: ")
+
+
 def test_a_signal_ends_a_recovery_whose_target_is_never_made(waiting, handlers):
     recipe = ["mine"], {}, lambda: signal.raise_signal(signal.SIGTERM) or signal.pause()
     with pytest.raises(KeyboardInterrupt):
