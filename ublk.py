@@ -3076,10 +3076,13 @@ class Worker(threading.Thread):
                         queue.call(close)
         finally:
             self.closes = False
-            queue.wind_up()
-            if queue.is_in_use():
-                self.device.used = False  # but by them, who knows how long: it is not closed
-                self.stays_open()
+            try:
+                queue.wind_up()
+            finally:
+                if queue.is_in_use():
+                    # But by them, who knows how long: it is not closed
+                    self.device.used = False
+                    self.stays_open()
             if queue.failure is not None:
                 raise queue.failure
 

@@ -615,6 +615,27 @@ def test_a_target_that_a_thread_still_uses_is_not_closed(driver, rings, monkeypa
     assert target in ublk._left_behind          # or the end of Python would wait for the thread
 
 
+@pytest.mark.parametrize("kind", [Threaded, ThreadedToTheEnd])
+def test_a_target_that_a_thread_uses_is_not_closed_where_its_queue_fails(driver, rings, monkeypatch, kind):
+    """As where the kernel has no memory for the rest of a chain: nothing of its end goes well then."""
+    enter, go, broken = ublk.Ring.enter, threading.Event(), []
+
+    def fails(ring, *words):
+        if broken:
+            raise OSError(errno.ENOMEM, "the kernel had no memory for the rest of a chain")
+        enter(ring, *words)
+    monkeypatch.setattr(ublk.Ring, "enter", fails)
+    have_requests(monkeypatch, lambda queue: queue.target.serve())
+    target = kind(go.wait, bool)
+    disk = new(target)
+    disk.start()
+    assert target.begun.acquire(timeout=10)
+    broken.append(True)
+    number, ends = error_of(disk.stop), [*target.ends]
+    go.set()
+    assert (number, ends) == (errno.ENOMEM, []) and target in ublk._left_behind
+
+
 def full():
     raise OSError(errno.ENOSPC, "no room")
 
