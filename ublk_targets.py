@@ -418,16 +418,7 @@ def extent(args: Sequence[Any]) -> tuple[int, int]:
 CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
 WITH_DATA = CHANGES[:2]
 TRANSFERS = ("read", *WITH_DATA)  # of which a handler may do but a part at a time
-HANDLERS = (
-    "read",
-    *CHANGES,
-    "zone_append",
-    "zone_open",
-    "zone_close",
-    "zone_finish",
-    "zone_reset",
-    "zone_reset_all",
-)
+HANDLERS = [name for name in ublk.HANDLERS if name != "report_zones"]
 DEFAULTS = [name for name in vars(ublk.Target) if name[0] != "_"]
 # Memory of clients need not suit a target below another, which gets that one's own
 DEFAULTS.remove("dma_alignment")
@@ -829,14 +820,13 @@ class Cow(ublk.Target):
         await moved(self.top.write, place, buffer)
         self._mark(blocks)
 
-    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+    async def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
         blocks = self.blocks(offset, length)
         place = self.data_at + offset
         await self.top.write_zeroes(place, length, unmap)
         self._mark(blocks)
 
-    async def discard(self, offset: int, length: int) -> None:
-        await self.write_zeroes(offset, length, True)
+    discard = write_zeroes
 
     async def flush(self) -> None:
         with self.lock:
@@ -1369,10 +1359,10 @@ NBD_OPT_STARTTLS = 5
 NBD_OPT_GO = 7
 NBD_REP_ACK = 1
 NBD_REP_ERROR = 1 << 31
-NBD_REP_ERR_UNSUP = 1 << 31 | 1
+NBD_REP_ERR_UNSUP = NBD_REP_ERROR | 1
 NBD_REFUSALS = {
-    1 << 31 | 5: "the server demands TLS, so write nbds: for nbd:",
-    1 << 31 | 6: "there is no such export",
+    NBD_REP_ERROR | 5: "the server demands TLS, so write nbds: for nbd:",
+    NBD_REP_ERROR | 6: "there is no such export",
 }
 NBD_INFO_EXPORT = 0
 NBD_INFO_BLOCK_SIZE = 3
@@ -2261,12 +2251,9 @@ class Record(Wrapper, ublk.Target):
         self._head()
 
     async def call(self, name: str, *args: Any) -> Any:
+        """Have the target do it, then append an entry of a change, whether it has failed or not."""
         if name not in CHANGES:
             return await super().call(name, *args)
-        return await self.logged(name, *args)
-
-    async def logged(self, name: str, *args: Any) -> None:
-        """Have the target do it, then append an entry, whether it has failed or not."""
         offset, length = extent(args)
         end = os.fstat(self.log.fd).st_size
         if end >= self.limit:
@@ -2277,7 +2264,7 @@ class Record(Wrapper, ublk.Target):
         error = 0
         try:
             if hasattr(self.target, name):
-                await moved(getattr(self.target, name), *args)
+                await super().call(name, *args)
         except BaseException as failure:
             error = getattr(failure, "errno", 0) or errno.EIO
             raise

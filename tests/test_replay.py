@@ -541,7 +541,7 @@ def test_data_that_precede_what_says_that_they_are_there_are_found_without_it(ru
     """As where a page is written that the write-ahead log, written durably, does not know yet."""
     log = Log(targets, tmp_path / "log")
     log.do("write", 0, memoryview(b"x" * 512))
-    now(log.disk.logged("write_fua", 4096, memoryview(b"y" * 512)))
+    now(log.disk.call("write_fua", 4096, memoryview(b"y" * 512)))
     log.do("flush")
     now(log.disk.close())
     check = "! head -c 1 {} | grep -q x || head -c 4097 {} | grep -q y"
@@ -552,7 +552,7 @@ def test_data_that_precede_what_says_that_they_are_there_are_found_without_it(ru
 @pytest.mark.parametrize("seed", range(5))
 def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path, seed):
     log = Log(targets, tmp_path / "log")
-    log.disk.write_fua = partial(log.disk.logged, "write_fua")      # as if ram had a cache
+    log.disk.write_fua = partial(log.disk.call, "write_fua")      # as if ram had a cache
     database = Database(lambda at, data: log.do("write_fua", at, memoryview(data)), None)
     for number in (1, 2, 3, 4):
         database.record(number)
@@ -563,7 +563,7 @@ def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path
 
 def test_a_crash_loses_writes_before_one_that_is_durable_by_itself(run, targets, tmp_path):
     log = Log(targets, tmp_path / "log")
-    log.disk.write_fua = partial(log.disk.logged, "write_fua")
+    log.disk.write_fua = partial(log.disk.call, "write_fua")
     database = Database(lambda at, data: log.do("write" if at else "write_fua", at, memoryview(data)), None)
     for number in (1, 2, 3, 4):
         database.record(number)
@@ -645,7 +645,7 @@ def written(entries, data):
 def test_all_and_nothing_are_what_the_log_makes_of_them(targets, tmp_path, seed):
     chance, data = random.Random(seed), {}
     log = Log(targets, tmp_path / "log", size=16384)
-    log.disk.write_fua = partial(log.disk.logged, "write_fua")
+    log.disk.write_fua = partial(log.disk.call, "write_fua")
     for number in range(1, 41):
         name = chance.choice(("write", "write", "write_fua", "discard", "flush"))
         begin, end = sorted(512 * at for at in chance.sample(range(33), 2))
