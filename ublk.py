@@ -2407,9 +2407,18 @@ class Queue:
         self.leaving = True
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
-        """Hear of a stage of a chain: only those that fail are heard of. Serve the request anew."""
+        """Hear of a stage of a chain: only those that fail are heard of. Serve the request anew.
+
+        But no durable write: that data of a file were lost the kernel tells
+        once, and a second one would go well.
+        """
         self.path.broken(tag, stage)
-        self.handle(tag)
+        durable = stage == 1 and self.flags[tag] & UBLK_IO_F_FUA
+        if durable and result < 0 and result not in (-errno.EINVAL, -errno.ECANCELED):
+            self.chained -= {tag}
+            self.complete(tag, result)
+        else:
+            self.handle(tag)
 
     def _has_chains(self) -> bool:
         """Ask the driver whether it waits for a commit that is the end of some chain.

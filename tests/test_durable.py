@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 
 import ublk
-from tests.support import MKFS, Volatile, kernel, mount_of, needs, sh
+from tests.support import (
+    MKFS,
+    Volatile,
+    error_of,
+    kernel,
+    mount_of,
+    needs,
+    opened,
+    sh,
+    since,
+    write_at,
+)
 from tests.test_nbd import nbd_server, nbd_uri
 
 # What stands between a file system and the disks below it, LOWER and OTHER.
@@ -56,3 +68,24 @@ def test_what_fsync_acknowledged_survives_a_loss_of_power(serving, tmp_path, kin
     for number, contents in enumerate(left):
         with serving(kind, *contents) as (disk, _), mount_of(disk.path, tmp_path / "mnt") as directory:
             assert (directory / str(number)).read_bytes() == files[number]
+
+
+@kernel
+@pytest.mark.parametrize("options", [
+    {}, {"data_path": "copy"}, pytest.param({"batch": True}, marks=since("7.0"))], ids=str)
+def test_a_durable_write_tells_of_earlier_ones_that_were_lost(targets, tmp_path, options):
+    """The kernel tells of them once for each open file: were it done again, nobody would hear."""
+    class Spoilt(targets.Fault):
+        def match(self, name, offset, length, data):
+            return data is not None and b"y" * 4096 in bytes(data)
+    needs("mkfs.ext4")
+    with ublk.Device(Spoilt(targets.Ram(size=64 << 20), on="write", error="EIO")) as lower:
+        sh(*MKFS["ext4"], lower.path)
+        with mount_of(lower.path, tmp_path / "mnt") as directory:
+            image = directory / "disk.img"
+            image.write_bytes(bytes(8 << 20))
+            with ublk.Device(targets.Loop(str(image)), **options) as disk, opened(disk.path) as fd, \
+                    opened(disk.path, os.O_RDWR | os.O_DSYNC) as durable:
+                write_at(fd, 8192, b"y" * 4096)
+                os.sync()
+                assert [error_of(write_at, durable, 1 << 20, b"x" * 4096) for _ in range(2)] == [errno.EIO, 0]
