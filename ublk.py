@@ -2847,7 +2847,9 @@ CAP_SYS_ADMIN = 1 << 21
 MAX_DISCARD = 1 << 30  # bytes a single discard or write-zeroes may cover
 NODE_TIMEOUT = 30.0  # seconds udev, whose rule runs a Python, has to make a device node usable
 STOP_TIMEOUT = 30.0  # seconds the handlers have to end what they are doing
-SERVER_TIMEOUT = 15.0  # seconds the kernel may take to notice that a server is gone
+# Seconds the kernel may take to notice that a server is gone; from 6.8 to 6.15 a
+# request's time must be up where that had every tag
+SERVER_TIMEOUT = 40.0
 PASSING = 3.0  # seconds somebody may look at a disk without being taken for its user
 # At every disk, for what is on it
 LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")

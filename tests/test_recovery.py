@@ -545,6 +545,29 @@ def test_a_recovery_makes_its_target_when_no_other_server_can_have_the_disk(tmp_
 
 
 @kernel
+def test_a_server_that_is_killed_with_every_tag_in_its_hands_is_recovered(tmp_path):
+    """From 6.8 to 6.15 the kernel notices its end when a request has taken 30 seconds."""
+    stuck = tmp_path / "stuck"
+    stuck.touch()
+    path = target_file(tmp_path, f"""
+        class Mine(ublk.Target):
+            size = 1 << 20
+            async def read(self, offset, buffer):
+                while os.path.exists({str(stuck)!r}):
+                    open({str(tmp_path / "asked")!r}, "w").close()
+                    await asyncio.sleep(0.1)
+    """)
+    disk = Forked(path, "-d", 1, "-r", "requeue", "--no-partition-scan").live()
+    client = subprocess.Popen(["cat", disk.path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until((tmp_path / "asked").exists)
+    disk.kill()
+    stuck.unlink()
+    with recovered(disk) as disk:
+        client.wait()
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
 def test_recover_refuses_a_disk_not_made_for_it(run):
     disk = orphan("null")
     assert_fails(run("recover", disk.id), 1, "not made to be recovered", errno.EINVAL)
