@@ -538,6 +538,7 @@ UBLK_U_IO_UNREGISTER_IO_BUF = 0xC0107524
 UBLK_U_IO_PREP_IO_CMDS = 0xC0107525
 UBLK_U_IO_COMMIT_IO_CMDS = 0xC0107526
 UBLK_U_IO_FETCH_IO_CMDS = 0xC0107527
+NO_COMMAND = 0xFF00  # which is EOPNOTSUPP (6.5)
 UBLK_IO_RES_OK = 0
 UBLK_IO_RES_NEED_GET_DATA = 1
 UBLK_IO_RES_ABORT = -errno.ENODEV
@@ -3644,6 +3645,7 @@ class Device:
             late = time.monotonic() > begun + patience
             try:
                 if info.state != UBLK_S_DEV_LIVE or late:
+                    self._see_that_queues_are_alike()
                     return self.control.start_user_recovery(self.id)
             except UblkError as error:
                 if error.errno == errno.EINVAL:  # up to 6.15: prepared by an earlier attempt
@@ -3651,6 +3653,33 @@ class Device:
                 if error.errno != errno.EBUSY or late:
                     raise
             self._pause(0.02)
+
+    def _see_that_queues_are_alike(self) -> None:
+        """Refuse (EBUSY) to recover a disk of which some queues had a server, and some had none.
+
+        START_USER_RECOVERY crashes Linux 6.7 to 6.15 then.
+        """
+        queues = range(self.info.nr_hw_queues)
+        if len(queues) == 1 or (self.control.features or 0) & UBLK_F_QUIESCE:
+            return
+        with (
+            open_char(self.id, timeout=0) as node,
+            contextlib.closing(Ring(len(queues))) as ring,
+        ):
+            for index in queues:
+                # EINVAL is told of a queue that is another's before that this is no command
+                ring.prepare(
+                    index,
+                    IORING_OP_URING_CMD,
+                    node.fileno(),
+                    NO_COMMAND,
+                    cmd=IO_CMD.pack(index, 0, 0, 0),
+                )
+            ring.push_all(queues)
+            ring.enter(len(queues))
+            left = ring.reap()[1].count(-errno.EINVAL)
+        if left not in (0, len(queues)):
+            raise served_already(self.id)
 
     # ---- the end ---------------------------------------------------------------------------------
 
@@ -4754,7 +4783,8 @@ class RingSelector(selectors.EpollSelector):
 # itself whether there are any.
 #
 # What kernels do that one has to know. Up to 6.15 a server killed after it has
-# mapped a queue and before its disk is there cannot be recovered, only deleted.
+# mapped a queue and before its disk is there cannot be recovered, only deleted;
+# where some of its queues were fetched and some not, asking crashes the kernel.
 # Up to 6.x START_DEV itself reads the partition table; a server killed in that
 # very moment leaves a device, and itself, that nothing ends: so the kernel does
 # not look for partitions there, partx does. Up to 6.3 STOP_DEV and DEL_DEV can

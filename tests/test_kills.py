@@ -58,6 +58,16 @@ def during(name):
     return change
 
 
+def one_fetched():
+    """Have the server die when all tags of its first queue are fetched, and none of its second."""
+    def fetch(queue, original=ublk.Queue.fetch):
+        if queue.index:
+            signal.pause()
+        original(queue)
+        die()
+    replace(ublk.Queue, fetch=fetch)
+
+
 def first_request():
     """Have the server die of the first request: that is the partition scan or udev."""
     import ublk_targets
@@ -103,9 +113,9 @@ def test_killed_while_it_starts(change, recovery, backing, run):
     assert_nothing_stuck()
 
 
-def killed_twice(backing, change):
+def killed_twice(backing, change, *options):
     """Make a disk whose server was killed, and then a second one while it recovered the disk."""
-    disk = Forked("loop", backing, "-r", "reissue").live()
+    disk = Forked("loop", backing, "-r", "reissue", *options).live()
     with opened(disk.path) as fd:
         write_at(fd, 4096, b"before" * 4096)
     disk.kill()
@@ -142,9 +152,10 @@ def impatient():
 @pytest.mark.parametrize("change", [
     pytest.param(MAPPED, id="mapped"),
     fetching(HALF_FETCHED, "half-fetched"),
-    fetching(DURING_END, "END_USER_RECOVERY")])
+    fetching(DURING_END, "END_USER_RECOVERY"),
+    fetching(one_fetched, "one of two queues")])
 def test_half_a_server_is_never_let_go(change, backing, run):
-    disk = killed_twice(backing, change)
+    disk = killed_twice(backing, change, *["-q", 2] * (change is one_fetched))
     again = Forked("recover", disk.id, change=impatient)
     assert again.wait() == 1
     assert_error_line(again.said(), errno.EBUSY, says=f"delete the device: `ublk.py del {disk.id}`")
