@@ -3641,7 +3641,9 @@ class Device:
                 "it is stopped",
                 f"delete it: `ublk.py del {self.id}`",
             )
-            patience = LAST_BREATH if alive(info.ublksrv_pid) else SERVER_TIMEOUT
+            # This process lives on, also where it was the server
+            lives = alive(info.ublksrv_pid) and info.ublksrv_pid != os.getpid()
+            patience = LAST_BREATH if lives else SERVER_TIMEOUT
             late = time.monotonic() > begun + patience
             try:
                 if info.state != UBLK_S_DEV_LIVE or late:
