@@ -3581,6 +3581,7 @@ class Device:
 
     def _adopt(self) -> None:
         """Have the target be as the disk is."""
+        self._look()  # the target may have taken its time
         params = self.control.get_params(self.id)
         basic = params.basic
         kept = params.integrity.metadata_size
@@ -3621,26 +3622,31 @@ class Device:
             fit(self.target, size)
         self.size = size
 
+    def _look(self) -> None:
+        """See what the device is, and refuse one that waits for no server."""
+        what = f"cannot recover {self.name}"
+        info = self.info = self.control.get_dev_info(self.id)
+        self.identity = self.identity or info.ublksrv_flags
+        self._see_that_it_is_ours()
+        refuse(
+            not info.flags & UBLK_F_USER_RECOVERY,
+            what,
+            "it was not made to be recovered",
+            f"delete it (`ublk.py del {self.id}`) and create it with -r",
+        )
+        refuse(
+            info.state == UBLK_S_DEV_DEAD,
+            what,
+            "it is stopped",
+            f"delete it: `ublk.py del {self.id}`",
+        )
+
     def _await_end_of_server(self) -> None:
         """START_USER_RECOVERY, as soon as the kernel allows it."""
-        what = f"cannot recover {self.name}"
         begun = time.monotonic()
         while True:
-            info = self.info = self.control.get_dev_info(self.id)
-            self.identity = self.identity or info.ublksrv_flags
-            self._see_that_it_is_ours()
-            refuse(
-                not info.flags & UBLK_F_USER_RECOVERY,
-                what,
-                "it was not made to be recovered",
-                f"delete it (`ublk.py del {self.id}`) and create it with -r",
-            )
-            refuse(
-                info.state == UBLK_S_DEV_DEAD,
-                what,
-                "it is stopped",
-                f"delete it: `ublk.py del {self.id}`",
-            )
+            self._look()
+            info = self.info
             # This process lives on, also where it was the server
             lives = alive(info.ublksrv_pid) and info.ublksrv_pid != os.getpid()
             patience = LAST_BREATH if lives else SERVER_TIMEOUT
