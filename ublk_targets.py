@@ -121,10 +121,17 @@ def clear(fd: int, offset: int, length: int) -> None:
             write_all(fd, ublk.ZEROES[:count], at)
 
 
+def closes_with(owner: object, fd: int) -> Any:
+    """Return what closes a descriptor; it is called at the latest when its owner goes."""
+    closing = weakref.finalize(owner, os.close, fd)
+    closing.atexit = False  # a disk may still be served then
+    return closing
+
+
 def memory_file(owner: object) -> int:
     """Make an empty file in memory that is there for as long as its owner; return its descriptor."""
     fd = os.memfd_create("ublk")
-    weakref.finalize(owner, os.close, fd)
+    closes_with(owner, fd)
     return fd
 
 
@@ -212,8 +219,11 @@ class Loop(Mapped, ublk.Target):
         self.files = [path]
         flags = os.O_DIRECT if direct else 0
         self.fd, self.read_only = open_backing(path, flags, read_only)
-        # Ends at the latest with the object
-        self.opened = weakref.finalize(self, os.close, self.fd)
+        self.opened = closes_with(self, self.fd)
+        # Once for each opening the kernel tells that data are lost: a flush is to hear what a
+        # durable write has heard
+        self.flushed = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
+        self.reopened = closes_with(self, self.flushed)
         claim(self.fd, path, self.read_only)
         if self.is_block:
             word = fcntl.ioctl(self.fd, BLKSSZGET, bytes(4))
@@ -233,7 +243,8 @@ class Loop(Mapped, ublk.Target):
 
     def close(self) -> None:
         self.opened()
-        self.fd = -1  # the number may become another file's
+        self.reopened()
+        self.fd = self.flushed = -1  # the numbers may become other files'
 
     def map(
         self,
@@ -253,7 +264,7 @@ class Loop(Mapped, ublk.Target):
         return ublk.uring_write(self.fd, buffer, offset)
 
     async def flush(self) -> None:
-        await ublk.uring_fsync(self.fd, datasync=True)
+        await ublk.uring_fsync(self.flushed, datasync=True)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, or convert to zeroes, where there is neither write them."""
@@ -856,9 +867,9 @@ class Cow(ublk.Target):
         self._seal(seen)
 
     def close(self) -> None:
-        os.fdatasync(self.top.fd)
+        os.fdatasync(self.top.flushed)
         self._keep(self.fresh)
-        os.fdatasync(self.top.fd)
+        os.fdatasync(self.top.flushed)
         self.top.close()
         self.below.close()
 
@@ -2016,7 +2027,7 @@ class Zoned(ublk.Target):
                 for zone in written:
                     self._note(zone, zone.start, zone.start)
                 if written:
-                    os.fdatasync(self.disk.fd)
+                    os.fdatasync(self.disk.flushed)
             except OSError:
                 self.lost = True  # maybe data of other zones: the kernel tells of them but once
                 for zone in written:

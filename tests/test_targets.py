@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -17,6 +18,7 @@ import pytest
 
 import ublk
 from tests.support import (
+    HERE,
     Fio,
     Forked,
     Ram,
@@ -382,6 +384,15 @@ def test_readers_share_a_file(targets, tmp_path):
              targets.Cow(path, path + ".1"), targets.Cow(path, path + ".2")]
     for disk in disks:
         disk.close()
+
+
+def test_a_file_opened_late_is_open_until_its_disk_has_gone(tmp_path):
+    """As by a target's start(), when the disk is already to go with its program."""
+    path, = files(tmp_path, 1, 1 << 20)
+    program = "import sys, atexit, os, ublk_targets as targets; " \
+        "atexit.register(lambda: [os.fstat(fd) for fd in (disk.fd, disk.flushed, memory.fd)]); " \
+        "disk, memory = targets.Loop(sys.argv[1]), targets.Ram()"
+    assert not sh(sys.executable, "-c", program, path, cwd=HERE).stderr
 
 
 def test_a_server_that_dies_is_given_time_to_let_go(targets, tmp_path):
