@@ -3651,9 +3651,10 @@ class Device:
             lives = alive(info.ublksrv_pid) and info.ublksrv_pid != os.getpid()
             patience = LAST_BREATH if lives else SERVER_TIMEOUT
             late = time.monotonic() > begun + patience
+            if info.state != UBLK_S_DEV_LIVE:
+                self._see_that_queues_are_alike()
             try:
                 if info.state != UBLK_S_DEV_LIVE or late:
-                    self._see_that_queues_are_alike()
                     return self.control.start_user_recovery(self.id)
             except UblkError as error:
                 if error.errno == errno.EINVAL:  # up to 6.15: prepared by an earlier attempt
@@ -3671,7 +3672,7 @@ class Device:
         if len(queues) == 1 or (self.control.features or 0) & UBLK_F_QUIESCE:
             return
         with (
-            open_char(self.id, timeout=0) as node,
+            open_char(self.id, pause=self._pause) as node,
             contextlib.closing(Ring(len(queues))) as ring,
         ):
             for index in queues:
