@@ -1260,6 +1260,8 @@ class Cache(Wrapper, ublk.Target):
         async with self.alone():
             older = self.kept(*extent(args))
             await super().call(name, *args)
+            if name == "write_zeroes":  # else a write that finds no room could hear of a loss
+                await self.settle()
             self.forget(older)
 
     async def write_back(self) -> None:
@@ -1272,9 +1274,13 @@ class Cache(Wrapper, ublk.Target):
                     raise OSError(errno.EIO, "the power was cut")
                 data = b"".join(blocks[at] for at in offsets)
                 await super().call("write", offsets[0], aligned(data))
-            if hasattr(self.target, "flush"):
-                await super().call("flush")
+            await self.settle()
             self.forget(blocks)  # no sooner: what fails is done again
+
+    async def settle(self) -> None:
+        """Make durable what the target was told."""
+        if hasattr(self.target, "flush"):
+            await super().call("flush")
 
     def runs(self, blocks: dict[int, bytes]) -> Iterator[list[int]]:
         """Yield the offsets of blocks that make one write: they lie side by side."""

@@ -113,6 +113,22 @@ def test_a_flush_that_fails_loses_nothing(targets, name):
     assert below.durable == bytes(NEW) + bytes(4096) + bytes(NEW)
 
 
+def test_no_write_hears_in_place_of_a_flush_that_zeroes_were_lost(targets):
+    class Zeroing(Failing):
+        def write_zeroes(self, offset, length, unmap):
+            super().write(offset, bytes(length))
+    below = Zeroing(bytes(OLD) * 3)
+    disk = targets.Cache(below, cache_size=4096)
+    now(disk.write_zeroes(4096, 4096, True))
+    now(disk.write(0, NEW))
+    below.fails = "flush"
+    assert error_of(now, disk.write(8192, NEW)) == errno.EIO
+    below.cached.clear()
+    below.fails = ""
+    now(disk.flush())
+    assert below.durable == bytes(NEW) + bytes(4096) + bytes(OLD)
+
+
 def test_a_cut_loses_what_is_not_durable_and_nothing_else(targets):
     disk = targets.Cache(Volatile(bytes(OLD) * 3))
     now(disk.write(0, NEW))
