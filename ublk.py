@@ -4692,12 +4692,26 @@ def uring_send(fd: int, buffer: Any, flags: int = 0) -> Promise:
     return operate(IORING_OP_SEND, fd, buffer, rw_flags=flags)
 
 
-def noted(work: set[Any], submit: Callable[..., Any], *words: Any) -> Any:
+def noted(work: set[Any], submit: Callable[..., Any], function: Any, *words: Any) -> Any:
     """Give a thread something to do; if that is for a request, have it be in a set until it is done.
 
-    Nobody can cancel it then, and its task may end before it.
+    Nobody can cancel it then, and its task may end before it. Where no thread
+    can be had (RuntimeError), it is never done: the executor keeps it, and would
+    do it over what comes later.
     """
-    future = submit(*words)
+    known = threading.Lock()
+
+    def do() -> Any:
+        with known:  # whether it is to be done
+            pass
+        return function(*words)
+
+    with known:
+        try:
+            future = submit(do)
+        except BaseException:
+            function, words = bool, ()
+            raise
     if _serving.get():
         work.add(future)
         future.add_done_callback(work.discard)

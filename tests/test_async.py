@@ -756,6 +756,41 @@ def test_a_child_that_is_forked_before_the_loop_runs_takes_nothing_out_of_its_ep
     serve(target_of(start=start, read=read))
 
 
+def test_what_there_was_no_thread_for_is_not_done_later():
+    """A discard that had failed was done by the first thread there was, to what had been written since."""
+    done = []
+
+    async def write(target, offset, buffer):
+        threading.stack_size(0 if done else 1 << 60)
+        if len(done) == 1:
+            done.append("written since")
+            return
+        done.append("asked for")
+        try:
+            await asyncio.to_thread(done.append, f"request {len(done)}")
+        finally:
+            threading.stack_size(0)
+
+    queue = serve(target_of(write=write), rounds=3, depth=1, operation=ublk.UBLK_IO_OP_WRITE)
+    assert queue.answers == [(0, -errno.EIO), (0, 4096), (0, 4096)]
+    assert done == ["asked for", "written since", "asked for", "request 3"]
+
+
+def test_a_thread_that_gets_free_does_not_begin_what_is_given_up():
+    threads, done = [], []
+
+    def submit(do):
+        threads.append(threading.Thread(target=do))
+        threads[0].start()
+        threads[0].join(0.1)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        ublk.noted(set(), submit, done.append, "given up")
+    threads[0].join()
+    assert done == []
+
+
 def test_a_start_that_is_interrupted_is_seen_to_its_end():
     target, ended = target_of(), []
 
