@@ -6182,17 +6182,21 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
 
     on_signals(lambda number, _: device.interrupt(f"ended by {signal.Signals(number).name}"))
     device.follows = True
-    start()
-    try:
-        with device:  # whatever happens now, the disk does not stay behind without a server
-            serve_started(device, started)
-    finally:
-        if device.id not in device_ids():
-            forget_state(device.id)
+    # As long as descriptors can be had: systemd ends who does not tell it in time
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        start()
+        try:
+            with device:  # whatever happens now, the disk does not stay behind without a server
+                serve_started(device, started, channel)
+        finally:
+            if device.id not in device_ids():
+                forget_state(device.id)
 
 
-def serve_started(device: Device, started: Started) -> None:
+def serve_started(device: Device, started: Started, channel: socket.socket) -> None:
     """Tell that the disk is there, and serve it.
+
+    channel: what systemd is told through.
 
     One that was there before waits for another server where nobody can be told.
     """
@@ -6207,12 +6211,12 @@ def serve_started(device: Device, started: Started) -> None:
     # not end it.
     pause = min(watchdog() / 2 or 1.0, 1.0)
     while True:
-        if notify(news):
+        if notify(channel, news):
             news = "WATCHDOG=1"
         if device.wait(pause):
             break
         device.follow_size()
-    notify("STOPPING=1")
+    notify(channel, "STOPPING=1")
     if not device.interrupted and device.failure is None:
         device.detach()
 
@@ -6223,7 +6227,7 @@ def watchdog() -> float:
     return int(text) / 1e6 if text.isdecimal() else 0.0
 
 
-def notify(message: str) -> bool:
+def notify(channel: socket.socket, message: str) -> bool:
     """Tell systemd (sd_notify(3)), where it started us and asked to be told.
 
     Nobody there, or nobody reading, is no reason to take a disk away. Returns
@@ -6234,8 +6238,7 @@ def notify(message: str) -> bool:
         if address[0] == "@":
             address = f"\0{address[1:]}"
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-                channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
+            channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
         except OSError:
             return False
     return True

@@ -1168,14 +1168,6 @@ def test_what_ended_a_server_is_told_though_its_disk_cannot_go(driver, handlers,
     driver.devices.clear()
 
 
-def test_no_descriptor_for_news_to_systemd_is_no_reason_to_end(monkeypatch):
-    def too_many(*_):
-        raise OSError(errno.EMFILE, "too many")
-    monkeypatch.setattr(socket, "socket", too_many)
-    monkeypatch.setenv("NOTIFY_SOCKET", "/somewhere")
-    ublk.notify("READY=1")
-
-
 # ---- a number that is another's by now --------------------------------------------------------------
 
 @pytest.fixture
