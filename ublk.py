@@ -4861,7 +4861,7 @@ def lines_of(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             return [line.rstrip("\n") for line in file]  # of which names may have others' ends
-    except OSError:
+    except (OSError, MemoryError):
         return []
 
 
