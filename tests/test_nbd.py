@@ -561,7 +561,7 @@ def test_nbd_a_write_that_a_silent_server_was_told_is_never_sent_again(targets, 
 
 def test_nbd_a_server_has_the_whole_time_it_is_given(targets, here):
     def late(peer, cookie, data):
-        time.sleep(1.8)
+        time.sleep(2.4)
         peer.sendall(simple(cookie) + data)
 
     async def work():

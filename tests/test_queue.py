@@ -411,14 +411,13 @@ def test_a_queue_that_ends_waits_for_data_it_has_asked_for():
     assert served_while_ending(([], {0}), NOTHING, NOTHING, ([1], set()), NOTHING, NOTHING, asked=[1]) == [1]
 
 
-def test_a_queue_whose_tags_have_all_ended_needs_no_other_ring(monkeypatch):
-    """There may be no descriptor left for one."""
+def test_a_queue_whose_tags_have_all_ended_asks_the_driver_nothing(monkeypatch):
     device = StandIn(InFile(None))
     queue = NopQueue(device)
     queue.chained.update(range(queue.depth))
     queue.ended.update(range(queue.depth))
     with monkeypatch.context() as patch:
-        patch.setattr(ublk, "Ring", None)
+        patch.setattr(queue.path, "asking", None)
         assert queue.is_over()
     queue.close()
     device.close()
