@@ -3051,6 +3051,13 @@ class Worker(threading.Thread):
             kind = TracedBatchQueue if kind is BatchQueue else TracedQueue
         queue = self.queue = kind(self.device, self.index)
         try:
+            # There a disk whose queues were mapped has another server only if they
+            # were fetched, too, whatever becomes of start(); no request comes yet
+            early = self.device.recovers and re.fullmatch(
+                r"6\.([7-9]|1[0-2])", kernel_release()
+            )
+            if early:
+                queue.fetch()
             if hasattr(self.device.target, "start"):
                 queue.call(self.device.target.start, self.index)
             queue.collect(0)
@@ -3058,7 +3065,8 @@ class Worker(threading.Thread):
                 return
             if self.device.partx_scans:
                 set_admin(False)
-            queue.fetch()
+            if not early:
+                queue.fetch()
             if self.device.partx_scans:
                 set_admin(True)
             # To a disk that is recovered requests may come at once

@@ -545,6 +545,38 @@ def test_a_recovery_makes_its_target_when_no_other_server_can_have_the_disk(tmp_
 
 
 @kernel
+@since("6.7")
+@pytest.mark.parametrize("ends", ["raise OSError(111, 'not yet')",
+                                  "os.kill(os.getpid(), 9)"], ids=["fails", "is killed"])
+def test_a_disk_whose_target_does_not_start_is_left_to_the_next_server(ends, tmp_path):
+    early, waiting = tmp_path / "early", tmp_path / "waiting"
+    path = target_file(tmp_path, f"""
+        class Mine(ublk.Target):
+            size = 1 << 20
+            def start(self, index):
+                if not os.path.exists({str(early)!r}):
+                    return
+                if not index:
+                    open({str(waiting)!r}, "w").close()
+                    return
+                while not os.path.exists({str(waiting)!r}):
+                    time.sleep(0.1)
+                {ends}
+            def read(self, offset, buffer):
+                pass
+    """)
+    disk = Forked(path, "-q", 2, "-r", "requeue").live()
+    disk.kill()
+    early.touch()
+    assert Forked("recover", disk.id).wait() in (1, -signal.SIGKILL)
+    early.unlink()
+    with recovered(disk) as disk:
+        with opened(disk.path) as fd:
+            assert read_at(fd, 0, 4096) == bytes(4096)
+        assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
 def test_a_server_that_is_killed_with_every_tag_in_its_hands_is_recovered(tmp_path):
     """From 6.8 to 6.15 the kernel notices its end when a request has taken 30 seconds."""
     stuck = tmp_path / "stuck"
