@@ -242,9 +242,11 @@ class Loop(Mapped, ublk.Target):
             self.discard = self._discard  # an attribute: not every backing has it
 
     def close(self) -> None:
-        self.opened()
-        self.reopened()
         self.fd = self.flushed = -1  # the numbers may become other files'
+        try:
+            self.opened()
+        finally:
+            self.reopened()
 
     def map(
         self,
@@ -264,7 +266,18 @@ class Loop(Mapped, ublk.Target):
         return ublk.uring_write(self.fd, buffer, offset)
 
     async def flush(self) -> None:
-        await ublk.uring_fsync(self.flushed, datasync=True)
+        # The opening that is written through as well: with FUSE it alone may know what that was
+        try:
+            await ublk.uring_fsync(self.fd, datasync=True)
+        finally:
+            await ublk.uring_fsync(self.flushed, datasync=True)
+
+    def sync(self) -> None:
+        """Do what a flush does, without a queue."""
+        try:
+            os.fdatasync(self.fd)
+        finally:
+            os.fdatasync(self.flushed)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, or convert to zeroes, where there is neither write them."""
@@ -867,9 +880,9 @@ class Cow(ublk.Target):
         self._seal(seen)
 
     def close(self) -> None:
-        os.fdatasync(self.top.flushed)
+        self.top.sync()
         self._keep(self.fresh)
-        os.fdatasync(self.top.flushed)
+        self.top.sync()
         self.top.close()
         self.below.close()
 
@@ -2033,7 +2046,7 @@ class Zoned(ublk.Target):
                 for zone in written:
                     self._note(zone, zone.start, zone.start)
                 if written:
-                    os.fdatasync(self.disk.flushed)
+                    os.fdatasync(self.disk.fd)
             except OSError:
                 self.lost = True  # maybe data of other zones: the kernel tells of them but once
                 for zone in written:

@@ -33,6 +33,7 @@ from tests.support import (
     Forked,
     Ram,
     error_of,
+    files,
     fio_verify,
     kernel,
     message,
@@ -1112,6 +1113,27 @@ def test_a_future_of_a_pool_is_awaited():
 
     target = target_of(flush=flush, start=async_start)
     assert serve(target, depth=1, operation=FLUSH).answers == [(0, 0)] and target.future.done()
+
+
+@pytest.fixture(params=["fd", "flushed"])
+def spoilt(targets, tmp_path, request):
+    """A loop of which one opening cannot be made durable: FUSE may know what was written through each."""
+    path, = files(tmp_path, 1, SIZE)
+    disk = targets.Loop(path)
+    reader, writer = os.pipe()
+    os.dup2(writer, getattr(disk, request.param), inheritable=False)
+    yield disk
+    for fd in reader, writer:
+        os.close(fd)
+    disk.close()
+
+
+def test_a_flush_is_one_of_both_openings(spoilt):
+    assert serve(spoilt, depth=1, operation=FLUSH).answers == [(0, -errno.EINVAL)]
+
+
+def test_an_end_makes_durable_what_both_openings_know(spoilt):
+    assert error_of(spoilt.sync) == errno.EINVAL
 
 
 @pytest.mark.parametrize("promise", ["a text", object(), concurrent.futures.Future(), (_ for _ in "")],
