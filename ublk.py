@@ -4009,9 +4009,12 @@ def fit(target: Target, size: int) -> None:
 
 
 def disk_size(dev_id: int) -> int:
-    """Return the size of a disk in bytes, 0 where sysfs does not tell."""
-    sectors = "".join(lines_of(f"/sys/block/ublkb{dev_id}/size"))
-    return int(sectors or 0) * SECTOR
+    """Return the size of a disk in bytes, 0 where sysfs does not tell, or nothing can be told."""
+    try:
+        sectors = "".join(lines_of(f"/sys/block/ublkb{dev_id}/size"))
+        return int(sectors or 0) * SECTOR
+    except MemoryError:
+        return 0
 
 
 def becomes(
@@ -4869,7 +4872,7 @@ def lines_of(path: str) -> list[str]:
     try:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             return [line.rstrip("\n") for line in file]  # of which names may have others' ends
-    except (OSError, MemoryError):
+    except OSError:
         return []
 
 
@@ -6190,8 +6193,11 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
 
     on_signals(lambda number, _: device.interrupt(f"ended by {signal.Signals(number).name}"))
     device.follows = True
-    # As long as descriptors can be had: systemd ends who does not tell it in time
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+    channel: Any = contextlib.nullcontext()
+    if os.environ.get("NOTIFY_SOCKET"):
+        # As long as descriptors can be had: systemd ends who does not tell it in time
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with channel:
         start()
         try:
             with device:  # whatever happens now, the disk does not stay behind without a server
@@ -6366,6 +6372,7 @@ def recover_from_state(dev_id: int, started: Started, recipe: Recipe | None = No
         # files, and change what a target remembers of them.
         noted = signal.getsignal(signal.SIGTERM)
         on_signals(signal.default_int_handler)  # for what may never return
+        device._pause(0)  # one may have come before
         words, options, make = recipe or recipe_of(dev_id, device.identity)
         device.take(make(), (words[0], words[1:], options))
         on_signals(noted)

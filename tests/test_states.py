@@ -1250,6 +1250,14 @@ def test_a_signal_ends_a_recovery_whose_target_is_never_made(waiting, handlers):
     assert waiting.sent == ["start_user_recovery"]
 
 
+def test_a_signal_ends_a_recovery_before_its_target_is_made(waiting, handlers, monkeypatch):
+    def told(*_, original=ublk.open_char, **__):
+        signal.raise_signal(signal.SIGTERM)
+        return original(7)
+    monkeypatch.setattr(ublk, "open_char", told)
+    assert "ended by SIGTERM" in message(ublk.recover_from_state, 7, SimpleNamespace(trace=None), UNMADE)
+
+
 def test_a_recovery_fits_no_target_to_another_device_of_its_number(waiting, monkeypatch):
     def exchanged(*_, original=ublk.open_char, **__):
         waiting.devices[7] = 99
