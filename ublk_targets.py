@@ -1803,8 +1803,8 @@ class Nbd(ublk.Target):
         over = isinstance(error, ConnectionError)
         for request in list(self.pending.values()):
             if request.command == NBD_CMD_FLUSH and lost:
-                # One that was given up tells nobody
-                self.lost &= request.done.done()
+                # One that was given up tells nobody, nor does one what came after it
+                self.lost &= request.done.done() or request.covers < self.acknowledged
                 self._end(request, errno.EIO)
             elif request.command != NBD_CMD_READ and not over:
                 self._end(request, error.errno or errno.EIO)

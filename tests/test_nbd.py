@@ -483,9 +483,9 @@ def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targ
 
 def test_nbd_a_flush_that_was_given_up_tells_nobody_what_was_lost(targets, here):
     async def work():
+        await target.write(0, PAGE)
         flush = await flush_under_way(target, fake)
         flush.cancel()
-        await target.write(0, PAGE)
         fake.ignores, fake.dies_of = None, READ
         await target.read(0, bytearray(4096))
         return [await errno_of(target.flush()) for _ in range(2)]
@@ -493,6 +493,20 @@ def test_nbd_a_flush_that_was_given_up_tells_nobody_what_was_lost(targets, here)
     with FakeNbd(here) as fake:
         target = targets.Nbd(nbd_uri(here))
         assert served(target, work) == [errno.EIO, 0]
+
+
+def test_nbd_a_flush_tells_nothing_of_what_was_acknowledged_after_it_began(targets, here):
+    """That is somebody else's, whose flush comes next."""
+    async def work():
+        flush = await flush_under_way(target, fake)
+        await target.write(0, PAGE)
+        fake.ignores, fake.dies_of = None, READ
+        await target.read(0, bytearray(4096))
+        return [await errno_of(call) for call in (flush, target.flush(), target.flush())]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, errno.EIO, 0]
 
 
 @pytest.mark.parametrize("change", ["write_fua", "flush"])
