@@ -2397,35 +2397,41 @@ class Crashes:
         self.size, self.block = self.log.header()
         self.entries = list(itertools.islice(self.log.entries(), self.to))
         self.points = 0  # crash points so far
+        self.seen: set[tuple[Part, ...]] = set()  # states of the last one
         self.settled: list[tuple[int, int]] = []  # where disk has changed: offset and length
 
     def __iter__(self) -> Iterator[Crash]:
         mark = ""
         pending: list[Entry] = []  # what some crash may take back, or what comes after that
-        seen: set[tuple[Part, ...]] = set()  # states of the last crash point
         for entry in self.entries:
             if entry.kind == "mark":
                 mark = os.fsdecode(self.log.data_of(entry))
-                seen = set()
+                self.seen = set()
             elif entry.kind != "flush":
                 pending.append(entry)
             if self.is_point(entry):
                 self.points += 1
-                before, seen = seen, set()
-                for state, parts in self.states_of(pending, entry):
-                    if parts not in before and parts not in seen:
-                        yield Crash("", entry, mark, state, parts)
-                    seen.add(parts)
+                yield from self.look(pending, entry, mark)
             settled = self.settle(pending, entry)
             if settled:
                 count = len(settled)
-                seen = {parts[count:] for parts in seen if parts[:count] == settled}
+                self.seen = {parts[count:] for parts in self.seen if parts[:count] == settled}
         refuse(
             not self.points,
             self.log.path,
             "there is no crash point to look at",
             "take --every entry or another --from",
         )
+        # A last flush may not be for all that is pending
+        yield from self.look(pending, entry, mark)
+
+    def look(self, pending: Sequence[Entry], last: Entry, mark: str) -> Iterator[Crash]:
+        """Yield the states of a crash that have not just been looked at."""
+        before, self.seen = self.seen, set()
+        for state, parts in self.states_of(pending, last):
+            if parts not in before and parts not in self.seen:
+                yield Crash("", last, mark, state, parts)
+            self.seen.add(parts)
 
     def is_point(self, entry: Entry) -> bool:
         """Tell whether to look at crashes after an entry: also where one comes that is durable by itself."""

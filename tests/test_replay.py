@@ -601,6 +601,27 @@ def test_a_flush_is_for_what_was_done_when_it_was_asked_for(run, targets, tmp_pa
     assert done.status == late
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before the flush", "in the flush"])
+def test_what_the_last_flush_is_not_for_may_be_lost_too(run, targets, tmp_path, late):
+    async def flush():
+        await Pause()
+
+    log = Log(targets, tmp_path / "log")
+    log.disk.target.flush = flush
+    now(log.disk.write(0, memoryview(b"x" * 512)))
+    flushing = log.disk.flush()
+    if late:
+        flushing.send(None)
+    now(log.disk.write(4096, memoryview(b"y" * 512)))
+    with pytest.raises(StopIteration):
+        for _ in range(2):
+            flushing.send(None)
+    now(log.disk.close())
+    check = "! head -c 1 {} | grep -q x || head -c 4097 {} | grep -q y"
+    done = run("replay", log.path, tmp_path / "disk", "--check", check)
+    assert done.out.startswith("bad at entry 3: flush 1 0: state nothing" if late else "good at 1 ")
+
+
 # ---- states of a crash ------------------------------------------------------------------------------
 
 def found_in(crash):
