@@ -88,10 +88,15 @@ def fallocate(
         raise OSError(number, os.strerror(number))
 
 
-def write_all(fd: int, data: Any, offset: int) -> None:
-    """Write all of data at offset; raises OSError."""
+def write_all(
+    fd: int,
+    data: Any,
+    offset: int,
+    flags: int = 0,
+) -> None:
+    """Write all of data at offset, with RWF_* flags; raises OSError."""
     while data:
-        count = os.pwrite(fd, data, offset)
+        count = os.pwritev(fd, [data], offset, flags)
         data = data[count:]
         offset += count
 
@@ -2042,11 +2047,10 @@ class Zoned(ublk.Target):
             written = [zone for zone in zones if zone.wp != zone.start]
             for zone in written:
                 zone.kept = zone.start  # so that where this fails the next flush notes all, too
+            # At once, or who is killed meanwhile leaves some that only seem empty
+            entries = bytes(ZONE_ENTRY.size * len(zones)) if written else b""
             try:
-                for zone in written:
-                    self._note(zone, zone.start, zone.start)
-                if written:
-                    os.fdatasync(self.disk.fd)
+                write_all(self.disk.fd, entries, self._place(zones[0]), os.RWF_DSYNC)
             except OSError:
                 self.lost = True  # maybe data of other zones: the kernel tells of them but once
                 for zone in written:
@@ -2066,8 +2070,11 @@ class Zoned(ublk.Target):
 
     async def flush(self) -> None:
         with self.lock:
-            zones = [zone for zone in self.zones if zone.wp != zone.kept]
-            ends = [(zone, zone.resets, zone.wp) for zone in zones]
+            ends = [
+                (zone, zone.resets, zone.wp)
+                for zone in self.zones
+                if zone.wp != zone.kept and not self.read_only
+            ]
         await self.disk.flush()
         for zone, resets, wp in ends:
             with self.lock:
@@ -2117,7 +2124,11 @@ class Zoned(ublk.Target):
     def _note(self, zone: Zone, position: int, durable: int) -> None:
         """Note in the file how far a zone is written."""
         entry = ZONE_ENTRY.pack(position - zone.start, durable - zone.start)
-        write_all(self.disk.fd, entry, ZONE_TABLE_AT + ZONE_ENTRY.size * zone.number)
+        write_all(self.disk.fd, entry, self._place(zone))
+
+    def _place(self, zone: Zone) -> int:
+        """Return where in the file that is noted."""
+        return ZONE_TABLE_AT + ZONE_ENTRY.size * zone.number
 
 
 # =================================================================================================

@@ -729,10 +729,10 @@ def test_what_a_check_does_to_an_image_is_not_in_the_next(targets, torn, spoil):
 def moved(monkeypatch):
     """How many bytes this process reads and writes at places in files, call by call."""
     sizes = []
-    for name in ("pread", "pwrite"):
-        def counted(fd, what, offset, call=getattr(os, name)):
-            sizes.append(what if isinstance(what, int) else len(what))
-            return call(fd, what, offset)
+    for name in ("pread", "pwritev"):
+        def counted(fd, what, *place, call=getattr(os, name)):
+            sizes.append(what if isinstance(what, int) else sum(map(len, what)))
+            return call(fd, what, *place)
         monkeypatch.setattr(os, name, counted)
     return sizes
 

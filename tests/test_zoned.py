@@ -178,17 +178,25 @@ def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 8192
 
 
-def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, monkeypatch):
-    def fails(fd):
-        raise OSError(errno.EIO, "bad sector")
+@pytest.fixture
+def bad_table(monkeypatch):
+    """What makes the table of zones durable fails, and the kernel takes that for written."""
+    def write(fd, buffers, offset, flags=0, call=os.pwritev):
+        count = call(fd, buffers, offset)
+        if flags & os.RWF_DSYNC:
+            raise OSError(errno.EIO, "bad sector")
+        return count
+    return lambda patch=monkeypatch: patch.setattr(os, "pwritev", write)
 
+
+def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, bad_table):
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
     disk.zone_append(1 << 20, page)
     disk.disk.flush = flushed = nothing_to_wait_for()
     now(disk.flush())
     table = path.read_bytes()[4096:8192]
-    monkeypatch.setattr(os, "fdatasync", fails)
+    bad_table()
     assert error_of(disk._reset, disk.zones) == errno.EIO
     assert path.read_bytes()[4096:8192] == table
     assert [error_of(now, disk.flush()) for _ in range(2)] == [errno.EIO, 0]
@@ -197,24 +205,22 @@ def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, mon
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
 
 
-def test_a_flush_beside_a_reset_that_failed_fails(targets, monkeypatch):
+def test_a_flush_beside_a_reset_that_failed_fails(targets, bad_table):
     """The kernel tells but once that data are lost, though they are another zone's."""
-    def fails(fd):
-        raise OSError(errno.EIO, "bad sector")
-
     async def flush():
         assert error_of(disk._reset, disk.zones[2:3]) == errno.EIO
         disk.disk.flush = nothing_to_wait_for()
     disk = zoned(targets)
     for offset in (1 << 20, 2 << 20):
         disk.zone_append(offset, memoryview(bytes(4096)))
-    monkeypatch.setattr(os, "fdatasync", fails)
+    bad_table()
     disk.disk.flush = flush
     assert [error_of(now, disk.flush()) for _ in range(2)] == [errno.EIO, 0]
     disk.close()
 
 
-def test_zones_that_could_not_be_emptied_nor_restored_are_noted_by_a_flush(targets, tmp_path, monkeypatch):
+def test_zones_that_could_not_be_emptied_nor_restored_are_noted_by_a_flush(
+        targets, tmp_path, monkeypatch, bad_table):
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
     for offset in (0, 1 << 20):
@@ -223,15 +229,53 @@ def test_zones_that_could_not_be_emptied_nor_restored_are_noted_by_a_flush(targe
     now(disk.flush())
 
     def fails(*_):
-        patch.setattr(targets.Zoned, "_note", fails)
         raise OSError(errno.EIO, "bad sector")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", fails)
+        bad_table(patch)
+        patch.setattr(targets.Zoned, "_note", fails)
         assert error_of(disk._reset, disk.zones) == errno.EIO
     assert [error_of(now, disk.flush()) for _ in range(2)] == [errno.EIO, 0]
     disk.close()
     disk = targets.Zoned(file=str(path))
     assert [zone.wp - zone.start for zone in disk.zones[:3]] == [4096, 4096, 0]
+    disk.close()
+
+
+def test_a_reset_that_is_killed_leaves_no_zones_that_only_seem_empty(targets, tmp_path, monkeypatch):
+    """The next server would write over data to which a loss of power may take their zone back."""
+    path, left = tmp_path / "zones", []
+    disk = zoned(targets, file=str(path))
+    for offset in (1 << 20, 2 << 20):
+        disk.zone_append(offset, memoryview(b"x" * 4096))
+    before = path.read_bytes()[:8192]
+
+    def last(call):
+        def function(fd, *how):
+            call(fd, *how)
+            left.append((path.read_bytes()[:8192] == before, how[2:]))
+            raise KeyboardInterrupt
+        return function
+    with monkeypatch.context() as patch:
+        for name in ("pwrite", "pwritev"):
+            patch.setattr(os, name, last(getattr(os, name)))
+        with pytest.raises(KeyboardInterrupt):
+            disk._reset(disk.zones)
+    assert left == [(False, (os.RWF_DSYNC,))]
+    disk.close()
+    disk = targets.Zoned(file=str(path))
+    assert conditions(disk) == [EMPTY] * 16
+    disk.close()
+
+
+def test_a_flush_of_zones_that_are_only_read_notes_nothing(targets, tmp_path):
+    path = tmp_path / "zones"
+    disk = zoned(targets, file=str(path))
+    disk.zone_append(1 << 20, memoryview(b"x" * 4096))
+    disk.close()
+    disk = targets.Zoned(file=str(path), read_only=True)
+    disk.disk.flush = flushed = nothing_to_wait_for()
+    now(disk.flush())
+    assert flushed.count and disk.zones[1].wp == (1 << 20) + 4096
     disk.close()
 
 
