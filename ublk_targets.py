@@ -1346,7 +1346,8 @@ class Cache(Wrapper, ublk.Target):
         import asyncio
 
         try:
-            await asyncio.wait_for(self.flush(), ublk.STOP_TIMEOUT)
+            # Shielded: one that is cancelled is waited for, and the kernel may do nothing for ever
+            await asyncio.wait_for(asyncio.shield(self.flush()), ublk.STOP_TIMEOUT)
         except asyncio.TimeoutError:  # or a target that hangs would keep the disk for ever
             lost = "the target does not take what is kept"
             raise OSError(errno.ETIMEDOUT, lost) from None

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -348,6 +349,24 @@ def test_a_server_that_ends_does_not_wait_for_ever_for_a_target_that_hangs(targe
     now(disk.write(4096, NEW))
     assert error_of(lambda: asyncio.run(disk.close())) == errno.ETIMEDOUT
     assert closed
+
+
+def test_nor_for_one_that_cannot_be_cancelled(targets, monkeypatch):
+    """As what the kernel does with a file."""
+    class Deaf(Volatile):
+        async def flush(self):
+            for _ in range(50):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0.01)
+            ends.append("flush")
+
+        def close(self):
+            ends.append("target")
+    monkeypatch.setattr(ublk, "STOP_TIMEOUT", 0.1)
+    ends = []
+    disk = targets.Cache(Deaf(bytes(4096)))
+    assert error_of(lambda: asyncio.run(disk.close())) == errno.ETIMEDOUT
+    assert ends == ["target", "flush"]
 
 
 def test_what_another_queue_writes_as_a_block_is_forgotten_stays(targets):
