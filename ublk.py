@@ -1634,17 +1634,18 @@ def device_ids() -> list[int]:
 #     own errno, anything else with EIO.
 #
 # **From nothing to a disk, and back.** ADD_DEV, open /dev/ublkcN, SET_PARAMS,
-# map it, a thread for each queue, FETCH for every tag, START_DEV. On the way
-# back STOP_DEV comes first, while the threads still serve: it waits for the
-# requests they have, then ends every parked command with ENODEV, by which the
-# threads know that they are to leave. When they have, the target is closed;
-# only when every descriptor and mapping of /dev/ublkcN is gone, DEL_DEV can
-# end. A start that fails in the middle goes the same way back. The order
-# matters more than it seems: START_DEV after STOP_DEV on one open node crashes
-# kernels before 7.3, so a Device lives once; a thread that dies with a tag in
-# its hands leaves a queue that is deaf, so the others are told to leave, too,
-# and the kernel fails what the dead one had; and once the node is closed the
-# next server may come, so the target has stored by then what it has to.
+# a thread for each queue, in which the target starts; when it has in all, map
+# the descriptors, FETCH for every tag, START_DEV. On the way back STOP_DEV comes
+# first, while the threads still serve: it waits for the requests they have,
+# then ends every parked command with ENODEV, by which the threads know that
+# they are to leave. When they have, the target is closed; only when every
+# descriptor and mapping of /dev/ublkcN is gone, DEL_DEV can end. A start that
+# fails in the middle goes the same way back. The order matters more than it
+# seems: START_DEV after STOP_DEV on one open node crashes kernels before 7.3, so
+# a Device lives once; a thread that dies with a tag in its hands leaves a queue
+# that is deaf, so the others are told to leave, too, and the kernel fails what
+# the dead one had; and once the node is closed the next server may come, so the
+# target has stored by then what it has to.
 
 
 class Target:
@@ -2140,10 +2141,6 @@ class Queue:
 
     def _open(self, device: Device) -> None:
         """Get what a queue may fail to get."""
-        size = self.depth * device.desc_size
-        self._look_at(
-            self.kept(memoryview(device.descriptors[self.index])[:size]), device.desc_size // 8
-        )
         self.own = (1 + device.data_path.stages) * self.depth  # SQE slots of tags
         self.ring = Ring(self.own + FIXED_SLOTS + SPARE_SLOTS)
         self.exits.callback(self.ring.close)
@@ -2151,13 +2148,15 @@ class Queue:
         self.results = self.kept(self.ring.sqes.cast("i")[RESULT_WORD::16])
         self.addresses = self.kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
         self.path: Any = device.data_path(self)
-        self.shared = SharedCopy(self.shared_addresses, device.shared)
         self._await_news(WAKE, device.wake_fd)
         if has_coroutines(self.target):
             self._begin_loop()
 
-    def _look_at(self, descriptors: memoryview, apart: int) -> None:
-        """Make a view of each member of the request descriptors, which lie apart times 8 bytes apart."""
+    def look_at(self, device: Device) -> None:
+        """Have a view of each member of the request descriptors, which the device has mapped."""
+        size = self.depth * device.desc_size
+        apart = device.desc_size // 8
+        descriptors = self.kept(memoryview(device.descriptors[self.index])[:size])
         words = self.kept(descriptors.cast("I"))
         longs = self.kept(descriptors.cast("Q"))
         self.flags = self.kept(words[:: 2 * apart])
@@ -2165,6 +2164,7 @@ class Queue:
         self.requests = self.kept(longs[::apart])
         self.starts = self.kept(longs[1::apart])
         self.shared_addresses = self.kept(longs[2::apart])
+        self.shared = SharedCopy(self.shared_addresses, device.shared)
 
     def kept(self, view: memoryview) -> memoryview:
         """Have the end of the queue release a view of memory that is not its own."""
@@ -2664,6 +2664,14 @@ class Queue:
             if task.done():
                 task.result()
 
+    def idle(self) -> None:
+        """Wait a moment for the device's other queues; hear meanwhile that the server is to go."""
+        if self.loop is None:
+            self.collect(A_MOMENT)
+        else:
+            self.loop.call_later(A_MOMENT, self.loop.stop)
+            self._run_loop()
+
     def begin(self, operation: Operation, **fields: Any) -> int:
         """Put an operation on the ring; return its number.
 
@@ -3017,9 +3025,9 @@ def integrity_of(target: Any) -> Any:
 class Worker(threading.Thread):
     """The thread that serves one queue, and never leaves a deaf one behind.
 
-    fetched, left, closes and given_up tell how far it has come: its tags are
-    parked; its queue is served no more; it closes the target; nobody waits for
-    it any longer.
+    started, fetched, left, closes and given_up tell how far it has come: the
+    target's start() has returned; its tags are parked; its queue is served no
+    more; it closes the target; nobody waits for it any longer.
     """
 
     def __init__(self, device: Device, index: int, cpus: set[int]) -> None:
@@ -3028,7 +3036,8 @@ class Worker(threading.Thread):
         self.index = index
         self.cpus = cpus
         self.queue: Queue | None = None  # until it is closed
-        self.fetched = self.left = self.closes = self.given_up = False  # how far it has come
+        self.started = self.fetched = self.left = False  # how far it has come
+        self.closes = self.given_up = False
         self._closing = threading.Lock()  # held by who closes the queue
 
     def run(self) -> None:
@@ -3051,22 +3060,18 @@ class Worker(threading.Thread):
             kind = TracedBatchQueue if kind is BatchQueue else TracedQueue
         queue = self.queue = kind(self.device, self.index)
         try:
-            # There a disk whose queues were mapped has another server only if they
-            # were fetched, too, whatever becomes of start(); no request comes yet
-            early = self.device.recovers and re.fullmatch(
-                r"6\.([7-9]|1[0-2])", kernel_release()
-            )
-            if early:
-                queue.fetch()
             if hasattr(self.device.target, "start"):
                 queue.call(self.device.target.start, self.index)
+            self.started = True
+            while not (self.device.mapped or queue.leaving):
+                queue.idle()
             queue.collect(0)
             if queue.leaving:  # before a request could come, to be lost
                 return
+            queue.look_at(self.device)
             if self.device.partx_scans:
                 set_admin(False)
-            if not early:
-                queue.fetch()
+            queue.fetch()
             if self.device.partx_scans:
                 set_admin(True)
             # To a disk that is recovered requests may come at once
@@ -3201,6 +3206,7 @@ class Device:
         self.info = ublksrv_ctrl_dev_info()
         self.char_fd = self.wake_fd = self.wake_write = -1
         self.descriptors: list[mmap.mmap] = []
+        self.mapped = False  # whether they are there for every queue
         self._files: list[Any] = []  # /dev/ublkcN, and the ends of the pipe that wakes
         self.shared: dict[int, memoryview] = {}  # memory shared with clients, by its index
         self.failure: UblkError | None = None
@@ -3452,9 +3458,11 @@ class Device:
         return next((name for name in names if not DATA_PATHS[name].features & ~known), "copy")
 
     def _serve(self) -> None:
-        """Map the request descriptors and start a worker for each queue.
+        """Start a worker for each queue, then map their request descriptors.
 
-        Ends when all tags of all queues are fetched.
+        What fails in a worker, the target's start() say, fails before: up to
+        6.15 nobody can recover a disk whose server has mapped some and ended
+        then. Ends when all tags of all queues are fetched.
         """
         self.data_path = next(
             path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
@@ -3462,10 +3470,8 @@ class Device:
         ends = os.pipe()
         self._files += open(ends[0], "rb", 0), open(ends[1], "wb", 0)
         self.wake_fd, self.wake_write = ends  # which a Ctrl-C before would have closed
-        size = whole_pages(self.info.queue_depth * self.desc_size)
-        apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
-        for index in range(self.info.nr_hw_queues):
-            self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
+        queues = range(self.info.nr_hw_queues)
+        for index in queues:
             cpus = self.control.get_queue_affinity(self.id, index)
             self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
@@ -3473,13 +3479,20 @@ class Device:
                 self.serving.add(worker)
                 worker.start()
             except RuntimeError as error:
-                del self._workers[worker.index :]  # for whoever is the last to leave
+                del self._workers[worker.index :]  # who never end
                 raise UblkError(
                     errno.EAGAIN,
                     f"the server of {self.name}",
                     str(error),
                     "allow more threads (ulimit -u, pids.max)",
                 ) from None
+        while not all(worker.started for worker in self._workers):
+            self._pause(0.005)
+        size = whole_pages(self.info.queue_depth * self.desc_size)
+        apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
+        for index in queues:
+            self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
+        self.mapped = True
         while not all(worker.fetched for worker in self._workers):
             self._pause(0.005)
 

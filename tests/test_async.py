@@ -75,6 +75,7 @@ class NopQueue(ublk.Queue):
 
     def __init__(self, device, rounds=1):
         super().__init__(device, 0)
+        self.look_at(device)
         self.answers, self.left = [], [rounds] * self.depth
 
     def command(self, slot, tag, *_, **__):

@@ -74,7 +74,7 @@ def first_request():
     replace(ublk_targets.Loop, map=lambda *_: die(), read=lambda *_: die())
 
 
-MAPPED, HALF_FETCHED, FETCHED = after(ublk.Queue, "__init__"), half_fetched(), after(ublk.Queue, "fetch")
+MAPPED, HALF_FETCHED, FETCHED = after(ublk.Queue, "look_at"), half_fetched(), after(ublk.Queue, "fetch")
 
 DURING_START, DURING_END = during("start_dev"), during("end_user_recovery")
 

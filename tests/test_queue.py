@@ -425,7 +425,7 @@ def test_a_queue_whose_tags_have_all_ended_asks_the_driver_nothing(monkeypatch):
 
 MAKING = {"ring": (ublk, "Ring"), "memory": (ublk, "address_of"), "chains": (ublk.Ring, "prepare"),
           "file": (ublk.os, "dup"), "table": (ublk.Ring, "register_sparse_buffers"),
-          "shared memory": (ublk, "SharedCopy"), "the last step": (ublk.Queue, "_await_news")}
+          "the last step": (ublk.Queue, "_await_news")}
 
 
 @pytest.mark.parametrize("name", ublk.DATA_PATHS)
@@ -560,6 +560,10 @@ def test_a_queue_leaves_though_no_descriptor_is_left():
 class BatchOfNops(ublk.BatchQueue):
     """A NOP stands in for the command that commits: it takes all."""
 
+    def __init__(self, device):
+        super().__init__(device, 0)
+        self.look_at(device)
+
     def _send(self, opcode):
         super()._send(opcode)
         self.ring.prepare(self._commit_slot, ublk.IORING_OP_NOP, user_data=ublk.COMMIT)
@@ -573,7 +577,7 @@ def test_what_the_kernel_has_moved_when_its_queue_leaves_is_committed_with_batch
     (tmp_path / "data").write_bytes(os.urandom(16 << 10))
     with open(tmp_path / "data", "rb") as file:
         device = StandIn(InFile(file), depth=4)
-        queue = BatchOfNops(device, 0)
+        queue = BatchOfNops(device)
         queue._answer()([1, 2])
         queue.wind_up()
         assert (sorted(queue.taken), queue._sent) == ([1, 2], [])
@@ -674,6 +678,7 @@ def test_an_append_that_landed_nowhere_fails_alone_with_batches_too(position):
     device = StandIn(Ram(), operation=ublk.UBLK_IO_OP_ZONE_APPEND)
     device.zoned, device.target.zone_append = True, lambda *_: position
     queue = ublk.BatchQueue(device, 0)
+    queue.look_at(device)
     queue.handle(2)
     device.target.zone_append = lambda *_: 4096
     queue.handle(3)
@@ -724,6 +729,7 @@ def test_what_nobody_can_wait_for_is_no_success(name, operation):
     device.target.metadata_size = 8 if "metadata" in name else 0
     setattr(device.target, name, lambda *_: outcome)
     queue = ublk.Queue(device, 0)
+    queue.look_at(device)
     queue.path.metadata, queue.path.give_metadata = lambda *_: bytes(8), lambda *_: 8
     queue.path.lasting = False                  # as with user copy
     queue._answer()([2])
@@ -779,6 +785,7 @@ def batch():
         if not made:
             device = StandIn(target, depth=len(MIXED))
             made.extend([ublk.Queue(device, 0), device])
+            made[0].look_at(device)
         queue, device = made
         given = dict(zip(range(len(MIXED))[::order], MIXED))
         for tag, (operation, sectors) in given.items():

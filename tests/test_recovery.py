@@ -545,7 +545,6 @@ def test_a_recovery_makes_its_target_when_no_other_server_can_have_the_disk(tmp_
 
 
 @kernel
-@since("6.7")
 @pytest.mark.parametrize("ends", ["raise OSError(111, 'not yet')",
                                   "os.kill(os.getpid(), 9)"], ids=["fails", "is killed"])
 def test_a_disk_whose_target_does_not_start_is_left_to_the_next_server(ends, tmp_path):

@@ -123,7 +123,10 @@ class Parked:
     def run(self):
         select.select([self.device.wake_fd], [], [])
 
-    fetch = end_handlers = wind_up = close = collect = is_in_use = lambda self, *_: None
+    def idle(self):
+        self.leaving = bool(select.select([self.device.wake_fd], [], [], 0.001)[0])
+
+    look_at = fetch = end_handlers = wind_up = close = collect = is_in_use = lambda self, *_: None
 
 
 @pytest.fixture
@@ -440,7 +443,7 @@ def test_a_handler_of_a_request_cannot_stop_its_disk(driver, monkeypatch, end):
     disk, live, told = new(), threading.Event(), []
 
     def serve(worker):
-        worker.fetched = True
+        worker.started = worker.fetched = True
         live.wait()
         told.append(error_of(end, disk))
 
@@ -761,12 +764,13 @@ def test_a_start_that_fails_leaves_no_disk_to_the_next_server(driver, monkeypatc
 
 
 class Slow(Parked):
-    """A queue that takes its time to be made, and refers to the device's memory meanwhile."""
+    """A queue that takes its time to be made, and uses the node's number then."""
 
     def __init__(self, device, index):
         super().__init__(device, index)
-        with memoryview(device.descriptors[index]):
-            device.target.waits.wait(0.3)
+        node = device.char_fd
+        device.target.waits.wait(0.3)
+        os.fstat(node)
 
 
 def test_a_start_that_is_interrupted_waits_for_a_queue_that_is_being_made(driver, monkeypatch):
@@ -776,6 +780,25 @@ def test_a_start_that_is_interrupted_waits_for_a_queue_that_is_being_made(driver
     disk.target.waits = threading.Event()
     threading.Timer(0.1, disk.interrupt, ["it rains"]).start()
     assert "it rains" in message(disk.start)
+
+
+@pytest.mark.parametrize("coroutines", [False, True], ids=["plain", "async"])
+def test_a_start_that_is_interrupted_leaves_nothing_of_queues_that_wait(
+        coroutines, driver, monkeypatch, capsys):
+    class Waits(ublk.Null):
+        def start(self, index):
+            if index:
+                until(lambda: disk._workers[0].started)
+                disk.interrupt("it rains")
+
+    class Awaits(Waits):
+        async def start(self, index):
+            super().start(index)
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    before = descriptors()
+    disk = ublk.Device((Awaits if coroutines else Waits)(size=1 << 20), queues=2)
+    assert "it rains" in message(disk.start)
+    assert (descriptors(), driver.devices, capsys.readouterr().err) == (before, {}, "")
 
 
 @pytest.mark.parametrize("end", ["a start", "detach"])
@@ -1076,6 +1099,7 @@ class Kept(Parked):
     """A queue whose handler goes on until it is released, and then ends by itself."""
 
     def __init__(self, device, index):
+        super().__init__(device, index)
         self.closed, device.queue = 0, self
 
     def run(self):
@@ -1313,44 +1337,77 @@ def test_a_recovery_takes_a_file_that_has_grown_by_less_than_a_block(waiting):
     disk.detach()
 
 
-def test_a_recovery_that_lacks_a_queue_closes_its_target(waiting, monkeypatch):
-    class Unmade(Parked):
-        def __init__(self, device, index):
-            super().__init__(device, index)
-            if index:
-                until(lambda: device._workers[0].fetched)
-                fails()
+class Unfetched(Parked):
+    """Queues of which one is served at once, and none of the others ever."""
+
+    def __init__(self, device, index):
+        super().__init__(device, index)
+        self.index = index
+
+    def call(self, function, *_):
+        self.device.target.called.append(function)
+
+    def fetch(self):
+        if self.index:
+            until(lambda: self.device._workers[0].fetched)
+            fails()
+
+
+@pytest.fixture
+def three_queues(waiting, monkeypatch):
+    """A device without a server that has three queues."""
     info = waiting.get_dev_info(7)
-    info.nr_hw_queues = 2
+    info.nr_hw_queues = 3
     monkeypatch.setattr(waiting, "get_dev_info", lambda dev_id: info)
-    monkeypatch.setattr(ublk, "Queue", Unmade)
+    return waiting
+
+
+def test_a_recovery_that_fetches_not_all_queues_closes_its_target(three_queues, monkeypatch):
+    monkeypatch.setattr(ublk, "Queue", Unfetched)
     disk = new(id=7)
     assert error_of(disk.resume) == errno.ENOMEM
     assert disk.target.closed == 1
 
 
-def test_a_recovery_that_lacks_a_thread_closes_a_target_in_its_loop(waiting, monkeypatch):
-    class Woken(Parked):
-        def call(self, function, *_):
-            closed.append(function)
-
+def test_a_recovery_that_fetches_not_all_queues_closes_a_target_in_its_loop(three_queues, monkeypatch):
     async def close():
         pass
-
-    def start(worker, start=ublk.Worker.start):
-        if worker.index:
-            until(lambda: disk._workers[0].fetched)
-            raise RuntimeError("can't start new thread")
-        start(worker)
-    info, closed = waiting.get_dev_info(7), []
-    info.nr_hw_queues = 3
-    monkeypatch.setattr(waiting, "get_dev_info", lambda dev_id: info)
-    monkeypatch.setattr(ublk.Worker, "start", start)
-    monkeypatch.setattr(ublk, "Queue", Woken)
+    monkeypatch.setattr(ublk, "Queue", Unfetched)
     disk = new(id=7)
-    disk.target.close = close
-    assert error_of(disk.resume) == errno.EAGAIN
-    assert closed == [close]
+    disk.target.close, disk.target.called = close, []
+    assert error_of(disk.resume) == errno.ENOMEM
+    assert disk.target.called == [close]
+
+
+@pytest.mark.parametrize("lacks", ["a thread", "memory", "what start() needs"])
+def test_nothing_is_mapped_before_every_target_has_started(lacks, three_queues, monkeypatch, capsys):
+    """Up to 6.15 nobody could recover the disk any more."""
+    class Lacking(Parked):
+        def __init__(self, device, index):
+            super().__init__(device, index)
+            if index and lacks == "memory":
+                settled()
+
+    def settled():
+        until(lambda: disk._workers[0].started)
+        fails()
+
+    def begin(worker, begin=ublk.Worker.start):
+        if worker.index == 2 and lacks == "a thread":
+            raise RuntimeError("can't start new thread")
+        begin(worker)
+
+    def start(index):
+        if index and lacks == "what start() needs":
+            settled()
+    mapped = []
+    monkeypatch.setattr(ublk, "map_descriptors", lambda *words: mapped.append(words))
+    monkeypatch.setattr(ublk, "Queue", Lacking)
+    monkeypatch.setattr(ublk.Worker, "start", begin)
+    disk = new(id=7)
+    disk.target.start = start
+    assert error_of(disk.resume) == (errno.EAGAIN if lacks == "a thread" else errno.ENOMEM)
+    assert (mapped, disk.target.closed, capsys.readouterr().err) == ([], 0, "")
 
 
 class Overridden(Volatile):
@@ -1458,7 +1515,7 @@ def test_the_busy_queue_of_a_quiesced_disk_ends_by_itself(driver, monkeypatch):
     quiesced, told = threading.Event(), []
 
     def serve(worker):
-        worker.fetched = True
+        worker.started = worker.fetched = True
         quiesced.wait()
         if worker.index:
             told.extend(select.select([worker.device.wake_fd], [], [], 0.2)[0])
