@@ -1729,11 +1729,19 @@ class Nbd(ublk.Target):
             request.covers = self.acknowledged
         self.pending[self.cookie] = request
         if self.connection and not self.connection.transport.is_closing():
-            self.connection.transport.write(request.message)
+            self._send(request)
         error = await request.done
         if error:
             raise OSError(error, os.strerror(error))
         return request.length
+
+    def _send(self, request: NbdRequest) -> None:
+        connection = self.connection
+        try:
+            connection.transport.write(request.message)
+        except MemoryError as error:  # who knows how much of it was sent
+            connection.reader.set_exception(error)
+            connection.hang_up()
 
     def _end(self, request: NbdRequest, error: int) -> None:
         """Wake whoever waits for a request, if nobody has made it give up."""
@@ -1770,7 +1778,7 @@ class Nbd(ublk.Target):
             while True:
                 try:
                     await self._reply()
-                except OSError as error:
+                except Exception as error:  # without this task requests wait for ever
                     self._lose(error)
                     await self._reconnect()
         finally:
@@ -1796,8 +1804,10 @@ class Nbd(ublk.Target):
         if 0 < self.connection.refused == len(self.pending):
             raise ConnectionAbortedError(errno.ESHUTDOWN, "the server is shutting down")
 
-    def _lose(self, error: OSError) -> None:
+    def _lose(self, error: Any) -> None:
         """Settle what becomes of the requests of a connection, and of what was done by it."""
+        if not isinstance(error, OSError):
+            error = OSError(errno.EIO, type(error).__name__)
         self.connection.hang_up()
         self.connection = None
         lost = hasattr(self, "flush") and self.acknowledged > self.durable
@@ -1846,7 +1856,7 @@ class Nbd(ublk.Target):
             if request.done.done():  # given up: it could land on what was written since
                 del self.pending[request.cookie]
             else:
-                self.connection.transport.write(request.message)
+                self._send(request)
 
 
 # =================================================================================================

@@ -673,6 +673,32 @@ def test_nbd_a_write_to_a_server_that_talks_nonsense_is_never_sent_again(targets
         assert fake.commands.count(WRITE) == 1
 
 
+@pytest.mark.parametrize("way", ["what comes", "what goes"])
+def test_nbd_goes_on_where_there_was_no_memory_for(targets, here, monkeypatch, way):
+    """What asyncio could not receive it tells the reader; of what it could not send a part may have gone."""
+    async def work():
+        connection = target.connection
+        if way == "what comes":
+            fake.ignores = WRITE
+            asyncio.get_running_loop().call_later(0.1, connection.reader.set_exception, MemoryError())
+        else:
+            send = connection.transport.write
+
+            def fails(data):
+                send(data[:100])
+                raise MemoryError
+            monkeypatch.setattr(connection.transport, "write", fails, raising=False)
+        failed = [await errno_of(target.write(0, PAGE)) for _ in range(2)]
+        buffer = bytearray(4096)
+        await target.read(fake.SPOT, memoryview(buffer))
+        assert buffer == fake.data[fake.SPOT:][:4096] and fake.commands.count(WRITE) <= 1
+        return failed
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, errno.EIO]
+
+
 def test_nbd_what_a_server_that_shuts_down_still_does_is_waited_for_not_sent_again(targets, here):
     """What it refuses to do the next one gets."""
     async def work():
