@@ -2519,7 +2519,14 @@ class CrashImage:
     crashes: Crashes
     known: int = 0  # how many of crashes.settled are in it
     parts: tuple[Part, ...] = ()
-    time: int = -1  # of its last change by us
+
+    def __post_init__(self) -> None:
+        self.remove()  # or who was at work there as a replay was killed would change it
+
+    def remove(self) -> None:
+        """Take the image away."""
+        with suppress(FileNotFoundError):  # the check may have
+            os.unlink(self.path)
 
     def show(self, crash: Crash) -> Crash:
         """Make the image that of a crash, the one that crashes has just come to."""
@@ -2529,15 +2536,14 @@ class CrashImage:
         self.parts = crash.parts
         image = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         with open(image, "r+b"):  # which closes it
-            if os.fstat(image).st_mtime_ns != self.time:
+            if os.fstat(image).st_mtime_ns != UNTOUCHED:
                 os.ftruncate(image, self.crashes.size)
                 stale = set() if cloned(disk, image) else {(0, self.crashes.size)}
             for offset, length in stale:
                 make_same(disk, image, offset, length)
             for part in crash.parts:
                 part.apply(self.crashes.log, image)
-            self.time = UNTOUCHED
-            os.utime(image, ns=(self.time, self.time))
+            os.utime(image, ns=(UNTOUCHED, UNTOUCHED))
         return crash._replace(path=self.path)
 
 
@@ -2760,8 +2766,7 @@ def checked(
             yield from zip(shown, statuses)
     finally:
         for image in images:
-            with suppress(FileNotFoundError):
-                os.unlink(image.path)
+            image.remove()
 
 
 def start_check(check: str, crash: Crash) -> Any:

@@ -794,8 +794,10 @@ def test_what_a_killed_replay_has_left_is_not_taken_for_a_crash(run, torn, tmp_p
     left = tmp_path / "disk.crash0"
     left.write_bytes(b"x" * 8192)
     os.utime(left, ns=(10**9, 10**9))
-    check = "test $UBLK_STATE != nothing || ! grep -q x {}"
-    assert run("replay", torn.path, tmp_path / "disk", "--check", check).status == 0
+    with open(left, "rb") as of_its_check:
+        check = "test $UBLK_STATE != nothing || ! grep -q x {}"
+        assert run("replay", torn.path, tmp_path / "disk", "--check", check).status == 0
+        assert of_its_check.read() == b"x" * 8192
 
 
 def test_checks_run_side_by_side(run, torn, tmp_path):
