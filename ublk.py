@@ -2285,6 +2285,8 @@ class Queue:
         ended: list[int] = []
         last = -1  # no request is like this one
         for tag in tags:
+            if self.leaving:  # what is not begun is the kernel's to deal with
+                break
             if requests[tag] != last:
                 last = requests[tag]
                 flags = self.flags[tag]
@@ -2451,6 +2453,8 @@ class Queue:
         if self.loop is not None:
             self.waiting.append(tag)
             return
+        if self.leaving:
+            return
         try:
             result = run(self._serve(tag))
         except BaseException as error:  # even SystemExit: a client waits for an answer
@@ -2613,7 +2617,7 @@ class Queue:
         """Serve requests, one after the other until one has to wait; answer none when the queue ends."""
         _serving.set(True)
         rounds = self.rounds
-        while self.waiting and self.rounds == rounds:
+        while self.waiting and self.rounds == rounds and not self.leaving:
             tag = self.waiting.popleft()
             try:
                 result = await self._serve(tag)
@@ -3123,6 +3127,9 @@ class Worker(threading.Thread):
         A queue that is being made, for it has the node's number, and the
         target's close() have the time they need.
         """
+        queue = self.queue
+        if queue is not None:  # it may be busy with many requests, and hear of nothing else
+            queue.leaving = True
         late = time.monotonic() + GRACE
         while self in self.device.serving and not self.given_up:
             if self.closes or (self.queue is None and self.is_alive()):

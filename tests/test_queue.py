@@ -13,6 +13,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 
 import pytest
 
@@ -36,7 +37,7 @@ from tests.support import (
     until,
     write_at,
 )
-from tests.test_async import NopQueue, StandIn, serve, target_of
+from tests.test_async import NopQueue, StandIn, async_start, serve, target_of
 
 BLKDISCARD = 0x1277                 # linux/fs.h
 
@@ -397,6 +398,66 @@ def served_while_ending(*news, asked=()):
     queue.close()
     device.close()
     return [tag for tag, _ in queue.answers]
+
+
+@pytest.mark.parametrize("begins", [{}, {"start": async_start}], ids=["plain", "coroutines"])
+@pytest.mark.parametrize("name", ["read", "flush"])
+def test_a_queue_that_is_to_leave_begins_none_of_the_requests_it_has(name, begins):
+    begun = []
+
+    def handler(target, *words):
+        begun.append(name)
+        queue.leaving = True
+    operation = getattr(ublk, f"UBLK_IO_OP_{name.upper()}")
+    device = StandIn(target_of(**{name: handler}, **begins), operation=operation)
+    queue = NopQueue(device)
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    queue.close()
+    device.close()
+    assert begun == [name]
+
+
+class Unhurried(Ram):
+    """Each write takes a while, the first as long as it is to."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go = 0, threading.Event()
+
+    def write(self, offset, buffer):
+        self.begun += 1
+        self.go.wait()
+        time.sleep(0.3)
+        super().write(offset, buffer)
+
+
+@kernel
+def test_a_disk_is_let_go_though_many_requests_wait_for_each_other(capfd):
+    """Given up, it lost up to 6.12 what came meanwhile; its clients hung, and it could not be deleted."""
+    errors, target = [], Unhurried()
+    how = {"recovery": "reissue", "data_path": "copy", "depth": 32, "partition_scan": False}
+    disk = ublk.Device(target, **how)
+    disk.start()
+    with opened(disk.path) as fd:
+        def client(number):
+            errors.append(error_of(write_at, fd, 4096 * number, b"w" * 4096))
+        clients = [threading.Thread(target=client, args=(number,)) for number in range(16)]
+        clients[0].start()
+        until(lambda: target.begun)
+        for each in clients[1:]:
+            each.start()
+        until(lambda: in_flight(disk) == [0, 16])
+        target.go.set()
+        until(lambda: target.begun > 1)     # all others have come together
+        disk.detach()
+        disk = ublk.Device.recover(disk.id, Ram())
+        for each in clients:
+            each.join()
+    disk.stop()
+    assert errors == [0] * 16
+    assert "does not return" not in capfd.readouterr().err
 
 
 NOTHING = ([], set())
