@@ -3495,6 +3495,8 @@ class Device:
                 ) from None
         while not all(worker.started for worker in self._workers):
             self._pause(0.005)
+        if self.recovers:
+            self._look()  # the target may have taken its time
         size = whole_pages(self.info.queue_depth * self.desc_size)
         apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
         for index in queues:
@@ -3609,7 +3611,6 @@ class Device:
 
     def _adopt(self) -> None:
         """Have the target be as the disk is."""
-        self._look()  # the target may have taken its time
         params = self.control.get_params(self.id)
         basic = params.basic
         kept = params.integrity.metadata_size

@@ -1257,14 +1257,24 @@ def test_a_recovery_tells_which_file_its_target_lacks(waiting, handlers):
     assert message(ublk.recover_from_state, 7, SimpleNamespace(trace=None), recipe).startswith("disk.img: ")
 
 
-def test_a_disk_that_is_stopped_while_its_target_is_made_is_not_served(waiting, handlers, monkeypatch):
-    def make():
+@pytest.mark.parametrize("moment", ["is made", "starts"])
+def test_a_disk_that_is_stopped_while_its_target_is_not_ready_is_not_served(
+        moment, waiting, handlers, monkeypatch):
+    def stop(*_):
         stopped = ublk.ublksrv_ctrl_dev_info(ublksrv_flags=1, flags=ublk.UBLK_F_USER_RECOVERY)
         monkeypatch.setattr(waiting, "get_dev_info", lambda dev_id: stopped)
-        return Target()
-    recipe = ["mine"], {}, make
+
+    def make():
+        target = Target()
+        if moment == "starts":
+            target.start = stop
+        else:
+            stop()
+        return target
+    recipe, mapped = (["mine"], {}, make), []
+    monkeypatch.setattr(ublk, "map_descriptors", lambda *words: mapped.append(words) or mmap.mmap(-1, 4096))
     assert "it is stopped" in message(ublk.recover_from_state, 7, SimpleNamespace(trace=None), recipe)
-    assert (waiting.sent, ublk.load_state(7)) == (["start_user_recovery"], {})
+    assert (mapped, waiting.sent, ublk.load_state(7)) == ([], ["start_user_recovery"], {})
 
 
 def test_a_signal_ends_a_recovery_whose_target_is_never_made(waiting, handlers):
