@@ -2431,21 +2431,22 @@ class Crashes:
                 self.seen = set()
             elif entry.kind != "flush":
                 pending.append(entry)
-            if self.is_point(entry):
-                self.points += 1
+            is_point = self.is_point(entry)
+            self.points += is_point
+            if is_point:
                 yield from self.look(pending, entry, mark)
             settled = self.settle(pending, entry)
             if settled:
                 count = len(settled)
                 self.seen = {parts[count:] for parts in self.seen if parts[:count] == settled}
+            if settled and is_point:  # a flush may not be for all that is pending
+                yield from self.look(pending, entry, mark)
         refuse(
             not self.points,
             self.log.path,
             "there is no crash point to look at",
             "take --every entry or another --from",
         )
-        # A last flush may not be for all that is pending
-        yield from self.look(pending, entry, mark)
 
     def look(self, pending: Sequence[Entry], last: Entry, mark: str) -> Iterator[Crash]:
         """Yield the states of a crash that have not just been looked at."""

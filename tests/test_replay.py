@@ -602,7 +602,8 @@ def test_a_flush_is_for_what_was_done_when_it_was_asked_for(run, targets, tmp_pa
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before the flush", "in the flush"])
-def test_what_the_last_flush_is_not_for_may_be_lost_too(run, targets, tmp_path, late):
+@pytest.mark.parametrize("commits", [False, True], ids=["at the end", "before a commit"])
+def test_what_a_flush_is_not_for_may_be_lost_when_it_has_ended(run, targets, tmp_path, late, commits):
     async def flush():
         await Pause()
 
@@ -616,10 +617,12 @@ def test_what_the_last_flush_is_not_for_may_be_lost_too(run, targets, tmp_path, 
     with pytest.raises(StopIteration):
         for _ in range(2):
             flushing.send(None)
+    if commits:
+        now(log.disk.call("write_fua", 8192, memoryview(b"z" * 512)))
     now(log.disk.close())
-    check = "! head -c 1 {} | grep -q x || head -c 4097 {} | grep -q y"
+    check = "head -c 8193 {} | grep -q z || ! head -c 1 {} | grep -q x || head -c 4097 {} | grep -q y"
     done = run("replay", log.path, tmp_path / "disk", "--check", check)
-    assert done.out.startswith("bad at entry 3: flush 1 0: state nothing" if late else "good at 1 ")
+    assert done.out.startswith("bad at entry 3: flush 1 0: state nothing" if late else "good at ")
 
 
 # ---- states of a crash ------------------------------------------------------------------------------
