@@ -1666,7 +1666,7 @@ class Nbd(ublk.Target):
         # Changes that were (to an earlier server of the disk, too), and how many of them are durable
         self.acknowledged = 1
         self.durable = 0
-        self.lost = False  # some of them with a connection, and no flush has failed yet
+        self.lost = False  # some of them with a connection, and no flush since has failed yet
         self.unsure = False  # whether a server still does what it was told long ago
 
     async def _meet(self) -> None:
@@ -1736,6 +1736,7 @@ class Nbd(ublk.Target):
         return request.length
 
     def _send(self, request: NbdRequest) -> None:
+        """Send a request, or have its connection lost."""
         connection = self.connection
         try:
             connection.transport.write(request.message)
@@ -1819,8 +1820,6 @@ class Nbd(ublk.Target):
         over = isinstance(error, ConnectionError)
         for request in list(self.pending.values()):
             if request.command == NBD_CMD_FLUSH and lost:
-                # One that was given up tells nobody, nor does one what came after it
-                self.lost &= request.done.done() or request.covers < self.acknowledged
                 self._end(request, errno.EIO)
             elif request.command != NBD_CMD_READ and not over:
                 self._end(request, error.errno or errno.EIO)

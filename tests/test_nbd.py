@@ -465,6 +465,7 @@ async def flush_under_way(target, fake):
 
 @pytest.mark.parametrize("dies_of", [READ, FLUSH])
 def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targets, here, capfd, dies_of):
+    """Beside one that was under way."""
     async def work():
         await target.write(0, PAGE)
         assert await errno_of(target.flush()) == 0
@@ -472,6 +473,8 @@ def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targ
         fake.dies_of = dies_of
         if dies_of == READ:
             await target.read(0, bytearray(4096))
+        else:
+            assert await errno_of(target.flush()) == errno.EIO
         return [await errno_of(target.flush()) for _ in range(2)]
 
     with FakeNbd(here) as fake:
