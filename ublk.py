@@ -3502,7 +3502,7 @@ class Device:
         for index in queues:
             self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
         self.mapped = True
-        while not all(worker.fetched for worker in self._workers):
+        while not self._all_fetched():
             self._pause(0.005)
 
     def report(self, worker: Worker, failure: BaseException | None) -> None:
@@ -3845,7 +3845,20 @@ class Device:
         """Go down to GONE, and leave the disk as it is."""
         if self.state is LIVE:
             self.state = LEFT
+        halfway = (
+            self.state is STARTING
+            and self.mapped
+            and not self.failure
+            and not (self.control.features or 0) & UBLK_F_QUIESCE
+        )
+        # Nobody else could recover it then, and up to 6.6 this process would not end
+        if halfway and becomes(self._all_fetched, GRACE):
+            with contextlib.suppress(UblkError):
+                self.control.end_user_recovery(self.id, os.getpid())
         self._let_go()
+
+    def _all_fetched(self) -> bool:
+        return all(worker.fetched for worker in self._workers)
 
     def _refuse_handlers(self) -> None:
         refuse(

@@ -221,3 +221,17 @@ def test_a_disk_stopped_while_it_recovers(run, backing, tmp_path):
     assert_error_line(disk.said(), errno.ENODEV, says="stopped before the disk was there")
     assert run("del", 0).status == 0
     assert_nothing_stuck()
+
+
+@kernel
+def test_a_recovery_that_fails_when_all_is_fetched_leaves_the_disk_to_the_next_server(run, backing):
+    """Up to 6.6 it never ended, and up to 6.15 nobody else could serve the disk."""
+    def no_room(device):
+        raise ublk.UblkError(errno.ENOSPC, "state file")
+    disk = orphan("loop", backing, "-r", "reissue")
+    failed = Forked("recover", disk.id, change=lambda: replace(ublk, save_state=no_room))
+    assert failed.wait() == 1
+    assert_error_line(failed.said(), errno.ENOSPC)
+    with Forked("recover", disk.id) as disk:
+        assert disk.kill(signal.SIGTERM) == 0
+    assert_nothing_stuck()

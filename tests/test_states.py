@@ -1277,6 +1277,21 @@ def test_a_disk_that_is_stopped_while_its_target_is_not_ready_is_not_served(
     assert (mapped, waiting.sent, ublk.load_state(7)) == ([], ["start_user_recovery"], {})
 
 
+@pytest.mark.parametrize("since", ["6.1", "6.16"])
+def test_a_recovery_that_is_interrupted_halfway_is_ended_before_the_disk_is_left(
+        since, waiting, monkeypatch):
+    """Up to 6.15 nobody could recover the disk any more."""
+    def interrupted(*_):
+        disk.interrupt("it rains")
+        return mmap.mmap(-1, 4096)
+    if since == "6.1":
+        waiting.features &= ~ublk.UBLK_F_QUIESCE
+    monkeypatch.setattr(ublk, "map_descriptors", interrupted)
+    disk = new(id=7)
+    assert "it rains" in message(disk.resume)
+    assert waiting.sent[1:] == ["end_user_recovery"] * (since == "6.1")
+
+
 def test_a_signal_ends_a_recovery_whose_target_is_never_made(waiting, handlers):
     recipe = ["mine"], {}, lambda: signal.raise_signal(signal.SIGTERM) or signal.pause()
     with pytest.raises(KeyboardInterrupt):
