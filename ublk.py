@@ -2443,7 +2443,7 @@ class Queue:
             ring.push_all(tags)
             ring.enter()  # which does it at once
             _, results = ring.reap()
-            if results.count(-errno.EBUSY) == len(tags):
+            if results == [-errno.EBUSY] * len(tags):
                 self.chained.clear()
         return not self.chained <= self.ended
 

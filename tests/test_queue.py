@@ -618,6 +618,23 @@ def test_a_queue_leaves_though_no_descriptor_is_left():
     device.close()
 
 
+def test_what_the_driver_was_asked_before_answers_no_later_question():
+    """The kernel may take nothing for want of memory: then two questions were answered at once."""
+    device = StandIn(InFile(io.BytesIO()), depth=4)
+    queue = NopQueue(device)
+    queue.chained.update([0, 1])
+    ring = queue.path.asking
+    prepare, enter = ring.prepare, ring.enter
+    says = {0: -errno.EBUSY & 0xFFFFFFFF, 1: -errno.EINVAL & 0xFFFFFFFF}    # 1 waits for its commit
+    ring.prepare = lambda tag, *_, **__: prepare(tag, ublk.IORING_OP_NOP, length=says[tag], rw_flags=1)
+    ring.enter = bool
+    assert queue._has_chains()
+    ring.enter = enter
+    assert queue._has_chains()
+    queue.close()
+    device.close()
+
+
 class BatchOfNops(ublk.BatchQueue):
     """A NOP stands in for the command that commits: it takes all."""
 
