@@ -442,7 +442,8 @@ def test_a_disk_is_let_go_though_many_requests_wait_for_each_other(capfd):
     disk.start()
     with opened(disk.path) as fd:
         def client(number):
-            errors.append(error_of(write_at, fd, 4096 * number, b"w" * 4096))
+            # Apart, or the kernel could make one request of two
+            errors.append(error_of(write_at, fd, 8192 * number, b"w" * 4096))
         clients = [threading.Thread(target=client, args=(number,)) for number in range(16)]
         clients[0].start()
         until(lambda: target.begun)
