@@ -6237,7 +6237,8 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
             with device:  # whatever happens now, the disk does not stay behind without a server
                 serve_started(device, started, channel)
         finally:
-            if device.id not in device_ids():
+            # Not by a listing: descriptors may have run out
+            if not os.path.exists(f"/dev/ublkc{device.id}"):
                 forget_state(device.id)
 
 
