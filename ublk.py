@@ -6319,7 +6319,8 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
         to_the_end(reader, run, started)
     started.hang_up()
     end = os.pidfd_open(child)
-    on_signals(lambda number, frame: pass_on(number, end))
+    passed: list[int] = []
+    on_signals(lambda number, frame: passed.append(pass_on(number, end)))
     heard = select.poll()  # for select() there may be too many descriptors
     heard.register(reader, select.POLLIN)
     # Not without end: a signal that comes just before would not be passed on
@@ -6327,7 +6328,8 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
         pass
     news = os.read(reader, 100)
     os.close(reader)
-    if news == b"live":
+    on_signals(lambda number, frame: None)  # or a disk would go that was told to be there
+    if news == b"live" and not passed:
         return 0
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     clean_up(identity)
@@ -6340,10 +6342,11 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     raise UblkError(errno.ECHILD, what, f"killed by signal {-code}", remedy)
 
 
-def pass_on(number: int, process: int) -> None:
-    """Send a signal to a process that may have ended, of which we have a pidfd."""
+def pass_on(number: int, process: int) -> int:
+    """Send a signal to a process that may have ended, of which we have a pidfd. Returns its number."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, number)
+    return number
 
 
 def clean_up(identity: int) -> None:

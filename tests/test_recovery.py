@@ -37,6 +37,7 @@ from tests.support import (
     needs,
     opened,
     orphan,
+    processes_left,
     read_at,
     recovered,
     replace,
@@ -407,6 +408,32 @@ def test_who_waits_for_a_server_takes_it_along(tmp_path, number, options):
     assert waiting.kill(number) == 1
     assert_error_line(waiting.said(), errno.EINTR, says=f"ended by {number.name} before the disk was there")
     assert devices_left() == []
+
+
+@kernel
+@pytest.mark.parametrize("where, name, status", [(os, "read", 1), (ublk, "flush_output", 0)],
+                         ids=["before it hears", "after"])
+def test_a_command_that_is_ended_late_tells_the_truth(tmp_path, where, name, status):
+    """The disk, perhaps a recovered one, went when the command had said that it was there."""
+    told = tmp_path / "told"
+
+    def change():
+        def interrupt(self, reason, interrupt=ublk.Device.interrupt):
+            told.touch() if "SIGTERM" in reason else None
+            interrupt(self, reason)
+
+        def signalled(*words, command=os.getpid(), call=getattr(where, name)):
+            if os.getpid() == command:
+                os.kill(command, signal.SIGTERM)
+            return call(*words)
+        replace(ublk.Device, interrupt=interrupt)
+        replace(where, **{name: signalled})
+    disk = Forked("null", "--id", 3, "--background", change=change)
+    assert disk.wait() == status
+    if status == 0:
+        verb("del", 3)
+    until(lambda: devices_left() == [] and processes_left() == {})
+    assert told.exists() == (status == 1)
 
 
 @kernel
