@@ -6569,7 +6569,7 @@ def quiesce(options: Any) -> None:
     with Control() as control:
         require(UBLK_F_QUIESCE & ~(control.features or 0))
         server = control.get_dev_info(options.id).ublksrv_pid
-        control.quiesce_dev(options.id, options.timeout)
+        what = f"device {options.id}"
 
         def has_left() -> bool:
             info = control.get_dev_info(options.id)
@@ -6581,10 +6581,16 @@ def quiesce(options: Any) -> None:
             control.quiesce_dev(options.id, options.timeout)
             return False
 
-        if not becomes(has_left, SERVER_TIMEOUT + options.timeout):
+        try:
+            control.quiesce_dev(options.id, options.timeout)
+            left = becomes(has_left, SERVER_TIMEOUT + options.timeout)
+        except KeyboardInterrupt:
+            remedy = "its I/O waits until you try again, or end its server"
+            raise UblkError(errno.EINTR, what, remedy=remedy) from None
+        if not left:
             raise UblkError(
                 errno.ETIMEDOUT,
-                f"device {options.id}",
+                what,
                 "its server does not leave",
                 "end it, then `ublk.py recover` the device",
             )

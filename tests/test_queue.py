@@ -19,9 +19,11 @@ import pytest
 
 import ublk
 from tests.support import (
+    HANG,
     Fio,
     Forked,
     Ram,
+    assert_error_line,
     descriptors,
     descriptors_below,
     error_of,
@@ -32,6 +34,7 @@ from tests.support import (
     opened,
     read_at,
     recovered,
+    replace,
     since,
     target_file,
     until,
@@ -225,6 +228,37 @@ def test_quiesce_waits_for_a_busy_queue(tmp_path, option):
         writer.join()
     assert errors == [0] * 4
     assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@since("6.16")
+def test_a_quiesce_that_is_interrupted_says_that_requests_wait():
+    """The kernel does not undo it: the server lives, and is asked for nothing any more."""
+    class Held(Ram):
+        def write(self, offset, buffer):
+            assert free.wait(HANG)
+
+    def change():
+        def quiesce_dev(*words, quiesce_dev=ublk.Control.quiesce_dev):
+            quiesce_dev(*words)
+            raise KeyboardInterrupt
+        replace(ublk.Control, quiesce_dev=quiesce_dev)
+
+    free = threading.Event()
+    with ublk.Device(Held(), depth=1, recovery="requeue") as disk, opened(disk.path) as fd:
+        writers = [threading.Thread(target=write_at, args=(fd, 0, bytes(4096))) for _ in range(2)]
+        writers[0].start()
+        until(lambda: in_flight(disk)[1])
+        quiesce = Forked("quiesce", disk.id, change=change)
+        assert quiesce.wait() == 1
+        assert_error_line(quiesce.said(), errno.EINTR, says="its I/O waits until you try again")
+        free.set()
+        writers[0].join()
+        writers[1].start()
+        disk.detach()
+        assert writers[1].is_alive()
+    with ublk.Device.recover(disk.id, Ram()):
+        writers[1].join()
 
 
 class Slow(Ram):
