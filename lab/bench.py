@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Optional
 from chart import draw
 from contenders import (
     CASES,
+    FREE_THREADED,
     STARTS,
     Case,
     Disk,
@@ -185,8 +186,9 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         "memory": []}
     arguments = [f"--rounds={options.rounds}", f"--seconds={options.seconds}", f"--cases={options.cases}"]
     arguments += ["--quick"] if options.quick else []
+    passed_on = [f"--env=FREE_THREADED={FREE_THREADED}"] if FREE_THREADED else []
     command = [sys.executable, str(HERE / "lab.py"), "run", KERNEL, "--memory=4G", f"--timeout={TIME_LIMIT}",
-               "--", "python3", str(HERE / "bench.py"), "inside", *arguments]
+               *passed_on, "--", "python3", str(HERE / "bench.py"), "inside", *arguments]
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as machine:
         assert machine.stdout

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import tempfile
 import time
@@ -29,6 +30,8 @@ BACKING_SIZE = 64 << 20
 COMPILED = ("-c", f"import sys; sys.path.insert(0, {str(UBLK.parent)!r}); import ublk; sys.exit(ublk.main())")
 PATIENCE = 120      # seconds for anything to start or end
 TICK = os.sysconf("SC_CLK_TCK")
+# A Python without a global lock, by the name that its build gives it
+FREE_THREADED = os.environ.get("FREE_THREADED") or shutil.which("python3.14t") or shutil.which("python3.13t")
 ALL = "r4k1 r4k32 r4k128 w4k128 one128 r64k32 r1m8"
 MAIN = "r4k1 r4k128 w4k128 one128 r1m8"
 
@@ -95,11 +98,12 @@ def announced(server: subprocess.Popen[bytes], errors: Any) -> dict[str, Any]:
 
 # ---- kinds of disks --------------------------------------------------------------------------------------
 
-def ours(*words: str, launcher: Sequence[str] = (str(UBLK),)) -> Callable[[ExitStack], Disk]:
-    """A disk of ublk.py; launcher: what Python is told to run."""
+def ours(*words: str, launcher: Sequence[str] = (str(UBLK),),
+         python: str = "python3") -> Callable[[ExitStack], Disk]:
+    """A disk of ublk.py; launcher: what python is told to run."""
     def start(stack: ExitStack) -> Disk:
         words_here = [word.replace("BACKING", str(backing())) for word in words]
-        server, errors = serve(stack, ["python3", *launcher, *words_here, "--json"])
+        server, errors = serve(stack, [python, *launcher, *words_here, "--json"])
         shown = announced(server, errors)
         return Disk(shown["path"], server.pid, data_path(shown["flags"]))
     return start
@@ -218,7 +222,13 @@ def cases() -> Iterator[Case]:
                "r1m8 w1m8")
     yield Case("file", "ublk.py loop --copy", ours("loop", "BACKING", "--direct", "--copy"), MAIN + " w1m8")
     yield Case("file", "nbdkit file (C, page cache)", nbdkit("file", "BACKING"), MAIN + " w1m8")
-    yield Case("scale", "busy Python, 2 threads", ours(f"{OURS}:Busy", "--queues=2"), "jobs2")
+    busy = partial(ours, f"{OURS}:Busy")
+    yield Case("scale", "busy Python, 1 queue", busy(), "jobs2")
+    yield Case("scale", "busy Python, 2 queues", busy("--queues=2"), "jobs2")
+    if FREE_THREADED:
+        free = partial(busy, python=FREE_THREADED)
+        yield Case("scale", "the same free-threaded, 1 queue", free(), "jobs2")
+        yield Case("scale", "the same free-threaded, 2 queues", free("--queues=2"), "jobs2")
     yield Case("queues", "ublk.py null, 1 queue", ours("null"), "jobs2")
     yield Case("queues", "ublk.py null, 4 queues", ours("null", "--queues=4"), "jobs2")
 
