@@ -3499,8 +3499,13 @@ class Device:
             self._look()  # the target may have taken its time
         size = whole_pages(self.info.queue_depth * self.desc_size)
         apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
-        for index in queues:
-            self.descriptors.append(map_descriptors(self.char_fd, self.id, size, index * apart))
+        with contextlib.ExitStack() as reserved:
+            # Python's mmap takes a descriptor: if one is lacking, none is to be mapped
+            files = [reserved.enter_context(open(os.devnull)) for _ in queues]
+            for index, file in zip(queues, files):
+                file.close()
+                mapping = map_descriptors(self.char_fd, self.id, size, index * apart)
+                self.descriptors.append(mapping)
         self.mapped = True
         while not self._all_fetched():
             self._pause(0.005)

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from types import SimpleNamespace
 
@@ -1433,6 +1434,29 @@ def test_nothing_is_mapped_before_every_target_has_started(lacks, three_queues, 
     disk.target.start = start
     assert error_of(disk.resume) == (errno.EAGAIN if lacks == "a thread" else errno.ENOMEM)
     assert (mapped, disk.target.closed, capsys.readouterr().err) == ([], 0, "")
+
+
+def test_nothing_is_mapped_where_descriptors_lack_for_a_part(three_queues, monkeypatch):
+    def start(index):
+        until(lambda: all(worker.started for worker in disk._workers[:index]))
+        if index == 2:
+            spare = os.dup(0)
+            os.close(spare)
+            ends.enter_context(descriptors_below(spare + 2))
+
+    def map_descriptors(fd, dev_id, size, offset):
+        mapped.append(offset)
+        return mmap.mmap(fd, size)
+    mapped = []
+    monkeypatch.setattr(ublk, "map_descriptors", map_descriptors)
+    disk = new(id=7)
+    disk.target.start = start
+    with tempfile.TemporaryFile() as file, contextlib.ExitStack() as ends:
+        file.truncate(1 << 20)
+        path = f"/proc/self/fd/{file.fileno()}"
+        monkeypatch.setattr(ublk, "open_char", lambda dev_id, **_: open(path, "r+b", buffering=0))
+        assert error_of(disk.resume) == errno.EMFILE
+    assert mapped == []
 
 
 class Overridden(Volatile):
