@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 
 import ublk
 from tests.support import (
+    LIBC,
     MKFS,
+    Ram,
     Volatile,
     error_of,
     kernel,
@@ -90,3 +96,36 @@ def test_a_durable_write_tells_of_earlier_ones_that_were_lost(targets, tmp_path,
                 os.sync()
                 assert error_of(write_at, durable, 1 << 20, b"x" * 4096) == errno.EIO
                 assert [error_of(os.fsync, fd) for _ in range(2)] == [errno.EIO, 0]
+
+
+class Losing(Ram):
+    """A disk that loses b"y" and has b"s" wait."""
+
+    def __init__(self):
+        super().__init__(8 << 20)
+        self.waits, self.goes_on = threading.Event(), threading.Event()
+
+    async def write(self, offset, buffer):
+        if buffer[:1] == b"s":
+            self.waits.set()
+            await asyncio.to_thread(self.goes_on.wait)
+        if buffer[:1] == b"y":
+            raise OSError(errno.EIO, "lost")
+        super().write(offset, buffer)
+
+
+@kernel
+def test_what_is_lost_during_a_flush_fails_the_next_one_too(targets):
+    """It may be another client's, acknowledged when that flush had come."""
+    write, wait = 2, 4                          # SYNC_FILE_RANGE_* of linux/fs.h
+    below = Losing()
+    with ublk.Device(below) as lower, ublk.Device(targets.Loop(lower.path)) as disk, \
+            opened(disk.path) as fd, opened(lower.path, os.O_RDONLY) as other, ThreadPoolExecutor() as pool:
+        write_at(fd, 0, b"s" * 4096)
+        first = pool.submit(error_of, os.fsync, fd)
+        assert below.waits.wait(60)
+        write_at(fd, 1 << 20, b"y" * 4096)
+        place = ctypes.c_int64(1 << 20)
+        assert LIBC.sync_file_range(other, place, place, write | wait) < 0
+        below.goes_on.set()
+        assert [first.result(), error_of(os.fsync, fd), error_of(os.fsync, fd)] == [errno.EIO, errno.EIO, 0]
