@@ -1664,7 +1664,8 @@ class Nbd(ublk.Target):
         # Changes that were (to an earlier server of the disk, too), and how many of them are durable
         self.acknowledged = 1
         self.durable = 0
-        self.lost = False  # some of them with a connection, and no flush since has failed yet
+        # Some of them with a connection, or as a flush failed, and no flush since has failed yet
+        self.lost = False
         self.unsure = False  # whether a server still does what it was told long ago
 
     async def _meet(self) -> None:
@@ -1718,7 +1719,7 @@ class Nbd(ublk.Target):
             raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
             self.lost = False
-            raise OSError(errno.EIO, "a connection was lost before this flush")
+            raise OSError(errno.EIO, "a connection or a flush before this one has failed")
         if not isinstance(what, int):
             what = what[: self.maximum]
         self.cookie += 1
@@ -1748,6 +1749,9 @@ class Nbd(ublk.Target):
         if not error:
             self.durable = max(self.durable, request.covers)
             self.acknowledged += request.is_volatile
+        elif request.command == NBD_CMD_FLUSH:
+            # Maybe another client's, who waits for the next flush
+            self.lost |= self.acknowledged > self.durable
         if not request.done.done():
             request.done.set_result(error)
 

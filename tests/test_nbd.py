@@ -512,6 +512,18 @@ def test_nbd_a_flush_tells_nothing_of_what_was_acknowledged_after_it_began(targe
         assert served(target, work) == [errno.EIO, errno.EIO, 0]
 
 
+def test_nbd_a_flush_that_the_server_failed_fails_the_next_one_too(targets, here):
+    """Another client waits for that one meanwhile; a server may know but once of what it has lost."""
+    async def work():
+        await target.write(0, PAGE)
+        fake.fails = FLUSH
+        return [await errno_of(target.flush()) for _ in range(3)]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, errno.EIO, 0]
+
+
 @pytest.mark.parametrize("change", ["write_fua", "flush"])
 def test_nbd_what_was_durable_when_a_connection_is_lost_fails_nothing(targets, here, capfd, change):
     async def work():
