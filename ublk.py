@@ -2697,7 +2697,10 @@ class Queue:
 
     def cancel(self, number: int) -> None:
         """Have the kernel end an operation, which it may do already, soon or never."""
-        self.begin(Operation(None), opcode=IORING_OP_ASYNC_CANCEL, addr=number)
+        try:
+            self.begin(Operation(None), opcode=IORING_OP_ASYNC_CANCEL, addr=number)
+        except OSError:  # EAGAIN: nobody may go on before the operation has ended
+            self.loop.call_later(A_MOMENT, self.cancel, number)
         self.ring.enter()  # or its descriptor could become another file's before it is begun
 
     def _operation_done(self, user_data: int, result: int) -> None:

@@ -582,6 +582,30 @@ def test_readiness_is_told_though_the_kernel_takes_nothing_for_a_while():
     assert results_of(body) == [4096]
 
 
+def test_an_operation_is_cancelled_though_the_kernel_takes_nothing_for_a_while():
+    """Or a handler would go on, and its request end, beside a write that lands when it may."""
+    async def body(_):
+        loop, queue = asyncio.get_running_loop(), ublk._here.queue
+        reader, writer = os.pipe()
+        buffer = bytearray(8)
+        task = loop.create_task(ublk.uring_read(reader, buffer, 0))
+        await asyncio.sleep(0.01)
+        assert queue._operations
+        enter, queue.ring.enter = queue.ring.enter, lambda *words: None
+        for _ in range(ublk.SPARE_SLOTS):
+            queue.begin(ublk.Operation(None), opcode=ublk.IORING_OP_NOP)
+        loop.call_later(0.01, setattr, queue.ring, "enter", enter)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+        os.write(writer, b"12345678")
+        assert os.read(reader, 8) == b"12345678" and buffer == bytes(8)
+        os.close(reader)
+        os.close(writer)
+
+    assert results_of(body) == [4096]
+
+
 def test_readiness_is_told_as_long_as_it_lasts():
     async def body(_):
         loop, heard = asyncio.get_running_loop(), []
