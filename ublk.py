@@ -1790,7 +1790,7 @@ class Null(Target):
         length = queue.sectors[tag] * SECTOR
         queue.prepare(tag, length)
         if operation == UBLK_IO_OP_READ:
-            queue.path.give(tag, ZEROES[:length])
+            queue.path.give(tag, memoryview(ZEROES)[:length])
             if not queue.path.lasting:
                 queue.served[tag] = -1
 
@@ -1833,8 +1833,9 @@ A_MOMENT = 0.01  # seconds between looks at a queue that ends
 MAP_NORESERVE = 0x4000
 
 # As many as the largest request has; private pages that are only read take no
-# memory.
-ZEROES = memoryview(mmap.mmap(-1, 1 << UBLK_IO_BUF_BITS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+# memory. Whoever needs some makes a view: a free-threaded Python miscounts the
+# parts of one that threads share, and releases it under them.
+ZEROES = mmap.mmap(-1, 1 << UBLK_IO_BUF_BITS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def private_memory(size: int) -> mmap.mmap:
@@ -2292,7 +2293,7 @@ class Queue:
                 flags = self.flags[tag]
                 simple = path.lasting and not flags & NOT_BY_BUFFER
                 length = self.sectors[tag] * SECTOR
-                blank = ZEROES[:length]
+                blank = memoryview(ZEROES)[:length]
                 reads = flags & 0xFF == UBLK_IO_OP_READ
                 move = read if reads else write
                 memory = path.view if reads else path.written
@@ -2530,7 +2531,7 @@ class Queue:
             buffer = path.buffer(tag, length)
         else:
             buffer = self._own(tag, length)
-        buffer[:] = ZEROES[:length]
+        buffer[:] = memoryview(ZEROES)[:length]
         read = self.target.read
         await transfer(read, read(offset, buffer[:]), offset, buffer)
         path.give(tag, buffer)

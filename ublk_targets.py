@@ -123,7 +123,7 @@ def clear(fd: int, offset: int, length: int) -> None:
         if error.errno not in UNSUPPORTED:
             raise
         for at, count in pieces(offset, length):
-            write_all(fd, ublk.ZEROES[:count], at)
+            write_all(fd, memoryview(ublk.ZEROES)[:count], at)
 
 
 def closes_with(owner: object, fd: int) -> Any:
@@ -160,25 +160,25 @@ class Ram(ublk.Target):
         self.grown(size or 1)
         self.size = size
 
-    def grown(self, size: int) -> memoryview:
+    def grown(self, size: int) -> mmap.mmap:
         """Map more of the memory: a disk that grows may get a request before resized() is called."""
-        memory = mmap.mmap(self.fd, size)
-        view = self.view = memoryview(memory)
-        return view
+        memory = self.memory = mmap.mmap(self.fd, size)
+        return memory
 
     def read(self, offset: int, buffer: memoryview) -> None:
         end = offset + len(buffer)
-        view = self.view  # which another queue may replace
-        if end > len(view):
-            view = self.grown(end)
-        buffer[:] = view[offset:end]
+        memory = self.memory  # which another queue may replace
+        if end > len(memory):
+            memory = self.grown(end)
+        # A view of its own: a free-threaded Python miscounts the parts of one that threads share
+        buffer[:] = memoryview(memory)[offset:end]
 
     def write(self, offset: int, buffer: memoryview) -> None:
         end = offset + len(buffer)
-        view = self.view
-        if end > len(view):
-            view = self.grown(end)
-        view[offset:end] = buffer
+        memory = self.memory
+        if end > len(memory):
+            memory = self.grown(end)
+        memoryview(memory)[offset:end] = buffer
 
     def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
         clear(self.fd, offset, length)  # which gives pages back
@@ -293,7 +293,7 @@ class Loop(Mapped, ublk.Target):
             if error.errno not in UNSUPPORTED:
                 raise
         for at, count in pieces(offset, length):
-            zeroes = ublk.ZEROES[:count]
+            zeroes = memoryview(ublk.ZEROES)[:count]
             await moved(self.store, at, zeroes)
 
     async def _discard(self, offset: int, length: int) -> None:

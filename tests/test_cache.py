@@ -75,9 +75,9 @@ def test_what_is_no_plain_write_is_in_place_of_what_is_older(targets, name, args
     now(getattr(disk, name)(*args))
     expected = bytes(NEW) + bytes(content) + bytes(NEW)
     assert read(disk, 0, 12288) == expected
-    assert bytes(below.view) == bytes(4096) + bytes(content) + bytes(8192)
+    assert bytes(below.memory) == bytes(4096) + bytes(content) + bytes(8192)
     now(disk.flush())
-    assert read(disk, 0, 12288) == bytes(below.view[:12288]) == expected
+    assert read(disk, 0, 12288) == bytes(below.memory[:12288]) == expected
 
 
 class Failing(Volatile):
@@ -326,7 +326,7 @@ def test_a_cache_is_a_disk(targets, seed):
             expected[offset:offset + length] = bytes(length) if zero else data
         elif name == "flush":
             now(disk.flush())
-            assert bytes(below.view) == expected
+            assert bytes(below.memory) == expected
         else:
             assert read(disk, offset, length) == expected[offset:offset + length]
 

@@ -51,7 +51,7 @@ class Log:
 
     def do(self, name, *args):
         now(getattr(self.disk, name)(*args))
-        self.states.append(bytes(self.disk.target.view))
+        self.states.append(bytes(self.disk.target.memory))
 
     def some(self):
         """Do something of everything."""
@@ -211,10 +211,10 @@ def test_a_recording_without_room_ends_aloud_and_with_it_the_changes_of_the_disk
     whole = log.path.read_bytes()
     with no_room_in(log.path):
         assert error_of(now, log.disk.write(8192, memoryview(b"2" * 4096))) == errno.ENOSPC
-    before = bytes(log.disk.target.view)
+    before = bytes(log.disk.target.memory)
     assert error_of(now, log.disk.write(4096, memoryview(b"3" * 512))) == errno.ENOSPC
     assert error_of(now, log.disk.flush()) == errno.ENOSPC
-    assert log.disk.target.view == before and log.path.read_bytes() == whole
+    assert bytes(log.disk.target.memory) == before and log.path.read_bytes() == whole
     assert capfd.readouterr().err == (
         f"ublk: {log.path} ends: no room for it: from now on all changes of the disk fail\n")
     now(log.disk.close())
@@ -327,7 +327,7 @@ def test_a_log_has_a_limit_and_holds_all_that_was_done_until_then(run, targets, 
     assert errors == [0] * 5 + [errno.ENOSPC] * 15
     now(disk.close())
     assert run("replay", tmp_path / "log", tmp_path / "again").status == 0
-    assert (tmp_path / "again").read_bytes() == disk.target.view
+    assert (tmp_path / "again").read_bytes() == bytes(disk.target.memory)
 
 
 def test_a_change_that_failed_is_in_the_log_as_such(run, targets, tmp_path):

@@ -58,6 +58,29 @@ def test_every_python_knows_which_targets_have_coroutines():
         assert sh(python, "-c", code, cwd=HERE).stdout == "True\n", python
 
 
+def test_queues_without_a_global_lock_share_no_view():
+    """Threads that slice one miscount who has it, and soon it is released under all of them."""
+    import ublk_targets
+    shared = [*vars(ublk).values(), *vars(ublk_targets).values(), *vars(ublk_targets.Ram(size=4096)).values()]
+    assert not any(isinstance(each, memoryview) for each in shared)
+    code = """if 1:
+        import threading, ublk_targets
+        disk, served = ublk_targets.Ram(size=1 << 20), []
+        def serve():
+            buffer = memoryview(bytearray(4096))
+            for _ in range(20000):
+                disk.read(0, buffer)
+                disk.write(0, buffer)
+            served.append(True)
+        threads = [threading.Thread(target=serve) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        print(len(served))"""
+    free = filter(None, (shutil.which(f"python3.{minor}t") for minor in range(13, 30)))
+    for python in sys.executable, *free:
+        assert sh(python, "-c", code, cwd=HERE).stdout == "4\n", python
+
+
 def test_both_files_need_the_standard_library_only():
     """What a function imports when it is called is seen, too, therefore by their syntax trees."""
     nodes = [*ast.walk(SOURCE), *ast.walk(ast.parse((HERE / "ublk_targets.py").read_text()))]

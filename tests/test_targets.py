@@ -233,7 +233,7 @@ def test_memory_is_there_for_a_request_that_comes_before_its_disk_knows_of_its_s
     for offset in (0, 8192):
         disk.write(offset, data)
     disk.resized(12288)
-    assert disk.view == data + bytes(4096) + data
+    assert bytes(disk.memory) == data + bytes(4096) + data
 
 
 WRAPPERS = {
