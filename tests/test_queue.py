@@ -245,8 +245,10 @@ def test_a_quiesce_that_is_interrupted_says_that_requests_wait():
         replace(ublk.Control, quiesce_dev=quiesce_dev)
 
     free = threading.Event()
-    with ublk.Device(Held(), depth=1, recovery="requeue") as disk, opened(disk.path) as fd:
-        writers = [threading.Thread(target=write_at, args=(fd, 0, bytes(4096))) for _ in range(2)]
+    options = {"depth": 1, "recovery": "requeue", "partition_scan": False}
+    with ublk.Device(Held(), **options) as disk, opened(disk.path) as fd:
+        # Where nobody else reads: the write would wait for that page
+        writers = [threading.Thread(target=write_at, args=(fd, 9 << 20, bytes(4096))) for _ in range(2)]
         writers[0].start()
         until(lambda: in_flight(disk)[1])
         quiesce = Forked("quiesce", disk.id, change=change)
