@@ -248,7 +248,7 @@ def test_a_quiesce_that_is_interrupted_says_that_requests_wait():
     options = {"depth": 1, "recovery": "requeue", "partition_scan": False}
     with ublk.Device(Held(), **options) as disk, opened(disk.path) as fd:
         # Where nobody else reads: the write would wait for that page
-        writers = [threading.Thread(target=write_at, args=(fd, 9 << 20, bytes(4096))) for _ in range(2)]
+        writers = [threading.Thread(target=write_at, args=(fd, 512 << 10, bytes(4096))) for _ in range(2)]
         writers[0].start()
         until(lambda: in_flight(disk)[1])
         quiesce = Forked("quiesce", disk.id, change=change)
