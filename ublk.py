@@ -2286,7 +2286,9 @@ class Queue:
         ended: list[int] = []
         last = -1  # no request is like this one
         for tag in tags:
-            if self.leaving:  # what is not begun is the kernel's to deal with
+            # What is not begun is the kernel's to deal with. But up to 6.15 it hears of a
+            # queue's end at once only by a parked command, else when a request is late
+            if self.leaving and (ended or self._done):
                 break
             if requests[tag] != last:
                 last = requests[tag]
@@ -2454,7 +2456,7 @@ class Queue:
         if self.loop is not None:
             self.waiting.append(tag)
             return
-        if self.leaving:
+        if self.leaving and self._done:
             return
         try:
             result = run(self._serve(tag))
@@ -3854,16 +3856,6 @@ class Device:
         """Go down to GONE, and leave the disk as it is."""
         if self.state is LIVE:
             self.state = LEFT
-        halfway = (
-            self.state is STARTING
-            and self.mapped
-            and not self.failure
-            and not (self.control.features or 0) & UBLK_F_QUIESCE
-        )
-        # Nobody else could recover it then, and up to 6.6 this process would not end
-        if halfway and becomes(self._all_fetched, GRACE):
-            with contextlib.suppress(UblkError):
-                self.control.end_user_recovery(self.id, os.getpid())
         self._let_go()
 
     def _all_fetched(self) -> bool:
@@ -3908,6 +3900,16 @@ class Device:
         """
         if self.state is GONE:
             return
+        halfway = (
+            self.state is STARTING
+            and self.mapped
+            and not self.failure
+            and not (self.control.features or 0) & UBLK_F_QUIESCE
+        )
+        # Nobody else could recover it then, and up to 6.6 this process would not end
+        if halfway and becomes(self._all_fetched, GRACE):
+            with contextlib.suppress(UblkError):
+                self.control.end_user_recovery(self.id, os.getpid())
         self._wake_workers()
         for worker in self._workers:
             worker.give_up()
@@ -6338,8 +6340,10 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     news = os.read(reader, 100)
     os.close(reader)
     on_signals(lambda number, frame: None)  # or a disk would go that was told to be there
-    if news == b"live" and not passed:
-        return 0
+    if news == b"live":
+        if not passed:
+            return 0
+        pass_on(passed[0], end)  # it may have been ignored, or lost, while the target was made
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     clean_up(identity)
     if news == b"failed":

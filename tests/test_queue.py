@@ -455,6 +455,26 @@ def test_a_queue_that_is_to_leave_begins_none_of_the_requests_it_has(name, begin
     assert begun == [name]
 
 
+@pytest.mark.parametrize("name", ["read", "flush"])
+def test_a_queue_that_is_to_leave_with_every_tag_in_its_hands_gives_one_back(name):
+    """Up to 6.15 the kernel would hear of its end only when a request is late."""
+    class Told(NopQueue):
+        def collect(self, timeout=None):
+            tags = super().collect(timeout)
+            self.leaving = True
+            return tags
+    operation = getattr(ublk, f"UBLK_IO_OP_{name.upper()}")
+    begun = []
+    device = StandIn(target_of(**{name: lambda *_: begun.append(name)}), operation=operation)
+    queue = Told(device)
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    queue.close()
+    device.close()
+    assert begun == [name]
+
+
 class Unhurried(Ram):
     """Each write takes a while, the first as long as it is to."""
 
