@@ -1343,12 +1343,14 @@ class Cache(Wrapper, ublk.Target):
     async def close(self) -> None:
         import asyncio
 
+        flush = asyncio.create_task(self.flush())
         try:
-            # Shielded: one that is cancelled is waited for, and the kernel may do nothing for ever
-            await asyncio.wait_for(asyncio.shield(self.flush()), ublk.STOP_TIMEOUT)
-        except asyncio.TimeoutError:  # or a target that hangs would keep the disk for ever
-            lost = "the target does not take what is kept"
-            raise OSError(errno.ETIMEDOUT, lost) from None
+            ended, _ = await asyncio.wait([flush], timeout=ublk.STOP_TIMEOUT)
+            if not ended:  # nor is its end awaited: the kernel may do nothing for ever
+                flush.cancel()
+                lost = "the target does not take what is kept"
+                raise OSError(errno.ETIMEDOUT, lost)
+            flush.result()
         finally:
             close = getattr(self.target, "close", bool)
             await ublk.end_of(close())
@@ -1749,7 +1751,7 @@ class Nbd(ublk.Target):
         if not error:
             self.durable = max(self.durable, request.covers)
             self.acknowledged += request.is_volatile
-        elif request.command == NBD_CMD_FLUSH:
+        elif request.command != NBD_CMD_READ and not request.is_volatile:
             # Maybe another client's, who waits for the next flush
             self.lost |= self.acknowledged > self.durable
         if not request.done.done():
@@ -1974,7 +1976,8 @@ class Zoned(ublk.Target):
             f"not {conventional} zones of {zone_size} bytes and more",
         )
         header = ZONED_HEADER.pack(size, zone_size, conventional, boot_id())
-        make_file(self.path, header, zone_data_at(size // zone_size) + size)
+        data_at = zone_data_at(size // zone_size)
+        make_file(self.path, header.ljust(data_at, b"\0"), data_at + size)
 
     def _load_zones(self, same_boot: bool) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""

@@ -369,6 +369,25 @@ def test_nor_for_one_that_cannot_be_cancelled(targets, monkeypatch):
     assert ends == ["target", "flush"]
 
 
+def test_a_flush_that_is_late_ends_before_its_target_is_closed(targets, monkeypatch):
+    """Its writes would go to whatever file gets the number next."""
+    class Slow(Volatile):
+        async def write(self, offset, buffer):
+            await asyncio.sleep(0.04)
+            steps.append("write")
+
+        async def close(self):
+            steps.append("close")
+            await asyncio.sleep(0.3)
+    monkeypatch.setattr(ublk, "STOP_TIMEOUT", 0.1)
+    steps = []
+    disk = targets.Cache(Slow(bytes(64 << 10)))
+    for offset in range(0, 64 << 10, 8192):
+        now(disk.write(offset, NEW))
+    assert error_of(lambda: asyncio.run(disk.close())) == errno.ETIMEDOUT
+    assert steps[-1] == "close"
+
+
 def test_what_another_queue_writes_as_a_block_is_forgotten_stays(targets):
     class Blocks(dict):
         def get(self, at):

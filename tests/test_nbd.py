@@ -512,12 +512,16 @@ def test_nbd_a_flush_tells_nothing_of_what_was_acknowledged_after_it_began(targe
         assert served(target, work) == [errno.EIO, errno.EIO, 0]
 
 
-def test_nbd_a_flush_that_the_server_failed_fails_the_next_one_too(targets, here):
+@pytest.mark.parametrize("name", ["flush", "write_fua"])
+def test_nbd_a_flush_that_the_server_failed_fails_the_next_one_too(targets, here, name):
     """Another client waits for that one meanwhile; a server may know but once of what it has lost."""
     async def work():
         await target.write(0, PAGE)
-        fake.fails = FLUSH
-        return [await errno_of(target.flush()) for _ in range(3)]
+        if name == "flush":
+            fake.fails, first = FLUSH, target.flush()
+        else:
+            fake.fails, first = WRITE, target.write_fua(4096, PAGE)
+        return [await errno_of(change) for change in (first, target.flush(), target.flush())]
 
     with FakeNbd(here) as fake:
         target = targets.Nbd(nbd_uri(here))
