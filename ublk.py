@@ -3483,8 +3483,7 @@ class Device:
         ends = os.pipe()
         self._files += open(ends[0], "rb", 0), open(ends[1], "wb", 0)
         self.wake_fd, self.wake_write = ends  # which a Ctrl-C before would have closed
-        queues = range(self.info.nr_hw_queues)
-        for index in queues:
+        for index in range(self.info.nr_hw_queues):
             cpus = self.control.get_queue_affinity(self.id, index)
             self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
         for worker in self._workers:
@@ -3503,18 +3502,22 @@ class Device:
             self._pause(0.005)
         if self.recovers:
             self._look()  # the target may have taken its time
+        self._map()
+        while not self._all_fetched():
+            self._pause(0.005)
+
+    def _map(self) -> None:
+        """Map the request descriptors of every queue, or where descriptors of files are lacking of none."""
         size = whole_pages(self.info.queue_depth * self.desc_size)
         apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
         with contextlib.ExitStack() as reserved:
-            # Python's mmap takes a descriptor: if one is lacking, none is to be mapped
-            files = [reserved.enter_context(open(os.devnull)) for _ in queues]
-            for index, file in zip(queues, files):
+            # Python's mmap takes one each
+            files = [reserved.enter_context(open(os.devnull)) for _ in self._workers]
+            for index, file in enumerate(files):
                 file.close()
                 mapping = map_descriptors(self.char_fd, self.id, size, index * apart)
                 self.descriptors.append(mapping)
         self.mapped = True
-        while not self._all_fetched():
-            self._pause(0.005)
 
     def report(self, worker: Worker, failure: BaseException | None) -> None:
         """Hear that a worker has ended, of what failure if any.

@@ -436,6 +436,15 @@ def served_while_ending(*news, asked=()):
     return [tag for tag, _ in queue.answers]
 
 
+def to_the_end(queue, device):
+    """Have a queue serve until it ends, and close it and its stand-in of a device."""
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    queue.close()
+    device.close()
+
+
 @pytest.mark.parametrize("begins", [{}, {"start": async_start}], ids=["plain", "coroutines"])
 @pytest.mark.parametrize("name", ["read", "flush"])
 def test_a_queue_that_is_to_leave_begins_none_of_the_requests_it_has(name, begins):
@@ -447,11 +456,7 @@ def test_a_queue_that_is_to_leave_begins_none_of_the_requests_it_has(name, begin
     operation = getattr(ublk, f"UBLK_IO_OP_{name.upper()}")
     device = StandIn(target_of(**{name: handler}, **begins), operation=operation)
     queue = NopQueue(device)
-    queue.fetch()
-    queue.run()
-    queue.wind_up()
-    queue.close()
-    device.close()
+    to_the_end(queue, device)
     assert begun == [name]
 
 
@@ -467,11 +472,7 @@ def test_a_queue_that_is_to_leave_with_every_tag_in_its_hands_gives_one_back(nam
     begun = []
     device = StandIn(target_of(**{name: lambda *_: begun.append(name)}), operation=operation)
     queue = Told(device)
-    queue.fetch()
-    queue.run()
-    queue.wind_up()
-    queue.close()
-    device.close()
+    to_the_end(queue, device)
     assert begun == [name]
 
 
