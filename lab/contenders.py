@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 UBLK = HERE.parent / "ublk.py"
 IN_C = HERE / "disks" / "null.c"
 OURS, NBD, FUSE, IDLE = (HERE / "disks" / f"{name}.py" for name in ("ours", "nbd", "fuse", "idle"))
-BACKING = Path("/scratch/bench.img")
+BACKING = Path("/scratch")
 BACKING_SIZE = 64 << 20
 # As the command that pip installs does it; a script, in contrast, is compiled at each start.
 COMPILED = ("-c", f"import sys; sys.path.insert(0, {str(UBLK.parent)!r}); import ublk; sys.exit(ublk.main())")
@@ -102,7 +102,7 @@ def ours(*words: str, launcher: Sequence[str] = (str(UBLK),),
          python: str = "python3") -> Callable[[ExitStack], Disk]:
     """A disk of ublk.py; launcher: what python is told to run."""
     def start(stack: ExitStack) -> Disk:
-        words_here = [word.replace("BACKING", str(backing())) for word in words]
+        words_here = with_file(stack, words)
         server, errors = serve(stack, [python, *launcher, *words_here, "--json"])
         shown = announced(server, errors)
         return Disk(shown["path"], server.pid, data_path(shown["flags"]))
@@ -147,7 +147,7 @@ def null_blk(stack: ExitStack, **attributes: int) -> Disk:
 
 def loop(stack: ExitStack, path: str = "") -> Disk:
     """The kernel's own loop driver with direct I/O."""
-    device = run(["losetup", "--find", "--show", "--direct-io=on", path or str(backing())]).strip()
+    device = run(["losetup", "--find", "--show", "--direct-io=on", path or backing(stack)]).strip()
     stack.callback(run, ["losetup", "--detach", device])
     return Disk(device)
 
@@ -157,7 +157,7 @@ def nbdkit(*words: str) -> Callable[[ExitStack], Disk]:
     def start(stack: ExitStack) -> Disk:
         number = next(numbers)
         socket, device = f"/run/bench{number}.sock", f"/dev/nbd{number % 16}"
-        words_here = [word.replace("BACKING", str(backing())) for word in words]
+        words_here = with_file(stack, words)
         server, errors = serve(stack, ["nbdkit", "--foreground", "--unix", socket, *words_here])
         wait_for(partial(os.path.exists, socket), server, errors, "nbdkit's socket")
         run(["modprobe", "nbd"])
@@ -177,14 +177,20 @@ def fuse(stack: ExitStack) -> Disk:
     return Disk(loop(stack, f"{mount}/disk").path, server.pid)
 
 
-def backing() -> Path:
-    """The file behind the loop disks, written in full once."""
-    if not BACKING.exists():
-        with open(BACKING, "wb") as file:
-            for _ in range(BACKING_SIZE >> 20):
-                file.write(os.urandom(1 << 20))
-            os.fsync(file.fileno())
-    return BACKING
+def backing(stack: ExitStack) -> str:
+    """A file for one disk alone, written in full; it goes with the disk."""
+    path = BACKING / f"bench{next(numbers)}.img"
+    stack.callback(path.unlink)
+    with open(path, "wb") as file:
+        for _ in range(BACKING_SIZE >> 20):
+            file.write(os.urandom(1 << 20))
+        os.fsync(file.fileno())
+    return str(path)
+
+
+def with_file(stack: ExitStack, words: Sequence[str]) -> list[str]:
+    """Return the words of a server with the path of a file for the word BACKING."""
+    return [backing(stack) if word == "BACKING" else word for word in words]
 
 
 numbers = itertools.count()
