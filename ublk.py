@@ -2165,7 +2165,7 @@ class Queue:
         self.requests = self.kept(longs[::apart])
         self.starts = self.kept(longs[1::apart])
         self.shared_addresses = self.kept(longs[2::apart])
-        self.shared = SharedCopy(self.shared_addresses, device.shared)
+        self.shared = SharedCopy(self.shared_addresses, device.shared, self.index)
 
     def kept(self, view: memoryview) -> memoryview:
         """Have the end of the queue release a view of memory that is not its own."""
@@ -3221,7 +3221,8 @@ class Device:
         self.descriptors: list[mmap.mmap] = []
         self.mapped = False  # whether they are there for every queue
         self._files: list[Any] = []  # /dev/ublkcN, and the ends of the pipe that wakes
-        self.shared: dict[int, memoryview] = {}  # memory shared with clients, by its index
+        # Memory shared with clients, by its index: for each queue a view, see ZEROES
+        self.shared: dict[int, list[memoryview]] = {}
         self.failure: UblkError | None = None
         self.interrupted = ""  # why it is to end, where somebody has said so
         self.state = NEW
@@ -3767,10 +3768,10 @@ class Device:
         Raises UblkError; needs share_memory=True.
         """
         self._see_that_it_is_ours()
-        view = memoryview(memory)
+        views = [memoryview(memory) for _ in range(self.info.nr_hw_queues)]
         with self._changes:
-            index = self.control.reg_buf(self.id, address_of(view), len(view), read_only)
-            self.shared[index] = view
+            index = self.control.reg_buf(self.id, address_of(memory), len(memory), read_only)
+            self.shared[index] = views
         return index
 
     def unshare(self, index: int) -> None:
@@ -3778,7 +3779,8 @@ class Device:
         self._see_that_it_is_ours()
         with self._changes:  # the driver may give its index to another
             self.control.unreg_buf(self.id, index)
-            self.shared.pop(index).release()
+            for view in self.shared.pop(index):
+                view.release()
 
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16).
@@ -3962,8 +3964,9 @@ class Device:
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""
         with self._lock:
-            for view in self.shared.values():
-                view.release()
+            for views in self.shared.values():
+                for view in views:
+                    view.release()
             self.char_fd = self.wake_write = -1
             for file in (*self._files, *self.descriptors):
                 file.close()
@@ -4397,16 +4400,19 @@ class SharedCopy(MappedCopy):
     may have such requests among the others.
     """
 
-    def __init__(self, addresses: memoryview, memories: dict[int, memoryview]) -> None:
+    def __init__(
+        self, addresses: memoryview, memories: dict[int, list[memoryview]], index: int
+    ) -> None:
         self.places = addresses
         self.memories = memories
+        self.index = index
 
     def buffer(self, tag: int, length: int) -> memoryview:
         """Return the request's memory, which is its client's, too."""
         index, start = divmod(self.places[tag], 1 << 32)
         # Clients may use it before share() has heard of its index
         becomes(lambda: index in self.memories, GRACE)
-        return self.memories[index][start : start + length]
+        return self.memories[index][self.index][start : start + length]
 
 
 # What the command line and Device call the data paths, best first.

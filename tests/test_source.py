@@ -64,17 +64,26 @@ def test_queues_without_a_global_lock_share_no_view():
     shared = [*vars(ublk).values(), *vars(ublk_targets).values(), *vars(ublk_targets.Ram(size=4096)).values()]
     assert not any(isinstance(each, memoryview) for each in shared)
     code = """if 1:
-        import threading, ublk_targets
-        disk, served = ublk_targets.Ram(size=1 << 20), []
-        def serve():
+        import array, mmap, threading, ublk, ublk_targets
+        from types import SimpleNamespace
+        disk, served, memory = ublk_targets.Ram(size=1 << 20), [], mmap.mmap(-1, 4096)
+        device = ublk.Device(disk, share_memory=True)
+        device._see_that_it_is_ours, device.info.nr_hw_queues = bool, 4
+        device.control = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=lambda *_: 0)
+        device.share(memory)
+        def serve(index):
             buffer = memoryview(bytearray(4096))
+            shared = ublk.SharedCopy(memoryview(array.array("Q", [0])), device.shared, index)
             for _ in range(20000):
                 disk.read(0, buffer)
                 disk.write(0, buffer)
+                shared.give(0, buffer)
             served.append(True)
-        threads = [threading.Thread(target=serve) for _ in range(4)]
+        threads = [threading.Thread(target=serve, args=(index,)) for index in range(4)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
+        device.unshare(0)
+        memory.close()
         print(len(served))"""
     free = filter(None, (shutil.which(f"python3.{minor}t") for minor in range(13, 30)))
     for python in sys.executable, *free:
