@@ -2361,6 +2361,7 @@ class Queue:
         timeout: seconds, None: without end. The list is empty where something
         else has come, or nothing.
         """
+        self.rounds += 1
         self.commit()
         self.ring.wait(timeout)
         if self._appended and not self.ring.pending:
@@ -2873,7 +2874,7 @@ PASSING = 3.0  # seconds somebody may look at a disk without being taken for its
 # At every disk, for what is on it
 LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")
 LAST_BREATH = 3.0  # seconds that a server which was told to go, or killed, may live
-GRACE = 2.0  # seconds a worker has to leave its loop when told to
+GRACE = 2.0  # seconds a handler has to return when its worker is told to leave
 
 # What a Device has come to. It goes up from NEW to LIVE, leaving ADDING and
 # ADDED out where it recovers a disk, and down to GONE from wherever it is; by
@@ -3136,14 +3137,17 @@ class Worker(threading.Thread):
         queue = self.queue
         if queue is not None:  # it may be busy with many requests, and hear of nothing else
             queue.leaving = True
-        late = time.monotonic() + GRACE
+        heard = -1
         while self in self.device.serving and not self.given_up:
-            if self.closes or (self.queue is None and self.is_alive()):
-                late = time.monotonic() + GRACE
-            elif time.monotonic() > late:
+            rounds = getattr(self.queue, "rounds", 0)  # in a handler it makes none
+            if self.closes or (self.queue is None and self.is_alive()) or rounds != heard:
+                heard = rounds
+                patience = GRACE  # counted down, as the whole process may be stopped meanwhile
+            elif patience < 0:
                 self.stays_open()
                 break
-            time.sleep(0.005)
+            time.sleep(A_MOMENT)
+            patience -= A_MOMENT
         with self._closing:
             if self.queue is not None:
                 self.given_up = True
@@ -4536,6 +4540,7 @@ class BatchQueue(Queue):
             self._send(UBLK_U_IO_COMMIT_IO_CMDS)
 
     def collect(self, timeout: float | None = None) -> list[int]:
+        self.rounds += 1
         self.commit()
         self.ring.wait(timeout)
         tags: list[int] = []
@@ -4797,7 +4802,6 @@ class RingSelector(selectors.EpollSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Answer the requests there are; return the descriptors that are ready."""
         queue = self.queue
-        queue.rounds += 1
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
         left = bool(queue.waiting) and not queue.closing

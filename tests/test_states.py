@@ -574,6 +574,19 @@ def test_a_disk_ends_though_a_task_of_its_target_blocks(driver, rings, monkeypat
     go.set()
 
 
+def test_a_queue_that_takes_its_time_to_end_is_not_closed_meanwhile(driver, rings, monkeypatch, capsys):
+    """Its thread would go on with a ring that is closed."""
+    async def linger():
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+    monkeypatch.setattr(ublk, "LAST_WORDS", 10)
+    monkeypatch.setattr(ublk, "GRACE", 0.5)
+    target = Lingers(linger)
+    with new(target):
+        pass
+    assert (target.ends, capsys.readouterr().err) == (["target", "task"], "")
+
+
 class Threaded(ublk.Target):
     """Each queue has a thread do something for a request, and another beside the requests."""
 
