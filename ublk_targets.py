@@ -2443,7 +2443,7 @@ class Crashes:
             if settled:
                 count = len(settled)
                 self.seen = {parts[count:] for parts in self.seen if parts[:count] == settled}
-            if settled and is_point:  # a flush may not be for all that is pending
+            if is_point:  # a flush may not be for all that is pending
                 yield from self.look(pending, entry, mark)
         refuse(
             not self.points,

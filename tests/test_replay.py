@@ -625,6 +625,26 @@ def test_what_a_flush_is_not_for_may_be_lost_when_it_has_ended(run, targets, tmp
     assert done.out.startswith("bad at entry 3: flush 1 0: state nothing" if late else "good at ")
 
 
+def test_what_a_flush_is_not_for_may_be_there_without_what_failed_before(targets, tmp_path):
+    """Of which nothing may have become durable."""
+    async def flush():
+        await Pause()
+
+    log = Log(targets, tmp_path / "log", size=8192)
+    log.disk.target.flush = flush
+    write, log.disk.target.write = log.disk.target.write, error
+    assert error_of(now, log.disk.write(0, memoryview(b"x" * 512))) == errno.EIO
+    log.disk.target.write = write
+    flushing = log.disk.flush()
+    flushing.send(None)
+    now(log.disk.write(4096, memoryview(b"y" * 512)))
+    with pytest.raises(StopIteration):
+        flushing.send(None)
+    now(log.disk.close())
+    found = {found_in(crash)[::8] for seed in range(10) for crash in targets.crashes(log.path, seed=seed)}
+    assert found == {b"xy", b"\0y", b"x\0", b"\0\0"}
+
+
 # ---- states of a crash ------------------------------------------------------------------------------
 
 def found_in(crash):
