@@ -1732,6 +1732,8 @@ class Nbd(ublk.Target):
         if self.connection and not self.connection.transport.is_closing():
             self._send(request)
         error = await request.done
+        if request.covers and self.lost:  # another has heard meanwhile, maybe in place of this
+            error = error or errno.EIO
         if error:
             raise OSError(error, os.strerror(error))
         return request.length

@@ -528,6 +528,22 @@ def test_nbd_a_flush_that_the_server_failed_fails_the_next_one_too(targets, here
         assert served(target, work) == [errno.EIO, errno.EIO, 0]
 
 
+def test_nbd_a_flush_fails_where_a_durable_write_has_heard_of_a_loss_meanwhile(targets, here):
+    """It may be another client's, and well for the server, who has told what it knew."""
+    async def work():
+        await target.write(0, PAGE)
+        flush = await flush_under_way(target, fake)
+        cookie, = target.pending
+        fake.ignores, fake.fails = None, WRITE
+        failed = await errno_of(target.write_fua(4096, PAGE))
+        fake.peer.sendall(simple(cookie))
+        return [failed, *[await errno_of(call) for call in (flush, target.flush(), target.flush())]]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, errno.EIO, errno.EIO, 0]
+
+
 @pytest.mark.parametrize("change", ["write_fua", "flush"])
 def test_nbd_what_was_durable_when_a_connection_is_lost_fails_nothing(targets, here, capfd, change):
     async def work():
