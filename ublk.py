@@ -2876,16 +2876,21 @@ LOOKERS = ("(udev-worker) ", "systemd-udevd ", "udevd ", "partx ")
 LAST_BREATH = 3.0  # seconds that a server which was told to go, or killed, may live
 GRACE = 2.0  # seconds a handler has to return when its worker is told to leave
 
-# What a Device has come to. It goes up from NEW to LIVE, leaving ADDING and
-# ADDED out where it recovers a disk, and down to GONE from wherever it is; by
-# LEFT where the disk is to stay.
+# What a Device has come to. It goes up from NEW to LIVE, by ADDING and ADDED where
+# it makes a disk, by MAPPED where it recovers one, and down to GONE from wherever
+# it is; by LEFT where the disk is to stay.
 NEW = "new"
 STARTING = "starting"  # it has asked the kernel for nothing that lasts
 ADDING = "adding"  # the kernel was asked for a device: its identity tells whether it is there
 ADDED = "added"  # the device is there, and ours to delete
+MAPPED = "mapped"  # the disk is not served yet, but up to 6.15 nobody else's any more
 LIVE = "live"  # so is the disk
 LEFT = "left"  # the disk is the next server's
 GONE = "gone"  # the device is gone, or is not ours any more
+
+# What a Worker has come to between NEW and LEFT, when its queue is served no more.
+STARTED = "started"  # the target's start() has returned
+FETCHED = "fetched"  # its tags are parked
 
 RECOVERY_MODES = {
     None: 0,
@@ -3036,9 +3041,8 @@ def integrity_of(target: Any) -> Any:
 class Worker(threading.Thread):
     """The thread that serves one queue, and never leaves a deaf one behind.
 
-    started, fetched, left, closes and given_up tell how far it has come: the
-    target's start() has returned; its tags are parked; its queue is served no
-    more; it closes the target; nobody waits for it any longer.
+    state tells what it has come to (NEW, STARTED, FETCHED, LEFT), closes whether
+    it is closing the target, given_up whether nobody waits for it any longer.
     """
 
     def __init__(self, device: Device, index: int, cpus: set[int]) -> None:
@@ -3047,7 +3051,7 @@ class Worker(threading.Thread):
         self.index = index
         self.cpus = cpus
         self.queue: Queue | None = None  # until it is closed
-        self.started = self.fetched = self.left = False  # how far it has come
+        self.state = NEW
         self.closes = self.given_up = False
         self._closing = threading.Lock()  # held by who closes the queue
 
@@ -3073,8 +3077,8 @@ class Worker(threading.Thread):
         try:
             if hasattr(self.device.target, "start"):
                 queue.call(self.device.target.start, self.index)
-            self.started = True
-            while not (self.device.mapped or queue.leaving):
+            self.state = STARTED
+            while not (self.device.descriptors or queue.leaving):
                 queue.idle()
             queue.collect(0)
             if queue.leaving:  # before a request could come, to be lost
@@ -3087,7 +3091,7 @@ class Worker(threading.Thread):
                 set_admin(True)
             # To a disk that is recovered requests may come at once
             self.device.used |= self.device.recovers
-            self.fetched = True
+            self.state = FETCHED
             queue.run()
         finally:
             if not self.given_up:
@@ -3222,9 +3226,9 @@ class Device:
         self.identity = 0  # what tells it from any other of its number, once there is one
         self.info = ublksrv_ctrl_dev_info()
         self.char_fd = self.wake_fd = self.wake_write = -1
-        self.descriptors: list[mmap.mmap] = []
-        self.mapped = False  # whether they are there for every queue
-        self._files: list[Any] = []  # /dev/ublkcN, and the ends of the pipe that wakes
+        self.descriptors: list[mmap.mmap] = []  # of every queue's requests, or none
+        # /dev/ublkcN, what is mapped of it, and the ends of the pipe that wakes
+        self._files: list[Any] = []
         # Memory shared with clients, by its index: for each queue a view, see ZEROES
         self.shared: dict[int, list[memoryview]] = {}
         self.failure: UblkError | None = None
@@ -3327,8 +3331,8 @@ class Device:
             f"{remedy}, or --force it",
         )
         shape = partial(self._shape, params_of(self.target, self.max_io))
-        steps = self._add, self._open, shape, self._serve, self._go_live, self._scan
-        self._alone(self._go_up, *steps)
+        begin = self._add, self._open, shape
+        self._alone(self._go_up, *begin, self._serve, self._map, self._go_live, self._scan)
 
     def _alone(self, change: Callable[..., None], *words: Any) -> None:
         """Change the state; every other thread that would has to wait.
@@ -3476,12 +3480,7 @@ class Device:
         return next((name for name in names if not DATA_PATHS[name].features & ~known), "copy")
 
     def _serve(self) -> None:
-        """Start a worker for each queue, then map their request descriptors.
-
-        What fails in a worker, the target's start() say, fails before: up to
-        6.15 nobody can recover a disk whose server has mapped some and ended
-        then. Ends when all tags of all queues are fetched.
-        """
+        """Start a worker for each queue. Ends when the target has started in all."""
         self.data_path = next(
             path for path in DATA_PATHS.values() if path.features & ~self.info.flags == 0
         )
@@ -3503,26 +3502,35 @@ class Device:
                     str(error),
                     "allow more threads (ulimit -u, pids.max)",
                 ) from None
-        while not all(worker.started for worker in self._workers):
-            self._pause(0.005)
-        if self.recovers:
-            self._look()  # the target may have taken its time
-        self._map()
-        while not self._all_fetched():
+        while not self._all(STARTED):
             self._pause(0.005)
 
     def _map(self) -> None:
-        """Map the request descriptors of every queue, or where descriptors of files are lacking of none."""
+        """Map the request descriptors of every queue. Ends when all tags of all are fetched.
+
+        What can fail, fails before: up to 6.15 nobody can recover a disk whose
+        server has mapped some and ended then.
+        """
         size = whole_pages(self.info.queue_depth * self.desc_size)
         apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
+        mappings = []
         with contextlib.ExitStack() as reserved:
-            # Python's mmap takes one each
+            # Python's mmap takes a descriptor each: if one is lacking, none is to be mapped
             files = [reserved.enter_context(open(os.devnull)) for _ in self._workers]
             for index, file in enumerate(files):
                 file.close()
                 mapping = map_descriptors(self.char_fd, self.id, size, index * apart)
-                self.descriptors.append(mapping)
-        self.mapped = True
+                self._files.append(mapping)
+                mappings.append(mapping)
+        if self.recovers:
+            self.state = MAPPED
+        self.descriptors = mappings  # for which the workers wait
+        while not self._all(FETCHED):
+            self._pause(0.005)
+
+    def _all(self, state: str) -> bool:
+        """Tell whether every worker has come to that state."""
+        return all(worker.state is state for worker in self._workers)
 
     def report(self, worker: Worker, failure: BaseException | None) -> None:
         """Hear that a worker has ended, of what failure if any.
@@ -3539,7 +3547,7 @@ class Device:
         if not self.serving or self.failure or self.state is not LIVE:
             self._end_waits()
         # None may be about to begin, either, while the disk starts
-        if not self.serving and all(other.left for other in self._workers):
+        if not self.serving and self._all(LEFT):
             self._close_files()
 
     def _named(self, failure: BaseException) -> UblkError:
@@ -3560,9 +3568,8 @@ class Device:
         None that was given up is: the next server may have its files by now.
         """
         with self._lock:
-            worker.left = True
-            closes = self.used and not worker.given_up
-            return closes and all(other.left for other in self._workers)
+            worker.state = LEFT
+            return self.used and not worker.given_up and self._all(LEFT)
 
     def _wake_workers(self) -> None:
         """Tell every queue to leave its loop; a worker's report may close the pipe meanwhile."""
@@ -3625,8 +3632,9 @@ class Device:
         prepare: called when no other server can have the disk any more.
         """
         self.recovers = True
-        begin = self._await_end_of_server, self._open, prepare
-        self._alone(self._go_up, *begin, self._adopt, self._serve, self._go_live)
+        begin = self._await_end_of_server, self._open, prepare, self._adopt, self._serve
+        # Once more, as the target may have taken its time
+        self._alone(self._go_up, *begin, self._look, self._map, self._go_live)
 
     def _adopt(self) -> None:
         """Have the target be as the disk is."""
@@ -3867,9 +3875,6 @@ class Device:
             self.state = LEFT
         self._let_go()
 
-    def _all_fetched(self) -> bool:
-        return all(worker.fetched for worker in self._workers)
-
     def _refuse_handlers(self) -> None:
         refuse(
             threading.current_thread() in self._workers,
@@ -3909,16 +3914,13 @@ class Device:
         """
         if self.state is GONE:
             return
-        halfway = (
-            self.state is STARTING
-            and self.mapped
-            and not self.failure
-            and not (self.control.features or 0) & UBLK_F_QUIESCE
-        )
-        # Nobody else could recover it then, and up to 6.6 this process would not end
-        if halfway and becomes(self._all_fetched, GRACE):
-            with contextlib.suppress(UblkError):
-                self.control.end_user_recovery(self.id, os.getpid())
+        if self.state is MAPPED:
+            # Up to 6.15 nobody else could recover it, and up to 6.6 this process would not end
+            halfway = not (self.control.features or 0) & UBLK_F_QUIESCE
+            if halfway and becomes(partial(self._all, FETCHED), GRACE):
+                with contextlib.suppress(OSError):
+                    self.control.end_user_recovery(self.id, os.getpid())
+            self.state = LEFT
         self._wake_workers()
         for worker in self._workers:
             worker.give_up()
@@ -3972,7 +3974,7 @@ class Device:
                 for view in views:
                     view.release()
             self.char_fd = self.wake_write = -1
-            for file in (*self._files, *self.descriptors):
+            for file in self._files:
                 file.close()
 
 

@@ -310,8 +310,8 @@ def test_a_device_that_was_stopped_before_its_start_is_not_started(capfd):
     class Hasty(ublk.Device):
         """Somebody stops the device between FETCH and START_DEV."""
 
-        def _serve(self):
-            super()._serve()
+        def _map(self):
+            super()._map()
             with ublk.Control() as control:
                 control.stop_dev(self.id)
             assert self.wait(60)

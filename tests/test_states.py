@@ -146,6 +146,13 @@ def driver(monkeypatch):
     until(lambda: not any(thread.name.startswith("ublk7q") for thread in threading.enumerate()), seconds=10)
 
 
+def fetched(worker):
+    """What a worker does until its queue is served."""
+    worker.state = ublk.STARTED
+    until(lambda: worker.device.descriptors)
+    worker.state = ublk.FETCHED
+
+
 def new(target=None, **options):
     return ublk.Device(target or Target(), unprivileged=False, **options)
 
@@ -444,7 +451,7 @@ def test_a_handler_of_a_request_cannot_stop_its_disk(driver, monkeypatch, end):
     disk, live, told = new(), threading.Event(), []
 
     def serve(worker):
-        worker.started = worker.fetched = True
+        fetched(worker)
         live.wait()
         told.append(error_of(end, disk))
 
@@ -802,7 +809,7 @@ def test_a_start_that_is_interrupted_leaves_nothing_of_queues_that_wait(
     class Waits(ublk.Null):
         def start(self, index):
             if index:
-                until(lambda: disk._workers[0].started)
+                until(lambda: disk._workers[0].state is not ublk.NEW)
                 disk.interrupt("it rains")
 
     class Awaits(Waits):
@@ -1291,19 +1298,44 @@ def test_a_disk_that_is_stopped_while_its_target_is_not_ready_is_not_served(
     assert (mapped, waiting.sent, ublk.load_state(7)) == ([], ["start_user_recovery"], {})
 
 
-@pytest.mark.parametrize("since", ["6.1", "6.16"])
-def test_a_recovery_that_is_interrupted_halfway_is_ended_before_the_disk_is_left(
-        since, waiting, monkeypatch):
-    """Up to 6.15 nobody could recover the disk any more."""
+@pytest.fixture
+def halfway(waiting, monkeypatch):
+    """A disk whose recovery is interrupted when its queues are mapped."""
     def interrupted(*_):
         disk.interrupt("it rains")
         return mmap.mmap(-1, 4096)
-    if since == "6.1":
-        waiting.features &= ~ublk.UBLK_F_QUIESCE
     monkeypatch.setattr(ublk, "map_descriptors", interrupted)
     disk = new(id=7)
-    assert "it rains" in message(disk.resume)
+    yield disk
+
+
+@pytest.mark.parametrize("since", ["6.1", "6.16"])
+@pytest.mark.parametrize("happens", [bool, lambda: os.close(-1)], ids=["well", "not"])
+def test_a_recovery_that_is_interrupted_halfway_is_ended_before_the_disk_is_left(
+        happens, since, waiting, halfway):
+    """Up to 6.15 nobody could recover the disk any more."""
+    if since == "6.1":
+        waiting.features &= ~ublk.UBLK_F_QUIESCE
+    waiting.happens["end_user_recovery"] = happens
+    assert "it rains" in message(halfway.resume)
     assert waiting.sent[1:] == ["end_user_recovery"] * (since == "6.1")
+    assert halfway.state is ublk.GONE
+
+
+def test_a_recovery_whose_end_is_interrupted_is_not_ended_again(waiting, halfway, monkeypatch):
+    """On 6.12 the disk would be there without a server, and nobody's to recover."""
+    def serve(worker):
+        fetched(worker)
+        over.wait()
+    over = threading.Event()
+    waiting.features &= ~ublk.UBLK_F_QUIESCE
+    monkeypatch.setattr(ublk.Worker, "serve", serve)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ublk.Worker, "give_up", lambda worker: interrupts())
+        halfway.resume()
+    monkeypatch.setattr(ublk.Worker, "give_up", lambda worker: over.set())
+    halfway.stop()
+    assert waiting.sent[1:] == ["end_user_recovery"]
 
 
 def test_a_signal_ends_a_recovery_whose_target_is_never_made(waiting, handlers):
@@ -1388,7 +1420,7 @@ class Unfetched(Parked):
 
     def fetch(self):
         if self.index:
-            until(lambda: self.device._workers[0].fetched)
+            until(lambda: self.device._workers[0].state is not ublk.STARTED)
             fails()
 
 
@@ -1428,7 +1460,7 @@ def test_nothing_is_mapped_before_every_target_has_started(lacks, three_queues, 
                 settled()
 
     def settled():
-        until(lambda: disk._workers[0].started)
+        until(lambda: disk._workers[0].state is not ublk.NEW)
         fails()
 
     def begin(worker, begin=ublk.Worker.start):
@@ -1451,7 +1483,7 @@ def test_nothing_is_mapped_before_every_target_has_started(lacks, three_queues, 
 
 def test_nothing_is_mapped_where_descriptors_lack_for_a_part(three_queues, monkeypatch):
     def start(index):
-        until(lambda: all(worker.started for worker in disk._workers[:index]))
+        until(lambda: all(worker.state is ublk.STARTED for worker in disk._workers[:index]))
         if index == 2:
             spare = os.dup(0)
             os.close(spare)
@@ -1577,7 +1609,7 @@ def test_the_busy_queue_of_a_quiesced_disk_ends_by_itself(driver, monkeypatch):
     quiesced, told = threading.Event(), []
 
     def serve(worker):
-        worker.started = worker.fetched = True
+        fetched(worker)
         quiesced.wait()
         if worker.index:
             told.extend(select.select([worker.device.wake_fd], [], [], 0.2)[0])
