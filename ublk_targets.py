@@ -2324,7 +2324,9 @@ class Record(Wrapper, ublk.Target):
             if hasattr(self.target, name):
                 await super().call(name, *args)
         except BaseException as failure:
-            error = getattr(failure, "errno", 0) or errno.EIO
+            error = getattr(failure, "errno", 0)
+            if error not in errno.errorcode:  # as of a name that is not found
+                error = errno.EIO
             raise
         finally:
             self._append(name, data, offset, length, error)

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -333,18 +334,24 @@ def test_a_log_has_a_limit_and_holds_all_that_was_done_until_then(run, targets, 
 def test_a_change_that_failed_is_in_the_log_as_such(run, targets, tmp_path):
     class Failing(Recorder):
         def write(self, offset, buffer):
-            raise OSError(errno.EIO, "bad sector")
+            raise OSError(errno.ENOSPC, "no room")
 
         def flush(self):
             raise RuntimeError("no errno")
 
+        def discard(self, offset, length):
+            raise socket.gaierror(socket.EAI_NONAME, "no errno either")
+
     disk = targets.Record(str(tmp_path / "log"), Failing())
-    assert error_of(now, disk.write(4096, memoryview(b"x" * 512))) == errno.EIO
+    assert error_of(now, disk.write(4096, memoryview(b"x" * 512))) == errno.ENOSPC
     with pytest.raises(RuntimeError):
         now(disk.flush())
+    with pytest.raises(socket.gaierror):
+        now(disk.discard(0, 512))
     now(disk.close())
     lines = [line.split() for line in run("replay", tmp_path / "log").out.splitlines()]
-    assert lines == [["1", "write", "4096", "512", "EIO"], ["2", "flush", "1", "0", "EIO"]]
+    assert lines == [["1", "write", "4096", "512", "ENOSPC"], ["2", "flush", "1", "0", "EIO"],
+                     ["3", "discard", "0", "512", "EIO"]]
 
 
 @pytest.fixture
