@@ -2392,7 +2392,7 @@ class Crash(NamedTuple):
     """What a crash may leave of a disk.
 
     path: an image of the disk, to be used at will until the next crash
-    entry: the last one of the log before the crash
+    entry: the last one of the log before the crash; a flush or FUA write may have been under way
     mark: the last mark before it
     state: "all" of what was written, "nothing" that was not flushed, or the number of a state in
         which each write that was not flushed is there, absent or torn, at random
