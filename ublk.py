@@ -6344,9 +6344,13 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     if child == 0:
         to_the_end(reader, run, started)
     started.hang_up()
-    end = os.pidfd_open(child)
     passed: list[int] = []
-    on_signals(lambda number, frame: passed.append(pass_on(number, end)))
+
+    def pass_on(number: int, frame: Any = None) -> None:
+        passed.append(number)
+        os.kill(child, number)  # which is nobody else before it is waited for
+
+    on_signals(pass_on)
     heard = select.poll()  # for select() there may be too many descriptors
     heard.register(reader, select.POLLIN)
     # Not without end: a signal that comes just before would not be passed on
@@ -6358,7 +6362,7 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     if news == b"live":
         if not passed:
             return 0
-        pass_on(passed[0], end)  # it may have been ignored, or lost, while the target was made
+        pass_on(passed[0])  # it may have been ignored, or lost, while the target was made
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     clean_up(identity)
     if news == b"failed":
@@ -6368,13 +6372,6 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
         raise UblkError(errno.ECHILD, what, f"exit status {code}")
     remedy = "" if -code in STOP_SIGNALS else "see the kernel's log"
     raise UblkError(errno.ECHILD, what, f"killed by signal {-code}", remedy)
-
-
-def pass_on(number: int, process: int) -> int:
-    """Send a signal to a process that may have ended, of which we have a pidfd. Returns its number."""
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, number)
-    return number
 
 
 def clean_up(identity: int) -> None:

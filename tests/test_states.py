@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -1180,14 +1181,18 @@ def test_what_nohup_ignores_stays_ignored(handlers):
     assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler
 
 
-def test_a_signal_for_a_server_that_has_ended_is_for_nobody():
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    end = os.pidfd_open(child)
-    os.waitpid(child, 0)
-    ublk.pass_on(signal.SIGTERM, end)
-    os.close(end)
+def test_a_signal_for_a_server_that_has_ended_is_for_nobody(handlers, monkeypatch):
+    """Also with a Python that has no pidfd_open(), as its headers were of an older Linux."""
+    def signalled(*words, call):
+        outcome = call(*words)
+        signal.raise_signal(signal.SIGTERM)
+        return outcome
+
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    for name in "read", "waitpid":
+        monkeypatch.setattr(os, name, partial(signalled, call=getattr(os, name)))
+    started = ublk.Started(SimpleNamespace(json=False, background=True, trace=None))
+    assert error_of(ublk.in_background, lambda: os._exit(3), started, 0) == errno.ECHILD
 
 
 def test_a_state_file_that_cannot_be_written_does_not_end_a_server(driver, monkeypatch, capsys):
