@@ -6607,7 +6607,6 @@ def quiesce(options: Any) -> None:
             return False
 
         try:
-            control.quiesce_dev(options.id, options.timeout)
             left = becomes(has_left, SERVER_TIMEOUT + options.timeout)
         except KeyboardInterrupt:
             remedy = "its I/O waits until you try again, or end its server"
