@@ -6253,25 +6253,21 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
 
     on_signals(lambda number, _: device.interrupt(f"ended by {signal.Signals(number).name}"))
     device.follows = True
-    channel: Any = contextlib.nullcontext()
-    if os.environ.get("NOTIFY_SOCKET"):
-        # As long as descriptors can be had: systemd ends who does not tell it in time
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with channel:
+    with notifier() as notify:
         start()
         try:
             with device:  # whatever happens now, the disk does not stay behind without a server
-                serve_started(device, started, channel)
+                serve_started(device, started, notify)
         finally:
             # Not by a listing: descriptors may have run out
             if not os.path.exists(f"/dev/ublkc{device.id}"):
                 forget_state(device.id)
 
 
-def serve_started(device: Device, started: Started, channel: socket.socket) -> None:
+def serve_started(device: Device, started: Started, notify: Callable[[str], bool]) -> None:
     """Tell that the disk is there, and serve it.
 
-    channel: what systemd is told through.
+    notify: tells systemd.
 
     One that was there before waits for another server where nobody can be told.
     """
@@ -6286,12 +6282,12 @@ def serve_started(device: Device, started: Started, channel: socket.socket) -> N
     # not end it.
     pause = min(watchdog() / 2 or 1.0, 1.0)
     while True:
-        if notify(channel, news):
+        if notify(news):
             news = "WATCHDOG=1"
         if device.wait(pause):
             break
         device.follow_size()
-    notify(channel, "STOPPING=1")
+    notify("STOPPING=1")
     if not device.interrupted and device.failure is None:
         device.detach()
 
@@ -6302,21 +6298,28 @@ def watchdog() -> float:
     return int(text) / 1e6 if text.isdecimal() else 0.0
 
 
-def notify(channel: socket.socket, message: str) -> bool:
-    """Tell systemd (sd_notify(3)), where it started us and asked to be told.
+@contextlib.contextmanager
+def notifier() -> Iterator[Callable[[str], bool]]:
+    """Give what tells systemd a message (sd_notify(3)), where it started us and asked to be told.
 
-    Nobody there, or nobody reading, is no reason to take a disk away. Returns
-    False where it could not be told now.
+    Nobody there, or nobody reading, is no reason to take a disk away: it returns
+    False where systemd could not be told now.
     """
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        if address[0] == "@":
-            address = f"\0{address[1:]}"
-        try:
-            channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
-        except OSError:
-            return False
-    return True
+    address = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
+    if not address:
+        yield bool
+        return
+    # As long as descriptors can be had: systemd ends who does not tell it in time
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+
+        def notify(message: str) -> bool:
+            try:
+                channel.sendto(message.encode(), socket.MSG_DONTWAIT, address)
+            except OSError:
+                return False
+            return True
+
+        yield notify
 
 
 def open_descriptors() -> dict[int, str]:

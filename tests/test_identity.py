@@ -290,7 +290,8 @@ def test_only_the_first_letter_makes_an_abstract_address(monkeypatch, tmp_path, 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind("\0" + address[1:] if address.startswith("@") else address)
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-        ublk.notify(channel, "READY=1")
+        with ublk.notifier() as notify:
+            notify("READY=1")
         assert channel.recv(64, socket.MSG_DONTWAIT) == b"READY=1"
 
 

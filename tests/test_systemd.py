@@ -41,12 +41,14 @@ def test_a_notify_socket_that_is_not_there_does_no_harm(tmp_path):
     told = tmp_path / "told"
 
     def change():
-        def notify(channel, message, notify=ublk.notify):
-            with open(told, "a", encoding="utf-8") as file:
-                file.write(f"{message}\n")
-            return notify(channel, message)
+        def serve_started(disk, started, notify, serve_started=ublk.serve_started):
+            def noted(message):
+                with open(told, "a", encoding="utf-8") as file:
+                    file.write(f"{message}\n")
+                return notify(message)
+            serve_started(disk, started, noted)
         os.environ.update(NOTIFY_SOCKET=str(tmp_path / "nobody"), WATCHDOG_USEC="20000")
-        replace(ublk, notify=notify)
+        replace(ublk, serve_started=serve_started)
     with Forked("null", change=change) as disk:
         until(lambda: told.exists() and told.read_text().count("READY") > 1, "another attempt")
         assert disk.kill(signal.SIGTERM) == 0 and disk.said() == ""
@@ -55,9 +57,9 @@ def test_a_notify_socket_that_is_not_there_does_no_harm(tmp_path):
 
 def test_systemd_hears_of_readiness_when_it_has_room_for_more(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, ublk.notifier() as notify:
         systemd.bind(str(tmp_path / "notify"))
-        while ublk.notify(systemd, "another's"):
+        while notify("another's"):
             pass
 
         def wait(pause, looks=iter([False, True])):
@@ -68,7 +70,7 @@ def test_systemd_hears_of_readiness_when_it_has_room_for_more(tmp_path, monkeypa
             return ended
 
         disk = SimpleNamespace(path="/dev/ublkb0", interrupted="signal", wait=wait, follow_size=bool)
-        ublk.serve_started(disk, SimpleNamespace(live=bool), systemd)
+        ublk.serve_started(disk, SimpleNamespace(live=bool), notify)
         assert systemd.recv(4096) == b"READY=1\nSTATUS=serving /dev/ublkb0"
         assert systemd.recv(4096) == b"STOPPING=1"
 
@@ -91,8 +93,8 @@ def test_systemd_hears_of_a_server_that_has_no_descriptors_left(tmp_path):
 
 def test_a_notify_socket_that_nobody_reads_does_no_harm(tmp_path, monkeypatch):
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, ublk.notifier() as notify:
         systemd.bind(str(tmp_path / "notify"))
         for _ in range(1000):               # more than the queue of any socket holds
-            ublk.notify(systemd, "WATCHDOG=1")
+            notify("WATCHDOG=1")
         assert systemd.recv(100) == b"WATCHDOG=1"
