@@ -2065,9 +2065,11 @@ class Zoned(ublk.Target):
             for zone in written:
                 zone.kept = zone.start  # so that where this fails the next flush notes all, too
             # At once, or who is killed meanwhile leaves some that only seem empty
-            entries = bytes(ZONE_ENTRY.size * len(zones)) if written else b""
+            entries = bytes(ZONE_ENTRY.size * len(zones))
             try:
-                write_all(self.disk.fd, entries, self._place(zones[0]), os.RWF_DSYNC)
+                if written:
+                    write_all(self.disk.fd, entries, self._place(zones[0]), os.RWF_DSYNC)
+                    os.fdatasync(self.disk.fd)  # for FUSE with direct_io ends without
             except OSError:
                 self.lost = True  # maybe data of other zones: the kernel tells of them but once
                 for zone in written:

@@ -178,15 +178,19 @@ def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 8192
 
 
-@pytest.fixture
-def bad_table(monkeypatch):
+@pytest.fixture(params=["pwritev", "fdatasync"])
+def bad_table(monkeypatch, request):
     """What makes the table of zones durable fails, and the kernel takes that for written."""
-    def write(fd, buffers, offset, flags=0, call=os.pwritev):
+    def pwritev(fd, buffers, offset, flags=0, call=os.pwritev):
         count = call(fd, buffers, offset)
         if flags & os.RWF_DSYNC:
             raise OSError(errno.EIO, "bad sector")
         return count
-    return lambda patch=monkeypatch: patch.setattr(os, "pwritev", write)
+
+    def fdatasync(fd):                          # with direct_io of FUSE nothing else tells
+        raise OSError(errno.EIO, "bad sector")
+    fails = {"pwritev": pwritev, "fdatasync": fdatasync}[request.param]
+    return lambda patch=monkeypatch: patch.setattr(os, request.param, fails)
 
 
 def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, bad_table):
