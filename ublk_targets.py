@@ -277,11 +277,6 @@ class Loop(Mapped, ublk.Target):
         await ublk.uring_fsync(self.fd, datasync=True)
         await ublk.uring_fsync(self.flushed, datasync=True)
 
-    def sync(self) -> None:
-        """Do what a flush does, without a queue."""
-        os.fdatasync(self.fd)
-        os.fdatasync(self.flushed)
-
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, or convert to zeroes, where there is neither write them."""
         mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
@@ -883,9 +878,9 @@ class Cow(ublk.Target):
         self._seal(seen)
 
     def close(self) -> None:
-        self.top.sync()
+        os.fdatasync(self.top.fd)
         self._keep(self.fresh)
-        self.top.sync()
+        os.fdatasync(self.top.fd)
         self.top.close()
         self.below.close()
 

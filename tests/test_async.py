@@ -1158,10 +1158,6 @@ def test_a_flush_is_one_of_both_openings(spoilt):
     assert serve(spoilt, depth=1, operation=FLUSH).answers == [(0, -errno.EINVAL)]
 
 
-def test_an_end_makes_durable_what_both_openings_know(spoilt):
-    assert error_of(spoilt.sync) == errno.EINVAL
-
-
 @pytest.mark.parametrize("promise", ["a text", object(), concurrent.futures.Future(), (_ for _ in "")],
                          ids=lambda promise: type(promise).__name__)
 @pytest.mark.parametrize("operation, name", [(FLUSH, "flush"), (WRITE, "write")])

@@ -235,6 +235,15 @@ def test_of_two_flushes_at_once_each_waits_for_the_marks(targets, tmp_path):
     cow.close()
 
 
+def test_the_end_of_an_overlay_makes_its_data_durable_and_then_its_marks(targets, tmp_path, monkeypatch):
+    cow, seen = targets.Cow(*overlay_of(targets, tmp_path)), []
+    written, top = cow.blocks(0, 512), cow.top.fd
+    cow._mark(written)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: seen.append((fd, cow._marks(written))))
+    cow.close()
+    assert seen == [(top, targets.OURS), (top, targets.KEPT)]
+
+
 def kill_overlays(directory, rounds, progress=bool):
     """Kill servers of an overlay at random moments, also while they start; return what was written."""
     base, overlay = directory / "base.img", directory / "overlay.cow"
