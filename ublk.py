@@ -1790,7 +1790,7 @@ class Null(Target):
         length = queue.sectors[tag] * SECTOR
         queue.prepare(tag, length)
         if operation == UBLK_IO_OP_READ:
-            queue.path.give(tag, memoryview(ZEROES)[:length])
+            queue.path.give(tag, zeroes(length))
             if not queue.path.lasting:
                 queue.served[tag] = -1
 
@@ -1832,15 +1832,23 @@ A_MOMENT = 0.01  # seconds between looks at a queue that ends
 # Memory that is never used need not exist; mmap names it from Python 3.11 on
 MAP_NORESERVE = 0x4000
 
-# As many as the largest request has; private pages that are only read take no
-# memory. Whoever needs some makes a view: a free-threaded Python miscounts the
-# parts of one that threads share, and releases it under them.
-ZEROES = mmap.mmap(-1, 1 << UBLK_IO_BUF_BITS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
 
 def private_memory(size: int) -> mmap.mmap:
     """Return memory of this process, in whole pages that do not exist before they are used."""
     return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+
+
+# As many as the largest request has; pages that are only read take no memory
+ZEROES = private_memory(1 << UBLK_IO_BUF_BITS)
+
+
+def zeroes(count: int) -> memoryview:
+    """Return so many, in a view of its own.
+
+    For a free-threaded Python miscounts the parts of one that threads share,
+    and releases it under them.
+    """
+    return memoryview(ZEROES)[:count]
 
 
 class MappedCopy:
@@ -2295,7 +2303,7 @@ class Queue:
                 flags = self.flags[tag]
                 simple = path.lasting and not flags & NOT_BY_BUFFER
                 length = self.sectors[tag] * SECTOR
-                blank = memoryview(ZEROES)[:length]
+                blank = zeroes(length)
                 reads = flags & 0xFF == UBLK_IO_OP_READ
                 move = read if reads else write
                 memory = path.view if reads else path.written
@@ -2534,7 +2542,7 @@ class Queue:
             buffer = path.buffer(tag, length)
         else:
             buffer = self._own(tag, length)
-        buffer[:] = memoryview(ZEROES)[:length]
+        buffer[:] = zeroes(length)
         read = self.target.read
         await transfer(read, read(offset, buffer[:]), offset, buffer)
         path.give(tag, buffer)
@@ -3229,7 +3237,7 @@ class Device:
         self.descriptors: list[mmap.mmap] = []  # of every queue's requests, or none
         # /dev/ublkcN, what is mapped of it, and the ends of the pipe that wakes
         self._files: list[Any] = []
-        # Memory shared with clients, by its index: for each queue a view, see ZEROES
+        # Memory shared with clients, by its index: for each queue a view, see zeroes()
         self.shared: dict[int, list[memoryview]] = {}
         self.failure: UblkError | None = None
         self.interrupted = ""  # why it is to end, where somebody has said so

@@ -123,7 +123,7 @@ def clear(fd: int, offset: int, length: int) -> None:
         if error.errno not in UNSUPPORTED:
             raise
         for at, count in pieces(offset, length):
-            write_all(fd, memoryview(ublk.ZEROES)[:count], at)
+            write_all(fd, ublk.zeroes(count), at)
 
 
 def closes_with(owner: object, fd: int) -> Any:
@@ -288,8 +288,7 @@ class Loop(Mapped, ublk.Target):
             if error.errno not in UNSUPPORTED:
                 raise
         for at, count in pieces(offset, length):
-            zeroes = memoryview(ublk.ZEROES)[:count]
-            await moved(self.store, at, zeroes)
+            await moved(self.store, at, ublk.zeroes(count))
 
     async def _discard(self, offset: int, length: int) -> None:
         import asyncio
