@@ -2173,7 +2173,7 @@ class Queue:
         self.requests = self.kept(longs[::apart])
         self.starts = self.kept(longs[1::apart])
         self.shared_addresses = self.kept(longs[2::apart])
-        self.shared = SharedCopy(self.shared_addresses, device.shared, self.index)
+        self.shared = SharedCopy(self.shared_addresses, device.shared[self.index])
 
     def kept(self, view: memoryview) -> memoryview:
         """Have the end of the queue release a view of memory that is not its own."""
@@ -3237,8 +3237,8 @@ class Device:
         self.descriptors: list[mmap.mmap] = []  # of every queue's requests, or none
         # /dev/ublkcN, what is mapped of it, and the ends of the pipe that wakes
         self._files: list[Any] = []
-        # Memory shared with clients, by its index: for each queue a view, see zeroes()
-        self.shared: dict[int, list[memoryview]] = {}
+        # Of each queue: views of its own, see zeroes(), of memory shared with clients, by its index
+        self.shared: list[dict[int, memoryview]] = []
         self.failure: UblkError | None = None
         self.interrupted = ""  # why it is to end, where somebody has said so
         self.state = NEW
@@ -3498,6 +3498,7 @@ class Device:
         for index in range(self.info.nr_hw_queues):
             cpus = self.control.get_queue_affinity(self.id, index)
             self._workers.append(Worker(self, index, cpus & os.sched_getaffinity(0)))
+            self.shared.append({})
         for worker in self._workers:
             try:
                 self.serving.add(worker)
@@ -3788,10 +3789,10 @@ class Device:
         Raises UblkError; needs share_memory=True.
         """
         self._see_that_it_is_ours()
-        views = [memoryview(memory) for _ in range(self.info.nr_hw_queues)]
         with self._changes:
             index = self.control.reg_buf(self.id, address_of(memory), len(memory), read_only)
-            self.shared[index] = views
+            for memories in self.shared:
+                memories[index] = memoryview(memory)
         return index
 
     def unshare(self, index: int) -> None:
@@ -3799,8 +3800,8 @@ class Device:
         self._see_that_it_is_ours()
         with self._changes:  # the driver may give its index to another
             self.control.unreg_buf(self.id, index)
-            for view in self.shared.pop(index):
-                view.release()
+            for memories in self.shared:
+                memories.pop(index).release()
 
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16).
@@ -3978,8 +3979,8 @@ class Device:
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""
         with self._lock:
-            for views in self.shared.values():
-                for view in views:
+            for memories in self.shared:
+                for view in memories.values():
                     view.release()
             self.char_fd = self.wake_write = -1
             for file in self._files:
@@ -4414,19 +4415,16 @@ class SharedCopy(MappedCopy):
     may have such requests among the others.
     """
 
-    def __init__(
-        self, addresses: memoryview, memories: dict[int, list[memoryview]], index: int
-    ) -> None:
+    def __init__(self, addresses: memoryview, memories: dict[int, memoryview]) -> None:
         self.places = addresses
         self.memories = memories
-        self.index = index
 
     def buffer(self, tag: int, length: int) -> memoryview:
         """Return the request's memory, which is its client's, too."""
         index, start = divmod(self.places[tag], 1 << 32)
         # Clients may use it before share() has heard of its index
         becomes(lambda: index in self.memories, GRACE)
-        return self.memories[index][self.index][start : start + length]
+        return self.memories[index][start : start + length]
 
 
 # What the command line and Device call the data paths, best first.

@@ -53,7 +53,7 @@ class StandIn:
     """What a queue needs of a device, without a driver: every tag has a READ of 4 KiB."""
 
     def __init__(self, target, depth=4, operation=ublk.UBLK_IO_OP_READ, trace=None):
-        self.target, self.id, self.zoned, self.share_memory, self.shared = target, 0, False, False, {}
+        self.target, self.id, self.zoned, self.share_memory, self.shared = target, 0, False, False, [{}]
         self.info = SimpleNamespace(queue_depth=depth, max_io_buf_bytes=65536, flags=0)
         self.control = SimpleNamespace(legacy=False)
         self.trace = trace

@@ -601,8 +601,8 @@ def moves_shared_memory(memory, target, **options):
 
 def test_memory_is_found_though_its_server_hears_of_it_after_its_client():
     late = {}
-    shared = ublk.SharedCopy(memoryview(array.array("Q", [3 << 32 | 512])), late, 0)
-    threading.Timer(0.05, lambda: late.update({3: [memoryview(b"." * 512 + b"m" * 512)]})).start()
+    shared = ublk.SharedCopy(memoryview(array.array("Q", [3 << 32 | 512])), late)
+    threading.Timer(0.05, lambda: late.update({3: memoryview(b"." * 512 + b"m" * 512)})).start()
     assert shared.data(0, 512) == b"m" * 512
 
 
@@ -634,12 +634,12 @@ def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory, monke
         threads[0].start()
         threads[0].join(0.05)
 
-    device.control, device.info.nr_hw_queues = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=unregister), 2
+    device.control, device.shared = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=unregister), [{}, {}]
     monkeypatch.setattr(device, "_see_that_it_is_ours", bool)
     device.share(memory.ours)
     device.unshare(0)
     threads[0].join()
-    of_one_queue, of_the_other = device.shared.pop(0)
+    of_one_queue, of_the_other = (memories.pop(0) for memories in device.shared)
     assert of_one_queue == of_the_other == memory.ours and of_one_queue is not of_the_other
 
 

@@ -68,12 +68,12 @@ def test_queues_without_a_global_lock_share_no_view():
         from types import SimpleNamespace
         disk, served, memory = ublk_targets.Ram(size=1 << 20), [], mmap.mmap(-1, 4096)
         device = ublk.Device(disk, share_memory=True)
-        device._see_that_it_is_ours, device.info.nr_hw_queues = bool, 4
+        device._see_that_it_is_ours, device.shared = bool, [{} for _ in range(4)]
         device.control = SimpleNamespace(reg_buf=lambda *_: 0, unreg_buf=lambda *_: 0)
         device.share(memory)
         def serve(index):
             buffer = memoryview(bytearray(4096))
-            shared = ublk.SharedCopy(memoryview(array.array("Q", [0])), device.shared, index)
+            shared = ublk.SharedCopy(memoryview(array.array("Q", [0])), device.shared[index])
             for _ in range(20000):
                 disk.read(0, buffer)
                 disk.write(0, buffer)

@@ -1530,7 +1530,7 @@ def test_a_device_that_is_gone_commands_no_other_of_its_number(driver, monkeypat
     disk, sent = new(), []
     with disk:
         pass
-    disk.shared[0] = [memoryview(b"")]
+    disk.shared[0][0] = memoryview(b"")
     driver.devices[7] = 99
     monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
     disk.target.resized = sent.append
