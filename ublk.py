@@ -3108,6 +3108,7 @@ class Worker(threading.Thread):
     def end(self, queue: Queue) -> None:
         """End the queue's loop; with the last one, a target whose close() needs it."""
         queue.closing = True
+        alone = True
         try:
             # Up to 6.12 this thread would be given what comes as its ring goes, if it
             # still could: requests that then are nobody's, and never end
@@ -3119,15 +3120,17 @@ class Worker(threading.Thread):
                 if self.device.last_to_leave(self):
                     self.closes = True
                     # So may threads, and tasks of the other queues, until they have ended
-                    becomes(lambda: self.device.serving == {self} and not queue.threads, GRACE)
-                    if self.device.used and not queue.is_in_use():
+                    alone = becomes(
+                        lambda: self.device.serving == {self} and not queue.threads, GRACE
+                    )
+                    if alone and self.device.used and not queue.is_in_use():
                         queue.call(close)
         finally:
             self.closes = False
             try:
                 queue.wind_up()
             finally:
-                if queue.is_in_use():
+                if queue.is_in_use() or not alone:
                     # But by them, who knows how long: it is not closed
                     self.device.used = False
                     self.stays_open()

@@ -571,14 +571,16 @@ def test_a_target_is_closed_behind_the_tasks_of_other_queues(driver, rings):
     assert target.ends == ["task", "target", "task"]
 
 
-def test_a_disk_ends_though_a_task_of_its_target_blocks(driver, rings, monkeypatch):
+@pytest.mark.parametrize("queues, ends", [(1, ["target"]), (2, [])])
+def test_a_disk_ends_though_a_task_of_its_target_blocks(driver, rings, monkeypatch, queues, ends):
+    """A task of another queue could go on with files that are closed."""
     async def block():
         go.wait(20)
     monkeypatch.setattr(ublk, "GRACE", 0.1)
     go, target = threading.Event(), Lingers(block)
-    with new(target):
+    with new(target, queues=queues):
         pass
-    assert target.ends == ["target"]
+    assert target.ends == ends
     go.set()
 
 
