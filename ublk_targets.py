@@ -2423,6 +2423,7 @@ class Crashes:
         self.size, self.block = self.log.header()
         self.entries = list(itertools.islice(self.log.entries(), self.to))
         self.points = 0  # crash points so far
+        self.doubtful = 0  # the last entry that a flush has failed for
         self.seen: set[tuple[Part, ...]] = set()  # states of the last one
         self.settled: list[tuple[int, int]] = []  # where disk has changed: offset and length
 
@@ -2495,14 +2496,17 @@ class Crashes:
         return Part(entry, entry.offset + begin, end - begin)
 
     def outcome(self, entry: Entry) -> Part:
-        """Return what there is of a change in the end; drawn for one that failed."""
-        if entry.error:
+        """Return what there is of a change in the end; drawn where it, or a flush for it, has failed."""
+        if entry.error or (entry.number <= self.doubtful and not lasts(entry)):
             return self.torn(entry, random.Random(f"{self.seed} {entry.number}"))
         return whole(entry)
 
     def settle(self, pending: list[Entry], last: Entry) -> tuple[Part, ...]:
         """Do to the disk what no crash takes back after this entry; return it."""
-        covered = last.offset if last.kind == "flush" and not last.error else 0
+        covered = last.offset if last.kind == "flush" else 0
+        if last.error:
+            self.doubtful = max(self.doubtful, covered)
+            covered = 0
         parts = []
         while pending and (pending[0].number <= covered or lasts(pending[0])):
             part = self.outcome(pending.pop(0))

@@ -386,6 +386,23 @@ def test_what_a_write_that_failed_left_may_be_anything_and_a_flush_makes_it_last
     assert all(len(left) == 1 for left in after)
 
 
+def test_what_a_flush_has_failed_for_may_be_lost_though_the_next_one_went_well(targets, tmp_path):
+    """As who asks for it once more and goes on must learn. What was durable by itself is there."""
+    log = Log(targets, tmp_path / "log", size=8192)
+    log.do("write", 0, memoryview(b"x" * 512))
+    now(log.disk.call("write_fua", 2048, memoryview(b"z" * 512)))
+    log.disk.target.flush = error
+    assert error_of(now, log.disk.flush()) == errno.EIO
+    log.disk.target.flush = lambda: None
+    log.do("write", 4096, memoryview(b"y" * 512))
+    log.do("flush")
+    log.disk.mark("flushed")
+    now(log.disk.close())
+    found = {found_in(crash)[::4] for seed in range(10)
+             for crash in targets.crashes(log.path, states=2, seed=seed) if crash.mark}
+    assert found == {b"xzy\0", b"\0zy\0"}
+
+
 def test_replay_rebuilds_a_disk_some_of_whose_changes_failed(run, targets, tmp_path):
     """Of which nothing may be there."""
     log = Log(targets, tmp_path / "log")
