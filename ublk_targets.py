@@ -1622,6 +1622,7 @@ class NbdRequest:
         self.room: Any = what if command == NBD_CMD_READ else bytearray()
         changes = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
         self.is_volatile = changes and not flags & NBD_CMD_FLAG_FUA
+        self.may_hear = command != NBD_CMD_READ and not self.is_volatile  # of what is lost
         self.covers = 0  # how many changes a flush makes durable
 
 
@@ -1711,6 +1712,8 @@ class Nbd(ublk.Target):
 
     async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0) -> int:
         """Have the server do something with a buffer or a length; return how much. Raises OSError."""
+        import asyncio
+
         if command != NBD_CMD_READ and self.unsure:
             raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
@@ -1726,8 +1729,12 @@ class Nbd(ublk.Target):
         if self.connection and not self.connection.transport.is_closing():
             self._send(request)
         error = await request.done
-        if request.covers and self.lost:  # another has heard meanwhile, maybe in place of this
-            error = error or errno.EIO
+        if request.covers and not error:
+            # Others may hear in place of this one, and have their replies later
+            for other in list(self.pending.values()):
+                if other.may_hear:
+                    await asyncio.wait([other.done])
+            error = errno.EIO if self.lost else 0
         if error:
             raise OSError(error, os.strerror(error))
         return request.length
@@ -1747,9 +1754,6 @@ class Nbd(ublk.Target):
         if not error:
             self.durable = max(self.durable, request.covers)
             self.acknowledged += request.is_volatile
-        elif request.command != NBD_CMD_READ and not request.is_volatile:
-            # Maybe another client's, who waits for the next flush
-            self.lost |= self.acknowledged > self.durable
         if not request.done.done():
             request.done.set_result(error)
 
@@ -1801,6 +1805,9 @@ class Nbd(ublk.Target):
                 data = await self.connection.take(len(request.room))
                 if not request.done.done():  # else the room may be another's by now
                     request.room[:] = data
+            elif request.may_hear:
+                # Maybe another client's, who waits for the next flush, or for the end of a write
+                self.lost = True
             self._end(request, error if error in errno.errorcode or not error else errno.EIO)
         if 0 < self.connection.refused == len(self.pending):
             raise ConnectionAbortedError(errno.ESHUTDOWN, "the server is shutting down")

@@ -544,6 +544,44 @@ def test_nbd_a_flush_fails_where_a_durable_write_has_heard_of_a_loss_meanwhile(t
         assert served(target, work) == [errno.EIO, errno.EIO, errno.EIO, 0]
 
 
+def test_nbd_a_flush_waits_for_a_durable_write_that_may_have_heard_of_a_loss(targets, here):
+    """The server told that one, and answers the flush first."""
+    async def work():
+        await target.write(0, PAGE)
+        fake.ignores = WRITE
+        durable = asyncio.ensure_future(target.write_fua(4096, PAGE))
+        flush = asyncio.ensure_future(target.flush())
+        while len(target.pending) != 1:         # both, until the flush has its reply
+            await asyncio.sleep(0.01)
+        cookie, = target.pending
+        fake.peer.sendall(simple(cookie, errno.EIO))
+        return [await errno_of(call) for call in (durable, flush, target.flush(), target.flush())]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, errno.EIO, errno.EIO, 0]
+
+
+@pytest.mark.parametrize("name", ["flush", "write_fua"])
+def test_nbd_a_write_that_was_lost_before_its_reply_fails_a_flush(targets, here, name):
+    """The server told another client, as nothing was acknowledged that was not durable."""
+    async def work():
+        fake.ignores = WRITE
+        write = asyncio.ensure_future(target.write(0, PAGE))
+        while WRITE not in fake.commands:
+            await asyncio.sleep(0.01)
+        cookie, = target.pending
+        fake.ignores, fake.fails = None, FLUSH if name == "flush" else WRITE
+        change = target.flush() if name == "flush" else target.write_fua(4096, PAGE)
+        failed = await errno_of(change)
+        fake.peer.sendall(simple(cookie))
+        return [failed, *[await errno_of(call) for call in (write, target.flush(), target.flush())]]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, 0, errno.EIO, 0]
+
+
 @pytest.mark.parametrize("change", ["write_fua", "flush"])
 def test_nbd_what_was_durable_when_a_connection_is_lost_fails_nothing(targets, here, capfd, change):
     async def work():
