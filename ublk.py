@@ -3518,7 +3518,7 @@ class Device:
             self._pause(0.005)
 
     def _map(self) -> None:
-        """Map the request descriptors of every queue. Ends when all tags of all are fetched.
+        """Map the request descriptors of every queue.
 
         What can fail, fails before: up to 6.15 nobody can recover a disk whose
         server has mapped some and ended then.
@@ -3529,16 +3529,14 @@ class Device:
         with contextlib.ExitStack() as reserved:
             # Python's mmap takes a descriptor each: if one is lacking, none is to be mapped
             files = [reserved.enter_context(open(os.devnull)) for _ in self._workers]
+            if self.recovers:
+                self.state = MAPPED
             for index, file in enumerate(files):
                 file.close()
                 mapping = map_descriptors(self.char_fd, self.id, size, index * apart)
                 self._files.append(mapping)
                 mappings.append(mapping)
-        if self.recovers:
-            self.state = MAPPED
         self.descriptors = mappings  # for which the workers wait
-        while not self._all(FETCHED):
-            self._pause(0.005)
 
     def _all(self, state: str) -> bool:
         """Tell whether every worker has come to that state."""
@@ -3592,9 +3590,11 @@ class Device:
     def _go_live(self) -> None:
         """START_DEV or END_USER_RECOVERY, and the state file.
 
-        That is written when the disk can be served, or another server's words
+        That is written when all tags are fetched, or another server's words
         would be lost.
         """
+        while not self._all(FETCHED):
+            self._pause(0.005)
         save_state(self)
         command = self.control.end_user_recovery if self.recovers else self.control.start_dev
         command(self.id, os.getpid())
@@ -3928,10 +3928,12 @@ class Device:
             return
         if self.state is MAPPED:
             # Up to 6.15 nobody else could recover it, and up to 6.6 this process would not end
-            halfway = not (self.control.features or 0) & UBLK_F_QUIESCE
-            if halfway and becomes(partial(self._all, FETCHED), GRACE):
+            if not (self.control.features or 0) & UBLK_F_QUIESCE:
                 with contextlib.suppress(OSError):
-                    self.control.end_user_recovery(self.id, os.getpid())
+                    if not self.descriptors:  # interrupted between two
+                        self._map()
+                    if becomes(partial(self._all, FETCHED), GRACE):
+                        self.control.end_user_recovery(self.id, os.getpid())
             self.state = LEFT
         self._wake_workers()
         for worker in self._workers:

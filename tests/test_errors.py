@@ -312,6 +312,7 @@ def test_a_device_that_was_stopped_before_its_start_is_not_started(capfd):
 
         def _map(self):
             super()._map()
+            until(lambda: self._all(ublk.FETCHED))
             with ublk.Control() as control:
                 control.stop_dev(self.id)
             assert self.wait(60)

@@ -1488,6 +1488,19 @@ def test_nothing_is_mapped_before_every_target_has_started(lacks, three_queues, 
     assert (mapped, disk.target.closed, capsys.readouterr().err) == ([], 0, "")
 
 
+def test_ctrl_c_between_two_queues_of_a_recovery_leaves_one_that_can_be_recovered(three_queues, monkeypatch):
+    def mapped(fd, dev_id, size, offset):
+        if offset and next(first, False):
+            interrupts()
+        return mmap.mmap(-1, size)
+    first = iter([True])
+    three_queues.features &= ~ublk.UBLK_F_QUIESCE
+    monkeypatch.setattr(ublk, "map_descriptors", mapped)
+    with pytest.raises(KeyboardInterrupt):
+        new(id=7).resume()
+    assert three_queues.sent[1:] == ["end_user_recovery"]
+
+
 def test_nothing_is_mapped_where_descriptors_lack_for_a_part(three_queues, monkeypatch):
     def start(index):
         until(lambda: all(worker.state is ublk.STARTED for worker in disk._workers[:index]))
