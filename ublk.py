@@ -1628,8 +1628,8 @@ def device_ids() -> list[int]:
 #     another client's request had left in the buffer. So a buffer is cleared
 #     before a READ.
 #   - FLUSH means that all writes that have ended are durable. A disk whose
-#     target cannot do that says so by not offering FLUSH at all, and FUA is
-#     offered only where a single write can be made durable.
+#     target cannot do that says so by not offering FLUSH at all, nor FUA, a
+#     write that is durable when it ends.
 #   - Whatever goes wrong in a handler, the request ends: an OSError with its
 #     own errno, anything else with EIO.
 #
@@ -1664,7 +1664,7 @@ class Target:
     A disk offers the following only where the class defines it:
         flush()                         make all completed writes durable
         write_fua(offset, buffer)       a write that is durable when it returns; wants flush too,
-                                        and no zones
+                                        which follows each durable write where there is none
         discard(offset, length)         the content is no longer needed
         write_zeroes(offset, length, unmap)   the blocks read as zeroes from now on; with unmap
                                         they may be given back; unmap may be left out
@@ -1799,6 +1799,8 @@ class Null(Target):
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """There is nothing to keep."""
+
+    write_fua = write
 
     def flush(self) -> None:
         """There is nothing to make durable."""
@@ -2113,6 +2115,7 @@ class Queue:
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
+        self.writes_durably = stands(self.target, "write_fua")
         self.answer: Any = None  # what serves a list of tags
         self.served = [-1] * self.depth
         self._done: list[int] = []  # tags whose commit is to be submitted
@@ -2337,6 +2340,9 @@ class Queue:
         served = self.served
         chained = self.chained
         chains: list[int] = []
+        not_by_map = NOT_BY_MAP
+        if not self.writes_durably:
+            not_by_map |= UBLK_IO_F_FUA
         last = -1  # no request is like this one
         for tag in tags:
             if requests[tag] != last:
@@ -2344,7 +2350,7 @@ class Queue:
                 flags = self.flags[tag]
                 length = self.sectors[tag] * SECTOR
                 writes = flags & 0xFF == UBLK_IO_OP_WRITE
-            if flags & NOT_BY_MAP:
+            if flags & not_by_map:
                 self.handle(tag)
                 continue
             try:
@@ -2550,10 +2556,24 @@ class Queue:
 
     async def _write(self, tag: int, flags: int, offset: int, length: int) -> int:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
-        write = self.target.write_fua if flags & UBLK_IO_F_FUA else self.target.write
+        durable = flags & UBLK_IO_F_FUA
+        write = self.target.write
+        if durable and self.writes_durably:
+            write = self.target.write_fua
         data = self._data(path, tag, length)
         await transfer(write, write(offset, data[:]), offset, data)
+        if durable and not self.writes_durably:
+            await self._flush()
         return length
+
+    async def _flush(self) -> None:
+        """Have what was written be durable, behind a durable write that the target has no method for.
+
+        The kernel would have it flushed by a request of its own. A server that
+        is killed while it has that one is never let go of (up to 7.3): the
+        write that waits for it has begun, and keeps its tag.
+        """
+        succeeded(self.target.flush, await end_of(self.target.flush()))
 
     async def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -2578,6 +2598,8 @@ class Queue:
     async def _append(self, tag: int, flags: int, offset: int, length: int) -> int:
         data = self._data(self.path, tag, length)
         position = await end_of(self.target.zone_append(offset, data))
+        if flags & UBLK_IO_F_FUA:
+            await self._flush()
         self.appended(tag, position // SECTOR)
         return length
 
@@ -2861,6 +2883,12 @@ def stands(target: Any, name: str) -> bool:
     return False
 
 
+def can_write_durably(target: Any) -> bool:
+    """Tell whether a write can be durable: by write_fua(), or by a flush() behind it."""
+    by_handlers = not stands(target, "answer")
+    return stands(target, "write_fua") or (by_handlers and hasattr(target, "flush"))
+
+
 def takes_unmap(function: Any) -> bool:
     """Tell whether a target's write_zeroes wants to know if the blocks may be given back."""
     try:
@@ -2971,8 +2999,7 @@ def params_of(target: Any, max_io: int) -> Any:
         refuse(value % block, f"{what} {value}", f"not a multiple of the block size {block}")
     flushes = hasattr(target, "flush")
     zoned = hasattr(target, "zone_size")
-    # An append has no way to be durable by itself
-    durable = flushes and stands(target, "write_fua") and not zoned
+    durable = flushes and can_write_durably(target)
     discards = hasattr(target, "discard")
     zeroes = hasattr(target, "write_zeroes")
     attrs = (
@@ -3657,7 +3684,7 @@ class Device:
         block = 1 << basic.logical_bs_shift
         attrs = basic.attrs
         flushes = hasattr(self.target, "flush")
-        durable = stands(self.target, "write_fua")
+        durable = can_write_durably(self.target)
         boundary = getattr(self.target, "zone_size", self.target.boundary)
         chunk = basic.chunk_sectors * SECTOR
         for another, reason in (
@@ -3679,7 +3706,7 @@ class Device:
             ),
             (
                 attrs & UBLK_ATTR_FUA and not durable,
-                "the target has no write_fua() for its write(), and the kernel would call it",
+                "the target has no flush() for the durable writes that the kernel would send",
             ),
         ):
             refuse(another, f"cannot recover {self.name}", reason, "give it the target it had")

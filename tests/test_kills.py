@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
+import os
 import signal
+import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,9 +20,11 @@ from tests.support import (
     after,
     assert_error_line,
     assert_nothing_stuck,
+    await_state,
     before,
     devices_left,
     die,
+    error_of,
     kernel,
     opened,
     orphan,
@@ -234,4 +240,34 @@ def test_a_recovery_that_fails_when_all_is_fetched_leaves_the_disk_to_the_next_s
     assert_error_line(failed.said(), errno.ENOSPC)
     with Forked("recover", disk.id) as disk:
         assert disk.kill(signal.SIGTERM) == 0
+    assert_nothing_stuck()
+
+
+@kernel
+def test_a_server_killed_as_it_flushes_lets_go_of_the_disk(backing, tmp_path):
+    """Up to 7.3 it never did, where a write with a tag of its own waited for the flush: a durable one."""
+    async def flush(target):
+        (tmp_path / "flushes").touch()
+        await asyncio.sleep(3600)
+
+    def change():
+        import ublk_targets
+        replace(ublk_targets.Cow, flush=flush)
+
+    def client(work):
+        threading.Thread(target=lambda: answers.append(error_of(work)), daemon=True).start()
+    words = "cow", backing, tmp_path / "overlay", "-r", "reissue", "--no-partition-scan"
+    disk = Forked(*words, change=change).live()
+    Path(f"/sys/block/ublkb{disk.id}/queue/scheduler").write_text("none")
+    answers, data = [], b"durable!" * 512
+    with opened(disk.path) as fd, opened(disk.path, os.O_RDWR | os.O_DSYNC) as durable:
+        client(lambda: os.fsync(fd))
+        until((tmp_path / "flushes").exists, "the flush")
+        client(lambda: write_at(durable, 0, data))
+        until(lambda: read_at(fd, 0, 4096) == data, "the write")
+        disk.kill()
+        await_state(disk.id, "QUIESCED")
+        with Forked("recover", disk.id) as disk:
+            until(lambda: answers == [0, 0], "the clients")
+            assert read_at(fd, 0, 4096) == data
     assert_nothing_stuck()

@@ -23,6 +23,7 @@ from tests.support import (
     Fio,
     Forked,
     Ram,
+    Recorder,
     assert_error_line,
     descriptors,
     descriptors_below,
@@ -800,13 +801,58 @@ def test_an_inherited_answer_is_not_given_for_data_that_a_subclass_maps():
     assert serve(target, depth=1).answers == [(0, -errno.ENOMEDIUM)]
 
 
-def test_a_durable_write_is_not_offered_where_a_subclass_overrides_write():
-    class Mine(Passing):
-        def write(self, offset, buffer):
-            raise OSError(errno.ENOSPC, "mine")
+class Flushed(Recorder):
+    """Has a durable write only of its base, whose write() it overrides."""
 
-    assert ublk.params_of(Passing(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA
-    assert not ublk.params_of(Mine(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA
+    def write(self, offset, buffer):
+        self.calls.append(("mine",))
+
+
+class Coroutines(Flushed):
+    async def flush(self):
+        super().flush()
+
+
+class Mapped(Flushed):
+    def map(self, offset, length, write):
+        raise OSError(errno.ENOMEDIUM, "passed by")
+
+
+class Appending(Recorder):
+    def zone_append(self, offset, buffer):
+        self.calls.append(("mine",))
+        return offset
+
+
+@pytest.mark.parametrize("kind, operation", [
+    (Flushed, ublk.UBLK_IO_OP_WRITE), (Coroutines, ublk.UBLK_IO_OP_WRITE), (Mapped, ublk.UBLK_IO_OP_WRITE),
+    (Appending, ublk.UBLK_IO_OP_ZONE_APPEND)], ids=["plain", "coroutines", "mapped", "append"])
+def test_a_durable_write_that_a_target_has_no_method_for_is_flushed(kind, operation):
+    target = kind()
+    assert ublk.params_of(target, 65536).basic.attrs & ublk.UBLK_ATTR_FUA
+    answers = serve(target, operation=operation | ublk.UBLK_IO_F_FUA, depth=1).answers
+    assert (answers, target.calls) == ([(0, 4096)], [("mine",), ("flush",)])
+
+
+@pytest.mark.parametrize("kind", [Flushed, Coroutines, Mapped, Appending])
+def test_a_durable_write_whose_flush_fails_fails(kind):
+    def flush():
+        raise OSError(errno.ENOSPC, "mine")
+    target = kind()
+    target.flush = flush
+    operation = ublk.UBLK_IO_OP_ZONE_APPEND if kind is Appending else ublk.UBLK_IO_OP_WRITE
+    assert serve(target, operation=operation | ublk.UBLK_IO_F_FUA, depth=1).answers == [(0, -errno.ENOSPC)]
+
+
+def test_a_durable_write_is_not_offered_to_whom_answer_serves_alone():
+    class Mine(ublk.Null):
+        def write(self, offset, buffer):
+            pass
+
+        answer = ublk.Null.answer
+
+    offered = [ublk.params_of(kind(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA for kind in (ublk.Null, Mine)]
+    assert offered == [ublk.UBLK_ATTR_FUA, 0]
 
 
 @pytest.mark.parametrize("position", [-512, 1 << 80, 4096.0], ids=str)
@@ -881,14 +927,6 @@ def test_a_size_that_nobody_can_wait_for_is_no_size():
     with pytest.raises(TypeError, match="at once"):
         ublk.fit(target, 4096)
     outcome.close()
-
-
-def test_a_write_is_durable_by_itself_only_where_an_append_is_too():
-    target = Passing()
-    assert ublk.params_of(target, 65536).basic.attrs & ublk.UBLK_ATTR_FUA
-    target.zone_size, target.max_append = 1 << 20, 65536
-    target.max_open_zones = target.max_active_zones = 0
-    assert not ublk.params_of(target, 65536).basic.attrs & ublk.UBLK_ATTR_FUA
 
 
 @pytest.mark.parametrize("name, value", [("zone_size", 1 << 41), ("discard_granularity", 1 << 32)])

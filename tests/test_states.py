@@ -1524,19 +1524,12 @@ def test_nothing_is_mapped_where_descriptors_lack_for_a_part(three_queues, monke
     assert mapped == []
 
 
-class Overridden(Volatile):
-    """Would not see what is written durably."""
-
-    def write(self, offset, buffer):
-        pass
-
-
-def test_a_recovery_takes_no_target_whose_write_is_passed_by(waiting, monkeypatch):
+def test_a_recovery_takes_no_target_that_cannot_make_a_write_durable(waiting, monkeypatch):
     monkeypatch.setattr(waiting, "get_params", lambda dev_id: ublk.params_of(Volatile(bytes(1 << 20)), 4096))
     disk = new(Volatile(bytes(1 << 20)), id=7)
     disk.resume()
     disk.detach()
-    assert "no write_fua() for its write()" in message(new(Overridden(bytes(1 << 20)), id=7).resume)
+    assert "no flush() for the durable writes" in message(new(Ram(1 << 20), id=7).resume)
 
 
 @pytest.mark.parametrize("command, words", [
