@@ -2116,6 +2116,9 @@ class Queue:
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self.writes_durably = stands(self.target, "write_fua")
+        self.flushing: Any = None  # the lock of who flushes
+        self.flushes = 0  # how many have begun
+        self.flushed = 0  # the result of the last one
         self.answer: Any = None  # what serves a list of tags
         self.served = [-1] * self.depth
         self._done: list[int] = []  # tags whose commit is to be submitted
@@ -2512,6 +2515,8 @@ class Queue:
                 if name == "write_zeroes" and not takes_unmap(function):
                     count = 2
                 table[operation] = partial(self._simple, function, count)
+        if hasattr(self.target, "flush") and not self.writes_durably:
+            table[UBLK_IO_OP_FLUSH] = self._flush_alone
         if self.target.metadata_size:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
@@ -2572,8 +2577,36 @@ class Queue:
         The kernel would have it flushed by a request of its own. A server that
         is killed while it has that one is never let go of (up to 7.3): the
         write that waits for it has begun, and keeps its tag.
+
+        As with the kernel there is one at a time, and all who come meanwhile share
+        the next: a target may be told but once that data are lost.
         """
-        succeeded(self.target.flush, await end_of(self.target.flush()))
+        import asyncio
+
+        flush = self.target.flush
+        if self.loop is None:
+            succeeded(flush, await end_of(flush()))
+            return
+        begun = self.flushes
+        if (
+            self.flushing is None
+        ):  # not before: in Python 3.9 it is for the loop that it is made in
+            self.flushing = asyncio.Lock()
+        async with self.flushing:
+            if self.flushes == begun:
+                self.flushes += 1
+                self.flushed = -errno.EIO
+                try:
+                    self.flushed = succeeded(flush, await end_of(flush()))
+                except Exception as error:
+                    self.flushed = failed(error)
+            result = self.flushed
+        if result:
+            raise OSError(-result, os.strerror(-result))
+
+    async def _flush_alone(self, tag: int, flags: int, offset: int, length: int) -> int:
+        await self._flush()
+        return 0
 
     async def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""

@@ -844,6 +844,22 @@ def test_a_durable_write_whose_flush_fails_fails(kind):
     assert serve(target, operation=operation | ublk.UBLK_IO_F_FUA, depth=1).answers == [(0, -errno.ENOSPC)]
 
 
+def test_all_whose_durable_writes_wait_for_a_flush_hear_that_it_fails():
+    """Such as a kernel's error of a file, which the next one would hear nothing of."""
+    class TellingOnce(Flushed):
+        async def flush(self):
+            self.calls.append(("flush",))
+            second = self.calls.count(("flush",)) == 2
+            await asyncio.sleep(0.05)
+            if second:
+                raise OSError(errno.ENOSPC, "lost")
+
+    target = TellingOnce()
+    answers = serve(target, operation=ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA, depth=4).answers
+    assert [result for _, result in sorted(answers)] == [4096] + 3 * [-errno.ENOSPC]
+    assert target.calls.count(("flush",)) == 2
+
+
 def test_a_durable_write_is_not_offered_to_whom_answer_serves_alone():
     class Mine(ublk.Null):
         def write(self, offset, buffer):
