@@ -2516,7 +2516,7 @@ class Queue:
                     count = 2
                 table[operation] = partial(self._simple, function, count)
         if hasattr(self.target, "flush") and not self.writes_durably:
-            table[UBLK_IO_OP_FLUSH] = self._flush_alone
+            table[UBLK_IO_OP_FLUSH] = self._flush_in_turn
         if self.target.metadata_size:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
@@ -2581,17 +2581,15 @@ class Queue:
         As with the kernel there is one at a time, and all who come meanwhile share
         the next: a target may be told but once that data are lost.
         """
-        import asyncio
-
         flush = self.target.flush
         if self.loop is None:
             succeeded(flush, await end_of(flush()))
             return
+        import asyncio
+
+        # Not before: in Python 3.9 it is for the loop that it is made in
+        self.flushing = self.flushing or asyncio.Lock()
         begun = self.flushes
-        if (
-            self.flushing is None
-        ):  # not before: in Python 3.9 it is for the loop that it is made in
-            self.flushing = asyncio.Lock()
         async with self.flushing:
             if self.flushes == begun:
                 self.flushes += 1
@@ -2604,7 +2602,7 @@ class Queue:
         if result:
             raise OSError(-result, os.strerror(-result))
 
-    async def _flush_alone(self, tag: int, flags: int, offset: int, length: int) -> int:
+    async def _flush_in_turn(self, tag: int, flags: int, offset: int, length: int) -> int:
         await self._flush()
         return 0
 
