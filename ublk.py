@@ -2515,7 +2515,7 @@ class Queue:
                 if name == "write_zeroes" and not takes_unmap(function):
                     count = 2
                 table[operation] = partial(self._simple, function, count)
-        if hasattr(self.target, "flush") and not self.writes_durably:
+        if hasattr(self.target, "flush"):
             table[UBLK_IO_OP_FLUSH] = self._flush_in_turn
         if self.target.metadata_size:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
@@ -2590,8 +2590,11 @@ class Queue:
         # Not before: in Python 3.9 it is for the loop that it is made in
         self.flushing = self.flushing or asyncio.Lock()
         begun = self.flushes
+        waits = self.flushing.locked()
         async with self.flushing:
-            if self.flushes == begun:
+            # What was lost while one waited may have been told already
+            told = waits and self.flushed
+            if self.flushes == begun and not told:
                 self.flushes += 1
                 self.flushed = -errno.EIO
                 try:
@@ -2868,7 +2871,7 @@ class Queue:
         # target until the next run of the garbage collector.
         for table in (self._operations, self._tasks, self._handlers):
             table.clear()
-        self.loop = self.answer = None
+        self.loop = self.answer = self.flushing = None
 
 
 # What is not served right from a tag's buffer: requests without data, durable
@@ -2899,7 +2902,11 @@ PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
 # A target's handlers, and which of them others stand for.
 HANDLERS = ["read", "write", "write_fua", "zone_append", "report_zones"]
 HANDLERS += [name for name, _ in SIMPLE_OPERATIONS.values()]
-STANDS_FOR = {"write_fua": ["write"], "map": HANDLERS[:3], "answer": [*HANDLERS, "map"]}
+STANDS_FOR = {
+    "write_fua": ["write", "answer"],
+    "map": HANDLERS[:3],
+    "answer": [*HANDLERS, "map"],
+}
 
 
 def stands(target: Any, name: str) -> bool:
@@ -3737,7 +3744,7 @@ class Device:
             ),
             (
                 attrs & UBLK_ATTR_FUA and not durable,
-                "the target has no flush() for the durable writes that the kernel would send",
+                "the kernel would send durable writes, which the target has no way to do",
             ),
         ):
             refuse(another, f"cannot recover {self.name}", reason, "give it the target it had")

@@ -860,15 +860,48 @@ def test_all_whose_durable_writes_wait_for_a_flush_hear_that_it_fails():
     assert target.calls.count(("flush",)) == 2
 
 
+def test_who_waits_for_a_flush_hears_that_the_one_before_has_failed():
+    """It may have been told of what they lost meanwhile, and nobody is told again."""
+    class TellingOnce(Flushed):
+        async def flush(self):
+            self.calls.append(("flush",))
+            await asyncio.sleep(0.05)
+            if self.calls.count(("flush",)) == 1:
+                raise OSError(errno.ENOSPC, "lost")
+
+    answers = serve(TellingOnce(), operation=ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA, depth=4).answers
+    assert [result for _, result in answers] == 4 * [-errno.ENOSPC]
+
+
 def test_a_durable_write_is_not_offered_to_whom_answer_serves_alone():
     class Mine(ublk.Null):
+        def answer(self, queue, tags):
+            super().answer(queue, tags)
+
+    class Writing(Mine):
         def write(self, offset, buffer):
             pass
 
         answer = ublk.Null.answer
 
-    offered = [ublk.params_of(kind(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA for kind in (ublk.Null, Mine)]
-    assert offered == [ublk.UBLK_ATTR_FUA, 0]
+    kinds = ublk.Null, Mine, Writing
+    offered = [ublk.params_of(kind(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA for kind in kinds]
+    assert offered == [ublk.UBLK_ATTR_FUA, 0, 0]
+
+
+def test_an_append_and_a_flush_hear_of_the_same_loss():
+    class TellingOnce(Appending):
+        async def flush(self):
+            self.calls.append(("flush",))
+            await asyncio.sleep(0.05)
+            if self.calls.count(("flush",)) == 1:
+                raise OSError(errno.ENOSPC, "lost")
+
+    device = StandIn(TellingOnce(), depth=2, operation=ublk.UBLK_IO_OP_ZONE_APPEND | ublk.UBLK_IO_F_FUA)
+    ublk.IO_DESC.pack_into(device.descriptors[0], device.desc_size, ublk.UBLK_IO_OP_FLUSH, 0, 0, 0)
+    queue = NopQueue(device)
+    to_the_end(queue, device)
+    assert [result for _, result in queue.answers] == 2 * [-errno.ENOSPC]
 
 
 @pytest.mark.parametrize("position", [-512, 1 << 80, 4096.0], ids=str)

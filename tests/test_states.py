@@ -1529,7 +1529,7 @@ def test_a_recovery_takes_no_target_that_cannot_make_a_write_durable(waiting, mo
     disk = new(Volatile(bytes(1 << 20)), id=7)
     disk.resume()
     disk.detach()
-    assert "no flush() for the durable writes" in message(new(Ram(1 << 20), id=7).resume)
+    assert "durable writes, which the target has no way to do" in message(new(Ram(1 << 20), id=7).resume)
 
 
 @pytest.mark.parametrize("command, words", [
