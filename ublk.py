@@ -2116,6 +2116,9 @@ class Queue:
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self.writes_durably = stands(self.target, "write_fua")
+        self.not_by_map = NOT_BY_MAP
+        if not self.writes_durably:
+            self.not_by_map |= UBLK_IO_F_FUA
         self.flushing: Any = None  # the lock of who flushes
         self.flushes = 0  # how many have begun
         self.flushed = 0  # the result of the last one
@@ -2343,9 +2346,7 @@ class Queue:
         served = self.served
         chained = self.chained
         chains: list[int] = []
-        not_by_map = NOT_BY_MAP
-        if not self.writes_durably:
-            not_by_map |= UBLK_IO_F_FUA
+        not_by_map = self.not_by_map
         last = -1  # no request is like this one
         for tag in tags:
             if requests[tag] != last:
@@ -2378,9 +2379,7 @@ class Queue:
         timeout: seconds, None: without end. The list is empty where something
         else has come, or nothing.
         """
-        self.rounds += 1
-        self.commit()
-        self.ring.wait(timeout)
+        self.turn(timeout)
         if self._appended and not self.ring.pending:
             for tag in self._appended:
                 self.addresses[tag] = 0
@@ -2391,6 +2390,12 @@ class Queue:
         if not data or (max(data) < self.depth and not any(results)):
             return data
         return [tag for tag, result in zip(data, results) if self._is_request(tag, result)]
+
+    def turn(self, timeout: float | None) -> None:
+        """Begin a round of the loop: submit what is pending, and wait."""
+        self.rounds += 1
+        self.commit()
+        self.ring.wait(timeout)
 
     def commit(self) -> None:
         """Have the next enter() hand in every request that was completed."""
@@ -2512,11 +2517,11 @@ class Queue:
         for operation, (name, count) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
                 function = getattr(self.target, name)
+                if name == "flush":
+                    function = self._flush  # in turn with those behind durable writes
                 if name == "write_zeroes" and not takes_unmap(function):
                     count = 2
                 table[operation] = partial(self._simple, function, count)
-        if hasattr(self.target, "flush"):
-            table[UBLK_IO_OP_FLUSH] = self._flush_in_turn
         if self.target.metadata_size:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
@@ -2604,10 +2609,6 @@ class Queue:
             result = self.flushed
         if result:
             raise OSError(-result, os.strerror(-result))
-
-    async def _flush_in_turn(self, tag: int, flags: int, offset: int, length: int) -> int:
-        await self._flush()
-        return 0
 
     async def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -3992,13 +3993,8 @@ class Device:
         if self.state is GONE:
             return
         if self.state is MAPPED:
-            # Up to 6.15 nobody else could recover it, and up to 6.6 this process would not end
-            if not (self.control.features or 0) & UBLK_F_QUIESCE:
-                with contextlib.suppress(OSError):
-                    if not self.descriptors:  # interrupted between two
-                        self._map()
-                    if becomes(partial(self._all, FETCHED), GRACE):
-                        self.control.end_user_recovery(self.id, os.getpid())
+            with contextlib.suppress(OSError):
+                self._end_halfway()
             self.state = LEFT
         self._wake_workers()
         for worker in self._workers:
@@ -4019,6 +4015,19 @@ class Device:
         self._forget()
         if failure:
             raise failure
+
+    def _end_halfway(self) -> None:
+        """End a recovery that does not go live; where the kernel needs that, up to 6.15.
+
+        Nobody else could recover the disk then, and up to 6.6 this process would
+        not end.
+        """
+        if (self.control.features or 0) & UBLK_F_QUIESCE:
+            return
+        if not self.descriptors:  # interrupted between two
+            self._map()
+        if becomes(partial(self._all, FETCHED), GRACE):
+            self.control.end_user_recovery(self.id, os.getpid())
 
     def _stop_disk(self, timeout: float) -> None:
         """STOP_DEV of a disk whose node we have open, so that it is ours."""
@@ -4618,9 +4627,7 @@ class BatchQueue(Queue):
             self._send(UBLK_U_IO_COMMIT_IO_CMDS)
 
     def collect(self, timeout: float | None = None) -> list[int]:
-        self.rounds += 1
-        self.commit()
-        self.ring.wait(timeout)
+        self.turn(timeout)
         tags: list[int] = []
         for user_data, result, flags in self.ring.reap_all():
             if user_data == FETCH:

@@ -1712,8 +1712,6 @@ class Nbd(ublk.Target):
 
     async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0) -> int:
         """Have the server do something with a buffer or a length; return how much. Raises OSError."""
-        import asyncio
-
         if command != NBD_CMD_READ and self.unsure:
             raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
@@ -1730,6 +1728,8 @@ class Nbd(ublk.Target):
             self._send(request)
         error = await request.done
         if request.covers and not error:
+            import asyncio
+
             # Others may hear in place of this one, and have their replies later
             for other in list(self.pending.values()):
                 if other.may_hear:

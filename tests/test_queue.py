@@ -844,17 +844,21 @@ def test_a_durable_write_whose_flush_fails_fails(kind):
     assert serve(target, operation=operation | ublk.UBLK_IO_F_FUA, depth=1).answers == [(0, -errno.ENOSPC)]
 
 
-def test_all_whose_durable_writes_wait_for_a_flush_hear_that_it_fails():
-    """Such as a kernel's error of a file, which the next one would hear nothing of."""
-    class TellingOnce(Flushed):
+def telling_once(kind, number):
+    """Make a target of a kind whose flush takes a while; that of this number fails."""
+    class TellingOnce(kind):
         async def flush(self):
             self.calls.append(("flush",))
-            second = self.calls.count(("flush",)) == 2
+            fails = self.calls.count(("flush",)) == number
             await asyncio.sleep(0.05)
-            if second:
+            if fails:
                 raise OSError(errno.ENOSPC, "lost")
+    return TellingOnce()
 
-    target = TellingOnce()
+
+def test_all_whose_durable_writes_wait_for_a_flush_hear_that_it_fails():
+    """Such as a kernel's error of a file, which the next one would hear nothing of."""
+    target = telling_once(Flushed, 2)
     answers = serve(target, operation=ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA, depth=4).answers
     assert [result for _, result in sorted(answers)] == [4096] + 3 * [-errno.ENOSPC]
     assert target.calls.count(("flush",)) == 2
@@ -862,14 +866,8 @@ def test_all_whose_durable_writes_wait_for_a_flush_hear_that_it_fails():
 
 def test_who_waits_for_a_flush_hears_that_the_one_before_has_failed():
     """It may have been told of what they lost meanwhile, and nobody is told again."""
-    class TellingOnce(Flushed):
-        async def flush(self):
-            self.calls.append(("flush",))
-            await asyncio.sleep(0.05)
-            if self.calls.count(("flush",)) == 1:
-                raise OSError(errno.ENOSPC, "lost")
-
-    answers = serve(TellingOnce(), operation=ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA, depth=4).answers
+    target = telling_once(Flushed, 1)
+    answers = serve(target, operation=ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA, depth=4).answers
     assert [result for _, result in answers] == 4 * [-errno.ENOSPC]
 
 
@@ -890,14 +888,8 @@ def test_a_durable_write_is_not_offered_to_whom_answer_serves_alone():
 
 
 def test_an_append_and_a_flush_hear_of_the_same_loss():
-    class TellingOnce(Appending):
-        async def flush(self):
-            self.calls.append(("flush",))
-            await asyncio.sleep(0.05)
-            if self.calls.count(("flush",)) == 1:
-                raise OSError(errno.ENOSPC, "lost")
-
-    device = StandIn(TellingOnce(), depth=2, operation=ublk.UBLK_IO_OP_ZONE_APPEND | ublk.UBLK_IO_F_FUA)
+    target = telling_once(Appending, 1)
+    device = StandIn(target, depth=2, operation=ublk.UBLK_IO_OP_ZONE_APPEND | ublk.UBLK_IO_F_FUA)
     ublk.IO_DESC.pack_into(device.descriptors[0], device.desc_size, ublk.UBLK_IO_OP_FLUSH, 0, 0, 0)
     queue = NopQueue(device)
     to_the_end(queue, device)
