@@ -71,9 +71,11 @@ class Situation:
 
     def stopped(self):
         """A disk that was stopped by somebody else while its server keeps it open."""
-        dev_id = self.live()
-        self.control.stop_dev(dev_id)
-        return dev_id
+        disk = self.stack.enter_context(ublk.Device(Ram(), depth=4))
+        fd = os.dup(disk.char_fd)  # which the server closes as soon as its queue has ended
+        self.stack.callback(os.close, fd)
+        self.control.stop_dev(disk.id)
+        return disk.id
 
     def shared(self):
         """A device with one page of shared memory; returns its id and the page's address."""
