@@ -1679,7 +1679,7 @@ class Target:
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
     Of these, write_fua, map and answer are not used where a subclass overrides what they
-    stand for: write; read, write or write_fua; map or any of the handlers.
+    stand for: write or answer; read, write or write_fua; map or any of the handlers.
 
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:

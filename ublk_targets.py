@@ -2430,7 +2430,7 @@ class Crashes:
         self.size, self.block = self.log.header()
         self.entries = list(itertools.islice(self.log.entries(), self.to))
         self.points = 0  # crash points so far
-        self.doubtful = 0  # the last entry that a flush has failed for
+        self.doubtful = 0  # the last flush that has failed
         self.seen: set[tuple[Part, ...]] = set()  # states of the last one
         self.settled: list[tuple[int, int]] = []  # where disk has changed: offset and length
 
@@ -2503,17 +2503,19 @@ class Crashes:
         return Part(entry, entry.offset + begin, end - begin)
 
     def outcome(self, entry: Entry) -> Part:
-        """Return what there is of a change in the end; drawn where it, or a flush for it, has failed."""
+        """Return what there is of a change in the end; drawn where it, or a flush since, has failed."""
         if entry.error or (entry.number <= self.doubtful and not lasts(entry)):
             return self.torn(entry, random.Random(f"{self.seed} {entry.number}"))
         return whole(entry)
 
     def settle(self, pending: list[Entry], last: Entry) -> tuple[Part, ...]:
         """Do to the disk what no crash takes back after this entry; return it."""
-        covered = last.offset if last.kind == "flush" else 0
-        if last.error:
-            self.doubtful = max(self.doubtful, covered)
-            covered = 0
+        covered = 0
+        if last.kind == "flush":
+            if last.error:  # maybe of what was written meanwhile
+                self.doubtful = last.number
+            else:
+                covered = last.offset
         parts = []
         while pending and (pending[0].number <= covered or lasts(pending[0])):
             part = self.outcome(pending.pop(0))

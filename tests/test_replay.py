@@ -386,13 +386,24 @@ def test_what_a_write_that_failed_left_may_be_anything_and_a_flush_makes_it_last
     assert all(len(left) == 1 for left in after)
 
 
-def test_what_a_flush_has_failed_for_may_be_lost_though_the_next_one_went_well(targets, tmp_path):
+@pytest.mark.parametrize("late", [False, True], ids=["before the flush", "in the flush"])
+def test_what_was_written_when_a_flush_failed_may_be_lost_though_the_next_one_went_well(
+        targets, tmp_path, late):
     """As who asks for it once more and goes on must learn. What was durable by itself is there."""
+    async def flush():
+        await Pause()
+        error()
+
     log = Log(targets, tmp_path / "log", size=8192)
-    log.do("write", 0, memoryview(b"x" * 512))
+    log.disk.target.flush = flush
+    if not late:
+        now(log.disk.write(0, memoryview(b"x" * 512)))
+    flushing = log.disk.flush()
+    flushing.send(None)
+    if late:
+        now(log.disk.write(0, memoryview(b"x" * 512)))
     now(log.disk.call("write_fua", 2048, memoryview(b"z" * 512)))
-    log.disk.target.flush = error
-    assert error_of(now, log.disk.flush()) == errno.EIO
+    assert error_of(flushing.send, None) == errno.EIO
     log.disk.target.flush = lambda: None
     log.do("write", 4096, memoryview(b"y" * 512))
     log.do("flush")
