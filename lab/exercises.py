@@ -223,7 +223,10 @@ class Trial:
     def settle(self) -> None:
         """Let udev end its look at the new disk."""
         if shutil.which("udevadm"):
-            self.run("udevadm", "settle", hint="It is udev that looks at the new disk.")
+            client = self.begin("udevadm", "settle")
+            if self.await_(client.ended, client) and client.process.returncode:     # of itself: "Broken pipe"
+                client = self.begin("udevadm", "settle")
+            self.end(client, "It is udev that looks at the new disk.")
 
     def write(self, sector: int, data: bytes, hint: str = "", flush: bool = False) -> None:
         """Write to the disk, and past the page cache."""
