@@ -1623,6 +1623,7 @@ class NbdRequest:
         changes = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
         self.is_volatile = changes and not flags & NBD_CMD_FLAG_FUA
         self.may_hear = command != NBD_CMD_READ and not self.is_volatile  # of what is lost
+        self.connection: Any = None  # by which it was sent
         self.covers = 0  # how many changes a flush makes durable
 
 
@@ -1663,6 +1664,7 @@ class Nbd(ublk.Target):
         self.durable = 0
         # Some of them with a connection, or as a flush failed, and no flush since has failed yet
         self.lost = False
+        self.told = 0  # the latest request when the server last told of a loss
         self.unsure = False  # whether a server still does what it was told long ago
 
     async def _meet(self) -> None:
@@ -1715,7 +1717,8 @@ class Nbd(ublk.Target):
         if command != NBD_CMD_READ and self.unsure:
             raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
-            self.lost = False
+            # What was lost may have its reply later
+            self.lost = any(cookie <= self.told for cookie in self.pending)
             raise OSError(errno.EIO, "a connection or a flush before this one has failed")
         if not isinstance(what, int):
             what = what[: self.maximum]
@@ -1727,21 +1730,26 @@ class Nbd(ublk.Target):
         if self.connection and not self.connection.transport.is_closing():
             self._send(request)
         error = await request.done
-        if request.covers and not error:
+        if request.may_hear and not error:
             import asyncio
 
             # Others may hear in place of this one, and have their replies later
-            for other in list(self.pending.values()):
-                if other.may_hear:
-                    await asyncio.wait([other.done])
-            error = errno.EIO if self.lost else 0
+            others = [other.done for other in self.pending.values() if other.may_hear]
+            if others:
+                await asyncio.wait(others)
+            if self.told >= request.cookie or (request.covers and self.lost):
+                error = errno.EIO
+            elif request.connection is not self.connection:  # another may have heard by that
+                return await self.ask(command, flags, offset, what)
         if error:
             raise OSError(error, os.strerror(error))
+        self.durable = max(self.durable, request.covers)
         return request.length
 
     def _send(self, request: NbdRequest) -> None:
         """Send a request, or have its connection lost."""
         connection = self.connection
+        request.connection = connection
         try:
             connection.transport.write(request.message)
         except MemoryError as error:  # who knows how much of it was sent
@@ -1752,7 +1760,6 @@ class Nbd(ublk.Target):
         """Wake whoever waits for a request, if nobody has made it give up."""
         del self.pending[request.cookie]
         if not error:
-            self.durable = max(self.durable, request.covers)
             self.acknowledged += request.is_volatile
         if not request.done.done():
             request.done.set_result(error)
@@ -1808,6 +1815,7 @@ class Nbd(ublk.Target):
             elif request.may_hear:
                 # Maybe another client's, who waits for the next flush, or for the end of a write
                 self.lost = True
+                self.told = self.cookie
             self._end(request, error if error in errno.errorcode or not error else errno.EIO)
         if 0 < self.connection.refused == len(self.pending):
             raise ConnectionAbortedError(errno.ESHUTDOWN, "the server is shutting down")

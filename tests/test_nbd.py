@@ -573,13 +573,70 @@ def test_nbd_a_write_that_was_lost_before_its_reply_fails_a_flush(targets, here,
         cookie, = target.pending
         fake.ignores, fake.fails = None, FLUSH if name == "flush" else WRITE
         change = target.flush() if name == "flush" else target.write_fua(4096, PAGE)
-        failed = await errno_of(change)
+        failed = [await errno_of(call) for call in (change, target.flush())]
         fake.peer.sendall(simple(cookie))
-        return [failed, *[await errno_of(call) for call in (write, target.flush(), target.flush())]]
+        return failed + [await errno_of(call) for call in (write, target.flush(), target.flush())]
 
     with FakeNbd(here) as fake:
         target = targets.Nbd(nbd_uri(here))
-        assert served(target, work) == [errno.EIO, 0, errno.EIO, 0]
+        assert served(target, work) == [errno.EIO, errno.EIO, 0, errno.EIO, 0]
+
+
+async def two_durable_writes(target, fake):
+    """Begin two that are not answered; return them, and their cookies."""
+    fake.ignores = WRITE
+    writes = [asyncio.ensure_future(target.write_fua(at, PAGE)) for at in (0, 4096)]
+    while fake.commands.count(WRITE) < 2:
+        await asyncio.sleep(0.01)
+    return writes, list(target.pending)
+
+
+@pytest.mark.parametrize("hears", [0, 1])
+def test_nbd_a_durable_write_fails_where_one_beside_it_has_heard_of_a_loss(targets, here, hears):
+    """It may be the one that was lost, and well for the server, whichever it answers first."""
+    async def work():
+        writes, cookies = await two_durable_writes(target, fake)
+        for number, cookie in enumerate(cookies):
+            fake.peer.sendall(simple(cookie, errno.EIO if number == hears else 0))
+        return [await errno_of(write) for write in writes]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [errno.EIO, errno.EIO]
+
+
+def test_nbd_a_durable_write_is_done_again_where_one_beside_it_lost_its_reply(targets, here):
+    """That could have told of a loss of the other one, too."""
+    async def work():
+        writes, cookies = await two_durable_writes(target, fake)
+        fake.peer.sendall(simple(cookies[0]))
+        while len(target.pending) > 1:
+            await asyncio.sleep(0.01)
+        fake.ignores = None
+        fake.peer.shutdown(socket.SHUT_RDWR)
+        return [await errno_of(write) for write in writes]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [0, 0] and fake.commands.count(WRITE) == 4
+
+
+def test_nbd_a_flush_fails_where_a_durable_write_beside_it_lost_its_reply(targets, here):
+    """That could have told of what the flush was for."""
+    async def work():
+        await target.write(0, PAGE)
+        fake.ignores = WRITE
+        durable = asyncio.ensure_future(target.write_fua(4096, PAGE))
+        flush = asyncio.ensure_future(target.flush())
+        while len(target.pending) != 1:         # both, until the flush has its reply
+            await asyncio.sleep(0.01)
+        fake.ignores = None
+        fake.peer.shutdown(socket.SHUT_RDWR)
+        return [await errno_of(call) for call in (durable, flush, target.flush(), target.flush())]
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == [0, errno.EIO, errno.EIO, 0]
 
 
 @pytest.mark.parametrize("change", ["write_fua", "flush"])
