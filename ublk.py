@@ -114,7 +114,7 @@ import types
 import typing
 import weakref
 from array import array
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -782,7 +782,6 @@ IORING_RSRC_REGISTER_SPARSE = 1
 IOSQE_IO_LINK = 1 << 2
 IOSQE_BUFFER_SELECT = 1 << 5
 IOSQE_CQE_SKIP_SUCCESS = 1 << 6
-RWF_DSYNC = 2  # linux/fs.h: the write ends when it is durable
 
 io_sqring_offsets = structure(
     "io_sqring_offsets",
@@ -1816,7 +1815,7 @@ IO_CMD = struct.Struct("=HHiQ")  # ublksrv_io_cmd
 IO_DESC = struct.Struct("=IIQQ")  # ublksrv_io_desc
 BATCH_IO = struct.Struct("=HHHBBQ")  # ublk_batch_io
 ELEMENT = struct.Struct("=HHiQ")  # ublk_elem_header, and what may follow
-TRANSFER = struct.Struct("=BBHIQQII")  # io_uring_sqe up to rw_flags
+TRANSFER = struct.Struct("=BBHIQQI")  # io_uring_sqe up to len
 RESULT_WORD = (48 + 4) // 4  # where ublksrv_io_cmd.result lies in an SQE, in 32-bit words
 ADDRESS_WORD = (48 + 8) // 8  # and ublksrv_io_cmd.addr, in 64-bit words
 # user_data of what is not the command of a tag. These four have an SQE slot each,
@@ -1935,7 +1934,6 @@ class MappedCopy:
             0,
             self.address(tag),
             length,
-            RWF_DSYNC if flags & UBLK_IO_F_FUA else 0,
         )
         self.fds[tag] = fd
 
@@ -2116,12 +2114,7 @@ class Queue:
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
         self.writes_durably = stands(self.target, "write_fua")
-        self.not_by_map = NOT_BY_MAP
-        if not self.writes_durably:
-            self.not_by_map |= UBLK_IO_F_FUA
-        self.flushing: Any = None  # the lock of who flushes
-        self.flushes = 0  # how many have begun
-        self.flushed = 0  # the result of the last one
+        self.flushing: Any = device.flushing
         self.answer: Any = None  # what serves a list of tags
         self.served = [-1] * self.depth
         self._done: list[int] = []  # tags whose commit is to be submitted
@@ -2346,7 +2339,6 @@ class Queue:
         served = self.served
         chained = self.chained
         chains: list[int] = []
-        not_by_map = self.not_by_map
         last = -1  # no request is like this one
         for tag in tags:
             if requests[tag] != last:
@@ -2354,7 +2346,7 @@ class Queue:
                 flags = self.flags[tag]
                 length = self.sectors[tag] * SECTOR
                 writes = flags & 0xFF == UBLK_IO_OP_WRITE
-            if flags & not_by_map:
+            if flags & NOT_BY_MAP:
                 self.handle(tag)
                 continue
             try:
@@ -2436,18 +2428,9 @@ class Queue:
         self.leaving = True
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
-        """Hear of a stage of a chain: only those that fail are heard of. Serve the request anew.
-
-        But no durable write: that data of a file were lost the kernel tells
-        once, and a second one would go well.
-        """
+        """Hear of a stage of a chain: only those that fail are heard of. Serve the request anew."""
         self.path.broken(tag, stage)
-        durable = stage == 1 and self.flags[tag] & UBLK_IO_F_FUA
-        if durable and result < 0 and result not in (-errno.EINVAL, -errno.ECANCELED):
-            self.chained -= {tag}
-            self.complete(tag, result)
-        else:
-            self.handle(tag)
+        self.handle(tag)
 
     def _has_chains(self) -> bool:
         """Ask the driver whether it waits for a commit that is the end of some chain.
@@ -2566,6 +2549,7 @@ class Queue:
 
     async def _write(self, tag: int, flags: int, offset: int, length: int) -> int:
         path = self.shared if flags & UBLK_IO_F_SHMEM_ZC else self.path
+        failures = self.flushing.failures
         durable = flags & UBLK_IO_F_FUA
         write = self.target.write
         if durable and self.writes_durably:
@@ -2573,42 +2557,21 @@ class Queue:
         data = self._data(path, tag, length)
         await transfer(write, write(offset, data[:]), offset, data)
         if durable and not self.writes_durably:
-            await self._flush()
+            await self._flush(failures)
         return length
 
-    async def _flush(self) -> None:
-        """Have what was written be durable, behind a durable write that the target has no method for.
+    async def _flush(self, failures: int | None = None) -> None:
+        """Have what was written be durable, also behind a durable write that has no method.
 
-        The kernel would have it flushed by a request of its own. A server that
+        The kernel would have that flushed by a request of its own. A server that
         is killed while it has that one is never let go of (up to 7.3): the
         write that waits for it has begun, and keeps its tag.
-
-        As with the kernel there is one at a time, and all who come meanwhile share
-        the next: a target may be told but once that data are lost.
         """
-        flush = self.target.flush
         if self.loop is None:
+            flush = self.target.flush
             succeeded(flush, await end_of(flush()))
-            return
-        import asyncio
-
-        # Not before: in Python 3.9 it is for the loop that it is made in
-        self.flushing = self.flushing or asyncio.Lock()
-        begun = self.flushes
-        waits = self.flushing.locked()
-        async with self.flushing:
-            # What was lost while one waited may have been told already
-            told = waits and self.flushed
-            if self.flushes == begun and not told:
-                self.flushes += 1
-                self.flushed = -errno.EIO
-                try:
-                    self.flushed = succeeded(flush, await end_of(flush()))
-                except Exception as error:
-                    self.flushed = failed(error)
-            result = self.flushed
-        if result:
-            raise OSError(-result, os.strerror(-result))
+        else:
+            await self.flushing(failures)
 
     async def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -2631,10 +2594,11 @@ class Queue:
         return length
 
     async def _append(self, tag: int, flags: int, offset: int, length: int) -> int:
+        failures = self.flushing.failures
         data = self._data(self.path, tag, length)
         position = await end_of(self.target.zone_append(offset, data))
         if flags & UBLK_IO_F_FUA:
-            await self._flush()
+            await self._flush(failures)
         self.appended(tag, position // SECTOR)
         return length
 
@@ -2878,9 +2842,8 @@ class Queue:
 # What is not served right from a tag's buffer: requests without data, durable
 # ones, shared memory.
 NOT_BY_BUFFER = 0xFE | UBLK_IO_F_FUA | UBLK_IO_F_SHMEM_ZC
-# What map() is not asked for: requests without data, those with pages of no
-# slot, shared memory.
-NOT_BY_MAP = 0xFE | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY | UBLK_IO_F_SHMEM_ZC
+# What map() is not asked for: those, and requests with pages of no slot.
+NOT_BY_MAP = NOT_BY_BUFFER | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY
 
 # Requests without data: the target's method, and how many it takes of offset,
 # length and unmap.
@@ -3336,6 +3299,7 @@ class Device:
                 "make it a plain def",
             )
         self.target = target
+        self.flushing = Flushing(getattr(target, "flush", None))
         self.words = words or (type(target).__name__, [], {})
         self.zoned = hasattr(target, "zone_size")
         self.directory = ""  # where the words may name files
@@ -4732,6 +4696,86 @@ def has_coroutines(target: Any) -> bool:
     methods = [getattr(target, name, None) for name in (*HANDLERS, "start", "close")]
     # Up to Python 3.9 it does not look into a partial of a method
     return any(inspect.iscoroutinefunction(getattr(each, "func", each)) for each in methods)
+
+
+class Turns:
+    """A lock for tasks on the loops of several queues; an asyncio.Lock is for those of one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # held for a moment
+        self._waiting: Any = collections.deque()  # a Future each, of whom the first is inside
+
+    @contextlib.asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Wait until nobody else is inside."""
+        import asyncio
+        from concurrent.futures import Future
+
+        turn: Any = Future()
+        turn.set_running_or_notify_cancel()  # who is cancelled leaves it alone
+        with self._lock:
+            self._waiting.append(turn)
+            self._let_in()
+        try:
+            if not turn.done():
+                await asyncio.wrap_future(turn)
+            yield
+        finally:
+            with self._lock:
+                self._waiting.remove(turn)
+                self._let_in()
+
+    def _let_in(self) -> None:
+        if self._waiting and not self._waiting[0].done():
+            self._waiting[0].set_result(None)
+
+
+class Flushing(Turns):
+    """One flush at a time, which all share who came before it began, as the kernel has it.
+
+    What is flushed may be told but once that data are lost. So nobody is told
+    of success beside whom a flush has failed.
+
+    flush: what does it, a method, maybe a coroutine's.
+    """
+
+    def __init__(self, flush: Any) -> None:
+        super().__init__()
+        self.flush = flush
+        self.begun = 0
+        self.failures = 0
+        self.error = 0  # of the last that failed
+
+    async def __call__(self, failures: int | None = None) -> None:
+        """Have a flush begin, and wait for its end.
+
+        failures: how many there had been when what is to be durable began to be
+        written; None: it has ended before.
+
+        Raises OSError where there are more of them by then.
+        """
+        begun = self.begun
+        if failures is None:
+            failures = self.failures
+        async with self.take():
+            if self.begun == begun and self.failures == failures:
+                self.begun += 1
+                await self._do()
+            if self.failures != failures:
+                raise OSError(self.error, os.strerror(self.error))
+
+    async def _do(self) -> None:
+        try:
+            succeeded(self.flush, await end_of(self.flush()))
+        except Exception as error:
+            self._failed(-failed(error))
+        except BaseException:  # the queue ends
+            self._failed(errno.EIO)
+            raise
+
+    def _failed(self, number: int) -> None:
+        self.error = number
+        self.failures += 1
 
 
 class Operation:

@@ -38,8 +38,8 @@ import time
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -199,10 +199,6 @@ class Mapped:
         fd, at = self.map(offset, len(buffer), True)
         return os.pwrite(fd, buffer, at)
 
-    def write_fua(self, offset: int, buffer: memoryview) -> int:
-        fd, at = self.map(offset, len(buffer), True)
-        return os.pwritev(fd, [buffer], at, os.RWF_DSYNC)
-
 
 class Loop(Mapped, ublk.Target):
     """Serve a file or a block device as a disk. A file that may not be written to makes a read-only one.
@@ -225,8 +221,8 @@ class Loop(Mapped, ublk.Target):
         flags = os.O_DIRECT if direct else 0
         self.fd, self.read_only = open_backing(path, flags, read_only)
         self.opened = closes_with(self, self.fd)
-        # Once for each opening the kernel tells that data are lost: a flush is to hear what a
-        # durable write has heard
+        # Once for each opening the kernel tells that data are lost: by the one that is written through
+        # durable writes hear of it, and by another one a flush that comes later
         self.flushed = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
         self.reopened = closes_with(self, self.flushed)
         claim(self.fd, path, self.read_only)
@@ -245,6 +241,7 @@ class Loop(Mapped, ublk.Target):
         has_own = defines(self, "discard", Loop)
         if not (self.read_only or has_own) and self._can_discard():
             self.discard = self._discard  # an attribute: not every backing has it
+        self.sync = ublk.Flushing(self._sync)
 
     def close(self) -> None:
         self.fd = self.flushed = -1  # the numbers may become other files'
@@ -270,11 +267,19 @@ class Loop(Mapped, ublk.Target):
         """Do what write() does, while the queue goes on."""
         return ublk.uring_write(self.fd, buffer, offset)
 
+    def _sync(self) -> Any:
+        return ublk.uring_fsync(self.fd, datasync=True)
+
+    async def write_fua(self, offset: int, buffer: memoryview) -> None:
+        failures = self.sync.failures
+        await moved(self.store, offset, buffer)
+        await self.sync(failures)
+
     async def flush(self) -> None:
         # The opening that is written through as well: with FUSE it alone may know what that was.
-        # Where it tells of lost data the other one is left to the next flush, or one at the same
-        # time: they may be another client's, too, and the kernel tells each opening but once
-        await ublk.uring_fsync(self.fd, datasync=True)
+        # Where it tells of lost data the other one is left to the next flush: they may be another
+        # client's, too
+        await self.sync()
         await ublk.uring_fsync(self.flushed, datasync=True)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
@@ -572,6 +577,11 @@ class Stripe(Over, Mapped, ublk.Target):
         leg = offset // self.boundary % len(self.legs)
         at = self.before(leg, offset)
         return self.legs[leg].fd, at
+
+    async def write_fua(self, offset: int, buffer: memoryview) -> None:
+        leg = self.legs[offset // self.boundary % len(self.legs)]
+        _, at = self.map(offset, len(buffer), True)
+        await leg.write_fua(at, buffer)
 
     async def call(self, name: str, *args: Any) -> None:
         """Have all legs flush, and those that it touches serve another request, until all have ended."""
@@ -1221,7 +1231,7 @@ class Cache(Wrapper, ublk.Target):
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets
-        self.changing = threading.Lock()  # held while the target is changed
+        self.changing = ublk.Turns()  # of who changes the target
         self.lock = threading.RLock()
 
     def cut(self) -> None:
@@ -1267,7 +1277,7 @@ class Cache(Wrapper, ublk.Target):
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target do at once what is no plain write: in place of what is older."""
         self.look()
-        async with self.alone():
+        async with self.changing.take():
             older = self.kept(*extent(args))
             await super().call(name, *args)
             if name == "write_zeroes":  # else a write that finds no room could hear of a loss
@@ -1277,7 +1287,7 @@ class Cache(Wrapper, ublk.Target):
     async def write_back(self) -> None:
         """Write all blocks to the target, durably."""
         before_a_cut = self.blocks
-        async with self.alone():
+        async with self.changing.take():
             blocks = before_a_cut.copy()
             for offsets in self.runs(blocks):
                 if self.blocks is not before_a_cut:
@@ -1321,18 +1331,6 @@ class Cache(Wrapper, ublk.Target):
             for at, data in blocks.items():
                 if self.blocks.get(at) is data:
                     self.blocks.pop(at, None)  # or cut() has
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Wait until nobody else changes the target, on whichever queue's loop."""
-        import asyncio
-
-        while not self.changing.acquire(blocking=False):
-            await asyncio.sleep(0.001)
-        try:
-            yield
-        finally:
-            self.changing.release()
 
     async def close(self) -> None:
         import asyncio

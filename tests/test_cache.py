@@ -173,7 +173,7 @@ def test_a_flush_that_waits_as_the_power_is_cut_fails(targets):
     async def run():
         disk = targets.Cache(targets.Ram(size=4096))
         await disk.write(0, NEW)
-        async with disk.alone():
+        async with disk.changing.take():
             flush = asyncio.ensure_future(disk.flush())
             await asyncio.sleep(0)
             disk.cut()

@@ -8,7 +8,7 @@ import ctypes
 import errno
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
@@ -115,9 +115,36 @@ class Losing(Ram):
 
 
 @kernel
+@pytest.mark.parametrize("kind", ["loop", "stripe"])
+def test_no_durable_write_takes_what_another_one_was_to_hear(targets, tmp_path, kind):
+    """The kernel tells of it whoever asks first, and once."""
+    needs("mkfs.ext4")
+    below = Losing()
+    with ExitStack() as stack:
+        lower = stack.enter_context(ublk.Device(below, max_io=4096))       # each page is a request
+        target = targets.Loop(lower.path) if kind == "loop" else targets.Stripe(lower.path)
+        disk = stack.enter_context(ublk.Device(target))
+        sh("mkfs.ext4", "-q", "-O", "^has_journal", "-b", "4096", disk.path)
+        directory = stack.enter_context(mount_of(disk.path, tmp_path / "mnt"))
+        for name in "ab":                       # over what is there already it is one request, and no flush
+            with open(directory / name, "wb", buffering=0) as file:
+                file.write(os.urandom(8192))
+                os.fsync(file.fileno())
+        one, other = [stack.enter_context(opened(directory / name, os.O_RDWR | os.O_DSYNC)) for name in "ab"]
+        pool = stack.enter_context(ThreadPoolExecutor())
+        lost = pool.submit(error_of, write_at, one, 0, b"y" * 4096 + b"s" * 4096)
+        assert below.waits.wait(60)
+        beside = pool.submit(error_of, write_at, other, 0, b"x" * 4096)
+        wait([beside], 2)                       # where it takes it, it does so before the other one ends
+        below.goes_on.set()
+        assert lost.result() == errno.EIO
+        beside.result()
+
+
+@kernel
 def test_what_is_lost_during_a_flush_fails_the_next_one_too(targets):
     """It may be another client's, acknowledged when that flush had come."""
-    write, wait = 2, 4                          # SYNC_FILE_RANGE_* of linux/fs.h
+    write, waits = 2, 4                         # SYNC_FILE_RANGE_* of linux/fs.h
     below = Losing()
     with ublk.Device(below) as lower, ublk.Device(targets.Loop(lower.path)) as disk, \
             opened(disk.path) as fd, opened(lower.path, os.O_RDONLY) as other, ThreadPoolExecutor() as pool:
@@ -126,6 +153,6 @@ def test_what_is_lost_during_a_flush_fails_the_next_one_too(targets):
         assert below.waits.wait(60)
         write_at(fd, 1 << 20, b"y" * 4096)
         place = ctypes.c_int64(1 << 20)
-        assert LIBC.sync_file_range(other, place, place, write | wait) < 0
+        assert LIBC.sync_file_range(other, place, place, write | waits) < 0
         below.goes_on.set()
         assert [first.result(), error_of(os.fsync, fd), error_of(os.fsync, fd)] == [errno.EIO, errno.EIO, 0]

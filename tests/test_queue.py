@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -864,11 +865,89 @@ def test_all_whose_durable_writes_wait_for_a_flush_hear_that_it_fails():
     assert target.calls.count(("flush",)) == 2
 
 
+def test_all_who_come_during_a_flush_share_the_next():
+    target = telling_once(Flushed, 0)
+    answers = serve(target, operation=ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA, depth=4).answers
+    assert [result for _, result in answers] == 4 * [4096]
+    assert target.calls.count(("flush",)) == 2
+
+
 def test_who_waits_for_a_flush_hears_that_the_one_before_has_failed():
     """It may have been told of what they lost meanwhile, and nobody is told again."""
     target = telling_once(Flushed, 1)
     answers = serve(target, operation=ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA, depth=4).answers
     assert [result for _, result in answers] == 4 * [-errno.ENOSPC]
+
+
+@pytest.mark.parametrize("kind, operation", [
+    (Flushed, ublk.UBLK_IO_OP_WRITE), (Appending, ublk.UBLK_IO_OP_ZONE_APPEND)], ids=["write", "append"])
+def test_who_writes_while_a_flush_fails_hears_of_it(kind, operation):
+    """It may have been told of what they were about to wait for."""
+    class Slow(kind):
+        async def late(self, offset, buffer):
+            self.calls.append(("mine",))
+            while target.calls.count(("flush",)) == 0:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.1)
+            return offset if kind is Appending else None
+
+        write = zone_append = late
+
+    target = telling_once(Slow, 1)
+    device = StandIn(target, depth=2, operation=operation | ublk.UBLK_IO_F_FUA)
+    ublk.IO_DESC.pack_into(device.descriptors[0], device.desc_size, ublk.UBLK_IO_OP_FLUSH, 0, 0, 0)
+    queue = NopQueue(device)
+    to_the_end(queue, device)
+    assert sorted(queue.answers) == [(0, -errno.ENOSPC), (1, -errno.ENOSPC)]
+    assert target.calls.count(("flush",)) == 1
+
+
+def test_queues_share_a_flush():
+    """They have loops of their own, and a target may be told but once that data are lost."""
+    began, ends = threading.Event(), threading.Event()
+    calls = []
+
+    async def flush():
+        calls.append(threading.get_ident())
+        began.set()
+        await asyncio.to_thread(ends.wait)
+        raise OSError(errno.ENOSPC, "lost")
+
+    device = StandIn(target_of(flush=lambda target: flush()))
+    queues = [NopQueue(device) for _ in range(3)]
+
+    def error(queue, failures):
+        return error_of(asyncio.run, queue.flushing(failures))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(error, queues[0], None)
+        assert began.wait(60)
+        others = [pool.submit(error, queues[1], None), pool.submit(error, queues[2], 0)]
+        until(lambda: len(device.flushing._waiting) == 3)
+        ends.set()
+        assert [each.result() for each in (first, *others)] == 3 * [errno.ENOSPC]
+        assert error(queues[0], 0) == errno.ENOSPC
+    assert len(calls) == 1
+    for each in (*queues, device):
+        each.close()
+
+
+def test_who_gives_up_waiting_for_a_turn_keeps_nobody_out():
+    async def run():
+        turns, entered = ublk.Turns(), []
+
+        async def enter(name):
+            async with turns.take():
+                entered.append(name)
+                await asyncio.sleep(0)
+        async with turns.take():
+            tasks = [asyncio.create_task(enter(name)) for name in "abc"]
+            await asyncio.sleep(0)
+            tasks[1].cancel()
+            await asyncio.sleep(0.01)
+            assert entered == []
+        await asyncio.wait(tasks)
+        return "".join(entered)
+    assert asyncio.run(run()) == "ac"
 
 
 def test_a_durable_write_is_not_offered_to_whom_answer_serves_alone():
