@@ -4702,7 +4702,8 @@ class Turns:
     """A lock for tasks on the loops of several queues; an asyncio.Lock is for those of one."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # held for a moment
+        # Held for a moment, in which the garbage collector may end a task that is inside
+        self._lock = threading.RLock()
         self._waiting: Any = collections.deque()  # a Future each, of whom the first is inside
 
     @contextlib.asynccontextmanager
