@@ -3555,7 +3555,6 @@ class Device:
         """
         size = whole_pages(self.info.queue_depth * self.desc_size)
         apart = whole_pages(UBLK_MAX_QUEUE_DEPTH * self.desc_size)
-        mappings = []
         with contextlib.ExitStack() as reserved:
             # Python's mmap takes a descriptor each: if one is lacking, none is to be mapped
             files = [reserved.enter_context(open(os.devnull)) for _ in self._workers]
@@ -3563,10 +3562,9 @@ class Device:
                 self.state = MAPPED
             for index, file in enumerate(files):
                 file.close()
-                mapping = map_descriptors(self.char_fd, self.id, size, index * apart)
-                self._files.append(mapping)
-                mappings.append(mapping)
-        self.descriptors = mappings  # for which the workers wait
+                # No name for it: a Ctrl-C's traceback would keep it from being closed
+                self._files.append(map_descriptors(self.char_fd, self.id, size, index * apart))
+        self.descriptors = self._files[-len(files) :]  # for which the workers wait
 
     def _all(self, state: str) -> bool:
         """Tell whether every worker has come to that state."""

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import glob
 import mmap
 import os
@@ -433,6 +434,28 @@ def test_ctrl_c_at_any_moment_loses_no_descriptor_of_the_device(driver, monkeypa
             sys.settrace(None)
         disk.stop()
         assert (driver.devices, len(descriptors())) == ({}, before)
+
+
+def test_ctrl_c_at_any_moment_keeps_nothing_mapped_of_a_device_that_is_deleted(driver, monkeypatch):
+    """DEL_DEV would wait for that, and before 6.5 not even be sent."""
+    class Mapping(mmap.mmap):
+        """What is found among all there is."""
+
+    def deleted():
+        left.extend(type(thing) for thing in gc.get_objects() if type(thing) is Mapping and not thing.closed)
+    left = []
+    monkeypatch.setattr(ublk, "map_descriptors", lambda fd, dev_id, size, offset: Mapping(-1, size))
+    for number in range(150, 420, 3):
+        moment, disk = Moment(number, signal.SIGINT), new()
+        monkeypatch.setattr(disk, "_map", lambda step=disk._map, moment=moment: (moment.count(), step()))
+        driver.happens["del_dev"] = deleted
+        try:
+            with contextlib.suppress(KeyboardInterrupt), disk:
+                pass
+        finally:
+            sys.settrace(None)
+        disk.stop()
+    assert left == []
 
 
 def test_a_handler_of_a_signal_may_stop_what_is_being_stopped(driver):
