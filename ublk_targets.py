@@ -221,10 +221,6 @@ class Loop(Mapped, ublk.Target):
         flags = os.O_DIRECT if direct else 0
         self.fd, self.read_only = open_backing(path, flags, read_only)
         self.opened = closes_with(self, self.fd)
-        # Once for each opening the kernel tells that data are lost: by the one that is written through
-        # durable writes hear of it, and by another one a flush that comes later
-        self.flushed = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
-        self.reopened = closes_with(self, self.flushed)
         claim(self.fd, path, self.read_only)
         if self.is_block:
             word = fcntl.ioctl(self.fd, BLKSSZGET, bytes(4))
@@ -242,13 +238,11 @@ class Loop(Mapped, ublk.Target):
         if not (self.read_only or has_own) and self._can_discard():
             self.discard = self._discard  # an attribute: not every backing has it
         self.sync = ublk.Flushing(self._sync)
+        self.told = 0  # of how many of its failures flushes have told
 
     def close(self) -> None:
-        self.fd = self.flushed = -1  # the numbers may become other files'
-        try:
-            self.opened()
-        finally:
-            self.reopened()
+        self.fd = -1  # the number may become another file's
+        self.opened()
 
     def map(
         self,
@@ -276,11 +270,13 @@ class Loop(Mapped, ublk.Target):
         await self.sync(failures)
 
     async def flush(self) -> None:
-        # The opening that is written through as well: with FUSE it alone may know what that was.
-        # Where it tells of lost data the other one is left to the next flush: they may be another
-        # client's, too
-        await self.sync()
-        await ublk.uring_fsync(self.flushed, datasync=True)
+        # What a durable write or a flush has heard of may be another client's, who has yet to flush,
+        # and the kernel tells an opening but once
+        failures = self.sync.failures
+        if self.told != failures:
+            self.told = failures
+            raise OSError(errno.EIO, f"{self.path}: what was written before may be lost")
+        await self.sync(failures)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Punch a hole if that is allowed, or convert to zeroes, where there is neither write them."""
