@@ -48,6 +48,7 @@ class Log:
     def __init__(self, targets, path, size=1 << 20):
         self.path, self.targets = path, targets
         self.disk = targets.Record(str(path), targets.Ram(size=size))
+        self.disk.target.write_fua = self.disk.target.write     # for those who call it
         self.states = [bytes(size)]
 
     def do(self, name, *args):
@@ -101,6 +102,18 @@ def test_a_base_larger_than_the_recorded_disk_is_refused(run, log, tmp_path):
     done = run("replay", log.path, tmp_path / "disk", "--base", tmp_path / "base")
     assert_fails(done, 1, "larger than the recorded disk of 1048576 bytes", errno.EINVAL)
     assert not (tmp_path / "disk").exists()
+
+
+@pytest.mark.parametrize("name, args", [("write_zeroes", (0, 4096, True)), ("discard", (0, 4096))])
+def test_a_recording_of_what_its_target_cannot_do_is_no_success(targets, tmp_path, name, args):
+    """As where a subclass has a handler for it."""
+    class Plain(ublk.Target):
+        size = 1 << 20
+
+    disk = targets.Record(str(tmp_path / "log"), Plain())
+    with pytest.raises(AttributeError):
+        now(disk.call(name, *args))
+    now(disk.close())
 
 
 @pytest.mark.parametrize("name, args", [
