@@ -3289,7 +3289,7 @@ class Device:
         self._over = threading.Lock()
         self._over.acquire()
 
-    def take(self, target: Target, words: Any) -> None:
+    def take(self, target: Any, words: Any) -> None:
         """Have a target be the one behind the disk; words: those that made it."""
         for name in PLAIN_METHODS:
             refuse(
@@ -3299,7 +3299,7 @@ class Device:
                 "make it a plain def",
             )
         self.target = target
-        self.flushing = Flushing(getattr(target, "flush", None))
+        self.flushing = Flushing(lambda: target.flush())
         self.words = words or (type(target).__name__, [], {})
         self.zoned = hasattr(target, "zone_size")
         self.directory = ""  # where the words may name files

@@ -54,7 +54,7 @@ class StandIn:
 
     def __init__(self, target, depth=4, operation=ublk.UBLK_IO_OP_READ, trace=None):
         self.target, self.id, self.zoned, self.share_memory, self.shared = target, 0, False, False, [{}]
-        self.flushing = ublk.Flushing(getattr(target, "flush", None))
+        self.flushing = ublk.Flushing(lambda: target.flush())
         self.info = SimpleNamespace(queue_depth=depth, max_io_buf_bytes=65536, flags=0)
         self.control = SimpleNamespace(legacy=False)
         self.trace = trace
