@@ -2092,6 +2092,8 @@ class Zoned(ublk.Target):
 
     async def flush(self) -> None:
         with self.lock:
+            lost = self.lost
+            self.lost = False
             ends = [
                 (zone, zone.resets, zone.wp)
                 for zone in self.zones
@@ -2107,8 +2109,8 @@ class Zoned(ublk.Target):
         if ends:
             await self.disk.flush()
         with self.lock:
-            if self.lost:
-                self.lost = False
+            # What was lost meanwhile may be another client's: it fails the next flush, too
+            if lost or self.lost:
                 raise OSError(errno.EIO, "a reset before the end of this flush has failed")
             for zone, resets, wp in ends:
                 if zone.resets == resets:
