@@ -2655,7 +2655,10 @@ class Queue:
             try:
                 result = await self._serve(tag)
             except BaseException as error:  # even SystemExit: a client waits for an answer
-                result = 0 if self.closing else failed(error)
+                # It may share a flush with a task that ends with another queue
+                if self.closing or self.leaving:
+                    return
+                result = failed(error)
             if not self.closing:
                 self.complete(tag, result)
             if self.rounds == rounds:  # it need not wait: this task can do the others, too

@@ -462,6 +462,17 @@ def test_a_queue_that_is_to_leave_begins_none_of_the_requests_it_has(name, begin
     assert begun == [name]
 
 
+def test_what_fails_as_the_server_is_to_leave_is_for_the_next_one():
+    """A flush may have failed but because the task that all wait for ended with another queue."""
+    async def flush(target):
+        queue.leaving = True
+        raise OSError(errno.EIO, "ended")
+    device = StandIn(target_of(flush=flush), depth=2, operation=ublk.UBLK_IO_OP_FLUSH)
+    queue = NopQueue(device)
+    to_the_end(queue, device)
+    assert queue.answers == []
+
+
 @pytest.mark.parametrize("name", ["read", "flush"])
 def test_a_queue_that_is_to_leave_with_every_tag_in_its_hands_gives_one_back(name):
     """Up to 6.15 the kernel would hear of its end only when a request is late."""
