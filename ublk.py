@@ -4195,6 +4195,32 @@ def io_flusher() -> None:
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
+def stop(control: Control, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
+    """STOP_DEV, when nobody can be about to fetch the tags of a disk that waits for a server.
+
+    From 6.7 to 6.15 that crashes the kernel: STOP_DEV ends the command of a tag
+    that is not yet known as one that can be ended. So whoever recovers the disk
+    has it LIVE first, or cannot open /dev/ublkcN.
+
+    timeout: seconds, for either.
+    """
+    with contextlib.ExitStack() as ours:
+
+        def nobody_fetches() -> bool:
+            state = control.get_dev_info(dev_id).state
+            if state not in (UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO):
+                return True
+            try:
+                ours.enter_context(open(f"/dev/ublkc{dev_id}", "r+b", buffering=0))
+            except OSError as error:
+                return error.errno != errno.EBUSY
+            return True
+
+        if not (control.features or 0) & UBLK_F_QUIESCE:
+            becomes(nobody_fetches, timeout)
+        control.stop_dev(dev_id, timeout)
+
+
 def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) -> None:
     """DEL_DEV, or an error that says who holds the disk. Forgets the state file.
 
@@ -4219,7 +4245,7 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
             return
         # First, as DEL_DEV, if it waited for a handler, would have all ADD_DEV
         # and DEL_DEV of others wait along
-        control.stop_dev(dev_id, timeout)
+        stop(control, dev_id, timeout)
         forget_state(dev_id)
         # Up to Linux 6.3 the kernel's thread that stops a disk may be left with
         # the last reference to /dev/ublkcN, and drop it only when it has
@@ -6676,9 +6702,12 @@ def stop_device(options: Any) -> None:
     and START_DEV after STOP_DEV on one open node crashes kernels before 7.3.
     """
     with Control() as control:
-        stop = control.try_stop_dev if options.if_unused else control.stop_dev
-        if control.get_dev_info(options.id).state != UBLK_S_DEV_DEAD:
-            stop(options.id)
+        if control.get_dev_info(options.id).state == UBLK_S_DEV_DEAD:
+            return
+        if options.if_unused:
+            control.try_stop_dev(options.id)
+        else:
+            stop(control, options.id)
 
 
 def delete_devices(options: Any) -> int:

@@ -29,6 +29,7 @@ from tests.support import (
     assert_fails,
     assert_nothing_stuck,
     await_state,
+    before,
     completed,
     devices_left,
     error_of,
@@ -56,6 +57,31 @@ def test_reissue_loses_nothing(backing):
     disk, failed = kill_under_load(Forked("loop", backing, "-r", "reissue").live())
     assert failed == 0
     assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+@before("6.16")
+@pytest.mark.parametrize("command", [ublk.stop, ublk.delete], ids=["stop", "delete"])
+def test_nobody_begins_to_recover_a_disk_that_is_being_stopped(monkeypatch, control, command):
+    """From 6.7 to 6.15 the kernel crashes where its tags are fetched in that moment."""
+    told = []
+
+    def stop_dev(control, dev_id, timeout):
+        told.append(error_of(os.open, f"/dev/ublkc{dev_id}", os.O_RDWR))
+        stop(control, dev_id, timeout)
+    stop = ublk.Control.stop_dev
+    with ublk.Device(Ram(), recovery="requeue") as disk:
+        disk.detach()
+        identity = control.get_dev_info(disk.id).ublksrv_flags
+        server = ublk.open_char(disk.id)        # that is on its way
+        monkeypatch.setattr(ublk.Control, "stop_dev", stop_dev)
+        threading.Timer(0.5, server.close).start()
+        if command is ublk.stop:
+            ublk.stop(control, disk.id)
+            ublk.delete(control, disk.id, identity)
+        else:
+            ublk.delete(control, disk.id, identity)
+    assert told[0] == errno.EBUSY and server.closed
 
 
 @kernel
