@@ -2655,8 +2655,9 @@ class Queue:
             try:
                 result = await self._serve(tag)
             except BaseException as error:  # even SystemExit: a client waits for an answer
-                # It may share a flush with a task that ends with another queue
-                if self.closing or self.leaving:
+                # It may share a flush with a task that has ended with another queue
+                canceled = getattr(error, "errno", 0) == errno.ECANCELED
+                if self.closing or (self.leaving and canceled):
                     return
                 result = failed(error)
             if not self.closing:
@@ -4200,9 +4201,9 @@ def stop(control: Control, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> Non
 
     From 6.7 to 6.15 that crashes the kernel: STOP_DEV ends the command of a tag
     that is not yet known as one that can be ended. So whoever recovers the disk
-    has it LIVE first, or cannot open /dev/ublkcN.
+    has it LIVE first, if it is so within 10 seconds, or cannot open /dev/ublkcN.
 
-    timeout: seconds, for either.
+    timeout: seconds for STOP_DEV.
     """
     with contextlib.ExitStack() as ours:
 
@@ -4217,7 +4218,7 @@ def stop(control: Control, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> Non
             return True
 
         if not (control.features or 0) & UBLK_F_QUIESCE:
-            becomes(nobody_fetches, timeout)
+            becomes(nobody_fetches, 10)
         control.stop_dev(dev_id, timeout)
 
 
@@ -4798,7 +4799,7 @@ class Flushing(Turns):
         except Exception as error:
             self._failed(-failed(error))
         except BaseException:  # the queue ends
-            self._failed(errno.EIO)
+            self._failed(errno.ECANCELED)
             raise
 
     def _failed(self, number: int) -> None:

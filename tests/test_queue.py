@@ -462,15 +462,16 @@ def test_a_queue_that_is_to_leave_begins_none_of_the_requests_it_has(name, begin
     assert begun == [name]
 
 
-def test_what_fails_as_the_server_is_to_leave_is_for_the_next_one():
-    """A flush may have failed but because the task that all wait for ended with another queue."""
+@pytest.mark.parametrize("number", [errno.ECANCELED, errno.EIO], ids=["canceled", "failed"])
+def test_a_flush_that_ends_with_another_queue_is_for_the_next_server(number):
+    """But one that has failed may have heard of what nobody tells again."""
     async def flush(target):
         queue.leaving = True
-        raise OSError(errno.EIO, "ended")
-    device = StandIn(target_of(flush=flush), depth=2, operation=ublk.UBLK_IO_OP_FLUSH)
+        raise OSError(number, "ended")
+    device = StandIn(target_of(flush=flush), depth=1, operation=ublk.UBLK_IO_OP_FLUSH)
     queue = NopQueue(device)
     to_the_end(queue, device)
-    assert queue.answers == []
+    assert queue.answers == ([] if number == errno.ECANCELED else [(0, -errno.EIO)])
 
 
 @pytest.mark.parametrize("name", ["read", "flush"])
@@ -940,6 +941,17 @@ def test_queues_share_a_flush():
     assert len(calls) == 1
     for each in (*queues, device):
         each.close()
+
+
+def test_who_shares_a_flush_that_ends_with_its_queue_is_told_so():
+    async def run():
+        flushing = ublk.Flushing(lambda: asyncio.sleep(60))
+        tasks = [asyncio.create_task(flushing()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        tasks[0].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+    first, other = asyncio.run(run())
+    assert isinstance(first, asyncio.CancelledError) and other.errno == errno.ECANCELED
 
 
 def test_who_gives_up_waiting_for_a_turn_keeps_nobody_out():

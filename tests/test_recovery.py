@@ -67,7 +67,7 @@ def test_nobody_begins_to_recover_a_disk_that_is_being_stopped(monkeypatch, cont
     told = []
 
     def stop_dev(control, dev_id, timeout):
-        told.append(error_of(os.open, f"/dev/ublkc{dev_id}", os.O_RDWR))
+        told.append(error_of(lambda: os.close(os.open(f"/dev/ublkc{dev_id}", os.O_RDWR))))
         stop(control, dev_id, timeout)
     stop = ublk.Control.stop_dev
     with ublk.Device(Ram(), recovery="requeue") as disk:
