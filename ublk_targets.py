@@ -237,11 +237,13 @@ class Loop(Mapped, ublk.Target):
         has_own = defines(self, "discard", Loop)
         if not (self.read_only or has_own) and self._can_discard():
             self.discard = self._discard  # an attribute: not every backing has it
-        self.sync = ublk.Flushing(self._sync)
+        # No method of its own, or one that nobody closes would be there until the next collection
+        self.sync: Any = ublk.Flushing(partial(ublk.uring_fsync, self.fd, datasync=True))
         self.told = 0  # of how many of its failures flushes have told
 
     def close(self) -> None:
         self.fd = -1  # the number may become another file's
+        self.sync = None
         self.opened()
 
     def map(
@@ -260,9 +262,6 @@ class Loop(Mapped, ublk.Target):
     def store(self, offset: int, buffer: memoryview) -> Any:
         """Do what write() does, while the queue goes on."""
         return ublk.uring_write(self.fd, buffer, offset)
-
-    def _sync(self) -> Any:
-        return ublk.uring_fsync(self.fd, datasync=True)
 
     async def write_fua(self, offset: int, buffer: memoryview) -> None:
         failures = self.sync.failures

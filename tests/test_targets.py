@@ -378,6 +378,18 @@ def test_a_file_has_one_server_that_writes_to_it(targets, tmp_path, monkeypatch,
     now(ublk.end_of(second(targets, *paths).close()))
 
 
+def test_a_reader_that_nobody_has_any_more_lets_go_of_its_file(targets, tmp_path, monkeypatch):
+    """At once, not when the garbage collector runs."""
+    monkeypatch.setattr(ublk, "LAST_BREATH", 0.0)
+    path, = files(tmp_path, 1, 1 << 20)
+    gc.disable()
+    try:
+        targets.Loop(path, read_only=True)
+        now(ublk.end_of(targets.Loop(path).close()))
+    finally:
+        gc.enable()
+
+
 def test_readers_share_a_file(targets, tmp_path):
     path, = files(tmp_path, 1, 1 << 20)
     disks = [targets.Loop(path, read_only=True), targets.Loop(path, read_only=True),
