@@ -1678,7 +1678,7 @@ class Target:
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
     Of these, write_fua, map and answer are not used where a subclass overrides what they
-    stand for: write or answer; read, write or write_fua; map or any of the handlers.
+    stand for: write, map or answer; read, write or write_fua; map or any of the handlers.
 
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:
@@ -2871,7 +2871,7 @@ PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
 HANDLERS = ["read", "write", "write_fua", "zone_append", "report_zones"]
 HANDLERS += [name for name, _ in SIMPLE_OPERATIONS.values()]
 STANDS_FOR = {
-    "write_fua": ["write", "answer"],
+    "write_fua": ["write", "map", "answer"],
     "map": HANDLERS[:3],
     "answer": [*HANDLERS, "map"],
 }

@@ -1155,6 +1155,21 @@ def test_a_flush_that_cannot_make_a_file_durable_fails_twice(targets, tmp_path):
     disk.close()
 
 
+@pytest.mark.parametrize("kind", ["Loop", "Stripe"])
+def test_a_durable_write_goes_where_a_subclass_maps_it(targets, tmp_path, kind):
+    class Behind(getattr(targets, kind)):
+        def map(self, offset, length, write):
+            fd, position = super().map(offset, length, write)
+            return fd, position + 4096
+
+    path, = files(tmp_path, 1, SIZE)
+    Path(path).write_bytes(b"x" * SIZE)
+    disk = Behind(path)
+    assert serve(disk, depth=1, operation=WRITE | ublk.UBLK_IO_F_FUA).answers == [(0, 4096)]
+    disk.close()
+    assert Path(path).read_bytes()[:12288] == b"x" * 4096 + bytes(4096) + b"x" * 4096
+
+
 @pytest.mark.parametrize("promise", ["a text", object(), concurrent.futures.Future(), (_ for _ in "")],
                          ids=lambda promise: type(promise).__name__)
 @pytest.mark.parametrize("operation, name", [(FLUSH, "flush"), (WRITE, "write")])
