@@ -257,11 +257,13 @@ class Loop(Mapped, ublk.Target):
 
     def fetch(self, offset: int, buffer: memoryview) -> Any:
         """Do what read() does, while the queue goes on."""
-        return ublk.uring_read(self.fd, buffer, offset)
+        fd, at = self.map(offset, len(buffer), False)
+        return ublk.uring_read(fd, buffer, at)
 
     def store(self, offset: int, buffer: memoryview) -> Any:
         """Do what write() does, while the queue goes on."""
-        return ublk.uring_write(self.fd, buffer, offset)
+        fd, at = self.map(offset, len(buffer), True)
+        return ublk.uring_write(fd, buffer, at)
 
     async def write_fua(self, offset: int, buffer: memoryview) -> None:
         failures = self.sync.failures
@@ -281,8 +283,9 @@ class Loop(Mapped, ublk.Target):
         """Punch a hole if that is allowed, or convert to zeroes, where there is neither write them."""
         mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
         mode |= FALLOC_FL_KEEP_SIZE
+        fd, place = self.map(offset, length, True)
         try:
-            await ublk.uring_fallocate(self.fd, mode, offset, length)
+            await ublk.uring_fallocate(fd, mode, place, length)
             return
         except OSError as error:
             if error.errno not in UNSUPPORTED:
@@ -457,12 +460,17 @@ PROPERTIES = (
 )
 
 
+# Handlers, and what they would go around where a subclass has its own
+GO_AROUND = {"write_fua": "write", "discard": "map", "write_zeroes": "map"}
+
+
 def defines(target: object, name: str, base: type) -> bool:
     """Tell whether a target's class has that of its own, not from base.
 
-    A durable write would go around its write().
+    Or something that the base's would go around: a durable write its write(), say.
     """
-    if name == "write_fua" and defines(target, "write", base):
+    other = GO_AROUND.get(name)
+    if other and defines(target, other, base):
         return True
     there = getattr(type(target), name, None)
     return there is not getattr(base, name, None)

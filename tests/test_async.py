@@ -1170,6 +1170,26 @@ def test_a_durable_write_goes_where_a_subclass_maps_it(targets, tmp_path, kind):
     assert Path(path).read_bytes()[:12288] == b"x" * 4096 + bytes(4096) + b"x" * 4096
 
 
+@pytest.mark.parametrize("kind", ["Loop", "Stripe"])
+def test_blocks_become_zeroes_where_a_subclass_maps_them(targets, tmp_path, kind):
+    """And are given back nowhere."""
+    class Behind(getattr(targets, kind)):
+        def map(self, offset, length, write):
+            fd, position = super().map(offset, length, write)
+            return fd, position + 4096
+
+    path, = files(tmp_path, 1, SIZE)
+    Path(path).write_bytes(b"x" * SIZE)
+    disk = Behind(path)
+    result = 0 if kind == "Loop" else -errno.EOPNOTSUPP
+    zeroes, discard = ublk.UBLK_IO_OP_WRITE_ZEROES, ublk.UBLK_IO_OP_DISCARD
+    answers = [serve(disk, depth=1, operation=operation).answers for operation in (zeroes, discard)]
+    assert answers == [[(0, result)], [(0, -errno.EOPNOTSUPP)]]
+    disk.close()
+    second = bytes(4096) if kind == "Loop" else b"x" * 4096
+    assert Path(path).read_bytes()[:12288] == b"x" * 4096 + second + b"x" * 4096
+
+
 @pytest.mark.parametrize("promise", ["a text", object(), concurrent.futures.Future(), (_ for _ in "")],
                          ids=lambda promise: type(promise).__name__)
 @pytest.mark.parametrize("operation, name", [(FLUSH, "flush"), (WRITE, "write")])
