@@ -72,6 +72,7 @@ def test_nobody_begins_to_recover_a_disk_that_is_being_stopped(monkeypatch, cont
     stop = ublk.Control.stop_dev
     with ublk.Device(Ram(), recovery="requeue") as disk:
         disk.detach()
+        until(lambda: state_of(disk.id) == "QUIESCED")
         identity = control.get_dev_info(disk.id).ublksrv_flags
         server = ublk.open_char(disk.id)        # that is on its way
         monkeypatch.setattr(ublk.Control, "stop_dev", stop_dev)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -538,6 +539,21 @@ def test_a_queue_that_is_told_to_go_as_it_starts_asks_for_no_requests(driver, mo
     assert fetched == []
 
 
+def test_a_queue_that_is_told_to_go_as_all_have_started_asks_for_no_requests(driver, monkeypatch):
+    def map_late(step):
+        disk._wake_workers()
+        step()
+
+    fetched = []
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    monkeypatch.setattr(QUEUE, "fetch", lambda queue: fetched.append(queue))
+    monkeypatch.setattr(QUEUE, "idle", lambda queue: time.sleep(0.001))        # and hears of nothing
+    disk = new()
+    monkeypatch.setattr(disk, "_map", partial(map_late, disk._map))
+    assert message(disk.start)
+    assert fetched == []
+
+
 def test_a_queue_whose_command_is_refused_tells_it(driver, monkeypatch):
     monkeypatch.setattr(ublk, "Queue", QUEUE)
     monkeypatch.setattr(QUEUE, "fetch", lambda queue: queue.fail(-errno.EIO, "lost tag 1"))
@@ -823,13 +839,14 @@ class Slow(Parked):
         os.fstat(node)
 
 
-def test_a_start_that_is_interrupted_waits_for_a_queue_that_is_being_made(driver, monkeypatch):
+def test_a_start_that_is_interrupted_waits_for_a_queue_that_is_being_made(driver, monkeypatch, capsys):
     monkeypatch.setattr(ublk, "Queue", Slow)
     monkeypatch.setattr(ublk, "GRACE", 0.1)
     disk = new()
     disk.target.waits = threading.Event()
     threading.Timer(0.1, disk.interrupt, ["it rains"]).start()
     assert "it rains" in message(disk.start)
+    assert capsys.readouterr().err == ""                # as it would be of one that is given up
 
 
 @pytest.mark.parametrize("coroutines", [False, True], ids=["plain", "async"])
