@@ -428,7 +428,7 @@ class Moment:
 
 def test_ctrl_c_at_any_moment_loses_no_descriptor_of_the_device(driver, monkeypatch):
     before = len(descriptors())
-    for number in range(1, 200):
+    for number in range(1, 120):
         moment, disk = Moment(number, signal.SIGINT), new()
         monkeypatch.setattr(disk, "_open", lambda step=disk._open, moment=moment: (moment.count(), step()))
         try:
