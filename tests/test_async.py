@@ -1156,6 +1156,24 @@ def test_a_flush_that_cannot_make_a_file_durable_fails_twice(targets, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Loop", "Stripe"])
+def test_durable_writes_to_a_file_hear_of_one_loss_together(targets, tmp_path, kind):
+    """The kernel tells whoever asks first, and once."""
+    async def tells_once():
+        calls.append(1)
+        await asyncio.sleep(0.05)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "lost")
+    calls = []
+    path, = files(tmp_path, 1, SIZE)
+    disk = getattr(targets, kind)(path)
+    loop = disk if kind == "Loop" else disk.legs[0]
+    loop.sync.flush = tells_once
+    answers = serve(disk, depth=4, operation=WRITE | ublk.UBLK_IO_F_FUA).answers
+    assert [result for _, result in answers] == 4 * [-errno.EIO]
+    disk.close()
+
+
+@pytest.mark.parametrize("kind", ["Loop", "Stripe"])
 def test_a_durable_write_goes_where_a_subclass_maps_it(targets, tmp_path, kind):
     class Behind(getattr(targets, kind)):
         def map(self, offset, length, write):
