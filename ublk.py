@@ -4212,7 +4212,7 @@ def stop(control: Control, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> Non
             if state not in (UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO):
                 return True
             try:
-                ours.enter_context(open(f"/dev/ublkc{dev_id}", "r+b", buffering=0))
+                ours.enter_context(open_char(dev_id, 0))
             except OSError as error:
                 return error.errno != errno.EBUSY
             return True

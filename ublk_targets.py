@@ -237,7 +237,7 @@ class Loop(Mapped, ublk.Target):
         has_own = defines(self, "discard", Loop)
         if not (self.read_only or has_own) and self._can_discard():
             self.discard = self._discard  # an attribute: not every backing has it
-        # No method of its own, or one that nobody closes would be there until the next collection
+        # By no method: whoever leaves a loop unclosed would keep its file until the next collection
         self.sync: Any = ublk.Flushing(partial(ublk.uring_fsync, self.fd, datasync=True))
         self.told = 0  # of how many of its failures flushes have told
 
@@ -571,19 +571,22 @@ class Stripe(Over, Mapped, ublk.Target):
             if start < end:
                 yield leg, start, end - start
 
+    def place(self, offset: int) -> tuple[Loop, int]:
+        """Return the leg that has a byte of the disk, and where in it that lies."""
+        number = offset // self.boundary % len(self.legs)
+        return self.legs[number], self.before(number, offset)
+
     def map(
         self,
         offset: int,
         length: int,
         write: bool,
     ) -> tuple[int, int]:
-        leg = offset // self.boundary % len(self.legs)
-        at = self.before(leg, offset)
-        return self.legs[leg].fd, at
+        leg, at = self.place(offset)
+        return leg.fd, at
 
     async def write_fua(self, offset: int, buffer: memoryview) -> None:
-        leg = self.legs[offset // self.boundary % len(self.legs)]
-        _, at = self.map(offset, len(buffer), True)
+        leg, at = self.place(offset)
         await leg.write_fua(at, buffer)
 
     async def call(self, name: str, *args: Any) -> None:

@@ -1173,16 +1173,21 @@ def test_durable_writes_to_a_file_hear_of_one_loss_together(targets, tmp_path, k
     disk.close()
 
 
-@pytest.mark.parametrize("kind", ["Loop", "Stripe"])
-def test_a_durable_write_goes_where_a_subclass_maps_it(targets, tmp_path, kind):
-    class Behind(getattr(targets, kind)):
+def behind(kind, directory):
+    """Make a disk of a kind whose bytes lie 4 KiB further on in a file full of x; return it and that."""
+    class Behind(kind):
         def map(self, offset, length, write):
             fd, position = super().map(offset, length, write)
             return fd, position + 4096
 
-    path, = files(tmp_path, 1, SIZE)
+    path, = files(directory, 1, SIZE)
     Path(path).write_bytes(b"x" * SIZE)
-    disk = Behind(path)
+    return Behind(path), path
+
+
+@pytest.mark.parametrize("kind", ["Loop", "Stripe"])
+def test_a_durable_write_goes_where_a_subclass_maps_it(targets, tmp_path, kind):
+    disk, path = behind(getattr(targets, kind), tmp_path)
     assert not ublk.stands(disk, "write_fua")           # which syncs the disk's own file, and no other
     assert serve(disk, depth=1, operation=WRITE | ublk.UBLK_IO_F_FUA).answers == [(0, 4096)]
     disk.close()
@@ -1192,14 +1197,7 @@ def test_a_durable_write_goes_where_a_subclass_maps_it(targets, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["Loop", "Stripe"])
 def test_blocks_become_zeroes_where_a_subclass_maps_them(targets, tmp_path, kind):
     """And are given back nowhere."""
-    class Behind(getattr(targets, kind)):
-        def map(self, offset, length, write):
-            fd, position = super().map(offset, length, write)
-            return fd, position + 4096
-
-    path, = files(tmp_path, 1, SIZE)
-    Path(path).write_bytes(b"x" * SIZE)
-    disk = Behind(path)
+    disk, path = behind(getattr(targets, kind), tmp_path)
     result = 0 if kind == "Loop" else -errno.EOPNOTSUPP
     zeroes, discard = ublk.UBLK_IO_OP_WRITE_ZEROES, ublk.UBLK_IO_OP_DISCARD
     answers = [serve(disk, depth=1, operation=operation).answers for operation in (zeroes, discard)]

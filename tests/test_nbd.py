@@ -544,15 +544,21 @@ def test_nbd_a_flush_fails_where_a_durable_write_has_heard_of_a_loss_meanwhile(t
         assert served(target, work) == [errno.EIO, errno.EIO, errno.EIO, 0]
 
 
+async def flush_answered_first(target, fake):
+    """Begin a durable write and a flush of something; return both once only the flush has its reply."""
+    await target.write(0, PAGE)
+    fake.ignores = WRITE
+    durable = asyncio.ensure_future(target.write_fua(4096, PAGE))
+    flush = asyncio.ensure_future(target.flush())
+    while len(target.pending) != 1:
+        await asyncio.sleep(0.01)
+    return durable, flush
+
+
 def test_nbd_a_flush_waits_for_a_durable_write_that_may_have_heard_of_a_loss(targets, here):
     """The server told that one, and answers the flush first."""
     async def work():
-        await target.write(0, PAGE)
-        fake.ignores = WRITE
-        durable = asyncio.ensure_future(target.write_fua(4096, PAGE))
-        flush = asyncio.ensure_future(target.flush())
-        while len(target.pending) != 1:         # both, until the flush has its reply
-            await asyncio.sleep(0.01)
+        durable, flush = await flush_answered_first(target, fake)
         cookie, = target.pending
         fake.peer.sendall(simple(cookie, errno.EIO))
         return [await errno_of(call) for call in (durable, flush, target.flush(), target.flush())]
@@ -624,12 +630,7 @@ def test_nbd_a_durable_write_is_done_again_where_one_beside_it_lost_its_reply(ta
 def test_nbd_a_flush_fails_where_a_durable_write_beside_it_lost_its_reply(targets, here):
     """That could have told of what the flush was for."""
     async def work():
-        await target.write(0, PAGE)
-        fake.ignores = WRITE
-        durable = asyncio.ensure_future(target.write_fua(4096, PAGE))
-        flush = asyncio.ensure_future(target.flush())
-        while len(target.pending) != 1:         # both, until the flush has its reply
-            await asyncio.sleep(0.01)
+        durable, flush = await flush_answered_first(target, fake)
         fake.ignores = None
         fake.peer.shutdown(socket.SHUT_RDWR)
         return [await errno_of(call) for call in (durable, flush, target.flush(), target.flush())]

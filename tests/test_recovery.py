@@ -79,9 +79,7 @@ def test_nobody_begins_to_recover_a_disk_that_is_being_stopped(monkeypatch, cont
         threading.Timer(0.5, server.close).start()
         if command is ublk.stop:
             ublk.stop(control, disk.id)
-            ublk.delete(control, disk.id, identity)
-        else:
-            ublk.delete(control, disk.id, identity)
+        ublk.delete(control, disk.id, identity)
     assert told[0] == (True, errno.EBUSY)
 
 

@@ -399,6 +399,18 @@ def test_what_a_write_that_failed_left_may_be_anything_and_a_flush_makes_it_last
     assert all(len(left) == 1 for left in after)
 
 
+def begin_flush(log, flush, late):
+    """Begin a flush that has a pause, and write before it or, late, in that; return what goes on with it."""
+    log.disk.target.flush = flush
+    if not late:
+        now(log.disk.write(0, memoryview(b"x" * 512)))
+    flushing = log.disk.flush()
+    flushing.send(None)
+    if late:
+        now(log.disk.write(0, memoryview(b"x" * 512)))
+    return flushing
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before the flush", "in the flush"])
 def test_what_was_written_when_a_flush_failed_may_be_lost_though_the_next_one_went_well(
         targets, tmp_path, late):
@@ -408,13 +420,7 @@ def test_what_was_written_when_a_flush_failed_may_be_lost_though_the_next_one_we
         error()
 
     log = Log(targets, tmp_path / "log", size=8192)
-    log.disk.target.flush = flush
-    if not late:
-        now(log.disk.write(0, memoryview(b"x" * 512)))
-    flushing = log.disk.flush()
-    flushing.send(None)
-    if late:
-        now(log.disk.write(0, memoryview(b"x" * 512)))
+    flushing = begin_flush(log, flush, late)
     now(log.disk.call("write_fua", 2048, memoryview(b"z" * 512)))
     assert error_of(flushing.send, None) == errno.EIO
     log.disk.target.flush = lambda: None
@@ -632,13 +638,7 @@ def test_a_flush_is_for_what_was_done_when_it_was_asked_for(run, targets, tmp_pa
         await Pause()
 
     log = Log(targets, tmp_path / "log")
-    log.disk.target.flush = flush
-    if not late:
-        now(log.disk.write(0, memoryview(b"x" * 512)))
-    flushing = log.disk.flush()
-    flushing.send(None)
-    if late:
-        now(log.disk.write(0, memoryview(b"x" * 512)))
+    flushing = begin_flush(log, flush, late)
     with pytest.raises(StopIteration):
         flushing.send(None)
     log.disk.target.flush = lambda: None

@@ -426,17 +426,23 @@ class Moment:
         sys.settrace(self.trace)
 
 
+def interrupt_start(monkeypatch, name, number):
+    """Start a disk, which a Ctrl-C ends at this moment of a step of its start or later, and stop it."""
+    moment, disk = Moment(number, signal.SIGINT), new()
+    step = getattr(disk, name)
+    monkeypatch.setattr(disk, name, lambda: (moment.count(), step()))
+    try:
+        with contextlib.suppress(KeyboardInterrupt), disk:
+            pass
+    finally:
+        sys.settrace(None)
+    disk.stop()
+
+
 def test_ctrl_c_at_any_moment_loses_no_descriptor_of_the_device(driver, monkeypatch):
     before = len(descriptors())
     for number in range(1, 120):
-        moment, disk = Moment(number, signal.SIGINT), new()
-        monkeypatch.setattr(disk, "_open", lambda step=disk._open, moment=moment: (moment.count(), step()))
-        try:
-            with contextlib.suppress(KeyboardInterrupt), disk:
-                pass
-        finally:
-            sys.settrace(None)
-        disk.stop()
+        interrupt_start(monkeypatch, "_open", number)
         assert (driver.devices, len(descriptors())) == ({}, before)
 
 
@@ -450,15 +456,8 @@ def test_ctrl_c_at_any_moment_keeps_nothing_mapped_of_a_device_that_is_deleted(d
     left = []
     monkeypatch.setattr(ublk, "map_descriptors", lambda fd, dev_id, size, offset: Mapping(-1, size))
     for number in range(80, 150):  # around the mapping, in each Python
-        moment, disk = Moment(number, signal.SIGINT), new()
-        monkeypatch.setattr(disk, "_map", lambda step=disk._map, moment=moment: (moment.count(), step()))
         driver.happens["del_dev"] = deleted
-        try:
-            with contextlib.suppress(KeyboardInterrupt), disk:
-                pass
-        finally:
-            sys.settrace(None)
-        disk.stop()
+        interrupt_start(monkeypatch, "_map", number)
     assert left == []
 
 
