@@ -2227,8 +2227,9 @@ class Queue:
     def run(self) -> None:
         """Serve until the device is stopped (every tag ends) or its server is to go.
 
-        Requests that coroutines have not answered stay unanswered; the kernel
-        deals with them when the ring is closed.
+        What coroutines have begun has LAST_WORDS to end then: an error may be
+        told but once, so it is told to who asked. What is not answered is the
+        kernel's to deal with when the ring is closed.
         """
         self.answer = self._answer()
         while not self.is_over():
@@ -2236,6 +2237,7 @@ class Queue:
                 self._run_loop()
             elif tags := self.collect(A_MOMENT if self.ended else None):
                 self.answer(tags)
+        becomes(lambda: not self._tasks, LAST_WORDS, lambda _: self.idle())
 
     def is_over(self) -> bool:
         """Tell whether the loop is to end.
@@ -2788,7 +2790,7 @@ class Queue:
         on one of the next server. To be called by the queue's own thread,
         before close().
         """
-        self.closing = True
+        self.leaving = self.closing = True
         deadline = time.monotonic() + LAST_WORDS
         if self.loop is not None:
             self._end_loop()
@@ -3140,7 +3142,7 @@ class Worker(threading.Thread):
 
     def end(self, queue: Queue) -> None:
         """End the queue's loop; with the last one, a target whose close() needs it."""
-        queue.closing = True
+        queue.leaving = queue.closing = True
         alone = True
         try:
             # Up to 6.12 this thread would be given what comes as its ring goes, if it
@@ -4709,11 +4711,12 @@ class BatchQueue(Queue):
 # context variable that one of them leaves set, or a cancellation of the task
 # that it leaves unheard, is the next one's). One that waits keeps its task to
 # its end; in the next round there are two for the others, then four. When the
-# queue ends, tasks are cancelled, and given LAST_WORDS to go; so are threads that
-# asyncio has do something for a request. A target that one then still uses is not
+# queue ends, requests that have begun have LAST_WORDS to be answered; then tasks
+# are cancelled, and given as long to go, and so are threads that asyncio has do
+# something for a request. A target that one then still uses is not
 # closed.
 
-LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does
+LAST_WORDS = 1.0  # seconds that tasks have to end when their queue does, and when cancelled
 _here = threading.local()  # .queue: the one whose loop runs in this thread
 # Whether it is for a request, what a task, or one that it has begun, does
 _serving = contextvars.ContextVar("serving", default=False)
@@ -4962,19 +4965,18 @@ class RingSelector(selectors.EpollSelector):
         queue = self.queue
         if queue.ended and not queue.closing:
             timeout = A_MOMENT if timeout is None else min(timeout, A_MOMENT)
-        left = bool(queue.waiting) and not queue.closing
+        left = bool(queue.waiting) and not queue.leaving
         if not queue.watching:
             queue.watch(self.fileno())
         tags = queue.collect(0 if left else timeout)
-        if queue.closing:
+        if queue.leaving:
             queue.ended.update(tags)  # requests for the next server
-        else:
-            if tags:
-                queue.answer(tags)
-            if queue.waiting:
-                queue.add_tasks(left)
-            if queue.is_over():
-                queue.loop.stop()
+        elif tags:
+            queue.answer(tags)
+        if queue.waiting and not queue.leaving:
+            queue.add_tasks(left)
+        if queue.is_over():
+            queue.loop.stop()
         if queue.watching:
             return []
         return super().select(0)

@@ -26,6 +26,7 @@ from tests.support import (
     opened,
     sh,
     since,
+    until,
     write_at,
 )
 from tests.test_nbd import nbd_server, nbd_uri
@@ -156,3 +157,30 @@ def test_what_is_lost_during_a_flush_fails_the_next_one_too(targets):
         assert LIBC.sync_file_range(other, place, place, write | waits) < 0
         below.goes_on.set()
         assert [first.result(), error_of(os.fsync, fd), error_of(os.fsync, fd)] == [errno.EIO, errno.EIO, 0]
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["loop", "stripe", "thread"])
+def test_a_flush_that_fails_while_its_server_leaves_tells_its_client(targets, monkeypatch, kind):
+    """The kernel tells of a loss once, and the next server is asked to flush again."""
+    class Thread(targets.Loop):
+        async def flush(self):
+            await asyncio.to_thread(os.fsync, self.fd)
+    kinds = {"loop": targets.Loop, "stripe": targets.Stripe, "thread": Thread}
+    monkeypatch.setattr(ublk, "LAST_WORDS", 30.0)
+    below = Losing()
+    with ublk.Device(below) as lower, ThreadPoolExecutor() as pool, ExitStack() as behind:
+        disk = ublk.Device(kinds[kind](lower.path), recovery="reissue")
+        disk.start()
+        with opened(disk.path) as fd:
+            write_at(fd, 0, b"s" * 4096)
+            write_at(fd, 1 << 20, b"y" * 4096)
+            flushed = pool.submit(error_of, os.fsync, fd)
+            assert below.waits.wait(60)
+            queue = disk._workers[0].queue
+            leaves = pool.submit(disk.detach)
+            until(lambda: queue.leaving)
+            below.goes_on.set()
+            leaves.result()
+            behind.enter_context(ublk.Device.recover(disk.id, kinds[kind](lower.path)))
+            assert flushed.result() == errno.EIO

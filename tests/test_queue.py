@@ -474,6 +474,20 @@ def test_a_flush_that_ends_with_another_queue_is_for_the_next_server(number):
     assert queue.answers == ([] if number == errno.ECANCELED else [(0, -errno.EIO)])
 
 
+@pytest.mark.parametrize("name", ["write", "flush", "discard"])
+def test_what_a_queue_has_begun_is_answered_as_it_leaves(name):
+    """Nobody may tell another time what it hears, and nothing need be done twice."""
+    async def handler(target, *words):
+        queue.leaving = True
+        await asyncio.to_thread(time.sleep, 0.05)
+        raise OSError(errno.ENOSPC, "full")
+    operation = getattr(ublk, f"UBLK_IO_OP_{name.upper()}")
+    device = StandIn(target_of(**{name: handler}), operation=operation)
+    queue = NopQueue(device)
+    to_the_end(queue, device)
+    assert queue.answers == [(0, -errno.ENOSPC)]
+
+
 @pytest.mark.parametrize("name", ["read", "flush"])
 def test_a_queue_that_is_to_leave_with_every_tag_in_its_hands_gives_one_back(name):
     """Up to 6.15 the kernel would hear of its end only when a request is late."""
