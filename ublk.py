@@ -2119,6 +2119,7 @@ class Queue:
         self.served = [-1] * self.depth
         self._done: list[int] = []  # tags whose commit is to be submitted
         self._appended: list[int] = []
+        self.unflushed: list[int] = []  # tags that a plain target has served but for a flush
         self._handlers = self._table()
         # The end of the queue.
         self.ended: set[int] = set()  # tags the kernel has taken back
@@ -2237,6 +2238,7 @@ class Queue:
                 self._run_loop()
             elif tags := self.collect(A_MOMENT if self.ended else None):
                 self.answer(tags)
+                self._flush_at_once()
         becomes(lambda: not self._tasks, LAST_WORDS, lambda _: self.idle())
 
     def is_over(self) -> bool:
@@ -2300,7 +2302,7 @@ class Queue:
         for tag in tags:
             # What is not begun is the kernel's to deal with. But up to 6.15 it hears of a
             # queue's end at once only by a parked command, else when a request is late
-            if self.leaving and (ended or self._done):
+            if self.leaving and (ended or self._done or self.unflushed):
                 break
             if requests[tag] != last:
                 last = requests[tag]
@@ -2464,13 +2466,17 @@ class Queue:
         if self.loop is not None:
             self.waiting.append(tag)
             return
-        if self.leaving and self._done:
+        if self.leaving and (self._done or self.unflushed):
             return
         try:
             result = run(self._serve(tag))
         except BaseException as error:  # even SystemExit: a client waits for an answer
             result = failed(error)
-        self.complete(tag, result)
+        if tag in self.unflushed:
+            self.results[tag] = result
+            self.served[tag] = -1
+        else:
+            self.complete(tag, result)
 
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno.
@@ -2502,11 +2508,11 @@ class Queue:
         for operation, (name, count) in SIMPLE_OPERATIONS.items():
             if hasattr(self.target, name):
                 function = getattr(self.target, name)
-                if name == "flush":
-                    function = self._flush  # in turn with those behind durable writes
                 if name == "write_zeroes" and not takes_unmap(function):
                     count = 2
                 table[operation] = partial(self._simple, function, count)
+        if hasattr(self.target, "flush"):
+            table[UBLK_IO_OP_FLUSH] = self._flush
         if self.target.metadata_size:
             table[UBLK_IO_OP_READ] = table[UBLK_IO_OP_WRITE] = self._with_metadata
         return table
@@ -2559,10 +2565,14 @@ class Queue:
         data = self._data(path, tag, length)
         await transfer(write, write(offset, data[:]), offset, data)
         if durable and not self.writes_durably:
-            await self._flush(failures)
+            await self._await_flush(tag, failures)
         return length
 
-    async def _flush(self, failures: int | None = None) -> None:
+    async def _flush(self, tag: int, flags: int, offset: int, length: int) -> int:
+        await self._await_flush(tag)
+        return 0
+
+    async def _await_flush(self, tag: int, failures: int | None = None) -> None:
         """Have what was written be durable, also behind a durable write that has no method.
 
         The kernel would have that flushed by a request of its own. A server that
@@ -2570,10 +2580,24 @@ class Queue:
         write that waits for it has begun, and keeps its tag.
         """
         if self.loop is None:
-            flush = self.target.flush
-            succeeded(flush, await end_of(flush()))
+            self.unflushed.append(tag)
         else:
             await self.flushing(failures)
+
+    def _flush_at_once(self) -> None:
+        """Flush once for all requests of a round that a plain target has served but for that."""
+        tags = self.unflushed
+        if not tags:
+            return
+        self.unflushed = []
+        flush = self.target.flush
+        try:
+            succeeded(flush, flush())
+        except BaseException as error:  # even SystemExit: clients wait for an answer
+            result = failed(error)
+            for tag in tags:
+                self.results[tag] = result
+        self.repeat(tags)
 
     async def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -2600,7 +2624,7 @@ class Queue:
         data = self._data(self.path, tag, length)
         position = await end_of(self.target.zone_append(offset, data))
         if flags & UBLK_IO_F_FUA:
-            await self._flush(failures)
+            await self._await_flush(tag, failures)
         self.appended(tag, position // SECTOR)
         return length
 
@@ -2854,7 +2878,6 @@ NOT_BY_MAP = NOT_BY_BUFFER | UBLK_IO_F_NEED_REG_BUF | UBLK_IO_F_INTEGRITY
 # Requests without data: the target's method, and how many it takes of offset,
 # length and unmap.
 SIMPLE_OPERATIONS = {
-    UBLK_IO_OP_FLUSH: ("flush", 0),
     UBLK_IO_OP_DISCARD: ("discard", 2),
     UBLK_IO_OP_WRITE_ZEROES: ("write_zeroes", 3),
     UBLK_IO_OP_ZONE_OPEN: ("zone_open", 1),
@@ -2870,7 +2893,7 @@ PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
 
 
 # A target's handlers, and which of them others stand for.
-HANDLERS = ["read", "write", "write_fua", "zone_append", "report_zones"]
+HANDLERS = ["read", "write", "write_fua", "flush", "zone_append", "report_zones"]
 HANDLERS += [name for name, _ in SIMPLE_OPERATIONS.values()]
 STANDS_FOR = {
     "write_fua": ["write", "map", "answer"],

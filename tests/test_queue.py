@@ -871,6 +871,25 @@ def test_a_durable_write_whose_flush_fails_fails(kind):
     assert serve(target, operation=operation | ublk.UBLK_IO_F_FUA, depth=1).answers == [(0, -errno.ENOSPC)]
 
 
+@pytest.mark.parametrize("number", [0, errno.ENOSPC], ids=["good", "failed"])
+@pytest.mark.parametrize("kind", [Flushed, Mapped, Appending])
+def test_a_round_of_durable_writes_and_flushes_of_a_plain_target_has_one_flush(kind, number):
+    """Which may be told but once that something is lost, and which takes its time."""
+    def flush():
+        target.calls.append(("flush",))
+        if number:
+            raise OSError(number, "mine")
+    target = kind()
+    target.flush = flush
+    operation = ublk.UBLK_IO_OP_ZONE_APPEND if kind is Appending else ublk.UBLK_IO_OP_WRITE
+    device = StandIn(target, depth=3, operation=operation | ublk.UBLK_IO_F_FUA)
+    ublk.IO_DESC.pack_into(device.descriptors[0], device.desc_size, ublk.UBLK_IO_OP_FLUSH, 0, 0, 0)
+    queue = NopQueue(device)
+    to_the_end(queue, device)
+    assert sorted(queue.answers) == [(tag, -number or (tag != 1) * 4096) for tag in range(3)]
+    assert target.calls == 2 * [("mine",)] + [("flush",)]
+
+
 def telling_once(kind, number):
     """Make a target of a kind whose flush takes a while; that of this number fails."""
     class TellingOnce(kind):
