@@ -252,6 +252,15 @@ def test_a_state_file_is_read_as_it_was_written(run_dir):
     assert os.listdir(run_dir) == [] and ublk.load_state(7) == {}
 
 
+def test_a_state_file_that_goes_as_it_is_removed_is_gone(state, monkeypatch):
+    """As where `del` and the end of the server remove it together."""
+    unlink = os.unlink
+    state(json.dumps(GOOD_STATE).encode())
+    monkeypatch.setattr(os, "unlink", lambda path: (unlink(path), unlink(path)))
+    assert not ublk.forget_state(7)
+    assert ublk.load_state(7) == {}
+
+
 def test_a_good_state_file_is_believed(state, capsys):
     assert state(json.dumps(GOOD_STATE).encode()) == GOOD_STATE
     assert capsys.readouterr().err == ""
@@ -329,6 +338,15 @@ def test_where_state_files_lie(monkeypatch):
     assert ublk.run_dir() == "/run/user/1000/ublk"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert "1000" in ublk.run_dir()
+
+
+def test_a_state_directory_lies_where_the_command_was_given(run, monkeypatch, tmp_path):
+    """A server in the background, or one that recovers a disk, leaves that place."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UBLK_RUN_DIR", "mine")
+    run("check")
+    monkeypatch.chdir("/")
+    assert ublk.state_path(7) == f"{tmp_path}/mine/7.json"
 
 
 # =================================================================================================

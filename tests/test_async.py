@@ -429,6 +429,15 @@ def test_a_length_of_more_than_32_bits_is_refused():
     assert results_of(body) == [4096]
 
 
+def test_an_operation_that_cannot_be_begun_is_not_waited_for():
+    async def body(_):
+        with pytest.raises(struct.error):
+            await ublk.uring_read(0, bytearray(8), -1)
+        assert not ublk._here.queue._operations
+
+    assert results_of(body) == [4096]
+
+
 def test_a_buffer_cannot_be_resized_while_the_kernel_has_it():
     async def body(_):
         reader, writer = os.pipe()

@@ -179,6 +179,14 @@ def test_a_file_system_of_several_disks_holds_each(monkeypatch, name):
     assert list(ublk.disks_above("ublkb0")) == ["btrfs 0-1"]
 
 
+def test_a_volume_of_lvm_is_named_by_the_name_that_its_user_knows(monkeypatch):
+    holder = "/sys/class/block/ublkb0p1/holders/dm-3"
+    found, lines = {"/sys/class/block/ublkb0p*/holders/*": [holder]}, {f"{holder}/dm/name": ["group-volume"]}
+    monkeypatch.setattr(ublk.glob, "glob", lambda pattern: found.get(pattern, []))
+    monkeypatch.setattr(ublk, "lines_of", lambda path: lines.get(path, []))
+    assert list(ublk.disks_above("ublkb0")) == ["dm-3 (group-volume)"]
+
+
 def test_a_name_does_not_end_a_line_of_the_kernels(tmp_path):
     lines = ["/mnt/a\rb\x0c", "", "/mnt/\x85\u2028c"]
     (tmp_path / "mounts").write_bytes("".join(f"{line}\n" for line in lines).encode())

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -980,19 +981,24 @@ def test_nbd_a_lost_connection_is_told_of_once_whoever_meets_it(targets, here, c
     assert capfd.readouterr().err.count("\n") == 1 and not caplog.records
 
 
-def test_nbd_connecting_again_keeps_nobody_waiting(targets, here):
-    goes_on, waited = threading.Event(), []
+@pytest.mark.parametrize("slow", ["network", "server"])
+def test_nbd_connecting_again_keeps_nobody_waiting(targets, here, monkeypatch, slow):
+    begun, goes_on, waited = threading.Event(), threading.Event(), []
 
-    def hello(peer):
+    def wait(*words, then):
+        begun.set()
         waited.append(goes_on.wait(4))
         fake.hello = None
-        fake.shake_hands(peer)
+        return then(*words)
 
     async def work():
-        fake.hello, fake.dies_of = hello, READ
-        before = fake.connections
+        if slow == "network":
+            monkeypatch.setattr(targets, "dial", partial(wait, then=targets.dial))
+        else:
+            fake.hello = partial(wait, then=fake.shake_hands)
+        fake.dies_of = READ
         read = asyncio.ensure_future(target.read(0, bytearray(4096)))
-        while fake.connections == before:
+        while not begun.is_set():
             await asyncio.sleep(0.01)
         goes_on.set()
         await read
@@ -1105,6 +1111,22 @@ def test_nbd_servers_that_know_only_to_be_told_a_name(targets, here):
     with FakeNbd(here) as fake:
         fake.hello = lambda peer: old_hands(fake, peer)
         assert targets.Nbd(nbd_uri(here)).size == 1 << 20
+
+
+def test_nbd_asks_for_no_structured_replies(targets, here):
+    """With them a server tells its holes; where its store is wrong of these, data are read as zeroes."""
+    def hello(peer):
+        peer.sendall(b"NBDMAGICIHAVEOPT\0\1")
+        fake.take(peer, 4)
+        while (option := fake.option(peer)) != 7:
+            asked.append(option)
+            peer.sendall(fake.reply(option, 1))
+        peer.sendall(fake.reply(7, 3, fake.info[0]) + fake.reply(7, 1))
+
+    asked = []
+    with FakeNbd(here, hello) as fake:
+        assert targets.Nbd(nbd_uri(here)).size == 1 << 20
+    assert asked == []
 
 
 def test_nbd_servers_without_options(targets, here):

@@ -402,6 +402,19 @@ def test_commits_that_the_kernel_did_not_take_are_handed_in_again(options, monke
         fio_verify(disk.path)
 
 
+def test_no_command_is_another_one_by_the_time_that_the_kernel_takes_it(monkeypatch):
+    """A fetch that is a commit by then would be refused."""
+    device = StandIn(Ram())
+    queue = NopQueue(device)
+    enter, refusals, waiting = queue.ring.enter, [True] * 3, []
+    monkeypatch.setattr(queue.ring, "enter", lambda *words: refusals.pop() if refusals else enter(*words))
+    monkeypatch.setattr(queue, "command", lambda *_: waiting.append(queue.ring.pending))
+    queue.fetch()
+    assert (refusals, waiting[-queue.depth:]) == ([], [0] * queue.depth)
+    queue.close()
+    device.close()
+
+
 class InFile(ublk.Target):
     """A disk whose bytes lie in a file; Python can only say that there is nothing."""
 
@@ -747,6 +760,17 @@ def test_what_the_kernel_has_moved_when_its_queue_leaves_is_committed_with_batch
         assert (sorted(queue.taken), queue._sent) == ([1, 2], [])
         queue.close()
         device.close()
+
+
+def test_a_queue_with_batches_that_is_told_to_go_as_it_fetches_hears_it():
+    """What comes beside the answer that it waits for comes but once."""
+    device = StandIn(Ram())
+    queue = BatchOfNops(device)
+    os.write(device.wake_write, b"!")
+    queue.fetch()
+    assert queue.leaving
+    queue.close()
+    device.close()
 
 
 def test_a_commit_that_another_thread_made_is_made_again_though_its_queue_leaves(monkeypatch):

@@ -32,6 +32,7 @@ from tests.support import (
     installed,
     kernel,
     mounts_left,
+    needs,
     sh,
     since,
     state_of,
@@ -290,6 +291,21 @@ def test_what_the_readme_shows_happens(story, terminal):
             assert (status != 0) == printed.startswith("ublk: ") or shown, f"{command}\n{printed}"
     for command, _ in steps(USE.get(story[0].name, "")):
         assert terminal.run(command)[0] == 0, command
+
+
+@pytest.mark.parametrize("damage, good", [("", True), ("clri file", False), ("freeb 1000", False)],
+                         ids=["none", "file", "blocks"])
+def test_a_check_that_is_shown_takes_no_damage_for_what_a_crash_may_leave(tmp_path, damage, good):
+    """Which mending the file system first would do."""
+    needs("mkfs.ext4", "e2fsck", "debugfs")
+    check, = {word for block in BLOCKS for word in re.findall(r"--check '(.*e2fsck.*)'", block.text)}
+    image, content = tmp_path / "disk.img", tmp_path / "content"
+    content.mkdir()
+    (content / "file").write_bytes(bytes(range(256)) * 4096)
+    sh("mkfs.ext4", "-q", "-b", 1024, "-d", content, image, "8M")
+    sh("debugfs", "-w", "-R", damage, image)
+    done = sh("sh", "-c", check.replace("{}", str(image)), check=False)
+    assert (done.returncode == 0) == good
 
 
 @pytest.mark.parametrize("table", [NOT_RUN, CONTINUED, GIVEN, USE, USER, SINCE],

@@ -218,7 +218,8 @@ def test_a_target_of_a_disk_that_was_let_go_is_closed_once(driver):
 def test_a_command_of_a_start_ends_when_the_start_is_interrupted(driver, command):
     disk, waiting = new(), driver.waits(command)
     threading.Thread(target=lambda: waiting.wait() and disk.interrupt("it rains")).start()
-    assert "it rains before the disk was there (4 EINTR): see `ublk.py list`" in message(disk.start)
+    name = "a new device" if command == "add_dev" else "device 7"
+    assert message(disk.start) == f"{name}: it rains before the disk was there (4 EINTR): see `ublk.py list`"
 
 
 @pytest.mark.parametrize("place", ["a node", "the char device", "a target", "partx", "recovery"])
@@ -1218,6 +1219,20 @@ def test_an_error_of_a_server_does_not_leave_its_disk_behind(driver, handlers):
     assert (disk.state, disk.target.closed, driver.devices) == (ublk.GONE, 1, {})
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGWINCH], ids=lambda number: number.name)
+@pytest.mark.parametrize("command", [*COMMANDS, "stop_dev", "del_dev"])
+def test_a_signal_in_a_command_sends_no_other(driver, handlers, command, number):
+    """What that needs may be in use: a handler notes, and who is interrupted acts."""
+    def signalled():
+        signal.raise_signal(number)
+        unharmed.append(command)
+    disk, unharmed = new(), []
+    driver.happens[command] = signalled
+    with contextlib.suppress(ublk.UblkError):
+        ublk.serve(disk, disk.start, SimpleNamespace(live=lambda disk: disk.interrupt("enough")))
+    assert (unharmed, disk.state, driver.devices) == ([command], ublk.GONE, {})
+
+
 def test_what_nohup_ignores_stays_ignored(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     ublk.on_signals(signal.default_int_handler)
@@ -1237,6 +1252,19 @@ def test_a_signal_for_a_server_that_has_ended_is_for_nobody(handlers, monkeypatc
         monkeypatch.setattr(os, name, partial(signalled, call=getattr(os, name)))
     started = ublk.Started(SimpleNamespace(json=False, background=True, trace=None))
     assert error_of(ublk.in_background, lambda: os._exit(3), started, 0) == errno.ECHILD
+
+
+@pytest.mark.parametrize("number, more", [
+    (signal.SIGTERM, ""), (signal.SIGKILL, ": see the kernel's log")])
+def test_the_kernels_log_has_nothing_of_a_server_that_was_told_to_end(handlers, number, more):
+    def server():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)       # as where it has not come to set its own
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    started = ublk.Started(SimpleNamespace(json=False, background=True, trace=None))
+    text = message(ublk.in_background, server, started, 0)
+    assert text.endswith(f": killed by signal {number:d} (10 ECHILD){more}")
 
 
 def test_a_state_file_that_cannot_be_written_does_not_end_a_server(driver, monkeypatch, capsys):

@@ -340,6 +340,24 @@ def test_a_device_that_a_killed_server_still_holds_is_waited_for(targets, tmp_pa
     os.close(fd)
 
 
+def test_a_device_that_is_mounted_is_written_to_by_nobody_else(targets, two_files, monkeypatch):
+    """Nor one below another disk: a commit would change what others read."""
+    os_open = os.open
+
+    def mounted(path, flags, *more):
+        if path == "a.img" and flags & os.O_EXCL:
+            raise OSError(errno.EBUSY, "busy")
+        return os_open(path, flags, *more)
+    monkeypatch.setattr(ublk, "LAST_BREATH", 0.0)
+    monkeypatch.setattr(targets, "is_block", lambda path: path == "a.img")
+    monkeypatch.setattr(os, "open", mounted)
+    for make in (lambda: targets.Loop("a.img"), lambda: targets.Cow("a.img", "x.cow", commit=True)):
+        assert error_of(make) == errno.EBUSY
+    fd, read_only = targets.open_backing("a.img", read_only=True)
+    assert read_only
+    os.close(fd)
+
+
 @pytest.mark.parametrize("words, names", [
     ("loop a.img", "a.img"), ("stripe a.img b.img", "a.img b.img"), ("cow a.img x.cow", "a.img x.cow"),
     ("zoned --file z --size 64M", "z"), ("zoned", ""), ("cache record log fault loop a.img", "a.img log")])

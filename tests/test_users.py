@@ -70,6 +70,15 @@ def readable():
         yield Path(directory, "ublk.py")
 
 
+@pytest.mark.parametrize("users, outside", [
+    ([], True), (["         0          0 4294967295"], True), (["         0       1000          1"], False)],
+    ids=["no user namespaces", "outside", "inside"])
+def test_whoever_has_the_capability_outside_any_user_namespace_is_privileged(monkeypatch, users, outside):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name:\tCapEff: 0\nCapEff:\t000001ffffffffff\n")
+    monkeypatch.setattr(ublk, "lines_of", lambda path: users)
+    assert ublk.privileged() == outside
+
+
 @kernel
 @before("6.3")
 def test_an_ordinary_user_is_told_which_kernel_lets_him(rules):

@@ -247,7 +247,9 @@ def test_a_type_that_is_not_understood_is_refused(tmp_path, annotation):
     assert info.value.errno == errno.EINVAL
 
 
-def test_a_dataclass_is_a_target(tmp_path):
+@pytest.mark.parametrize("first", ["", "from __future__ import annotations\n"], ids=["", "texts"])
+def test_a_dataclass_is_a_target(tmp_path, first):
+    """Also where its annotations are texts, which it looks up in its module."""
     path = target_file(tmp_path, """
         import dataclasses
         @dataclasses.dataclass
@@ -256,6 +258,7 @@ def test_a_dataclass_is_a_target(tmp_path):
             retries: int = 3
             verify: bool = True
     """)
+    path.write_text(first + path.read_text())
     target = ublk.make_target([str(path), "1M", "--no-verify"])
     assert (target.size, target.retries, target.verify) == (1 << 20, 3, False)
     assert ublk.make_target([str(path), "1M", "5"]).retries == 5
