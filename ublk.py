@@ -3013,8 +3013,9 @@ def check_limits(device: Device) -> None:
         ("max_segments", device.target.max_segments, 0, (1 << 16) - 1),
         ("max_segment_size", device.target.max_segment_size or 4096, 4096, (1 << 32) - 1),
     ):
-        fits = isinstance(value, int) and least <= value <= most
-        refuse(not fits, f"{name} {value}", f"not a number from {least} to {most}")
+        what = f"{name} {value}"
+        refuse(not isinstance(value, int), what, f"a {type(value).__name__}", "make it an int")
+        refuse(not least <= value <= most, what, f"not a number from {least} to {most}")
 
 
 def params_of(target: Any, max_io: int) -> Any:

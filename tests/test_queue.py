@@ -1136,6 +1136,21 @@ def test_a_number_that_has_no_room_where_the_kernel_looks_for_it_is_refused(name
     assert f"{value}: not a number from 0 to" in message(ublk.Device(target).start)
 
 
+class int64:
+    """A number that is no int, as those of numpy."""
+
+    def __str__(self):
+        return "4096"
+
+
+@pytest.mark.parametrize("name", ["size", "block_size"])
+def test_a_number_that_is_no_int_is_not_said_to_be_no_number(name):
+    target = Ram()
+    setattr(target, name, int64())
+    text = f"{name.replace('_', ' ')} 4096: a int64 (22 EINVAL): make it an int"
+    assert message(ublk.Device(target).start) == text
+
+
 @pytest.mark.parametrize("boundary", [100, 512, 6144])
 def test_a_boundary_within_a_block_is_refused(boundary):
     target = Ram()
