@@ -774,9 +774,11 @@ class Cow(ublk.Target):
             return
         for at in range(MARKS_AT, self.data_at, COW_UNIT):
             marks = os.pread(self.top.fd, COW_UNIT, at)
-            if last_boot == boot:  # a flush is to do the rest: a client hears where that fails
+            # A flush is to do the rest, of those KEPT, too, which may not have reached the disk: a
+            # client hears where that fails
+            if last_boot == boot:
                 first = at - MARKS_AT
-                for run in re.finditer(OURS + b"+", marks):
+                for run in re.finditer(b"[^\0]+", marks):
                     self.fresh.add((first + run.start(), first + run.end()))
             elif OURS in marks:
                 marks = marks.replace(OURS, BASE)

@@ -196,6 +196,20 @@ def test_marks_there_was_room_for_are_kept_by_a_flush(targets, tmp_path, monkeyp
     cow.close()
 
 
+def test_marks_that_a_server_finds_are_there_for_good_after_its_flush(targets, tmp_path):
+    """The one before it was killed as it made them durable, or that failed: the page cache alone has them."""
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    os.pwrite(cow.top.fd, targets.OURS * 3, targets.MARKS_AT + 3)       # this the disk has
+    asyncio.run(flush_with_fsync(cow))
+    shutil.copy(overlay, tmp_path / "y.cow")
+    cow.close()
+    start_machine_anew(targets, tmp_path / "y.cow")
+    cow = targets.Cow(base, str(tmp_path / "y.cow"))
+    assert list(cow.runs(0, 4096)) == [(False, 0, 1536), (True, 1536, 1536), (False, 3072, 1024)]
+    cow.close()
+
+
 async def flush_with_fsync(cow):
     """Flush an overlay without a queue's ring."""
     async def flush():
