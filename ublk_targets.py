@@ -1421,7 +1421,7 @@ NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset,
 NBD_REQUEST_MAGIC = 0x25609513
 NBD_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 NBD_REPLY_MAGIC = 0x67446698
-NBD_HANDSHAKE = 5.0  # seconds a server has for all of it
+NBD_HANDSHAKE = 5.0  # seconds each address of a server has to answer, and that then has
 NBD_LOOKS = 10  # how often a request is looked at before it is given up
 # A machine that is silent is asked whether it lives, and is dead 30 s later
 NBD_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -1483,7 +1483,10 @@ class NbdConnection:
         import asyncio
 
         try:
-            await asyncio.wait_for(self._shake_hands(), NBD_HANDSHAKE)
+            address, export = nbd_address(self.uri)
+            connection = await asyncio.to_thread(dial, address)
+            talk = self._shake_hands(connection, address, export)
+            await asyncio.wait_for(talk, NBD_HANDSHAKE)
         except BaseException as error:
             self.hang_up()
             raise self._explained(error) from None
@@ -1505,12 +1508,10 @@ class NbdConnection:
             number, repr(self.uri), reason, "see whether the server runs there"
         )
 
-    async def _shake_hands(self) -> None:
+    async def _shake_hands(self, connection: Any, address: Any, export: str) -> None:
         """Agree on TLS, if it is wished for, and on the export; learn what it is like."""
         import asyncio
 
-        address, export = nbd_address(self.uri)
-        connection = await asyncio.to_thread(dial, address)
         loop = asyncio.get_running_loop()
         self.transport, _ = await loop.create_connection(self._protocol, sock=connection)
         magic, options, flags = struct.unpack(">8sQH", await self.take(18))

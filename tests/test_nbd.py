@@ -326,6 +326,25 @@ def test_nbd_a_handshake_that_drips_ends_in_time(run, targets, monkeypatch, here
         assert_fails(run("nbd", nbd_uri(here)), 1, "", errno.ETIMEDOUT)
 
 
+def test_nbd_a_host_may_have_an_address_that_is_silent(targets, monkeypatch):
+    """It took all the time that the server had, again and again, and the next one was never tried."""
+    port = free_port()
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (f"127.0.0.{number}", port)) for number in (2, 1)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    monkeypatch.setattr(targets, "NBD_HANDSHAKE", 0.5)
+    with ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(found[0][4], backlog=0))
+        while True:                             # until its queue is full
+            client = stack.enter_context(socket.socket())
+            client.settimeout(0.1)
+            try:
+                client.connect(silent.getsockname())
+            except socket.timeout:
+                break
+        stack.enter_context(FakeNbd((socket.AF_INET, found[1][4])))
+        assert targets.Nbd(f"nbd://host:{port}").size == 1 << 20
+
+
 @pytest.mark.parametrize("options, text", [
     ({"size": 0}, "size 0"), ({"size": 511}, "size 511"),
     ({"size": (1 << 64) - 512}, "size 1844674407370955"),
