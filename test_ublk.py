@@ -266,6 +266,14 @@ def test_a_good_state_file_is_believed(state, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_state_file_is_believed_of_its_own_device_only(state, capsys):
+    made = {**GOOD_STATE, "identity": f"{5:016x}"}
+    assert state(json.dumps(made).encode()) == ublk.load_state(7, 5) == made
+    assert capsys.readouterr().err == ""
+    assert ublk.load_state(7, 6) == {}
+    assert "the state of another device, which had the same number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [
     b"", b"{", json.dumps(GOOD_STATE).encode()[:-9], b"\xff\xfe\x00", b"null", b"[]", b'"x"', b"7", b"{}",
     json.dumps({**GOOD_STATE, "id": 8}).encode(), json.dumps({**GOOD_STATE, "id": "7"}).encode(),

@@ -23,6 +23,7 @@ from tests.support import (
     become,
     devices_left,
     kernel,
+    message,
     orphan,
     sh,
     since,
@@ -149,6 +150,16 @@ def test_a_new_file_that_has_the_inode_of_the_old_one_is_another(tmp_path):
     path.write_bytes(bytes(4096))           # gets it where the old one's is the first that is free
     with pytest.raises(ublk.UblkError, match="another file than it was made of"):
         ublk.check_files("it", made_of)
+
+
+@pytest.mark.parametrize("size, says", [(4095, "is shorter than it was"), (4096, ""), (8192, "")])
+def test_a_file_may_be_longer_than_it_was_but_not_shorter(tmp_path, size, says):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    made_of = [ublk.file_identity(str(path))]
+    os.truncate(path, size)
+    text = message(ublk.check_files, "it", made_of)
+    assert says in text and bool(says) == bool(text)
 
 
 @kernel
