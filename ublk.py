@@ -2376,7 +2376,7 @@ class Queue:
         else has come, or nothing.
         """
         self.turn(timeout)
-        if self._appended and not self.ring.pending:
+        if self._appended and not (self._done or self.ring.pending):
             for tag in self._appended:
                 self.addresses[tag] = 0
             self._appended.clear()
@@ -2390,7 +2390,8 @@ class Queue:
     def turn(self, timeout: float | None) -> None:
         """Begin a round of the loop: submit what is pending, and wait."""
         self.rounds += 1
-        self.commit()
+        if not self.leaving:  # each answer would bring a request that is the next server's
+            self.commit()
         self.ring.wait(timeout)
 
     def commit(self) -> None:
@@ -4686,7 +4687,7 @@ class BatchQueue(Queue):
             self._done = sent[result // self.element_size :] + self._done
 
     def _has_chains(self) -> bool:
-        return bool(self.chained or self._done or self._sent)  # whose commits come behind them
+        return bool(self.chained or self._sent)  # whose commits come behind them
 
     def chain_done(self, tag: int, stage: int, result: int) -> None:
         if tag not in self.chained:  # of a broken one, the cleaning up

@@ -92,7 +92,8 @@ class NopQueue(ublk.Queue):
         super().commit()
 
     def collect(self, timeout=None):
-        self.commit()
+        if not self.leaving:
+            self.commit()
         return super().collect(0 if self.ended else timeout)
 
 

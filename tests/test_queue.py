@@ -26,9 +26,11 @@ from tests.support import (
     Ram,
     Recorder,
     assert_error_line,
+    before,
     descriptors,
     descriptors_below,
     error_of,
+    fields_of,
     fio_verify,
     in_flight,
     kernel,
@@ -501,6 +503,42 @@ def test_what_a_queue_has_begun_is_answered_as_it_leaves(name):
     assert queue.answers == [(0, -errno.ENOSPC)]
 
 
+def test_a_queue_that_leaves_hands_in_its_answers_at_the_end():
+    """Each would bring it another request, which is the next server's."""
+    begun = []
+
+    async def read(target, offset, buffer):
+        begun.append(offset)
+        while len(begun) < 2:
+            await asyncio.sleep(0.01)
+        queue.leaving = True
+        await asyncio.sleep(0.1 if offset else 0)
+    device = StandIn(target_of(read=read), depth=2)
+    queue = NopQueue(device, rounds=2)
+    queue.fetch()
+    queue.run()
+    came = set(queue.ended)
+    queue.wind_up()
+    queue.close()
+    device.close()
+    assert (came, queue.answers) == (set(), [(0, 4096), (1, 4096)])
+
+
+def test_a_queue_that_leaves_says_where_appends_have_landed():
+    async def zone_append(target, offset, buffer):
+        queue.leaving = True
+        return 1 << 20
+    device = StandIn(target_of(zone_append=zone_append), depth=1, operation=ublk.UBLK_IO_OP_ZONE_APPEND)
+    queue = NopQueue(device)
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    landed = queue.addresses[0]
+    queue.close()
+    device.close()
+    assert landed == 2048
+
+
 @pytest.mark.parametrize("name", ["read", "flush"])
 def test_a_queue_that_is_to_leave_with_every_tag_in_its_hands_gives_one_back(name):
     """Up to 6.15 the kernel would hear of its end only when a request is late."""
@@ -557,6 +595,37 @@ def test_a_disk_is_let_go_though_many_requests_wait_for_each_other(capfd):
     disk.stop()
     assert errors == [0] * 16
     assert "does not return" not in capfd.readouterr().err
+
+
+@kernel
+@before("6.16")
+def test_a_queue_that_leaves_brings_none_to_grief_that_waits_for_a_tag():
+    """Such requests failed, and from 6.8 on the kernel noticed after 30 seconds that it had left."""
+    class Slow(ublk.Target):
+        size, begun = 1 << 20, 0
+
+        async def read(self, offset, buffer):
+            self.begun += 1
+            if self.begun == 1:
+                await asyncio.sleep(3600)
+            while not disk._workers[0].queue.leaving:
+                await asyncio.sleep(0.01)
+
+    disk = ublk.Device(Slow(), recovery="requeue", depth=3, data_path="copy", partition_scan=False)
+    disk.start()
+    with opened(disk.path) as fd, ThreadPoolExecutor(6) as pool:
+        def client(number):
+            asking.append(threading.get_native_id())
+            return error_of(read_at, fd, 65536 * number, 4096)
+        asking = []
+        clients = [pool.submit(client, number) for number in range(6)]
+        until(lambda: len(asking) == 6 and all(fields_of(each)[0] == "D" for each in asking))
+        until(lambda: disk.target.begun == 3)
+        disk.detach()
+        disk = ublk.Device.recover(disk.id, Ram())
+        failed = [each.result() for each in clients].count(errno.EIO)
+    disk.stop()
+    assert failed in (1, 2)     # one may come as the last answers go
 
 
 NOTHING = ([], set())
@@ -750,6 +819,19 @@ class BatchOfNops(ublk.BatchQueue):
         super()._committed(self.element_size * len(self._sent))
 
 
+def test_what_comes_behind_a_commit_when_its_queue_leaves_is_committed_with_batches_too():
+    device = StandIn(Ram(), depth=4)
+    queue = BatchOfNops(device)
+    queue.complete(1, 0)
+    queue.commit()
+    queue.complete(2, 0)
+    queue.wind_up()
+    queue.collect(0)
+    assert queue.taken == [2]
+    queue.close()
+    device.close()
+
+
 def test_what_the_kernel_has_moved_when_its_queue_leaves_is_committed_with_batches_too(tmp_path):
     (tmp_path / "data").write_bytes(os.urandom(16 << 10))
     with open(tmp_path / "data", "rb") as file:
@@ -757,6 +839,8 @@ def test_what_the_kernel_has_moved_when_its_queue_leaves_is_committed_with_batch
         queue = BatchOfNops(device)
         queue._answer()([1, 2])
         queue.wind_up()
+        assert not queue.ring.pending
+        queue.collect(0)
         assert (sorted(queue.taken), queue._sent) == ([1, 2], [])
         queue.close()
         device.close()
