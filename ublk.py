@@ -2591,9 +2591,8 @@ class Queue:
         if not tags:
             return
         self.unflushed = []
-        flush = self.target.flush
         try:
-            succeeded(flush, flush())
+            succeeded(self.target.flush, self.target.flush())
         except BaseException as error:  # even SystemExit: clients wait for an answer
             result = failed(error)
             for tag in tags:

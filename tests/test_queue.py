@@ -979,6 +979,12 @@ def test_a_durable_write_whose_flush_fails_fails(kind):
     assert serve(target, operation=operation | ublk.UBLK_IO_F_FUA, depth=1).answers == [(0, -errno.ENOSPC)]
 
 
+def test_a_durable_write_to_who_has_lost_its_flush_fails_alone():
+    """An attribute may go, or be a property that fails; the disk stays."""
+    operation = ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA
+    assert serve(target_of(write=lambda *_: None), operation=operation, depth=1).answers == [(0, -errno.EIO)]
+
+
 @pytest.mark.parametrize("number", [0, errno.ENOSPC], ids=["good", "failed"])
 @pytest.mark.parametrize("kind", [Flushed, Mapped, Appending])
 def test_a_round_of_durable_writes_and_flushes_of_a_plain_target_has_one_flush(kind, number):
