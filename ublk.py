@@ -1677,8 +1677,8 @@ class Target:
                                         kernel moves them. read and write are called where it
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
-    Of these, write_fua, map and answer are not used where a subclass overrides what they
-    stand for: write, map or answer; read, write or write_fua; map or any of the handlers.
+    Of these, write_fua, write_zeroes, map and answer are not used where a subclass overrides what
+    they stand for: write, map or answer; write; read, write or write_fua; map or any handler.
 
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:
@@ -2507,7 +2507,7 @@ class Queue:
         table[UBLK_IO_OP_REPORT_ZONES] = self._report
         table[UBLK_IO_OP_ZONE_APPEND] = self._append
         for operation, (name, count) in SIMPLE_OPERATIONS.items():
-            if hasattr(self.target, name):
+            if serves(self.target, name):
                 function = getattr(self.target, name)
                 if name == "write_zeroes" and not takes_unmap(function):
                     count = 2
@@ -2897,13 +2897,14 @@ HANDLERS = ["read", "write", "write_fua", "flush", "zone_append", "report_zones"
 HANDLERS += [name for name, _ in SIMPLE_OPERATIONS.values()]
 STANDS_FOR = {
     "write_fua": ["write", "map", "answer"],
+    "write_zeroes": ["write"],
     "map": HANDLERS[:3],
     "answer": [*HANDLERS, "map"],
 }
 
 
 def stands(target: Any, name: str) -> bool:
-    """Tell whether a target's map(), answer() or write_fua() may stand for its other handlers.
+    """Tell whether a target's map(), answer() or the like may stand for its other handlers.
 
     Not where a subclass has overridden these since: they would never be called.
     """
@@ -2912,6 +2913,13 @@ def stands(target: Any, name: str) -> bool:
         if names & where.keys():
             return name in where
     return False
+
+
+def serves(target: Any, name: str) -> bool:
+    """Tell whether a target is to be asked for requests of this name."""
+    if name in STANDS_FOR:
+        return stands(target, name)
+    return hasattr(target, name)
 
 
 def can_write_durably(target: Any) -> bool:
@@ -3033,7 +3041,7 @@ def params_of(target: Any, max_io: int) -> Any:
     zoned = hasattr(target, "zone_size")
     durable = flushes and can_write_durably(target)
     discards = hasattr(target, "discard")
-    zeroes = hasattr(target, "write_zeroes")
+    zeroes = serves(target, "write_zeroes")
     attrs = (
         UBLK_ATTR_READ_ONLY * bool(target.read_only)
         | UBLK_ATTR_ROTATIONAL * bool(target.rotational)

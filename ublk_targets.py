@@ -461,7 +461,7 @@ PROPERTIES = (
 
 
 # Handlers, and what they would go around where a subclass has its own
-GO_AROUND = {"write_fua": "write", "discard": "map", "write_zeroes": "map"}
+GO_AROUND = {"write_fua": ["write"], "discard": ["map"], "write_zeroes": ["map", "write"]}
 
 
 def defines(target: object, name: str, base: type) -> bool:
@@ -469,18 +469,10 @@ def defines(target: object, name: str, base: type) -> bool:
 
     Or something that the base's would go around: a durable write its write(), say.
     """
-    other = GO_AROUND.get(name)
-    if other and defines(target, other, base):
-        return True
-    there = getattr(type(target), name, None)
-    return there is not getattr(base, name, None)
-
-
-def serves(target: ublk.Target, name: str) -> bool:
-    """Tell whether a target is to be asked for requests of this name."""
-    if name == "write_fua":
-        return ublk.stands(target, name)
-    return hasattr(target, name)
+    names = [name, *GO_AROUND.get(name, [])]
+    return any(
+        getattr(type(target), each, None) is not getattr(base, each, None) for each in names
+    )
 
 
 class Over:
@@ -499,7 +491,7 @@ class Over:
     ) -> None:
         """Have call() serve the requests that all of the targets serve, but no subclass of base."""
         for name in names:
-            all_serve = all(serves(below, name) for below in targets)
+            all_serve = all(ublk.serves(below, name) for below in targets)
             if all_serve and not defines(self, name, base):
                 setattr(self, name, partial(self.call, name))
 
@@ -1235,7 +1227,7 @@ class Cache(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("cache", target)
-        self.offer(Cache, ["write_fua"], target)
+        self.offer(Cache, ["write_fua", "write_zeroes"], target)
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets

@@ -236,16 +236,17 @@ def test_a_subclass_keeps_what_it_defines(targets):
     assert closed == [True]
 
 
+@pytest.mark.parametrize("handler", ["write_fua", "write_zeroes"])
 @pytest.mark.parametrize("name", ["Fault", "Cache"])
-def test_a_durable_write_does_not_go_around_a_subclass(targets, name):
+def test_no_write_goes_around_a_subclass(targets, name, handler):
     wrapper = getattr(targets, name)
 
     class Shouting(wrapper):
         async def write(self, offset, buffer):
             await super().write(offset, memoryview(bytes(buffer).upper()))
 
-    assert not hasattr(Shouting(Recorder()), "write_fua")
-    assert hasattr(wrapper(Recorder()), "write_fua")
+    assert not hasattr(Shouting(Recorder()), handler)
+    assert hasattr(wrapper(Recorder()), handler)
 
 
 @pytest.mark.parametrize("name", ["EIO", "EOPNOTSUPP", "ENOTSUP"])

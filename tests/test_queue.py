@@ -943,6 +943,13 @@ class Flushed(Recorder):
         self.calls.append(("mine",))
 
 
+def test_zeroes_of_a_base_do_not_go_around_a_subclass():
+    """As of one that encrypts: the kernel writes them, as it does where there is no method."""
+    offered = [ublk.params_of(kind(), 65536).discard.max_write_zeroes_sectors for kind in (Flushed, Recorder)]
+    answers = serve(Flushed(), depth=1, operation=ublk.UBLK_IO_OP_WRITE_ZEROES).answers
+    assert (offered, answers) == ([0, ublk.MAX_DISCARD // 512], [(0, -errno.EOPNOTSUPP)])
+
+
 class Coroutines(Flushed):
     async def flush(self):
         super().flush()

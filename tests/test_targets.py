@@ -257,13 +257,14 @@ def test_a_target_that_is_not_told_of_unmap_may_lie_below_another(targets, tmp_p
 
 
 @every_wrapper
-def test_a_durable_write_does_not_go_around_a_subclass_below_another(targets, tmp_path, make):
+def test_no_write_goes_around_a_subclass_below_another(targets, tmp_path, make):
     class Shouting(Recorder):
         def write(self, offset, buffer):
             super().write(offset, bytes(buffer).upper())
 
-    assert not hasattr(make(targets, Shouting(), tmp_path), "write_fua")
-    assert hasattr(targets.Fault(Recorder()), "write_fua")
+    above, other = make(targets, Shouting(), tmp_path), targets.Fault(Recorder())
+    for name in "write_fua", "write_zeroes":
+        assert [hasattr(each, name) for each in (above, other)] == [False, True]
 
 
 @pytest.mark.parametrize("name, words, handler", [
