@@ -1413,7 +1413,8 @@ NBD_REQUEST = struct.Struct(">IHHQQI")  # magic, flags, command, cookie, offset,
 NBD_REQUEST_MAGIC = 0x25609513
 NBD_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 NBD_REPLY_MAGIC = 0x67446698
-NBD_HANDSHAKE = 5.0  # seconds each address of a server has to answer, and that then has
+NBD_DIAL = 30.0  # seconds to find a server's addresses, and one that answers
+NBD_HANDSHAKE = 5.0  # seconds each of them has to answer, and the server for all the rest
 NBD_LOOKS = 10  # how often a request is looked at before it is given up
 # A machine that is silent is asked whether it lives, and is dead 30 s later
 NBD_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -1476,7 +1477,8 @@ class NbdConnection:
 
         try:
             address, export = nbd_address(self.uri)
-            connection = await asyncio.to_thread(dial, address)
+            dialing = asyncio.to_thread(dial, address)
+            connection = await asyncio.wait_for(dialing, NBD_DIAL)
             talk = self._shake_hands(connection, address, export)
             await asyncio.wait_for(talk, NBD_HANDSHAKE)
         except BaseException as error:

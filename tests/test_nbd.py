@@ -795,6 +795,24 @@ def test_nbd_why_there_is_no_new_connection_is_told_once(targets, here, capfd):
     assert capfd.readouterr().err.count("the export has become smaller") == 1
 
 
+def test_nbd_a_request_is_given_up_though_the_network_takes_for_ever(targets, here, monkeypatch):
+    """To find the server's name, say."""
+    ends = threading.Event()
+
+    async def work():
+        monkeypatch.setattr(targets, "dial", lambda address: ends.wait())
+        monkeypatch.setattr(targets, "NBD_DIAL", 0.2)
+        fake.dies_of = READ
+        try:
+            return await errno_of(target.read(0, bytearray(4096)))
+        finally:
+            ends.set()
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="500ms")
+        assert served(target, work) == errno.ETIMEDOUT
+
+
 def test_nbd_a_request_is_given_up_though_others_are_answered(targets, here):
     async def work():
         fake.ignores = WRITE
