@@ -727,6 +727,7 @@ class Cow(ublk.Target):
         self.lost = False  # what is marked OURS counts for nothing
         self.lock = threading.Lock()
         self.fresh: set[tuple[int, int]] = set()  # blocks, from and to, that are to be KEPT
+        self.found: set[int] = set()  # where there are marks KEPT that the disk may not have
         self._open(any_base)
         if commit:
             self._commit()
@@ -766,12 +767,12 @@ class Cow(ublk.Target):
             return
         for at in range(MARKS_AT, self.data_at, COW_UNIT):
             marks = os.pread(self.top.fd, COW_UNIT, at)
-            # A flush is to do the rest, of those KEPT, too, which may not have reached the disk: a
-            # client hears where that fails
-            if last_boot == boot:
+            if last_boot == boot:  # a flush is to do the rest: a client hears where that fails
                 first = at - MARKS_AT
-                for run in re.finditer(b"[^\0]+", marks):
+                for run in re.finditer(OURS + b"+", marks):
                     self.fresh.add((first + run.start(), first + run.end()))
+                if KEPT in marks:
+                    self.found.add(at)
             elif OURS in marks:
                 marks = marks.replace(OURS, BASE)
                 write_all(self.top.fd, marks, at)
@@ -829,11 +830,14 @@ class Cow(ublk.Target):
                 marks = marks[count:]
 
     def _keep(self, fresh: set[tuple[int, int]]) -> None:
-        """Note that blocks of the overlay are durable."""
+        """Note that blocks of the overlay are durable, and once more what the last server noted."""
         with self.lock:
             for start, stop in fresh:
                 marks = KEPT * (stop - start)
                 write_all(self.top.fd, marks, MARKS_AT + start)
+            for at in self.found:
+                marks = os.pread(self.top.fd, COW_UNIT, at)
+                write_all(self.top.fd, marks, at)
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -867,6 +871,7 @@ class Cow(ublk.Target):
         await self.top.flush()
         with self.lock:  # no sooner: a flush beside this one must do them, too
             self.fresh -= fresh
+            self.found.clear()
 
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
@@ -880,6 +885,7 @@ class Cow(ublk.Target):
         # The marks first: a block without one is the base's
         clear(self.top.fd, MARKS_AT, self.data_at - MARKS_AT)
         self.fresh.clear()
+        self.found.clear()
         os.fsync(self.top.fd)
         clear(self.top.fd, self.data_at, self.size)
         os.fsync(self.top.fd)
