@@ -4230,30 +4230,28 @@ def io_flusher() -> None:
     _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
 
 
-def stop(control: Control, dev_id: int, timeout: float = COMMAND_TIMEOUT) -> None:
-    """STOP_DEV, when nobody can be about to fetch the tags of a disk that waits for a server.
+@contextlib.contextmanager
+def nobody_recovers(control: Control, dev_id: int) -> Iterator[None]:
+    """Have nobody be about to fetch the tags of a disk that waits for a server, for STOP_DEV.
 
     From 6.7 to 6.15 that crashes the kernel: STOP_DEV ends the command of a tag
     that is not yet known as one that can be ended. So whoever recovers the disk
     has it LIVE first, if it is so within 10 seconds, or cannot open /dev/ublkcN.
-
-    timeout: seconds for STOP_DEV.
     """
     with contextlib.ExitStack() as ours:
 
         def nobody_fetches() -> bool:
-            state = control.get_dev_info(dev_id).state
-            if state not in (UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO):
-                return True
             try:
-                ours.enter_context(open_char(dev_id, 0))
+                state = control.get_dev_info(dev_id).state
+                if state in (UBLK_S_DEV_QUIESCED, UBLK_S_DEV_FAIL_IO):
+                    ours.enter_context(open_char(dev_id, 0))
             except OSError as error:
                 return error.errno != errno.EBUSY
             return True
 
         if not (control.features or 0) & UBLK_F_QUIESCE:
             becomes(nobody_fetches, 10)
-        control.stop_dev(dev_id, timeout)
+        yield
 
 
 def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) -> None:
@@ -4274,13 +4272,14 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
         # An ordinary user's node may not be his yet, where a start was interrupted
         node = f"/dev/ublkc{dev_id}"
         becomes(lambda: is_usable(node, os.R_OK | os.W_OK) or not os.path.exists(node), timeout)
-        if not is_same(control, dev_id, identity):
-            if dev_id not in device_ids():
-                forget_state(dev_id)
-            return
-        # First, as DEL_DEV, if it waited for a handler, would have all ADD_DEV
-        # and DEL_DEV of others wait along
-        stop(control, dev_id, timeout)
+        with nobody_recovers(control, dev_id):
+            if not is_same(control, dev_id, identity):
+                if dev_id not in device_ids():
+                    forget_state(dev_id)
+                return
+            # First, as DEL_DEV, if it waited for a handler, would have all ADD_DEV
+            # and DEL_DEV of others wait along
+            control.stop_dev(dev_id, timeout)
         forget_state(dev_id)
         # Up to Linux 6.3 the kernel's thread that stops a disk may be left with
         # the last reference to /dev/ublkcN, and drop it only when it has
@@ -6742,7 +6741,8 @@ def stop_device(options: Any) -> None:
         if options.if_unused:
             control.try_stop_dev(options.id)
         else:
-            stop(control, options.id)
+            with nobody_recovers(control, options.id):
+                control.stop_dev(options.id)
 
 
 def delete_devices(options: Any) -> int:

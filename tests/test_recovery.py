@@ -61,25 +61,23 @@ def test_reissue_loses_nothing(backing):
 
 @kernel
 @before("6.16")
-@pytest.mark.parametrize("command", [ublk.stop, ublk.delete], ids=["stop", "delete"])
-def test_nobody_begins_to_recover_a_disk_that_is_being_stopped(monkeypatch, control, command):
+@pytest.mark.parametrize("command", ["stop", "del"])
+def test_nobody_begins_to_recover_a_disk_that_is_being_stopped(monkeypatch, run, command):
     """From 6.7 to 6.15 the kernel crashes where its tags are fetched in that moment."""
     told = []
 
-    def stop_dev(control, dev_id, timeout):
+    def stop_dev(control, dev_id, *timeout):
         told.append((server.closed, error_of(lambda: os.close(os.open(f"/dev/ublkc{dev_id}", os.O_RDWR)))))
-        stop(control, dev_id, timeout)
+        stop(control, dev_id, *timeout)
     stop = ublk.Control.stop_dev
     with ublk.Device(Ram(), recovery="requeue") as disk:
         disk.detach()
         until(lambda: state_of(disk.id) == "QUIESCED")
-        identity = control.get_dev_info(disk.id).ublksrv_flags
         server = ublk.open_char(disk.id)        # that is on its way
         monkeypatch.setattr(ublk.Control, "stop_dev", stop_dev)
         threading.Timer(0.5, server.close).start()
-        if command is ublk.stop:
-            ublk.stop(control, disk.id)
-        ublk.delete(control, disk.id, identity)
+        assert run(command, disk.id).status == 0
+    ublk.clean_up(disk.identity)
     assert told[0] == (True, errno.EBUSY)
 
 

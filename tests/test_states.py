@@ -1716,6 +1716,23 @@ def test_del_takes_no_other_device_of_its_number_while_it_waits_for_another_del(
     assert (driver.devices.pop(7, None), driver.sent) == (99, [])
 
 
+def test_del_takes_no_other_device_of_its_number_while_it_waits_for_a_recovery(driver, monkeypatch):
+    """It may be suspended meanwhile, by Ctrl-Z say."""
+    def open_char(dev_id, timeout):
+        driver.devices[7] = 99
+        raise ublk.served_already(dev_id)
+    driver.devices[7], driver.features, get_dev_info = 1, 0, driver.get_dev_info
+
+    def quiesced_first(dev_id):
+        info = get_dev_info(dev_id)
+        info.state = ublk.UBLK_S_DEV_QUIESCED if info.ublksrv_flags == 1 else ublk.UBLK_S_DEV_LIVE
+        return info
+    monkeypatch.setattr(driver, "get_dev_info", quiesced_first)
+    monkeypatch.setattr(ublk, "open_char", open_char)
+    ublk.delete(driver, 7, identity=1)
+    assert (driver.devices.pop(7, None), driver.sent) == (99, [])
+
+
 def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver, monkeypatch):
     driver.devices[7] = 1
     monkeypatch.setattr(ublk, "holders", lambda dev_id: driver.devices.update({7: 99}) or [])
