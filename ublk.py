@@ -4280,6 +4280,8 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
             # First, as DEL_DEV, if it waited for a handler, would have all ADD_DEV
             # and DEL_DEV of others wait along
             control.stop_dev(dev_id, timeout)
+        if not is_same(control, dev_id, identity):  # that may have taken its time
+            return
         forget_state(dev_id)
         # Up to Linux 6.3 the kernel's thread that stops a disk may be left with
         # the last reference to /dev/ublkcN, and drop it only when it has

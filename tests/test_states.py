@@ -1733,6 +1733,16 @@ def test_del_takes_no_other_device_of_its_number_while_it_waits_for_a_recovery(d
     assert (driver.devices.pop(7, None), driver.sent) == (99, [])
 
 
+def test_del_takes_no_other_device_of_its_number_that_got_it_while_the_disk_was_stopped(driver, run_dir):
+    """By another del, while this one was suspended, say."""
+    run_dir.mkdir()
+    (run_dir / "7.json").touch()
+    driver.devices[7], driver.happens["stop_dev"] = 1, lambda: driver.devices.update({7: 99})
+    ublk.delete(driver, 7, identity=1)
+    assert (driver.devices.pop(7, None), driver.sent) == (99, ["stop_dev"])
+    assert (run_dir / "7.json").exists()
+
+
 def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver, monkeypatch):
     driver.devices[7] = 1
     monkeypatch.setattr(ublk, "holders", lambda dev_id: driver.devices.update({7: 99}) or [])
