@@ -863,12 +863,21 @@ class Cow(ublk.Target):
 
     discard = write_zeroes
 
+    async def write_fua(self, offset: int, buffer: memoryview) -> None:
+        failures = self.top.sync.failures
+        await self.write(offset, buffer)
+        await self._settle(partial(self.top.sync, failures))
+
     async def flush(self) -> None:
+        await self._settle(self.top.flush)
+
+    async def _settle(self, sync: Callable[[], Any]) -> None:
+        """Have the blocks there are be durable, then that they are the overlay's."""
         with self.lock:
             fresh = self.fresh.copy()
-        await self.top.flush()
+        await sync()
         self._keep(fresh)
-        await self.top.flush()
+        await sync()
         with self.lock:  # no sooner: a flush beside this one must do them, too
             self.fresh -= fresh
             self.found.clear()

@@ -1165,21 +1165,26 @@ def test_a_flush_that_cannot_make_a_file_durable_fails_twice(targets, tmp_path):
     disk.close()
 
 
-@pytest.mark.parametrize("kind", ["Loop", "Stripe"])
+@pytest.mark.parametrize("kind", ["Loop", "Stripe", "Cow"])
 def test_durable_writes_to_a_file_hear_of_one_loss_together(targets, tmp_path, kind):
-    """The kernel tells whoever asks first, and once."""
+    """The kernel tells whoever asks first, and once. And so does the next flush, of what others have lost."""
     async def tells_once():
         calls.append(1)
         await asyncio.sleep(0.05)
         if len(calls) == 1:
             raise OSError(errno.EIO, "lost")
     calls = []
-    path, = files(tmp_path, 1, SIZE)
-    disk = getattr(targets, kind)(path)
-    loop = disk if kind == "Loop" else disk.legs[0]
+    paths = files(tmp_path, 1, SIZE)
+    if kind == "Cow":
+        paths.append(str(tmp_path / "overlay"))
+    disk = getattr(targets, kind)(*paths)
+    loop = {"Loop": disk, "Stripe": getattr(disk, "legs", [0])[0], "Cow": getattr(disk, "top", 0)}[kind]
     loop.sync.flush = tells_once
-    answers = serve(disk, depth=4, operation=WRITE | ublk.UBLK_IO_F_FUA).answers
+    durable = WRITE | ublk.UBLK_IO_F_FUA
+    answers = serve(disk, depth=4, operation=durable).answers
     assert [result for _, result in answers] == 4 * [-errno.EIO]
+    later = [serve(disk, depth=1, operation=operation).answers for operation in (durable, FLUSH, FLUSH)]
+    assert later == [[(0, 4096)], [(0, -errno.EIO)], [(0, 0)]]
     disk.close()
 
 
