@@ -6738,12 +6738,14 @@ def stop_device(options: Any) -> None:
     and START_DEV after STOP_DEV on one open node crashes kernels before 7.3.
     """
     with Control() as control:
-        if control.get_dev_info(options.id).state == UBLK_S_DEV_DEAD:
+        info = control.get_dev_info(options.id)
+        if info.state == UBLK_S_DEV_DEAD:
             return
         if options.if_unused:
             control.try_stop_dev(options.id)
-        else:
-            with nobody_recovers(control, options.id):
+            return
+        with nobody_recovers(control, options.id):
+            if is_same(control, options.id, info.ublksrv_flags):
                 control.stop_dev(options.id)
 
 

@@ -1716,8 +1716,12 @@ def test_del_takes_no_other_device_of_its_number_while_it_waits_for_another_del(
     assert (driver.devices.pop(7, None), driver.sent) == (99, [])
 
 
-def test_del_takes_no_other_device_of_its_number_while_it_waits_for_a_recovery(driver, monkeypatch):
-    """It may be suspended meanwhile, by Ctrl-Z say."""
+@pytest.mark.parametrize("command", [
+    lambda control: ublk.delete(control, 7, identity=1),
+    lambda control: ublk.stop_device(SimpleNamespace(id=7, if_unused=False))], ids=["del", "stop"])
+def test_no_other_device_is_taken_that_got_the_number_while_a_recovery_was_waited_for(
+        driver, monkeypatch, command):
+    """The command may be suspended meanwhile, by Ctrl-Z say."""
     def open_char(dev_id, timeout):
         driver.devices[7] = 99
         raise ublk.served_already(dev_id)
@@ -1729,7 +1733,7 @@ def test_del_takes_no_other_device_of_its_number_while_it_waits_for_a_recovery(d
         return info
     monkeypatch.setattr(driver, "get_dev_info", quiesced_first)
     monkeypatch.setattr(ublk, "open_char", open_char)
-    ublk.delete(driver, 7, identity=1)
+    command(driver)
     assert (driver.devices.pop(7, None), driver.sent) == (99, [])
 
 
