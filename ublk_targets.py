@@ -865,7 +865,8 @@ class Cow(ublk.Target):
 
     async def write_fua(self, offset: int, buffer: memoryview) -> None:
         failures = self.top.sync.failures
-        await self.write(offset, buffer)
+        # A subclass's own may do again what its write_fua() has done
+        await Cow.write(self, offset, buffer)
         await self._settle(partial(self.top.sync, failures))
 
     async def flush(self) -> None:

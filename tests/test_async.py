@@ -1188,6 +1188,22 @@ def test_durable_writes_to_a_file_hear_of_one_loss_together(targets, tmp_path, k
     disk.close()
 
 
+def test_what_a_subclass_of_an_overlay_writes_durably_is_not_its_other_writes_too(targets, tmp_path):
+    """As where each of them encrypts."""
+    class Twice(targets.Cow):
+        async def write(self, offset, buffer):
+            await super().write(offset + 4096, buffer)
+
+        async def write_fua(self, offset, buffer):
+            await super().write_fua(offset + 4096, buffer)
+
+    disk = Twice(*files(tmp_path, 1, SIZE), str(tmp_path / "overlay"))
+    for operation in WRITE, WRITE | ublk.UBLK_IO_F_FUA:
+        assert serve(disk, depth=1, operation=operation).answers == [(0, 4096)]
+        assert [run for run in disk.runs(0, SIZE) if run[0]] == [(True, 4096, 4096)]
+    disk.close()
+
+
 def behind(kind, directory):
     """Make a disk of a kind whose bytes lie 4 KiB further on in a file full of x; return it and that."""
     class Behind(kind):
