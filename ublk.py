@@ -4280,9 +4280,6 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
             # First, as DEL_DEV, if it waited for a handler, would have all ADD_DEV
             # and DEL_DEV of others wait along
             control.stop_dev(dev_id, timeout)
-        if not is_same(control, dev_id, identity):  # that may have taken its time
-            return
-        forget_state(dev_id)
         # Up to Linux 6.3 the kernel's thread that stops a disk may be left with
         # the last reference to /dev/ublkcN, and drop it only when it has
         # nothing else to do: given DEL_DEV, which waits for just that, it would
@@ -4290,6 +4287,9 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
         if control.legacy:
             with contextlib.suppress(FileNotFoundError):
                 open_char(dev_id, timeout).close()
+        if not is_same(control, dev_id, identity):  # that may have taken its time
+            return
+        forget_state(dev_id)
         what = f"device {dev_id} is stopped but not deleted"
         remedy = "it goes when they close it"
         control.del_dev(dev_id, timeout / 2)

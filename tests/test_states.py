@@ -1747,6 +1747,18 @@ def test_del_takes_no_other_device_of_its_number_that_got_it_while_the_disk_was_
     assert (run_dir / "7.json").exists()
 
 
+def test_del_takes_no_other_device_of_its_number_while_it_waits_for_a_node_to_be_closed(driver, monkeypatch):
+    """As it does up to 6.3."""
+    def open_char(dev_id, timeout):
+        driver.devices[7] = 99
+        return open(os.devnull)
+    driver.devices[7], driver.legacy = 1, True
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr(ublk, "open_char", open_char)
+    ublk.delete(driver, 7, identity=1)
+    assert (driver.devices.pop(7, None), driver.sent) == (99, ["stop_dev"])
+
+
 def test_del_takes_no_other_device_of_its_number_while_it_waits_for_users(driver, monkeypatch):
     driver.devices[7] = 1
     monkeypatch.setattr(ublk, "holders", lambda dev_id: driver.devices.update({7: 99}) or [])
