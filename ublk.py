@@ -1678,7 +1678,7 @@ class Target:
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
     Of these, write_fua, write_zeroes, map and answer are not used where a subclass overrides what
-    they stand for: write, map or answer; write; read, write or write_fua; map or any handler.
+    they stand for: write, map or answer; write or map; read, write or write_fua; map or any handler.
 
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:
@@ -2897,7 +2897,7 @@ HANDLERS = ["read", "write", "write_fua", "flush", "zone_append", "report_zones"
 HANDLERS += [name for name, _ in SIMPLE_OPERATIONS.values()]
 STANDS_FOR = {
     "write_fua": ["write", "map", "answer"],
-    "write_zeroes": ["write"],
+    "write_zeroes": ["write", "map"],
     "map": HANDLERS[:3],
     "answer": [*HANDLERS, "map"],
 }
