@@ -218,7 +218,7 @@ def test_quiesce_waits_for_a_busy_queue(tmp_path, option):
             def read(self, offset, buffer):
                 pass
             async def write(self, offset, buffer):
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1.5)             # longer than what has begun has when its server leaves
     """)
     disk, errors = Forked(f"{path}:Slow", option, "-r", "requeue").live(), []
     with opened(disk.path) as fd:

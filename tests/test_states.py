@@ -688,7 +688,10 @@ def ends_of(target, monkeypatch, queues=2):
 @pytest.mark.parametrize("kind", [Threaded, ThreadedToTheEnd])
 def test_a_target_is_closed_behind_what_threads_do_for_requests(driver, rings, monkeypatch, kind, queues):
     """Or its descriptors would be another file's by the time that they use them."""
-    go = threading.Event()
+    async def give_up(target):
+        await asyncio.wait_for(serve(target), 0.01)
+    serve, go = kind.serve, threading.Event()
+    monkeypatch.setattr(kind, "serve", give_up)
     target = kind(lambda: threading.Event().wait(0.1), go.wait)
     ends = ends_of(target, monkeypatch, queues)
     go.set()
