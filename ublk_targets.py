@@ -443,7 +443,7 @@ CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
 WITH_DATA = CHANGES[:2]
 TRANSFERS = ("read", *WITH_DATA)  # of which a handler may do but a part at a time
 HANDLERS = [name for name in ublk.HANDLERS if name != "report_zones"]
-DEFAULTS = [name for name in vars(ublk.Target) if name[0] != "_"]
+DEFAULTS = [name for name in vars(ublk.Target) if name[0] != "_" and name not in HANDLERS]
 # Memory of clients need not suit a target below another, which gets that one's own
 DEFAULTS.remove("dma_alignment")
 # The rest
@@ -490,6 +490,9 @@ class Over:
         *targets: ublk.Target,
     ) -> None:
         """Have call() serve the requests that all of the targets serve, but no subclass of base."""
+        own = [name for name in names if name in ublk.STANDS_FOR and ublk.stands(self, name)]
+        for name in own:  # or what is offered beside it would seem to override it
+            setattr(self, name, getattr(self, name))
         for name in names:
             all_serve = all(ublk.serves(below, name) for below in targets)
             if all_serve and not defines(self, name, base):

@@ -249,6 +249,17 @@ def test_no_write_goes_around_a_subclass(targets, name, handler):
     assert hasattr(wrapper(Recorder()), handler)
 
 
+@pytest.mark.parametrize("name", ["Fault", "Cache"])
+@pytest.mark.parametrize("handler", ["write_fua", "write_zeroes"])
+def test_a_subclass_is_asked_itself_for_one_kind_of_write(targets, name, handler):
+    async def mine(self, *words):
+        """Done, as it seems."""
+    subclass = type("Mine", (getattr(targets, name),), {handler: mine})
+    assert ublk.serves(subclass(Recorder()), handler)
+    later = type("Later", (subclass,), {"write": mine})
+    assert not ublk.serves(later(Recorder()), handler)
+
+
 @pytest.mark.parametrize("name", ["EIO", "EOPNOTSUPP", "ENOTSUP"])
 def test_an_error_has_any_of_its_names(targets, name):
     fault = targets.Fault(Ram(), error=name)
