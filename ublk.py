@@ -3809,6 +3809,7 @@ class Device:
             open_char(self.id, pause=self._pause) as node,
             contextlib.closing(Ring(len(queues))) as ring,
         ):
+            self._see_that_it_is_ours()  # that may have taken its time
             for index in queues:
                 # EINVAL is told of a queue that is another's before that this is no command
                 ring.prepare(

@@ -1338,6 +1338,23 @@ def test_a_recovery_serves_no_other_device_of_its_number(waiting, handlers):
     assert "it is gone, or not there yet" in message(ublk.recover_from_state, 7, nobody, UNMADE)
 
 
+def test_no_other_device_is_recovered_that_got_the_number_while_a_server_was_waited_for(waiting, monkeypatch):
+    """As a disk of several queues may have that up to 6.15."""
+    def open_char(dev_id, **_):
+        waiting.devices[7] = 99
+        return open(os.devnull, "r+b", buffering=0)
+    waiting.features, get_dev_info = 0, waiting.get_dev_info
+
+    def with_queues(dev_id):
+        info = get_dev_info(dev_id)
+        info.nr_hw_queues = 2
+        return info
+    monkeypatch.setattr(waiting, "get_dev_info", with_queues)
+    monkeypatch.setattr(ublk, "open_char", open_char)
+    assert "it is gone, or not there yet" in message(ublk.Device.recover, 7, Target())
+    assert "start_user_recovery" not in waiting.sent
+
+
 def test_a_recovery_makes_no_target_while_another_server_may_be_there(waiting, handlers, monkeypatch):
     monkeypatch.setattr(ublk, "open_char", lambda *_, **__: fails())
     nobody = SimpleNamespace(trace=None)
