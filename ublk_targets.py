@@ -936,6 +936,8 @@ class Wrapper(Over):
 
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target serve a request, to its end."""
+        if not ublk.serves(self.target, name):  # as a subclass's own handler may ask for
+            raise OSError(errno.EOPNOTSUPP, f"{name}: the target below does not offer it")
         handler = getattr(self.target, name)
         if name == "zone_append":
             return await ublk.end_of(handler(*args))

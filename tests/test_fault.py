@@ -260,6 +260,19 @@ def test_a_subclass_is_asked_itself_for_one_kind_of_write(targets, name, handler
     assert not ublk.serves(later(Recorder()), handler)
 
 
+def test_a_subclass_gets_nothing_of_a_target_that_this_does_not_offer(targets):
+    """As zeroes that would go around the write() of one that encrypts."""
+    class Zeroing(targets.Fault):
+        async def write_zeroes(self, offset, length, unmap):
+            await self.call("write_zeroes", offset, length, unmap)
+
+    below = type("Below", (Recorder,), {"write": Recorder.write})()
+    zeroes = Zeroing(below).write_zeroes
+    assert ublk.serves(Zeroing(below), "write_zeroes")
+    assert (error_of(now, zeroes(0, 4096, True)), below.calls) == (errno.EOPNOTSUPP, [])
+    assert error_of(now, Zeroing(Ram()).write_zeroes(0, 4096, True)) == errno.EOPNOTSUPP
+
+
 @pytest.mark.parametrize("name", ["EIO", "EOPNOTSUPP", "ENOTSUP"])
 def test_an_error_has_any_of_its_names(targets, name):
     fault = targets.Fault(Ram(), error=name)
