@@ -937,6 +937,11 @@ class Wrapper(Over):
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target serve a request, to its end."""
         if not ublk.serves(self.target, name):  # as a subclass's own handler may ask for
+            if name == "write_fua":  # a write is durable by a flush, too
+                await Wrapper.call(self, "write", *args)
+                if ublk.serves(self.target, "flush"):  # or its writes are durable as they end
+                    await Wrapper.call(self, "flush")
+                return None
             raise OSError(errno.EOPNOTSUPP, f"{name}: the target below does not offer it")
         handler = getattr(self.target, name)
         if name == "zone_append":

@@ -273,6 +273,26 @@ def test_a_subclass_gets_nothing_of_a_target_that_this_does_not_offer(targets):
     assert error_of(now, Zeroing(Ram()).write_zeroes(0, 4096, True)) == errno.EOPNOTSUPP
 
 
+@pytest.mark.parametrize("name, expected", [("Ram", ["write"]), ("Recorder", ["write", "flush"])])
+def test_a_subclass_may_have_any_target_write_durably(targets, name, expected):
+    """By a flush, where there is one: a file system cannot do without."""
+    class Durable(targets.Fault):
+        async def write_fua(self, offset, buffer):
+            await self.call("write_fua", offset, buffer)
+
+    calls = []
+
+    class Below(globals()[name]):
+        def write(self, offset, buffer):
+            calls.append("write")
+            Ram.write(self, offset, buffer)
+
+    below = Below()
+    now(Durable(below).write_fua(4096, memoryview(b"x" * 4096)))
+    calls += [call[0] for call in getattr(below, "calls", [])]
+    assert (calls, below.data[4096:8192]) == (expected, b"x" * 4096)
+
+
 @pytest.mark.parametrize("name", ["EIO", "EOPNOTSUPP", "ENOTSUP"])
 def test_an_error_has_any_of_its_names(targets, name):
     fault = targets.Fault(Ram(), error=name)
