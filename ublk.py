@@ -1677,8 +1677,9 @@ class Target:
                                         kernel moves them. read and write are called where it
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
-    Of these, write_fua, write_zeroes, map and answer are not used where a subclass overrides what
-    they stand for: write, map or answer; write or map; read, write or write_fua; map or any handler.
+    Of these, write_fua, write_zeroes, discard, map and answer are not used where a subclass overrides
+    what they stand for: write, map or answer; write or map; map; read, write or write_fua; map or any
+    handler.
 
     and, for a zoned disk, with attributes zone_size, max_append (bytes),
     max_open_zones and max_active_zones:
@@ -2898,6 +2899,7 @@ HANDLERS += [name for name, _ in SIMPLE_OPERATIONS.values()]
 STANDS_FOR = {
     "write_fua": ["write", "map", "answer"],
     "write_zeroes": ["write", "map"],
+    "discard": ["map"],
     "map": HANDLERS[:3],
     "answer": [*HANDLERS, "map"],
 }
@@ -3040,7 +3042,7 @@ def params_of(target: Any, max_io: int) -> Any:
     flushes = hasattr(target, "flush")
     zoned = hasattr(target, "zone_size")
     durable = flushes and can_write_durably(target)
-    discards = hasattr(target, "discard")
+    discards = serves(target, "discard")
     zeroes = serves(target, "write_zeroes")
     attrs = (
         UBLK_ATTR_READ_ONLY * bool(target.read_only)

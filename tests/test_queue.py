@@ -950,6 +950,19 @@ def test_zeroes_of_a_base_do_not_go_around_a_subclass():
     assert (offered, answers) == ([0, ublk.MAX_DISCARD // 512], [(0, -errno.EOPNOTSUPP)])
 
 
+def test_discards_of_a_base_do_not_go_around_what_a_subclass_maps():
+    """Else other data would be given back."""
+    class Elsewhere(Recorder):
+        def map(self, offset, length, write):
+            raise AssertionError("no data are asked for")
+
+    disk = Elsewhere()
+    offered = [ublk.params_of(each, 65536).discard.max_discard_sectors for each in (disk, Recorder())]
+    answers = serve(disk, depth=1, operation=ublk.UBLK_IO_OP_DISCARD).answers
+    assert (offered, answers) == ([0, ublk.MAX_DISCARD // 512], [(0, -errno.EOPNOTSUPP)])
+    assert not disk.calls
+
+
 class Coroutines(Flushed):
     async def flush(self):
         super().flush()
