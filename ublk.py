@@ -2120,7 +2120,7 @@ class Queue:
         self.served = [-1] * self.depth
         self._done: list[int] = []  # tags whose commit is to be submitted
         self._appended: list[int] = []
-        self.unflushed: list[int] = []  # tags that a plain target has served but for a flush
+        self.unflushed: set[int] = set()  # tags that a plain target has served but for a flush
         self._handlers = self._table()
         # The end of the queue.
         self.ended: set[int] = set()  # tags the kernel has taken back
@@ -2474,11 +2474,7 @@ class Queue:
             result = run(self._serve(tag))
         except BaseException as error:  # even SystemExit: a client waits for an answer
             result = failed(error)
-        if tag in self.unflushed:
-            self.results[tag] = result
-            self.served[tag] = -1
-        else:
-            self.complete(tag, result)
+        self.complete(tag, result)
 
     def complete(self, tag: int, result: int) -> None:
         """End a request: result is its length in bytes, or a negative errno.
@@ -2487,7 +2483,8 @@ class Queue:
         """
         self.results[tag] = result
         self.served[tag] = -1
-        self.repeat([tag])
+        if tag not in self.unflushed:  # else it ends with the flush
+            self.repeat([tag])
 
     def prepare(self, tag: int, result: int) -> None:
         """Store the result of a tag's request, and of those alike that follow."""
@@ -2582,16 +2579,16 @@ class Queue:
         write that waits for it has begun, and keeps its tag.
         """
         if self.loop is None:
-            self.unflushed.append(tag)
+            self.unflushed.add(tag)
         else:
             await self.flushing(failures)
 
     def _flush_at_once(self) -> None:
         """Flush once for all requests of a round that a plain target has served but for that."""
-        tags = self.unflushed
+        tags = sorted(self.unflushed)
         if not tags:
             return
-        self.unflushed = []
+        self.unflushed.clear()
         try:
             succeeded(self.target.flush, self.target.flush())
         except BaseException as error:  # even SystemExit: clients wait for an answer
@@ -5007,10 +5004,11 @@ class RingSelector(selectors.EpollSelector):
         tags = queue.collect(0 if left else timeout)
         if queue.leaving:
             queue.ended.update(tags)  # requests for the next server
-        elif tags:
-            queue.answer(tags)
-        if queue.waiting and not queue.leaving:
-            queue.add_tasks(left)
+        else:
+            if tags:
+                queue.answer(tags)
+            if queue.waiting:
+                queue.add_tasks(left)
         if queue.is_over():
             queue.loop.stop()
         if queue.watching:

@@ -460,16 +460,12 @@ PROPERTIES = (
 )
 
 
-# Handlers, and what they would go around where a subclass has its own
-GO_AROUND = {"write_fua": ["write"], "discard": ["map"], "write_zeroes": ["map", "write"]}
-
-
 def defines(target: object, name: str, base: type) -> bool:
     """Tell whether a target's class has that of its own, not from base.
 
-    Or something that the base's would go around: a durable write its write(), say.
+    Or something that the base's stands for, and would go around: a durable write for its write(), say.
     """
-    names = [name, *GO_AROUND.get(name, [])]
+    names = [name, *ublk.STANDS_FOR.get(name, [])]
     return any(
         getattr(type(target), each, None) is not getattr(base, each, None) for each in names
     )
