@@ -1889,7 +1889,7 @@ class MappedCopy:
         self.view = queue.kept(memoryview(self.memory))
         self.written = queue.kept(self.view.toreadonly())
         self.base = address_of(self.view)
-        if self.moves and stands(queue.target, "map"):
+        if self.moves and serves(queue.target, "map"):
             self.make_chains()
 
     def address(self, tag: int) -> int:
@@ -2114,7 +2114,7 @@ class Queue:
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
-        self.writes_durably = stands(self.target, "write_fua")
+        self.writes_durably = serves(self.target, "write_fua")
         self.flushing: Any = device.flushing
         self.answer: Any = None  # what serves a list of tags
         self.served = [-1] * self.depth
@@ -2262,9 +2262,9 @@ class Queue:
 
     def _answer(self) -> Callable[[list[int]], object]:
         """Return the quickest way to serve a batch of tags that target and data path allow."""
-        if stands(self.target, "answer") and not self.needs_handlers:
+        if serves(self.target, "answer") and not self.needs_handlers:
             return self._answer_by_target
-        if stands(self.target, "map") and self.path.chains:
+        if serves(self.target, "map") and self.path.chains:
             return self._answer_by_map
         if self.loop is not None:
             return self._answer_by_task
@@ -2902,29 +2902,22 @@ STANDS_FOR = {
 }
 
 
-def stands(target: Any, name: str) -> bool:
-    """Tell whether a target's map(), answer() or the like may stand for its other handlers.
-
-    Not where a subclass has overridden these since: they would never be called.
-    """
-    names = {name, *STANDS_FOR[name]}
-    for where in (vars(target), *map(vars, type(target).__mro__)):
-        if names & where.keys():
-            return name in where
-    return False
-
-
 def serves(target: Any, name: str) -> bool:
-    """Tell whether a target is to be asked for requests of this name."""
-    if name in STANDS_FOR:
-        return stands(target, name)
-    return hasattr(target, name)
+    """Tell whether a target has this method, and is to be asked by it.
+
+    Not where a subclass has overridden since what it stands for: that would
+    never be called.
+    """
+    names = {name, *STANDS_FOR.get(name, [])}
+    layers = (vars(target), *map(vars, type(target).__mro__))
+    nearest = next((layer for layer in layers if names & layer.keys()), names)
+    return name in nearest and hasattr(target, name)
 
 
 def can_write_durably(target: Any) -> bool:
     """Tell whether a write can be durable: by write_fua(), or by a flush() behind it."""
-    by_handlers = not stands(target, "answer")
-    return stands(target, "write_fua") or (by_handlers and hasattr(target, "flush"))
+    by_handlers = not serves(target, "answer")
+    return serves(target, "write_fua") or (by_handlers and hasattr(target, "flush"))
 
 
 def takes_unmap(function: Any) -> bool:
@@ -3553,7 +3546,7 @@ class Device:
         """Return the fastest data path that target, kernel and privileges allow."""
         if self.zoned or self.target.metadata_size:
             return "user-copy"
-        maps = stands(self.target, "map") and not self.unprivileged
+        maps = serves(self.target, "map") and not self.unprivileged
         names = ("auto-zero-copy", "zero-copy") if maps else ()
         return next((name for name in names if not DATA_PATHS[name].features & ~known), "copy")
 

@@ -186,6 +186,23 @@ class Ram(ublk.Target):
     discard = write_zeroes
 
 
+class Offered:
+    """A handler that a target of a class has where its ``offers`` name it: its call() serves that.
+
+    It is the class's all the same, where a subclass overrides it like any other.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, target: Any, owner: type) -> Any:
+        if target is None:
+            return self
+        if self.name not in target.offers:
+            raise AttributeError(f"{self.name}: not offered")
+        return partial(target.call, self.name)
+
+
 class Mapped:
     """A part of targets with map(): it serves what the kernel could not, or was not asked to."""
 
@@ -207,6 +224,8 @@ class Loop(Mapped, ublk.Target):
     direct: transfer around the page cache (O_DIRECT)
     read_only: open it for reading only
     """
+
+    discard: Any = Offered("discard")
 
     def __init__(
         self,
@@ -234,9 +253,7 @@ class Loop(Mapped, ublk.Target):
             f"its size {self.size} is none, or not a multiple of {self.block_size}",
             f"give it another: truncate -s SIZE {path}",
         )
-        has_own = defines(self, "discard", Loop)
-        if not (self.read_only or has_own) and self._can_discard():
-            self.discard = self._discard  # an attribute: not every backing has it
+        self.offers = [] if self.read_only or not self._can_discard() else ["discard"]
         # By no method: whoever leaves a loop unclosed would keep its file until the next collection
         self.sync: Any = ublk.Flushing(partial(ublk.uring_fsync, self.fd, datasync=True))
         self.told = 0  # of how many of its failures flushes have told
@@ -293,7 +310,8 @@ class Loop(Mapped, ublk.Target):
         for at, count in pieces(offset, length):
             await moved(self.store, at, ublk.zeroes(count))
 
-    async def _discard(self, offset: int, length: int) -> None:
+    async def call(self, name: str, offset: int, length: int) -> None:
+        """Discard; nothing else depends on the backing."""
         import asyncio
 
         if self.is_block:  # in a thread, for a device takes its time
@@ -453,7 +471,6 @@ PROPERTIES = (
     "max_open_zones",
     "max_active_zones",
     "max_append",
-    "report_zones",
     "resized",
     "start",
     "close",
@@ -461,14 +478,8 @@ PROPERTIES = (
 
 
 def defines(target: object, name: str, base: type) -> bool:
-    """Tell whether a target's class has that of its own, not from base.
-
-    Or something that the base's stands for, and would go around: a durable write for its write(), say.
-    """
-    names = [name, *ublk.STANDS_FOR.get(name, [])]
-    return any(
-        getattr(type(target), each, None) is not getattr(base, each, None) for each in names
-    )
+    """Tell whether a target's class has that of its own, not from base."""
+    return getattr(type(target), name, None) is not getattr(base, name, None)
 
 
 class Over:
@@ -479,20 +490,11 @@ class Over:
 
     call: Any  # gets a handler's name and its arguments, returns what it would
 
-    def offer(
-        self,
-        base: type,
-        names: Sequence[str],
-        *targets: ublk.Target,
-    ) -> None:
-        """Have call() serve the requests that all of the targets serve, but no subclass of base."""
-        own = [name for name in names if name in ublk.STANDS_FOR and ublk.stands(self, name)]
-        for name in own:  # or what is offered beside it would seem to override it
-            setattr(self, name, getattr(self, name))
-        for name in names:
-            all_serve = all(ublk.serves(below, name) for below in targets)
-            if all_serve and not defines(self, name, base):
-                setattr(self, name, partial(self.call, name))
+    def offer(self, *targets: ublk.Target) -> None:
+        """Have call() serve the requests that all of the targets serve."""
+        self.offers = [
+            name for name in HANDLERS if all(ublk.serves(below, name) for below in targets)
+        ]
 
 
 def distinct(paths: Sequence[str]) -> Sequence[str]:
@@ -516,6 +518,10 @@ class Stripe(Over, Mapped, ublk.Target):
     direct: transfer around the page cache (O_DIRECT)
     read_only: open them for reading only
     """
+
+    flush: Any = Offered("flush")
+    discard: Any = Offered("discard")
+    write_zeroes: Any = Offered("write_zeroes")
 
     def __init__(
         self,
@@ -544,7 +550,7 @@ class Stripe(Over, Mapped, ublk.Target):
         )
         self.size = least.size // chunk * chunk * len(legs)
         self.read_only = any(leg.read_only for leg in legs)
-        self.offer(Stripe, ("flush", "discard", "write_zeroes"), *legs)
+        self.offer(*legs)
 
     def before(self, leg: int, offset: int) -> int:
         """Return how much of what lies before a byte of the disk is on one leg."""
@@ -922,13 +928,14 @@ class Wrapper(Over):
         lambda self: self.target.block_size,
         lambda self, size: setattr(self.target, "block_size", size),
     )
+    report_zones: Any = property(lambda self: self.target.report_zones)
 
     def __init__(self, target: ublk.Target) -> None:
         self.target = target
         for name in PROPERTIES:
             if hasattr(target, name) and not defines(self, name, ublk.Target):
                 setattr(self, name, getattr(target, name))
-        self.offer(ublk.Target, HANDLERS, target)
+        self.offer(target)
 
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target serve a request, to its end."""
@@ -943,6 +950,10 @@ class Wrapper(Over):
         if name == "zone_append":
             return await ublk.end_of(handler(*args))
         return await moved(handler, *args)
+
+
+for name in HANDLERS:
+    setattr(Wrapper, name, Offered(name))
 
 
 def refuse_more_than_data(what: str, target: ublk.Target) -> None:
@@ -1240,6 +1251,10 @@ class Cache(Wrapper, ublk.Target):
     target: the target that has what is durable, with its own arguments
     """
 
+    # For what its write() does
+    write_fua: Any = Offered("write_fua")
+    write_zeroes: Any = Offered("write_zeroes")
+
     def __init__(
         self,
         target: ublk.Target,
@@ -1249,7 +1264,6 @@ class Cache(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("cache", target)
-        self.offer(Cache, ["write_fua", "write_zeroes"], target)
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets
@@ -1357,7 +1371,7 @@ class Cache(Wrapper, ublk.Target):
     async def close(self) -> None:
         import asyncio
 
-        flush = asyncio.create_task(self.flush())
+        flush = asyncio.create_task(moved(self.flush))
         try:
             ended, _ = await asyncio.wait([flush], timeout=ublk.STOP_TIMEOUT)
             if not ended:  # nor is its end awaited: the kernel may do nothing for ever
@@ -1705,9 +1719,7 @@ class Nbd(ublk.Target):
         if self.size < server.size:
             ublk.say(f"{self.uri}: its last {server.size - self.size} bytes are left out")
         self.read_only = bool(server.flags & NBD_FLAG_READ_ONLY)
-        for name, (bit, command, flags) in NBD_OFFERS.items():
-            if server.flags & bit and not defines(self, name, Nbd):
-                setattr(self, name, partial(self.ask, command, flags))
+        self.offers = [name for name, (bit, *_) in NBD_OFFERS.items() if server.flags & bit]
 
     async def start(self, index: int) -> None:
         """Have what it was told before be durable. One queue: its loop carries the connection."""
@@ -1729,6 +1741,11 @@ class Nbd(ublk.Target):
 
     async def write(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_WRITE, 0, offset, buffer)
+
+    async def call(self, name: str, offset: int = 0, what: Any = 0) -> int:
+        """Serve what not every server offers."""
+        _, command, flags = NBD_OFFERS[name]
+        return await self.ask(command, flags, offset, what)
 
     # ---- requests ------------------------------------------------------------------------------
 
@@ -1894,6 +1911,10 @@ class Nbd(ublk.Target):
                 del self.pending[request.cookie]
             else:
                 self._send(request)
+
+
+for name in NBD_OFFERS:
+    setattr(Nbd, name, Offered(name))
 
 
 # =================================================================================================
@@ -2309,7 +2330,7 @@ class Record(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("record", target)
-        self.offer(Record, ["flush"])  # of interest even where the target needs none
+        self.offers.append("flush")  # of interest even where the target needs none
         self.lock = threading.Lock()
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize

@@ -1219,7 +1219,7 @@ def behind(kind, directory):
 @pytest.mark.parametrize("kind", ["Loop", "Stripe"])
 def test_a_durable_write_goes_where_a_subclass_maps_it(targets, tmp_path, kind):
     disk, path = behind(getattr(targets, kind), tmp_path)
-    assert not ublk.stands(disk, "write_fua")           # which syncs the disk's own file, and no other
+    assert not ublk.serves(disk, "write_fua")           # which syncs the disk's own file, and no other
     assert serve(disk, depth=1, operation=WRITE | ublk.UBLK_IO_F_FUA).answers == [(0, 4096)]
     disk.close()
     assert Path(path).read_bytes()[:12288] == b"x" * 4096 + bytes(4096) + b"x" * 4096

@@ -969,15 +969,6 @@ def test_nbd_a_write_that_was_given_up_is_never_sent_again(targets, here):
         assert fake.data[:4096] == PAGE
 
 
-def test_nbd_a_durable_write_does_not_go_around_a_subclass(targets, here):
-    class Mine(targets.Nbd):
-        async def write(self, offset, buffer):
-            """Does what it likes."""
-
-    with FakeNbd(here):
-        assert [hasattr(kind(nbd_uri(here)), "write_fua") for kind in (targets.Nbd, Mine)] == [True, False]
-
-
 def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
     async def work():
         fake.dies_of = WRITE

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import fcntl
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -42,6 +43,8 @@ from tests.support import (
     until,
     write_at,
 )
+from tests.test_async import NopQueue, serve
+from tests.test_nbd import FakeNbd, nbd_uri
 
 # Companion: every target
 # =================================================================================================
@@ -276,6 +279,87 @@ def test_a_subclass_is_asked_itself_whatever_its_files_can_do(targets, two_files
     base.close(mine)
 
 
+# Of what a subclass overrides an operation asks the first of these. Without them the base's serve; but an
+# operation that the subclass itself does not have is not offered where it has one of those behind.
+ASKED = {
+    "read": (["answer", "map", "read"], []),
+    "write": (["answer", "map", "write"], []),
+    "write_fua": (["answer", "write_fua", "write", "map"], ["answer"]),
+    "flush": (["answer", "flush"], []),
+    "discard": (["answer", "discard"], ["map"]),
+    "write_zeroes": (["answer", "write_zeroes"], ["map", "write"]),
+}
+BASES = {
+    "plain": lambda targets, _: (Recorder,),
+    "Null": lambda targets, _: (ublk.Null,),
+    "Loop": lambda targets, _: (targets.Loop, "a.img"),
+    "Stripe": lambda targets, _: (targets.Stripe, "a.img", "b.img"),
+    "Cow": lambda targets, _: (targets.Cow, "a.img", "new.cow"),
+    "Nbd": lambda targets, here: (targets.Nbd, nbd_uri(here)),
+    "Fault": lambda targets, _: (targets.Fault, targets.Fault(Recorder())),
+    "Cache": lambda targets, _: (targets.Cache, Recorder()),
+    "Record": lambda targets, _: (targets.Record, "log", Recorder()),
+}
+
+
+def noting(name, how, asked, fd):
+    """Make a method that notes that it was asked; what it maps lies in a file."""
+    def method(*words):
+        asked.append(name)
+        if name == "map":
+            return fd, 0
+        if name == "answer":
+            queue, tags = words[-2:]
+            for tag in tags:
+                queue.complete(tag, 0)
+
+    async def coroutine(*words):
+        method(*words)
+    return coroutine if how == "coroutine" and name not in ublk.PLAIN_METHODS else method
+
+
+def is_offered(disk, operation):
+    """Tell whether the kernel sends requests of an operation to a disk."""
+    params = ublk.params_of(disk, 65536)
+    return {
+        "write_fua": params.basic.attrs & ublk.UBLK_ATTR_FUA,
+        "discard": params.discard.max_discard_sectors,
+        "write_zeroes": params.discard.max_write_zeroes_sectors,
+    }.get(operation, 1) > 0
+
+
+@pytest.mark.parametrize("how", ["plain", "coroutine", "attribute"])
+@pytest.mark.parametrize("base", BASES)
+def test_who_is_asked_is_what_a_subclass_overrides(targets, two_files, here, base, how, monkeypatch):
+    monkeypatch.setattr(NopQueue, "link_last", 0)       # its commits cannot end what the kernel moves
+    asked = []
+    with FakeNbd(here, flags=0b1101101), open("a.img", "rb+") as file:
+        kind, *words = BASES[base](targets, here)
+        names = [*ASKED, "answer"] + ["map"] * hasattr(kind, "map")
+        for overridden in itertools.chain(itertools.combinations(names, 1), itertools.combinations(names, 2)):
+            methods = {name: noting(name, how, asked, file.fileno()) for name in overridden}
+            disk = type("Mine", (kind,), {} if how == "attribute" else methods)(*words)
+            if how == "attribute":
+                vars(disk).update(methods)
+            for operation, (order, hiding) in ASKED.items():
+                first = [name for name in order if name in overridden][:1]
+                hidden = operation not in overridden and not set(hiding).isdisjoint(overridden)
+                assert is_offered(disk, operation) != hidden, (overridden, operation)
+                if not hidden:
+                    asked.clear()
+                    durable = ublk.UBLK_IO_F_FUA if operation == "write_fua" else 0
+                    number = getattr(ublk, "UBLK_IO_OP_" + operation.removesuffix("_fua").upper())
+                    (_, result), = serve(disk, depth=1, operation=number | durable).answers
+                    assert (asked[:1], result >= 0) == (first, True), (overridden, operation)
+            if hasattr(disk, "close"):
+                asyncio.run(ublk.end_of(disk.close()))
+
+
+def test_a_subclass_over_zones_may_answer_by_itself(targets):
+    disk = type("Mine", (targets.Fault,), {"answer": noting("answer", "plain", [], -1)})(targets.Zoned())
+    assert ublk.serves(disk, "answer") and len(disk.report_zones(0, 2)) == 2
+
+
 @every_wrapper
 @pytest.mark.parametrize("outcome", [False, -5, "done"])
 def test_what_a_target_returns_that_is_no_success_is_none_above_it(
@@ -305,7 +389,7 @@ def test_discards_of_a_device_keep_no_other_request_waiting(targets, tmp_path):
     disk._discard_blocks = lambda *_: waited.append(served.wait(5))
 
     async def work():
-        discard = asyncio.ensure_future(disk._discard(0, 4096))
+        discard = asyncio.ensure_future(disk.discard(0, 4096))
         await asyncio.sleep(0)
         served.set()
         await discard
