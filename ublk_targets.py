@@ -770,6 +770,8 @@ class Cow(ublk.Target):
         if self.read_only:
             self.lost = last_boot != boot
             return
+        if last_boot != boot:  # none that the page cache alone has, of a start that failed
+            os.posix_fadvise(self.top.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         for at in range(MARKS_AT, self.data_at, COW_UNIT):
             marks = os.pread(self.top.fd, COW_UNIT, at)
             if last_boot == boot:  # a flush is to do the rest: a client hears where that fails
@@ -789,6 +791,7 @@ class Cow(ublk.Target):
     def _seal(self, seen: int) -> None:
         """Write the header, durably, with the fingerprint of the base; 0 means any."""
         header = COW_HEADER.pack(self.size, self.grain, seen, boot_id())
+        os.fsync(self.top.fd)  # first what it tells of
         write_all(self.top.fd, header, 0)
         os.fsync(self.top.fd)
 
@@ -903,7 +906,6 @@ class Cow(ublk.Target):
         self.found.clear()
         os.fsync(self.top.fd)
         clear(self.top.fd, self.data_at, self.size)
-        os.fsync(self.top.fd)
         seen = fingerprint(self.below.fd, self.size)
         self._seal(seen)
 

@@ -173,6 +173,33 @@ def test_an_overlay_knows_no_base_that_a_loss_of_power_may_take_back(targets, tm
     cow.close()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_loss_of_power_took_back_stays_so_though_a_start_failed_to_note_that(
+        targets, tmp_path, monkeypatch, late):
+    """The page cache alone has then what it noted, and may drop it at any moment."""
+    base, overlay = map(Path, overlay_of(targets, tmp_path))
+    patched(overlay, targets.MARKS_AT + 100, targets.OURS)
+    disk = overlay.read_bytes()
+    start_machine_anew(targets, overlay)
+    evicted = []
+
+    def evict(*_):
+        evicted.append(patched(overlay, targets.MARKS_AT, disk[targets.MARKS_AT:][:4096]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: os.close(-1))
+        assert error_of(targets.Cow, str(base), str(overlay)) == errno.EBADF
+    gc.collect()
+    if not late:
+        evict()
+    monkeypatch.setattr(os, "posix_fadvise", evict)
+    cow = targets.Cow(str(base), str(overlay))
+    if not evicted:
+        evict()
+    assert not any(ours for ours, *_ in cow.runs(51200, 512))
+    cow.close()
+
+
 def test_marks_there_was_room_for_are_kept_by_a_flush(targets, tmp_path, monkeypatch):
     """All of a block's changes are there for good then, or none."""
     base, overlay = overlay_of(targets, tmp_path)
