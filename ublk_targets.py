@@ -2341,11 +2341,11 @@ class Record(Wrapper, ublk.Target):
         self.largest = self.size
         if not os.path.getsize(log):
             self._head()
-        size, _ = self.log.header()
+        self.largest, _ = self.log.header()  # a recovered disk takes the size it had only then
         refuse(
-            size != self.size,
+            self.largest < self.size,
             log,
-            f"the log of a disk of {size} bytes, this one has {self.size}",
+            f"the log of a disk of {self.largest} bytes, this one has {self.size}",
         )
         with self.log.growing():
             end = LOG_HEADER.size

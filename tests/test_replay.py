@@ -169,6 +169,20 @@ def test_a_log_knows_how_large_its_disk_has_been(run, targets, tmp_path):
     assert (tmp_path / "copy").read_bytes() == bytes((2 << 20) - 4096) + page == image.read_bytes()
 
 
+def test_the_log_of_a_disk_that_has_grown_is_continued_by_its_next_server(targets, log):
+    """Which makes its target by the words of old, and learns of the disk's size only then."""
+    size = targets.Log(log.path).header()[0]
+    for _ in range(2):
+        disk = targets.Record(log.path, ublk.Null(size=size))
+        disk.resized(2 * size)
+        now(disk.close())
+        assert targets.Log(log.path).header()[0] == 2 * size
+    disk = targets.Record(log.path, ublk.Null(size=size))
+    now(disk.start(0))
+    now(disk.close())
+    assert targets.Log(log.path).header()[0] == 2 * size
+
+
 def test_a_damaged_log_is_an_error_and_good_up_to_there(run, targets, log, tmp_path):
     with closing(targets.Log(log.path)) as file:
         third = list(file.entries())[2]
