@@ -2908,10 +2908,14 @@ def serves(target: Any, name: str) -> bool:
     Not where a subclass has overridden since what it stands for: that would
     never be called.
     """
-    names = {name, *STANDS_FOR.get(name, [])}
-    layers = (vars(target), *map(vars, type(target).__mro__))
-    nearest = next((layer for layer in layers if names & layer.keys()), names)
-    return name in nearest and hasattr(target, name)
+    others = STANDS_FOR.get(name, [])
+    for layer in (target, *type(target).__mro__):
+        defined = vars(layer).keys()
+        if name in defined:
+            break
+        if not defined.isdisjoint(others):
+            return False
+    return hasattr(target, name)
 
 
 def can_write_durably(target: Any) -> bool:
