@@ -481,13 +481,14 @@ def test_a_file_has_one_server_that_writes_to_it(targets, tmp_path, monkeypatch,
     now(ublk.end_of(second(targets, *paths).close()))
 
 
-def test_a_reader_that_nobody_has_any_more_lets_go_of_its_file(targets, tmp_path, monkeypatch):
+def test_a_loop_that_nobody_has_any_more_lets_go_of_its_file(targets, tmp_path, monkeypatch):
     """At once, not when the garbage collector runs."""
     monkeypatch.setattr(ublk, "LAST_BREATH", 0.0)
     path, = files(tmp_path, 1, 1 << 20)
     gc.disable()
     try:
-        targets.Loop(path, read_only=True)
+        for read_only in True, False:
+            targets.Loop(path, read_only=read_only)
         now(ublk.end_of(targets.Loop(path).close()))
     finally:
         gc.enable()
