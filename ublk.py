@@ -4295,7 +4295,8 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
         # waits for a free number, which somebody may have taken at once
         if becomes(lambda: not is_same(control, dev_id, identity), timeout / 2):
             return
-        if error.errno in (errno.ETIMEDOUT, errno.EBUSY):
+        # EINTR: this process was suspended as DEL_DEV waited
+        if error.errno in (errno.ETIMEDOUT, errno.EBUSY, errno.EINTR):
             who = ", ".join(holders(dev_id)) or "somebody"
             raise UblkError(errno.EBUSY, what, f"held open by {who}", remedy) from None
         raise

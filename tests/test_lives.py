@@ -269,6 +269,27 @@ def test_a_disk_that_does_not_stop_keeps_no_other_waiting(tmp_path):
     assert "does not stop" in deleting.said() and ublk.main(["del", "--all"]) == 0
 
 
+@kernel
+@since("6.4")
+def test_a_del_that_is_suspended_as_it_waits_names_who_has_the_disk_open():
+    """To be suspended ends its command."""
+    with Forked("null") as disk:
+        with open(disk.path, "rb") as file:
+            holder = subprocess.Popen(["sleep", "3600"], stdin=file)
+        try:
+            deleting = Forked("del", disk.id, "--force")
+            until(lambda: not os.path.exists(f"/dev/ublkc{disk.id}"), "DEL_DEV")
+            os.kill(deleting.pid, signal.SIGSTOP)
+            threads = Path(f"/proc/{deleting.pid}/task")
+            until(lambda: all(") T " in (thread / "stat").read_text() for thread in threads.iterdir()))
+            os.kill(deleting.pid, signal.SIGCONT)
+            assert deleting.wait() == 1
+        finally:
+            holder.kill()
+            holder.wait()
+    assert f"held open by sleep (pid {holder.pid})" in deleting.said()
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     """Have a delete that waits for somebody to close a disk give up soon."""
