@@ -3519,6 +3519,16 @@ class Device:
             "not possible with shared memory",
             "choose one of them",
         )
+        # The kernel would flush behind a durable write; where the server goes meanwhile,
+        # that waits for its tag, and the driver for that write (seen on 6.12 and 7.3).
+        refuse(
+            self.recovery
+            and hasattr(self.target, "flush")
+            and not can_write_durably(self.target),
+            "a disk that outlives its server",
+            "its target has an answer() and a flush(), and no write_fua()",
+            "define write_fua() beside it, and have answer() make durable what has UBLK_IO_F_FUA",
+        )
         # It ends an append before it takes down where that landed (seen on 7.3).
         refuse(
             self.zoned and self.batch and path is AutoZeroCopy,

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -1154,6 +1155,26 @@ def test_a_durable_write_is_not_offered_to_whom_answer_serves_alone():
     kinds = ublk.Null, Mine, Writing
     offered = [ublk.params_of(kind(), 65536).basic.attrs & ublk.UBLK_ATTR_FUA for kind in kinds]
     assert offered == [ublk.UBLK_ATTR_FUA, 0, 0]
+
+
+@pytest.mark.parametrize("recovery", ["requeue", "reissue", "fail"])
+def test_a_server_that_leaves_keeps_no_durable_write_waiting_for_the_kernels_flush(recovery):
+    """The driver waits for that write, and it for a flush that nobody has any more (6.12 and 7.3)."""
+    class Mine(ublk.Null):
+        def answer(self, queue, tags):
+            super().answer(queue, tags)
+
+    class Durable(Mine):
+        answer, write_fua = Mine.answer, ublk.Null.write_fua
+
+    def flags_of(target, recovery=recovery):
+        device = ublk.Device(target, recovery=recovery, unprivileged=False)
+        device.control = SimpleNamespace(features=-1)
+        return device._flags()
+
+    assert "define write_fua() beside it" in message(flags_of, Mine())
+    assert flags_of(Durable()) & ublk.UBLK_F_USER_RECOVERY
+    assert not flags_of(Mine(), None) & ublk.UBLK_F_USER_RECOVERY
 
 
 def test_an_append_and_a_flush_hear_of_the_same_loss():
