@@ -485,7 +485,7 @@ def defines(target: object, name: str, base: type) -> bool:
 class Over:
     """A part of targets over others: they serve the requests that all of these do.
 
-    A subclass's own handler has them go on with call(name, ...), not with super().
+    A subclass's own handler goes on with super(), or with call(name, ...) for what they may not offer.
     """
 
     call: Any  # gets a handler's name and its arguments, returns what it would
@@ -1314,6 +1314,8 @@ class Cache(Wrapper, ublk.Target):
 
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target do at once what is no plain write: in place of what is older."""
+        if name in ("read", "write", "flush"):  # as a subclass's own handler may ask for
+            return await getattr(Cache, name)(self, *args)
         self.look()
         async with self.changing.take():
             older = self.kept(*extent(args))

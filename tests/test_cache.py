@@ -80,6 +80,23 @@ def test_what_is_no_plain_write_is_in_place_of_what_is_older(targets, name, args
     assert read(disk, 0, 12288) == bytes(below.memory[:12288]) == expected
 
 
+@pytest.mark.parametrize("way", ["call", "super"])
+def test_a_subclass_goes_on_with_what_the_cache_does(targets, way):
+    class Calling(targets.Cache):
+        async def read(self, *words):
+            await (self.call("read", *words) if way == "call" else super().read(*words))
+
+        async def flush(self):
+            await (self.call("flush") if way == "call" else super().flush())
+
+    below = Volatile(bytes(OLD) * 4)
+    disk = Calling(below)
+    now(disk.write(4096, NEW))
+    assert read(disk, 4096) == read(disk, 4096) == NEW and below.durable == bytes(OLD) * 4
+    now(disk.flush())
+    assert below.durable == bytes(OLD) + bytes(NEW) + bytes(OLD) * 2
+
+
 class Failing(Volatile):
     """A disk that fails what `fails` names."""
     fails = ""
