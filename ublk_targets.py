@@ -461,7 +461,7 @@ CHANGES = ("write", "write_fua", "flush", "discard", "write_zeroes")
 WITH_DATA = CHANGES[:2]
 TRANSFERS = ("read", *WITH_DATA)  # of which a handler may do but a part at a time
 HANDLERS = [name for name in ublk.HANDLERS if name != "report_zones"]
-DEFAULTS = [name for name in vars(ublk.Target) if name[0] != "_" and name not in HANDLERS]
+DEFAULTS = [name for name in vars(ublk.Target) if name[0] != "_"]
 # Memory of clients need not suit a target below another, which gets that one's own
 DEFAULTS.remove("dma_alignment")
 # The rest
