@@ -1705,6 +1705,7 @@ class Nbd(ublk.Target):
         self.durable = 0
         # Some of them with a connection, or as a flush failed, and no flush since has failed yet
         self.lost = False
+        self.losses = 0  # how often that was so
         self.told = 0  # the latest request when the server last told of a loss
         self.unsure = False  # whether a server still does what it was told long ago
 
@@ -1743,8 +1744,14 @@ class Nbd(ublk.Target):
     async def read(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)
 
-    async def write(self, offset: int, buffer: memoryview) -> int:
-        return await self.ask(NBD_CMD_WRITE, 0, offset, buffer)
+    async def write(self, offset: int, buffer: memoryview) -> None:
+        """Do one of several parts anew where the first may have been lost before the last was done."""
+        while True:
+            losses = self.losses
+            for at in range(0, len(buffer), self.maximum):
+                await self.ask(NBD_CMD_WRITE, 0, offset + at, buffer[at:])
+            if len(buffer) <= self.maximum or losses == self.losses:
+                return
 
     async def call(self, name: str, offset: int = 0, what: Any = 0) -> int:
         """Serve what not every server offers."""
@@ -1859,6 +1866,7 @@ class Nbd(ublk.Target):
             elif request.may_hear:
                 # Maybe another client's, who waits for the next flush, or for the end of a write
                 self.lost = True
+                self.losses += 1
                 self.told = self.cookie
             self._end(request, error if error in errno.errorcode or not error else errno.EIO)
         if 0 < self.connection.refused == len(self.pending):
@@ -1874,6 +1882,7 @@ class Nbd(ublk.Target):
         told = "; what was not flushed may be gone: the next flush fails" if lost else ""
         ublk.say(f"{self.uri}: connection lost: {error.strerror}{told}")
         self.lost |= lost
+        self.losses += lost
         self.durable = self.acknowledged
         # The server ended it, and does nothing more of what it was told
         over = isinstance(error, ConnectionError)

@@ -971,13 +971,43 @@ def test_nbd_a_write_that_was_given_up_is_never_sent_again(targets, here):
 
 def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
     async def work():
+        await target.write(4096, PAGE)
         fake.dies_of = WRITE
         await target.write(0, PAGE)
 
     with FakeNbd(here) as fake:
         target = targets.Nbd(nbd_uri(here))
         served(target, work)
-        assert fake.commands.count(WRITE) == 2 and fake.data[:4096] == PAGE
+        assert fake.commands.count(WRITE) == 3 and fake.data[:4096] == PAGE
+
+
+@pytest.mark.parametrize("hears", ["line", "flush"])
+def test_nbd_a_write_whose_first_part_was_lost_before_its_last_is_done_anew(targets, here, hears):
+    """Flushes told of that before the write had ended, and none after it would."""
+    async def work():
+        fake.ignores = WRITE
+        write = asyncio.ensure_future(targets.moved(target.write, 0, memoryview(bytes(PAGE) * 2)))
+        for count in (1, 2):
+            while fake.commands.count(WRITE) < count:
+                await asyncio.sleep(0.01)
+            cookie, = target.pending
+            if count == 1:
+                fake.peer.sendall(simple(cookie))
+        fake.ignores, fake.data[:4096] = None, bytes(4096)
+        if hears == "flush":
+            fake.fails = FLUSH
+            assert await errno_of(target.flush()) == errno.EIO
+            fake.peer.sendall(simple(cookie))
+        else:
+            fake.peer.shutdown(socket.SHUT_RDWR)
+            while await errno_of(target.flush()) == 0:
+                pass
+        await write
+        return fake.data[:8192] == bytes(PAGE) * 2
+
+    with FakeNbd(here, info=[struct.pack(">HIII", 3, 512, 4096, 4096)]) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work)
 
 
 def test_nbd_a_connection_may_break_at_any_byte(targets, here, monkeypatch):
