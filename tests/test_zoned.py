@@ -142,8 +142,9 @@ def test_a_zone_that_is_reset_during_a_flush_stays_empty(targets, tmp_path):
     assert pointer_after_a_new_start(targets, path) == 1 << 20
 
 
-def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path):
-    """After an error the kernel takes what it did not write for written."""
+@pytest.mark.parametrize("of", ["this server", "the next"])
+def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path, of):
+    """After an error the kernel takes what it did not write for written, and shows it to the next server."""
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
     disk.zone_append(1 << 20, page)
@@ -153,10 +154,13 @@ def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path):
         disk.disk.flush = fails
 
     async def fails():
-        damage(path, 4096, table)
         raise OSError(errno.EIO, "bad sector")
     disk.disk.flush = flush
     assert error_of(now, disk.flush()) == errno.EIO
+    if of == "the next":
+        disk.close()
+        disk = targets.Zoned(file=str(path))
+    damage(path, 4096, table)
     disk.disk.flush = nothing_to_wait_for()
     now(disk.flush())
     disk.close()
