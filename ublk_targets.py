@@ -732,7 +732,8 @@ class Cow(ublk.Target):
         self.lost = False  # what is marked OURS counts for nothing
         self.lock = threading.Lock()
         self.fresh: set[tuple[int, int]] = set()  # blocks, from and to, that are to be KEPT
-        self.found: set[int] = set()  # where there are marks KEPT that the disk may not have
+        # How many syncs had failed when all marks were written last
+        self.renewed = 0 if read_only else -1
         self._open(any_base)
         if commit:
             self._commit()
@@ -744,6 +745,8 @@ class Cow(ublk.Target):
         size = self.size
         grain = self.grain
         seen = found = fingerprint(self.below.fd, size)
+        # For what the disk has: a start that failed may have left another in the page cache
+        os.posix_fadvise(self.top.fd, 0, MARKS_AT, os.POSIX_FADV_DONTNEED)
         # Else it is new, or was killed as it was made
         head = os.pread(self.top.fd, COW_HEADER.size, 0)
         if any(head):
@@ -767,22 +770,14 @@ class Cow(ublk.Target):
             "its base has changed since",
             "restore that, or take --any-base",
         )
+        self.lost = last_boot != boot
         if self.read_only:
-            self.lost = last_boot != boot
             return
-        if last_boot != boot:  # none that the page cache alone has, of a start that failed
+        if self.lost or not seen:  # or other marks, as a commit may, too
             os.posix_fadvise(self.top.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        for at in range(MARKS_AT, self.data_at, COW_UNIT):
-            marks = os.pread(self.top.fd, COW_UNIT, at)
-            if last_boot == boot:  # a flush is to do the rest: a client hears where that fails
-                first = at - MARKS_AT
-                for run in re.finditer(OURS + b"+", marks):
-                    self.fresh.add((first + run.start(), first + run.end()))
-                if KEPT in marks:
-                    self.found.add(at)
-            elif OURS in marks:
-                marks = marks.replace(OURS, BASE)
-                write_all(self.top.fd, marks, at)
+        if self.lost:
+            self._renew()
+            self.lost = False
         if not seen:  # a commit was killed: the seal is to be of what lasts
             os.fsync(self.below.fd)
         if (seen, last_boot) != (found, boot):
@@ -792,7 +787,7 @@ class Cow(ublk.Target):
         """Write the header, durably, with the fingerprint of the base; 0 means any."""
         header = COW_HEADER.pack(self.size, self.grain, seen, boot_id())
         os.fsync(self.top.fd)  # first what it tells of
-        write_all(self.top.fd, header, 0)
+        write_all(self.top.fd, header, 0, os.RWF_DSYNC)  # at once, even where we are killed
         os.fsync(self.top.fd)
 
     # ---- which blocks the overlay has --------------------------------------------------------------
@@ -826,6 +821,7 @@ class Cow(ublk.Target):
     def _mark(self, blocks: slice) -> None:
         """Note that the overlay has these blocks."""
         with self.lock:
+            self._renew()
             marks = self._marks(blocks)
             if BASE not in marks:
                 return
@@ -837,15 +833,40 @@ class Cow(ublk.Target):
                 start += count
                 marks = marks[count:]
 
+    def _renew(self) -> None:
+        """Write the marks again that are found, and once more behind each sync that failed.
+
+        Else the page cache alone might have them, and drop them: no write or
+        flush relies on a mark that it could not hear of being lost.
+        """
+        failures = self.top.sync.failures
+        if self.renewed == failures:
+            return
+        self.fresh.clear()
+        for at in range(MARKS_AT, self.data_at, COW_UNIT):
+            marks = os.pread(self.top.fd, COW_UNIT, at)
+            if not marks.strip(BASE):
+                continue
+            if self.lost:
+                marks = marks.replace(OURS, BASE)
+            first = at - MARKS_AT
+            for run in re.finditer(OURS + b"+", marks):
+                self.fresh.add((first + run.start(), first + run.end()))
+            write_all(self.top.fd, marks, at)
+        self.renewed = failures
+
+    def _unkept(self) -> set[tuple[int, int]]:
+        """Return the blocks that are to be KEPT."""
+        with self.lock:
+            self._renew()
+            return self.fresh.copy()
+
     def _keep(self, fresh: set[tuple[int, int]]) -> None:
-        """Note that blocks of the overlay are durable, and once more what the last server noted."""
+        """Note that blocks of the overlay are durable."""
         with self.lock:
             for start, stop in fresh:
                 marks = KEPT * (stop - start)
                 write_all(self.top.fd, marks, MARKS_AT + start)
-            for at in self.found:
-                marks = os.pread(self.top.fd, COW_UNIT, at)
-                write_all(self.top.fd, marks, at)
 
     # ---- requests --------------------------------------------------------------------------------
 
@@ -882,14 +903,12 @@ class Cow(ublk.Target):
 
     async def _settle(self, sync: Callable[[], Any]) -> None:
         """Have the blocks there are be durable, then that they are the overlay's."""
-        with self.lock:
-            fresh = self.fresh.copy()
+        fresh = self._unkept()
         await sync()
         self._keep(fresh)
         await sync()
         with self.lock:  # no sooner: a flush beside this one must do them, too
             self.fresh -= fresh
-            self.found.clear()
 
     def _commit(self) -> None:
         """Copy the overlay into the base. Killed at any moment, it can be done again."""
@@ -902,16 +921,15 @@ class Cow(ublk.Target):
         os.fsync(self.below.fd)
         # The marks first: a block without one is the base's
         clear(self.top.fd, MARKS_AT, self.data_at - MARKS_AT)
-        self.fresh.clear()
-        self.found.clear()
         os.fsync(self.top.fd)
         clear(self.top.fd, self.data_at, self.size)
         seen = fingerprint(self.below.fd, self.size)
         self._seal(seen)
 
     def close(self) -> None:
+        fresh = self._unkept()
         os.fdatasync(self.top.fd)
-        self._keep(self.fresh)
+        self._keep(fresh)
         os.fdatasync(self.top.fd)
         self.top.close()
         self.below.close()

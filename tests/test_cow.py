@@ -223,17 +223,74 @@ def test_marks_there_was_room_for_are_kept_by_a_flush(targets, tmp_path, monkeyp
     cow.close()
 
 
-def test_marks_that_a_server_finds_are_written_again_before_a_flush_ends(targets, tmp_path, monkeypatch):
-    """The one before it was killed as it made them durable, or that failed: the page cache alone has them."""
-    cow = targets.Cow(*overlay_of(targets, tmp_path))
+def test_marks_count_for_a_write_or_flush_once_its_server_has_written_them(targets, tmp_path, monkeypatch):
+    """The page cache alone may have those it finds, or which a sync could not write, and drop them."""
+    base, overlay = overlay_of(targets, tmp_path)
     written, pwritev, fsync = [], os.pwritev, os.fsync
     monkeypatch.setattr(os, "pwritev", lambda *words: written.append(words[2]) or pwritev(*words))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: fsync(999 if written else fd))
-        assert error_of(asyncio.run, flush_with_fsync(cow)) == errno.EBADF
-    for _ in range(2):
+
+    def mark():
+        cow._mark(cow.blocks(1536, 512))
+
+    def flush():
         asyncio.run(flush_with_fsync(cow))
-    assert written == [targets.MARKS_AT] * 2
+
+    def flush_that_fails():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: fsync(999))
+            flush()
+
+    for step in (mark, flush):
+        cow = targets.Cow(base, overlay)
+        for before in (bool, flush_that_fails, flush):
+            error_of(before)
+            written.clear()
+            error_of(step)
+            assert written == [targets.MARKS_AT] * (before is not flush)
+        cow.close()
+
+
+def test_a_mark_that_is_lost_with_its_data_comes_back_with_no_flush(targets, tmp_path, monkeypatch):
+    cow, fsync = targets.Cow(*overlay_of(targets, tmp_path)), os.fsync
+    cow._mark(cow.blocks(8192, 512))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: fsync(999))
+        assert error_of(asyncio.run, flush_with_fsync(cow)) == errno.EBADF
+    patched(cow.path, targets.MARKS_AT + 16, targets.BASE)
+    assert [error_of(asyncio.run, flush_with_fsync(cow)) for _ in range(2)] == [errno.EIO, 0]
+    assert list(cow.runs(8192, 512)) == [(False, 8192, 512)]
+    cow.close()
+
+
+def test_a_header_counts_as_the_disk_has_it(targets, tmp_path, monkeypatch):
+    """The page cache alone has that of a start which could not sync it."""
+    base, overlay = map(Path, overlay_of(targets, tmp_path))
+    start_machine_anew(targets, overlay)
+    old, fsync, pwritev, written = overlay.read_bytes()[:4096], os.fsync, os.pwritev, []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: fsync(fd if overlay.read_bytes()[:4096] == old else 999))
+        assert error_of(targets.Cow, str(base), str(overlay)) == errno.EBADF
+    gc.collect()
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: patched(overlay, 0, old))
+    monkeypatch.setattr(os, "pwritev", lambda *words: written.append(words[2:]) or pwritev(*words))
+    cow = targets.Cow(str(base), str(overlay))
+    assert written[-1] == (0, os.RWF_DSYNC)
+    cow.close()
+
+
+def test_marks_that_a_commit_could_not_clear_count(targets, tmp_path, monkeypatch):
+    """The page cache alone has none, and may drop that: a write relies on what the disk has."""
+    base, overlay = map(Path, overlay_of(targets, tmp_path))
+    marks_of = lambda: overlay.read_bytes()[targets.MARKS_AT:][:4096]           # noqa: E731
+    old, fsync = marks_of(), os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: fsync(fd if marks_of() == old else 999))
+        assert error_of(lambda: targets.Cow(str(base), str(overlay), commit=True)) == errno.EBADF
+    gc.collect()
+    evict = lambda _, start, length, how: length or patched(overlay, targets.MARKS_AT, old)     # noqa: E731
+    monkeypatch.setattr(os, "posix_fadvise", evict)
+    cow = targets.Cow(str(base), str(overlay))
+    assert list(cow.runs(1536, 512)) == [(True, 1536, 512)]
     cow.close()
 
 
@@ -241,7 +298,7 @@ async def flush_with_fsync(cow):
     """Flush an overlay without a queue's ring."""
     async def flush():
         os.fsync(cow.top.fd)
-    cow.top.flush = flush
+    cow.top.sync.flush = flush
     await cow.flush()
 
 
@@ -255,15 +312,17 @@ def test_an_overlay_has_one_server(targets, tmp_path):
 
 def test_of_two_flushes_at_once_each_waits_for_the_marks(targets, tmp_path):
     class Pause:
+        failures = 0
+
+        def __call__(self, *_):
+            return self
+
         def __await__(self):
             yield
-
-    async def flush():
-        await Pause()
     cow = targets.Cow(*overlay_of(targets, tmp_path))
     written = cow.blocks(0, 512)
     cow._mark(written)
-    cow.top.flush = flush
+    cow.top.sync = Pause()
     first, second = cow.flush(), cow.flush()
     first.send(None)                    # makes data durable
     second.send(None)
