@@ -780,6 +780,8 @@ class Cow(ublk.Target):
             self.lost = False
         if not seen:  # a commit was killed: the seal is to be of what lasts
             os.fsync(self.below.fd)
+            os.posix_fadvise(self.below.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            found = fingerprint(self.below.fd, size)
         if (seen, last_boot) != (found, boot):
             self._seal(found)
 

@@ -173,6 +173,24 @@ def test_an_overlay_knows_no_base_that_a_loss_of_power_may_take_back(targets, tm
     cow.close()
 
 
+def test_an_overlay_knows_its_base_as_the_disk_has_it(targets, tmp_path, monkeypatch):
+    """The page cache alone has what a commit could not make durable."""
+    base, overlay = map(Path, overlay_of(targets, tmp_path))
+    old, fsync = base.read_bytes(), os.fsync
+    is_base = lambda fd: os.path.sameopenfile(fd, it.fileno())          # noqa: E731
+    evict = lambda fd, *_: is_base(fd) and base.write_bytes(old)        # noqa: E731
+    with open(base) as it:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: fsync(999 if is_base(fd) else fd))
+            assert error_of(lambda: targets.Cow(str(base), str(overlay), commit=True)) == errno.EBADF
+        gc.collect()
+        assert base.read_bytes() != old
+        monkeypatch.setattr(os, "posix_fadvise", evict)
+        targets.Cow(str(base), str(overlay)).close()
+        base.write_bytes(old)
+        targets.Cow(str(base), str(overlay)).close()
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_what_a_loss_of_power_took_back_stays_so_though_a_start_failed_to_note_that(
         targets, tmp_path, monkeypatch, late):
@@ -458,6 +476,37 @@ def test_a_client_hears_of_what_could_not_be_written_while_an_overlay_had_no_ser
                 disk.kill()
                 disk = recovered(disk)
                 assert [error_of(os.fsync, fd) for _ in range(3)] == [errno.EIO, errno.EIO, 0]
+            assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_a_block_is_marked_again_where_its_mark_could_not_be_written(targets, tmp_path):
+    """Or its next write would be gone with the page cache, and a flush of that go well."""
+    class Spoilt(targets.Fault):
+        def match(self, name, offset, length, data):
+            return failing and data is not None and {0} < set(bytes(data)) <= {0, 1, 2}
+    base = tmp_path / "base.img"
+    base.write_bytes(bytes(1 << 20))
+    failing = []
+    below = Spoilt(targets.Ram(size=64 << 20), on="write", error="EIO")
+    with ublk.Device(below) as lower:
+        sh(*MKFS["ext4"], lower.path)
+        with mount_of(lower.path, tmp_path / "mnt") as directory:
+            disk = Forked("cow", base, directory / "x.cow", "-r", "requeue").live()
+            with opened(disk.path) as fd:
+                write_at(fd, 0, b"x" * 4096)    # where ext4 fails to write a hole, it writes nothing later
+                os.fsync(fd)
+                write_at(fd, 8192, b"x" * 4096)
+                failing.append(True)
+                assert error_of(os.fsync, fd) == errno.EIO
+                failing.clear()
+                write_at(fd, 8192, b"y" * 4096)
+                disk.kill()
+                os.sync()
+                Path("/proc/sys/vm/drop_caches").write_text("3")
+                disk = recovered(disk)
+                os.fsync(fd)
+                assert read_at(fd, 8192, 4096) == b"y" * 4096
             assert disk.kill(signal.SIGTERM) == 0
 
 
