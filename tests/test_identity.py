@@ -24,11 +24,15 @@ from tests.support import (
     devices_left,
     kernel,
     message,
+    needs,
     orphan,
+    recovered,
     sh,
     since,
     state_of,
+    until,
     verb,
+    with_partition,
 )
 
 
@@ -150,6 +154,33 @@ def test_a_new_file_that_has_the_inode_of_the_old_one_is_another(tmp_path):
     path.write_bytes(bytes(4096))           # gets it where the old one's is the first that is free
     with pytest.raises(ublk.UblkError, match="another file than it was made of"):
         ublk.check_files("it", made_of)
+
+
+@kernel
+def test_a_device_that_has_the_number_of_the_old_one_is_another(run, backing, tmp_path):
+    needs("losetup")
+    second = tmp_path / "second.img"
+    second.write_bytes(bytes(64 << 20))
+    loop = sh("losetup", "--find", "--show", backing).stdout.strip()
+    try:
+        disk = orphan("loop", loop, "-r", "requeue")
+        recovered(disk).kill()
+        sh("losetup", "--detach", loop)
+        until(lambda: not os.path.exists(f"/sys/block/{os.path.basename(loop)}/loop"), "the loop to go")
+        sh("losetup", loop, second)
+        assert_fails(run("recover", disk.id), 1, "another file than it was made of")
+        assert run("del", disk.id).status == 0
+    finally:
+        sh("losetup", "--detach", loop)
+
+
+@kernel
+def test_a_partition_is_known_by_the_disk_it_is_of():
+    with ublk.Device(with_partition()) as disk:
+        part = f"{disk.path}p1"
+        until(lambda: os.path.exists(part), part)
+        whole = ublk.file_identity(disk.path)[3]
+        assert whole and ublk.file_identity(part)[3] == whole
 
 
 @pytest.mark.parametrize("size, says", [(4095, "is shorter than it was"), (4096, ""), (8192, "")])
