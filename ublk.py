@@ -5350,14 +5350,15 @@ def file_identity(path: str) -> list[Any]:
 
     That is path, device, inode, time of birth (a new file often gets the inode
     of one that was just removed) and size in bytes; of a block device its
-    number, and which of all disks since the start of the machine it is (5.15).
+    number, which of all disks since the start of the machine it is (5.15), and
+    where a partition begins.
     """
     status = os.stat(path)
     if stat.S_ISBLK(status.st_mode):
         place = f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        # A partition's is that of the disk above it
-        disk = lines_of(f"{place}/diskseq") or lines_of(f"{place}/../diskseq")
-        return [path, "device", status.st_rdev, disk, 0]
+        # Of a disk, or of the disk that a partition is of, and where in that
+        told = [lines_of(f"{place}/{name}") for name in ("diskseq", "../diskseq", "start")]
+        return [path, "device", status.st_rdev, told, 0]
     more = ctypes.create_string_buffer(256)  # struct statx; zeroes where nobody tells
     if hasattr(_libc, "statx"):
         _libc.statx(AT_FDCWD, os.fsencode(path), 0, STATX_BTIME, more)

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -175,12 +176,13 @@ def test_a_device_that_has_the_number_of_the_old_one_is_another(run, backing, tm
 
 
 @kernel
-def test_a_partition_is_known_by_the_disk_it_is_of():
+def test_a_partition_is_known_by_its_disk_and_its_place():
     with ublk.Device(with_partition()) as disk:
         part = f"{disk.path}p1"
         until(lambda: os.path.exists(part), part)
-        whole = ublk.file_identity(disk.path)[3]
-        assert whole and ublk.file_identity(part)[3] == whole
+        number = Path(f"/sys/block/ublkb{disk.id}/diskseq").read_text().split()
+        assert ublk.file_identity(disk.path)[3] == [number, [], []]
+        assert ublk.file_identity(part)[3] == [[], number, ["2048"]]
 
 
 @pytest.mark.parametrize("size, says", [(4095, "is shorter than it was"), (4096, ""), (8192, "")])
