@@ -3875,9 +3875,11 @@ class Device:
         """End what share() began. Raises UblkError."""
         self._see_that_it_is_ours()
         with self._changes:  # the driver may give its index to another
-            self.control.unreg_buf(self.id, index)
-            for memories in self.shared:
-                memories.pop(index).release()
+            try:
+                self.control.unreg_buf(self.id, index)
+            finally:  # also where a Ctrl-C comes behind what the driver has done
+                for memories in self.shared:
+                    memories.pop(index, memoryview(b"")).release()
 
     def resize(self, size: int) -> None:
         """Change the size of the disk while it is in use, in bytes (6.16).

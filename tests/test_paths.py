@@ -647,6 +647,36 @@ def test_an_index_is_not_given_away_before_its_memory_is_forgotten(memory, monke
 
 @kernel
 @since("7.1")
+def test_memory_is_forgotten_also_where_a_ctrl_c_ends_unshare(memory, monkeypatch):
+    """The driver gives its index to the next, which a client may use before share() has heard of it."""
+    new = direct_buffer(65536)
+    new[:] = b"n" * 65536
+    with ublk.Device(Ram(), share_memory=True) as disk, opened(disk.path) as fd:
+        index = disk.share(memory.ours)
+        client = threading.Thread(target=os.pwritev, args=(fd, [new], 0))
+        register, unregister = disk.control.reg_buf, disk.control.unreg_buf
+
+        def interrupted(*words):
+            unregister(*words)
+            raise KeyboardInterrupt
+
+        def noticed_late(*words):
+            number = register(*words)
+            client.start()
+            client.join(0.3)
+            return number
+
+        monkeypatch.setattr(disk.control, "unreg_buf", interrupted)
+        monkeypatch.setattr(disk.control, "reg_buf", noticed_late)
+        with pytest.raises(KeyboardInterrupt):
+            disk.unshare(index)
+        disk.share(new)
+        client.join()
+        assert disk.target.data[:65536] == new[:]
+
+
+@kernel
+@since("7.1")
 def test_shared_memory_of_a_disk_with_metadata(memory):
     moves_shared_memory(memory, Checked())
 
