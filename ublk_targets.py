@@ -1785,10 +1785,13 @@ class Nbd(ublk.Target):
 
     async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0) -> int:
         """Have the server do something with a buffer or a length; return how much. Raises OSError."""
+        import asyncio
+
         if command != NBD_CMD_READ and self.unsure:
             raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
-            # What was lost may have its reply later
+            await asyncio.sleep(0)  # writes that have their reply end before they are told lost
+            # Others may have it later
             self.lost = any(cookie <= self.told for cookie in self.pending)
             raise OSError(errno.EIO, "a connection or a flush before this one has failed")
         if not isinstance(what, int):
@@ -1802,8 +1805,6 @@ class Nbd(ublk.Target):
             self._send(request)
         error = await request.done
         if request.may_hear and not error:
-            import asyncio
-
             # Others may hear in place of this one, and have their replies later
             others = [other.done for other in self.pending.values() if other.may_hear]
             if others:

@@ -1010,6 +1010,27 @@ def test_nbd_a_write_whose_first_part_was_lost_before_its_last_is_done_anew(targ
         assert served(target, work)
 
 
+def test_nbd_a_flush_fails_of_a_lost_write_once_that_has_ended(targets, here):
+    """Who is told first of a loss, and then of success, takes the next flush for that write's."""
+    async def work():
+        fake.ignores = WRITE
+        writes = [asyncio.ensure_future(target.write(at, PAGE)) for at in (0, 4096)]
+        while fake.commands.count(WRITE) < 2:
+            await asyncio.sleep(0.01)
+        fake.ignores = None
+        lost, again = target.pending
+        fake.peer.sendall(simple(lost) + simple(again, errno.ESHUTDOWN))
+        while not target.lost:
+            await asyncio.sleep(0)
+        assert await errno_of(target.flush()) == errno.EIO and writes[0].done()
+        await asyncio.gather(*writes)
+        assert await errno_of(target.flush()) == 0
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        served(target, work)
+
+
 def test_nbd_a_connection_may_break_at_any_byte(targets, here, monkeypatch):
     """Of a greeting, of a request, of a reply: each is asked for again, and nothing is mixed up."""
     sleep, limits = asyncio.sleep, [*range(1, 300), *range(300, 1300, 37)]
