@@ -845,9 +845,10 @@ class Cow(ublk.Target):
         if self.renewed == failures:
             return
         self.fresh.clear()
-        for at in range(MARKS_AT, self.data_at, COW_UNIT):
-            marks = os.pread(self.top.fd, COW_UNIT, at)
-            if not marks.strip(BASE):
+        unmarked = bytes(4096)
+        for at in range(MARKS_AT, self.data_at, len(unmarked)):
+            marks = os.pread(self.top.fd, len(unmarked), at)
+            if marks == unmarked:  # maybe a hole, and there may be no room to fill it
                 continue
             if self.lost:
                 marks = marks.replace(OURS, BASE)

@@ -268,6 +268,16 @@ def test_marks_count_for_a_write_or_flush_once_its_server_has_written_them(targe
         cow.close()
 
 
+def test_marks_that_are_written_again_need_no_more_room(targets, tmp_path):
+    """There may be none: then the next server of an overlay could neither write nor flush, nor end well."""
+    base, overlay = overlay_of(targets, tmp_path)
+    used = os.stat(overlay).st_blocks
+    cow = targets.Cow(base, overlay)
+    cow._mark(cow.blocks(1536, 512))
+    cow.close()
+    assert os.stat(overlay).st_blocks == used
+
+
 def test_a_mark_that_is_lost_with_its_data_comes_back_with_no_flush(targets, tmp_path, monkeypatch):
     cow, fsync = targets.Cow(*overlay_of(targets, tmp_path)), os.fsync
     cow._mark(cow.blocks(8192, 512))
