@@ -733,7 +733,7 @@ class Cow(ublk.Target):
         self.lock = threading.Lock()
         self.fresh: set[tuple[int, int]] = set()  # blocks, from and to, that are to be KEPT
         # How many syncs had failed when all marks were written last
-        self.renewed = 0 if read_only else -1
+        self.renewed = -1
         self._open(any_base)
         if commit:
             self._commit()
@@ -842,7 +842,7 @@ class Cow(ublk.Target):
         flush relies on a mark that it could not hear of being lost.
         """
         failures = self.top.sync.failures
-        if self.renewed == failures:
+        if self.read_only or self.renewed == failures:
             return
         self.fresh.clear()
         unmarked = bytes(4096)

@@ -278,6 +278,16 @@ def test_marks_that_are_written_again_need_no_more_room(targets, tmp_path):
     assert os.stat(overlay).st_blocks == used
 
 
+def test_an_overlay_that_is_only_read_is_never_written(targets, tmp_path, monkeypatch):
+    """Nor when a flush of it fails: all that came after failed, too, and it was not closed."""
+    cow, fsync = targets.Cow(*overlay_of(targets, tmp_path), read_only=True), os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: fsync(999))
+        assert error_of(asyncio.run, flush_with_fsync(cow)) == errno.EBADF
+    assert [error_of(asyncio.run, flush_with_fsync(cow)) for _ in range(2)] == [errno.EIO, 0]
+    cow.close()
+
+
 def test_a_mark_that_is_lost_with_its_data_comes_back_with_no_flush(targets, tmp_path, monkeypatch):
     cow, fsync = targets.Cow(*overlay_of(targets, tmp_path)), os.fsync
     cow._mark(cow.blocks(8192, 512))
