@@ -789,7 +789,12 @@ class Cow(ublk.Target):
         """Write the header, durably, with the fingerprint of the base; 0 means any."""
         header = COW_HEADER.pack(self.size, self.grain, seen, boot_id())
         os.fsync(self.top.fd)  # first what it tells of
-        write_all(self.top.fd, header, 0, os.RWF_DSYNC)  # at once, even where we are killed
+        # At once, even where we are killed; not every Python knows RWF_DSYNC
+        again = os.open(f"/proc/self/fd/{self.top.fd}", os.O_WRONLY | os.O_DSYNC)
+        try:
+            write_all(again, header, 0)
+        finally:
+            os.close(again)
         os.fsync(self.top.fd)
 
     # ---- which blocks the overlay has --------------------------------------------------------------
