@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -478,27 +479,33 @@ def test_what_an_overlay_has_flushed_survives_a_loss_of_power(targets, tmp_path)
             assert read_at(fd, 8192, 4096) == data
 
 
+@contextmanager
+def overlay_over(below, tmp_path):
+    """Give the server of an overlay in a file system over a disk that is to fail."""
+    base = tmp_path / "base.img"
+    base.write_bytes(bytes(1 << 20))
+    with ublk.Device(below) as lower:
+        sh(*MKFS["ext4"], lower.path)
+        with mount_of(lower.path, tmp_path / "mnt") as directory:
+            yield Forked("cow", base, directory / "x.cow", "-r", "requeue").live()
+
+
 @kernel
 def test_a_client_hears_of_what_could_not_be_written_while_an_overlay_had_no_server(targets, tmp_path):
     """The kernel tells each opening of it once: not the start of the next server, or all would go well."""
     class Spoilt(targets.Fault):
         def match(self, name, offset, length, data):
             return data is not None and b"y" * 4096 in bytes(data)
-    base = tmp_path / "base.img"
-    base.write_bytes(bytes(1 << 20))
     below = Spoilt(targets.Ram(size=64 << 20), on="write", error="EIO")
-    with ublk.Device(below) as lower:
-        sh(*MKFS["ext4"], lower.path)
-        with mount_of(lower.path, tmp_path / "mnt") as directory:
-            disk = Forked("cow", base, directory / "x.cow", "-r", "requeue").live()
-            with opened(disk.path) as fd:
-                write_at(fd, 8192, b"x" * 4096)
-                os.fsync(fd)
-                write_at(fd, 8192, b"y" * 4096)
-                disk.kill()
-                disk = recovered(disk)
-                assert [error_of(os.fsync, fd) for _ in range(3)] == [errno.EIO, errno.EIO, 0]
-            assert disk.kill(signal.SIGTERM) == 0
+    with overlay_over(below, tmp_path) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 8192, b"x" * 4096)
+            os.fsync(fd)
+            write_at(fd, 8192, b"y" * 4096)
+            disk.kill()
+            disk = recovered(disk)
+            assert [error_of(os.fsync, fd) for _ in range(3)] == [errno.EIO, errno.EIO, 0]
+        assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel
@@ -507,29 +514,24 @@ def test_a_block_is_marked_again_where_its_mark_could_not_be_written(targets, tm
     class Spoilt(targets.Fault):
         def match(self, name, offset, length, data):
             return failing and data is not None and {0} < set(bytes(data)) <= {0, 1, 2}
-    base = tmp_path / "base.img"
-    base.write_bytes(bytes(1 << 20))
     failing = []
     below = Spoilt(targets.Ram(size=64 << 20), on="write", error="EIO")
-    with ublk.Device(below) as lower:
-        sh(*MKFS["ext4"], lower.path)
-        with mount_of(lower.path, tmp_path / "mnt") as directory:
-            disk = Forked("cow", base, directory / "x.cow", "-r", "requeue").live()
-            with opened(disk.path) as fd:
-                write_at(fd, 0, b"x" * 4096)    # where ext4 fails to write a hole, it writes nothing later
-                os.fsync(fd)
-                write_at(fd, 8192, b"x" * 4096)
-                failing.append(True)
-                assert error_of(os.fsync, fd) == errno.EIO
-                failing.clear()
-                write_at(fd, 8192, b"y" * 4096)
-                disk.kill()
-                os.sync()
-                Path("/proc/sys/vm/drop_caches").write_text("3")
-                disk = recovered(disk)
-                os.fsync(fd)
-                assert read_at(fd, 8192, 4096) == b"y" * 4096
-            assert disk.kill(signal.SIGTERM) == 0
+    with overlay_over(below, tmp_path) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)    # where ext4 fails to write a hole, it writes nothing later
+            os.fsync(fd)
+            write_at(fd, 8192, b"x" * 4096)
+            failing.append(True)
+            assert error_of(os.fsync, fd) == errno.EIO
+            failing.clear()
+            write_at(fd, 8192, b"y" * 4096)
+            disk.kill()
+            os.sync()
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+            disk = recovered(disk)
+            os.fsync(fd)
+            assert read_at(fd, 8192, 4096) == b"y" * 4096
+        assert disk.kill(signal.SIGTERM) == 0
 
 
 @kernel
