@@ -72,7 +72,19 @@ def wrong(what: str, reason: str, remedy: str = "") -> ublk.UblkError:
 # Disks of memory and of files
 # =================================================================================================
 
+# What the os module lacks, and what a Python lacks that was made for C libraries before 2.27, as
+# many that are downloaded are
 LIBC = ctypes.CDLL(None, use_errno=True)
+MFD_CLOEXEC = 1  # linux/memfd.h
+F_OFD_SETLKW = 38  # linux/fcntl.h
+
+
+def checked_result(result: int) -> int:
+    """Return what a function of the C library returned; raises OSError."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 def fallocate(
@@ -81,24 +93,30 @@ def fallocate(
     offset: int,
     length: int,
 ) -> None:
-    """fallocate(2), which the os module lacks; raises OSError."""
+    """fallocate(2); raises OSError."""
     place = ctypes.c_int64(offset), ctypes.c_int64(length)
-    if LIBC.fallocate(fd, mode, *place) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    checked_result(LIBC.fallocate(fd, mode, *place))
 
 
-def write_all(
-    fd: int,
-    data: Any,
-    offset: int,
-    flags: int = 0,
-) -> None:
-    """Write all of data at offset, with RWF_* flags; raises OSError."""
+def write_all(fd: int, data: Any, offset: int) -> None:
+    """Write all of data at offset; raises OSError."""
     while data:
-        count = os.pwritev(fd, [data], offset, flags)
+        count = os.pwrite(fd, data, offset)
         data = data[count:]
         offset += count
+
+
+def write_through(fd: int, data: Any, offset: int) -> None:
+    """Write data that are durable as soon as anybody sees them, also where we are killed meanwhile.
+
+    Through an opening of its own, as not every Python knows RWF_DSYNC. Raises OSError.
+    """
+    through = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DSYNC)
+    try:
+        write_all(through, data, offset)
+    finally:
+        os.close(through)
+    os.fdatasync(fd)  # for FUSE with direct_io ends without
 
 
 def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
@@ -135,7 +153,7 @@ def closes_with(owner: object, fd: int) -> Any:
 
 def memory_file(owner: object) -> int:
     """Make an empty file in memory that is there for as long as its owner; return its descriptor."""
-    fd = os.memfd_create("ublk")
+    fd = checked_result(LIBC.memfd_create(b"ublk", MFD_CLOEXEC))
     closes_with(owner, fd)
     return fd
 
@@ -789,13 +807,7 @@ class Cow(ublk.Target):
         """Write the header, durably, with the fingerprint of the base; 0 means any."""
         header = COW_HEADER.pack(self.size, self.grain, seen, boot_id())
         os.fsync(self.top.fd)  # first what it tells of
-        # At once, even where we are killed; not every Python knows RWF_DSYNC
-        again = os.open(f"/proc/self/fd/{self.top.fd}", os.O_WRONLY | os.O_DSYNC)
-        try:
-            write_all(again, header, 0)
-        finally:
-            os.close(again)
-        os.fsync(self.top.fd)
+        write_through(self.top.fd, header, 0)
 
     # ---- which blocks the overlay has --------------------------------------------------------------
 
@@ -2161,8 +2173,7 @@ class Zoned(ublk.Target):
             entries = bytes(ZONE_ENTRY.size * len(zones))
             try:
                 if written:
-                    write_all(self.disk.fd, entries, self._place(zones[0]), os.RWF_DSYNC)
-                    os.fdatasync(self.disk.fd)  # for FUSE with direct_io ends without
+                    write_through(self.disk.fd, entries, self._place(zones[0]))
             except OSError:
                 self.lost = True  # maybe data of other zones: the kernel tells of them but once
                 for zone in written:
@@ -2254,7 +2265,6 @@ LOG_HEADER = Sealed(b"ublklog4", "QI", "a log of the target record")  # sizes of
 # in place of an offset how long the log was when it was asked for: it is for what stands up to there.
 ENTRY = Sealed(b"entr", "IIQQI", "an entry")
 KINDS = (*CHANGES, "mark")
-RWF_APPEND = 0x10  # linux/fs.h
 
 
 class Entry(NamedTuple):
@@ -2298,7 +2308,7 @@ class Log:
     def _lock(self, how: int) -> None:
         """Wait for a lock that a server that is killed loses together with its claim()."""
         flock = struct.pack("hhqqi", how, 0, 0, 0, 0)  # type, whence, start, length, pid
-        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLKW, flock)
+        fcntl.fcntl(self.fd, F_OFD_SETLKW, flock)
 
     def append(
         self, kind: str, data: Any = b"", offset: int = 0, length: int = 0, error: int = 0
@@ -2308,7 +2318,7 @@ class Log:
         head = ENTRY.pack(KINDS.index(kind), error, offset, length, zlib.crc32(data))
         with self.growing():
             end = os.lseek(self.fd, 0, os.SEEK_END)
-            count = os.pwritev(self.fd, [head, data], 0, RWF_APPEND)
+            count = os.pwritev(self.fd, [head, data], end)
             if count < len(head) + len(data):
                 os.ftruncate(self.fd, end)
                 raise OSError(errno.ENOSPC, "no room for it")

@@ -246,8 +246,8 @@ def test_marks_there_was_room_for_are_kept_by_a_flush(targets, tmp_path, monkeyp
 def test_marks_count_for_a_write_or_flush_once_its_server_has_written_them(targets, tmp_path, monkeypatch):
     """The page cache alone may have those it finds, or which a sync could not write, and drop them."""
     base, overlay = overlay_of(targets, tmp_path)
-    written, pwritev, fsync = [], os.pwritev, os.fsync
-    monkeypatch.setattr(os, "pwritev", lambda *words: written.append(words[2]) or pwritev(*words))
+    written, pwrite, fsync = [], os.pwrite, os.fsync
+    monkeypatch.setattr(os, "pwrite", lambda *words: written.append(words[2]) or pwrite(*words))
 
     def mark():
         cow._mark(cow.blocks(1536, 512))
@@ -306,14 +306,14 @@ def test_a_header_counts_as_the_disk_has_it(targets, tmp_path, monkeypatch):
     """The page cache alone has that of a start which could not sync it."""
     base, overlay = map(Path, overlay_of(targets, tmp_path))
     start_machine_anew(targets, overlay)
-    old, fsync, pwritev, written = overlay.read_bytes()[:4096], os.fsync, os.pwritev, []
+    old, sync, pwrite, written = overlay.read_bytes()[:4096], os.fdatasync, os.pwrite, []
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: fsync(fd if overlay.read_bytes()[:4096] == old else 999))
+        patch.setattr(os, "fdatasync", lambda fd: sync(fd if overlay.read_bytes()[:4096] == old else 999))
         assert error_of(targets.Cow, str(base), str(overlay)) == errno.EBADF
     gc.collect()
     monkeypatch.setattr(os, "posix_fadvise", lambda *_: patched(overlay, 0, old))
     note = lambda fd, *words: written.append((words[1], fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DSYNC))  # noqa: E731
-    monkeypatch.setattr(os, "pwritev", lambda *words: note(*words) or pwritev(*words))
+    monkeypatch.setattr(os, "pwrite", lambda *words: note(*words) or pwrite(*words))
     cow = targets.Cow(str(base), str(overlay))
     assert written[-1] == (0, os.O_DSYNC)
     cow.close()

@@ -49,6 +49,43 @@ from tests.test_nbd import FakeNbd, nbd_uri
 # Companion: every target
 # =================================================================================================
 
+WITHOUT = """
+import asyncio, fcntl, os
+
+def has_no_flags(call):
+    def without(fd, buffers, offset, flags=0):
+        if flags:
+            raise NotImplementedError("flags are not to be had on this platform")
+        return call(fd, buffers, offset)
+    return without
+
+for module, start in (os, "RWF_"), (os, "MFD_"), (os, "memfd_"), (fcntl, "F_OFD_"):
+    for name in [name for name in dir(module) if name.startswith(start)]:
+        delattr(module, name)
+os.preadv, os.pwritev = has_no_flags(os.preadv), has_no_flags(os.pwritev)
+import ublk_targets as targets
+from tests.support import now
+
+def written(disk):
+    now(disk.write(1 << 20, memoryview(b"x" * 4096)))
+    return disk
+memory = written(targets.Cache(targets.Ram(size=2 << 20)))
+overlay = written(targets.Cow("base.img", "x.cow"))
+recorded = written(targets.Record("log", targets.Loop("a.img")))
+recorded.mark("here")
+zones = written(targets.Zoned(file="zones", size=8 << 20, zone_size=1 << 20))
+asyncio.run(zones.zone_reset(1 << 20))
+assert [entry.kind for entry in targets.Log("log").entries()] == ["write", "mark"]
+"""
+
+
+def test_targets_do_without_what_a_python_for_old_c_libraries_lacks(tmp_path):
+    """As those are that uv and conda download: made for glibc 2.17."""
+    for name in "base.img", "a.img":
+        (tmp_path / name).write_bytes(bytes(2 << 20))
+    sh(sys.executable, "-c", WITHOUT, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)})
+
+
 SMALL_JOBS = [("512", "0", "48k"), ("4k", "1m", "256k"), ("256k", "2m", "1m")]
 
 # Each kind of disk, as it is written on the command line in the directory `workshop`. Rows that end with
