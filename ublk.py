@@ -759,6 +759,7 @@ IORING_ENTER_EXT_ARG = 8
 IORING_REGISTER_BUFFERS2 = 15
 IORING_REGISTER_RING_FDS = 20
 IORING_REGISTER_PBUF_RING = 22
+IORING_UNREGISTER_PBUF_RING = 23
 IORING_REGISTER_PBUF_STATUS = 26
 IORING_CQE_F_BUFFER = 1
 IORING_CQE_F_MORE = 2
@@ -4601,8 +4602,13 @@ class BatchQueue(Queue):
         self._elements_at = self._tags_at + self.BUFFERS * self.BUFFER_SIZE
         self.memory = mmap.mmap(-1, self._elements_at + self.depth * self.element_size)
         self._base = address_of(self.memory)
-        view = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
-        self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(view), 1)
+        self._group = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
+        group = ctypes.addressof(self._group)
+        self.ring.register(IORING_REGISTER_PBUF_RING, group, 1)
+        # Or a thread of the kernel's, which ends the ring later, would write there, and
+        # what clients write where the tags' buffers were (seen on 7.3)
+        self.exits.enter_context(contextlib.suppress(OSError))  # the queue's thread is stuck
+        self.exits.callback(self.ring.register, IORING_UNREGISTER_PBUF_RING, group, 1)
         for number in range(self.BUFFERS):
             address = self._base + self._tags_at + number * self.BUFFER_SIZE
             struct.pack_into(
