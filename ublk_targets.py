@@ -119,6 +119,17 @@ def write_through(fd: int, data: Any, offset: int) -> None:
     os.fdatasync(fd)  # for FUSE with direct_io ends without
 
 
+def read_all(fd: int, length: int, offset: int) -> bytes:
+    """Read a range, or what there is of it before the file's end; raises OSError.
+
+    One pread() gives what comes before bytes that cannot be read, and no error.
+    """
+    data = os.pread(fd, length, offset)
+    if 0 < len(data) < length:
+        data += read_all(fd, length - len(data), offset + len(data))
+    return data
+
+
 def pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
     """Cut a range into pieces: yield where each begins and its length."""
     end = offset + length
@@ -696,7 +707,7 @@ def fingerprint(fd: int, size: int) -> int:
     others = [(size // 64 * number, 4096) for number in range(64)]
     checksum = 0
     for offset, length in known + others:
-        data = os.pread(fd, length, offset)
+        data = read_all(fd, length, offset)
         checksum = zlib.crc32(data, checksum)
     return checksum or 1
 
@@ -936,7 +947,7 @@ class Cow(ublk.Target):
         for at, count in pieces(0, self.size):
             for ours, start, length in self.runs(at, count):
                 if ours:
-                    data = os.pread(self.top.fd, length, self.data_at + start)
+                    data = read_all(self.top.fd, length, self.data_at + start)
                     write_all(self.below.fd, data, start)
         os.fsync(self.below.fd)
         # The marks first: a block without one is the base's
@@ -2089,7 +2100,7 @@ class Zoned(ublk.Target):
     def _load_zones(self, same_boot: bool) -> list[Zone]:
         """Return the zones as they were left; who had some open is gone."""
         count = self.size // self.zone_size
-        table = os.pread(self.disk.fd, ZONE_ENTRY.size * count, ZONE_TABLE_AT)
+        table = read_all(self.disk.fd, ZONE_ENTRY.size * count, ZONE_TABLE_AT)
         zones = [
             Zone(number, self.zone_size, written if same_boot else durable, durable)
             for number, (written, durable) in enumerate(ZONE_ENTRY.iter_unpack(table))
@@ -2696,7 +2707,7 @@ def make_same(source: int, target: int, offset: int, length: int) -> None:
             return
         offset = os.lseek(fd, start, os.SEEK_HOLE)
         for at, count in pieces(start, min(offset, end) - start):
-            data = os.pread(source, count, at)
+            data = read_all(source, count, at)
             if data != os.pread(target, count, at):
                 write_all(target, data, at)
 

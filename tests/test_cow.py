@@ -343,6 +343,24 @@ async def flush_with_fsync(cow):
     await cow.flush()
 
 
+def test_a_read_that_ends_early_is_gone_on_with(targets, tmp_path, monkeypatch):
+    """So it ends before a block that cannot be read, and the next read fails."""
+    base, overlay = overlay_of(targets, tmp_path)
+    zones, copy = str(tmp_path / "zones"), tmp_path / "copy"
+    targets.Zoned(file=zones, size=4 << 20, zone_size=4096).close()
+    pread = os.pread
+    with monkeypatch.context() as patch, open(base) as source, open(copy, "w+b") as target:
+        patch.setattr(os, "pread", lambda fd, length, at: pread(fd, min(length, 512), at))
+        committed = targets.Cow(base, overlay, commit=True)
+        targets.make_same(source.fileno(), target.fileno(), 0, 1 << 20)
+        zoned = targets.Zoned(file=zones)
+    committed.close()
+    zoned.close()
+    assert len(zoned.zones) == 1024
+    assert Path(base).read_bytes() == copy.read_bytes() == (b"b" * 1536 + b"o" * 1536).ljust(1 << 20, b"b")
+    targets.Cow(base, overlay).close()
+
+
 def test_an_overlay_has_one_server(targets, tmp_path):
     base, overlay = overlay_of(targets, tmp_path)
     cow = targets.Cow(base, overlay)
@@ -532,6 +550,29 @@ def test_a_block_is_marked_again_where_its_mark_could_not_be_written(targets, tm
             os.fsync(fd)
             assert read_at(fd, 8192, 4096) == b"y" * 4096
         assert disk.kill(signal.SIGTERM) == 0
+
+
+@kernel
+def test_a_commit_leaves_out_no_block_that_it_cannot_read(targets, tmp_path):
+    """The kernel gives what comes before such a block, and no error yet."""
+    class Spoilt(targets.Fault):
+        def match(self, name, offset, length, data):
+            return failing and offset <= bad < offset + length
+    failing, ram, data = [], targets.Ram(size=64 << 20), os.urandom(64 << 10)
+    with overlay_over(Spoilt(ram, on="read", error="EIO"), tmp_path) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, data)
+        assert disk.kill(signal.SIGTERM) == 0
+        sh("sync")
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        bad = ram.memory.find(data[32 << 10:36 << 10])
+        paths = str(tmp_path / "base.img"), str(tmp_path / "mnt/x.cow")
+        failing.append(True)
+        assert error_of(lambda: targets.Cow(*paths, commit=True)) == errno.EIO
+        gc.collect()
+        failing.clear()
+        targets.Cow(*paths, commit=True).close()
+    assert (tmp_path / "base.img").read_bytes() == data.ljust(1 << 20, b"\0")
 
 
 @kernel
