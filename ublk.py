@@ -1674,8 +1674,9 @@ class Target:
         start(index)                    called in each thread that serves a queue, before its
                                         first request
         close()                         the disk is gone
-        map(offset, length, write)      return (fd, position) where these bytes lie in a file: the
-                                        kernel moves them. read and write are called where it
+        map(offset, length, write)      return (fd, position) where these bytes lie in a file, which
+                                        stays open as long as the disk: the kernel moves them, and
+                                        tells nobody when. read and write are called where it
                                         fails, with user copy and for memory shared with clients
         answer(queue, tags)             serve a batch of requests at once, see Queue
     Of these, write_fua, write_zeroes, discard, map and answer are not used where a subclass overrides
