@@ -1819,9 +1819,7 @@ class Nbd(ublk.Target):
         if command != NBD_CMD_READ and self.unsure:
             raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
-            await asyncio.sleep(0)  # writes that have their reply end before they are told lost
-            # Others may have it later
-            self.lost = any(cookie <= self.told for cookie in self.pending)
+            self.lost = False
             raise OSError(errno.EIO, "a connection or a flush before this one has failed")
         if not isinstance(what, int):
             what = what[: self.maximum]
@@ -1833,6 +1831,10 @@ class Nbd(ublk.Target):
         if self.connection and not self.connection.transport.is_closing():
             self._send(request)
         error = await request.done
+        if request.is_volatile and not error:
+            # It may be lost already, and the flush that told of that have begun before it ends
+            told = self.told >= request.cookie
+            self.lost |= told or request.connection is not self.connection
         if request.may_hear and not error:
             # Others may hear in place of this one, and have their replies later
             others = [other.done for other in self.pending.values() if other.may_hear]
