@@ -2397,7 +2397,7 @@ class Record(Wrapper, ublk.Target):
         self.lock = threading.Lock()
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize
-        self.log = Log(log, "r+b" if os.path.exists(log) else "x+b")
+        self.log = Log(log, "a+b")  # no lock keeps out a forked child, which may set marks, too
         claim(self.log.fd, log)
         self.largest = self.size
         if not os.path.getsize(log):
@@ -2417,7 +2417,8 @@ class Record(Wrapper, ublk.Target):
     def _head(self) -> None:
         """Note how large the disk has ever been, and of which blocks all its writes are."""
         header = LOG_HEADER.pack(self.largest, self.block_size)
-        write_all(self.log.fd, header, 0)
+        with open(f"/proc/self/fd/{self.log.fd}", "r+b") as file:
+            file.write(header)
 
     async def start(self, index: int) -> None:
         self._head()  # its block size is settled now

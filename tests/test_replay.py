@@ -292,6 +292,28 @@ def test_a_mark_that_comes_as_an_entry_finds_no_room_stays(run, targets, tmp_pat
     assert run("replay", log.path).out.split() == ["1", "mark", "0", "4", "here"]
 
 
+def test_a_mark_that_a_forked_child_sets_as_an_entry_is_written_stays_as_that_does(
+        run, targets, tmp_path, monkeypatch):
+    log, pwritev, (ready, tell) = Log(targets, tmp_path / "log"), os.pwritev, os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.read(ready, 1)
+            log.disk.mark("here")
+        finally:
+            os._exit(0)
+
+    def late(*words):
+        os.write(tell, b"!")
+        os.waitpid(child, 0)
+        return pwritev(*words)
+    monkeypatch.setattr(os, "pwritev", late)
+    log.do("write", 0, memoryview(b"x" * 512))
+    os.close(ready)
+    os.close(tell)
+    assert [line.split()[1] for line in run("replay", log.path).out.splitlines()] == ["mark", "write"]
+
+
 def test_a_mark_that_waits_for_a_server_that_is_killed_in_an_entry_is_refused(targets, log):
     """Behind half an entry nobody would find it, and no server could continue the log."""
     ready, tell = os.pipe()
