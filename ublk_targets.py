@@ -927,17 +927,18 @@ class Cow(ublk.Target):
         failures = self.top.sync.failures
         # A subclass's own may do again what its write_fua() has done
         await Cow.write(self, offset, buffer)
-        await self._settle(partial(self.top.sync, failures))
+        await self._settle(failures, partial(self.top.sync, failures))
 
     async def flush(self) -> None:
-        await self._settle(self.top.flush)
+        await self._settle(self.top.sync.failures, self.top.flush)
 
-    async def _settle(self, sync: Callable[[], Any]) -> None:
+    async def _settle(self, failures: int, sync: Callable[[], Any]) -> None:
         """Have the blocks there are be durable, then that they are the overlay's."""
         fresh = self._unkept()
         await sync()
         self._keep(fresh)
-        await sync()
+        # Another queue's may have failed, and a flush told of it, since
+        await self.top.sync(failures)
         with self.lock:  # no sooner: a flush beside this one must do them, too
             self.fresh -= fresh
 

@@ -335,6 +335,23 @@ def test_marks_that_a_commit_could_not_clear_count(targets, tmp_path, monkeypatc
     cow.close()
 
 
+def test_a_flush_hears_of_a_sync_that_fails_between_its_two(targets, tmp_path, monkeypatch):
+    """Another queue's, of which a flush there has told: what was noted as kept might not be durable."""
+    cow = targets.Cow(*overlay_of(targets, tmp_path))
+    cow._mark(cow.blocks(8192, 512))
+    keep = cow._keep
+
+    def keep_beside_a_failure(fresh):
+        keep(fresh)
+        cow.top.sync._failed(errno.EIO)
+        cow.top.told += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(cow, "_keep", keep_beside_a_failure)
+        assert error_of(asyncio.run, flush_with_fsync(cow)) == errno.EIO
+    assert error_of(asyncio.run, flush_with_fsync(cow)) == 0
+    cow.close()
+
+
 async def flush_with_fsync(cow):
     """Flush an overlay without a queue's ring."""
     async def flush():
