@@ -1693,7 +1693,9 @@ class Target:
     checksum (a name in CHECKSUMS) made and verified by the kernel (7.0):
         read_metadata(offset, buffer)   fill it with the metadata of the blocks at offset of the
                                         data; all ones (0xFF) for blocks never written: check nothing
-        write_metadata(offset, buffer)  keep it; both are called before read and write
+        write_metadata(offset, buffer)  keep it; both are called before read and write; flush()
+                                        makes it durable, also for durable writes, which are
+                                        a write() and a flush() here
 
     **Coroutines.** All but the PLAIN_METHODS may be an ``async def``, or, in a
     class that has one (start() will do), and but for close(), return something
@@ -2116,7 +2118,8 @@ class Queue:
         self.opcodes = 0xFF if device.control.legacy else 0xFFFFFFFF
         # answer() knows neither of memory shared with clients nor of metadata
         self.needs_handlers = device.share_memory or bool(self.target.metadata_size)
-        self.writes_durably = serves(self.target, "write_fua")
+        # Beside which nobody would make metadata durable
+        self.writes_durably = serves(self.target, "write_fua") and not self.target.metadata_size
         self.flushing: Any = device.flushing
         self.answer: Any = None  # what serves a list of tags
         self.served = [-1] * self.depth

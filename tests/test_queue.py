@@ -995,6 +995,16 @@ class Mapped(Flushed):
         raise OSError(errno.ENOMEDIUM, "passed by")
 
 
+class Beside(Recorder):
+    """Has metadata, which its durable write knows nothing of."""
+
+    metadata_size = 8
+    write = Flushed.write
+
+    def write_fua(self, offset, buffer):
+        raise AssertionError("metadata are not durable behind it")
+
+
 class Appending(Recorder):
     def zone_append(self, offset, buffer):
         self.calls.append(("mine",))
@@ -1003,7 +1013,8 @@ class Appending(Recorder):
 
 @pytest.mark.parametrize("kind, operation", [
     (Flushed, ublk.UBLK_IO_OP_WRITE), (Coroutines, ublk.UBLK_IO_OP_WRITE), (Mapped, ublk.UBLK_IO_OP_WRITE),
-    (Appending, ublk.UBLK_IO_OP_ZONE_APPEND)], ids=["plain", "coroutines", "mapped", "append"])
+    (Beside, ublk.UBLK_IO_OP_WRITE), (Appending, ublk.UBLK_IO_OP_ZONE_APPEND)],
+    ids=["plain", "coroutines", "mapped", "metadata", "append"])
 def test_a_durable_write_that_a_target_has_no_method_for_is_flushed(kind, operation):
     target = kind()
     assert ublk.params_of(target, 65536).basic.attrs & ublk.UBLK_ATTR_FUA
