@@ -4839,15 +4839,19 @@ class Flushing(Turns):
 
         Raises OSError where there are more of them by then.
         """
-        begun = self.begun
         if failures is None:
             failures = self.failures
+        begun = self.begun  # no sooner: one that fails between the two is to be heard of
         async with self.take():
             if self.begun == begun and self.failures == failures:
                 self.begun += 1
                 await self._do()
-            if self.failures != failures:
-                raise OSError(self.error, os.strerror(self.error))
+            self.check(failures)
+
+    def check(self, failures: int) -> None:
+        """Raise OSError where more have failed."""
+        if self.failures != failures:
+            raise OSError(self.error, os.strerror(self.error))
 
     async def _do(self) -> None:
         try:

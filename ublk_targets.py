@@ -330,6 +330,7 @@ class Loop(Mapped, ublk.Target):
         mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
         mode |= FALLOC_FL_KEEP_SIZE
         fd, place = self.map(offset, length, True)
+        failures = self.sync.failures
         try:
             await ublk.uring_fallocate(fd, mode, place, length)
             return
@@ -338,6 +339,7 @@ class Loop(Mapped, ublk.Target):
                 raise
         for at, count in pieces(offset, length):
             await moved(self.store, at, ublk.zeroes(count))
+        self.sync.check(failures)  # of what was told meanwhile no later flush tells
 
     async def call(self, name: str, offset: int, length: int) -> None:
         """Discard; nothing else depends on the backing."""
@@ -912,14 +914,18 @@ class Cow(ublk.Target):
     async def write(self, offset: int, buffer: memoryview) -> None:
         blocks = self.blocks(offset, len(buffer))
         place = self.data_at + offset
+        failures = self.top.sync.failures
         await moved(self.top.write, place, buffer)
         self._mark(blocks)
+        self.top.sync.check(failures)
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
         blocks = self.blocks(offset, length)
         place = self.data_at + offset
+        failures = self.top.sync.failures
         await self.top.write_zeroes(place, length, unmap)
         self._mark(blocks)
+        self.top.sync.check(failures)
 
     discard = write_zeroes
 

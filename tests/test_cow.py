@@ -352,6 +352,29 @@ def test_a_flush_hears_of_a_sync_that_fails_between_its_two(targets, tmp_path, m
     cow.close()
 
 
+@pytest.mark.parametrize("kind, name", [("Cow", "write"), ("Cow", "write_zeroes"), ("Loop", "write_zeroes")])
+def test_who_changes_a_file_beside_syncs_that_fail_hears_of_it(targets, tmp_path, monkeypatch, kind, name):
+    """Where flushes, too, have told of it by then, no later one does."""
+    base, overlay = overlay_of(targets, tmp_path)
+    disk = targets.Cow(base, overlay) if kind == "Cow" else targets.Loop(base)
+    file = disk.top if kind == "Cow" else disk
+
+    def beside(*_):
+        file.sync._failed(errno.EIO)
+        file.told += 1
+
+    async def punch(*_):
+        beside()
+        if kind == "Loop":
+            raise OSError(errno.EOPNOTSUPP, "no holes")
+    monkeypatch.setattr(file, "write", beside)
+    monkeypatch.setattr(file, "store", lambda *_: None)
+    monkeypatch.setattr(ublk, "uring_fallocate", punch)
+    what = [bytes(512)] if name == "write" else [512, True]
+    assert error_of(asyncio.run, getattr(disk, name)(0, *what)) == errno.EIO
+    disk.close()
+
+
 async def flush_with_fsync(cow):
     """Flush an overlay without a queue's ring."""
     async def flush():

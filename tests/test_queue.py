@@ -1143,6 +1143,26 @@ def test_queues_share_a_flush():
         each.close()
 
 
+def test_who_flushes_as_another_queues_flush_fails_hears_of_it():
+    """What it was to make durable may be what that one was told of."""
+    async def flush():
+        raise OSError(errno.EIO, "lost")
+
+    class Beside(ublk.Flushing):
+        def __getattribute__(self, name):
+            value = super().__getattribute__(name)
+            if name in ("begun", "failures") and others:
+                pool.submit(error_of, asyncio.run, others.pop()).result()
+            return value
+
+    with ThreadPoolExecutor() as pool:
+        others = []
+        flushing = Beside(flush)
+        others.append(flushing())
+        assert error_of(asyncio.run, flushing()) == errno.EIO
+        assert (flushing.begun, flushing.failures) == (1, 1)
+
+
 def test_who_shares_a_flush_that_ends_with_its_queue_is_told_so():
     async def run():
         flushing = ublk.Flushing(lambda: asyncio.sleep(60))
