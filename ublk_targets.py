@@ -2280,7 +2280,10 @@ class Zoned(ublk.Target):
 # Recording a disk, and crashing it afterwards
 # =================================================================================================
 
-LOG_HEADER = Sealed(b"ublklog4", "QI", "a log of the target record")  # sizes of disk and block
+# Sizes of disk and block; the boot id of the machine while it may be continued only until the next
+LOG_HEADER = Sealed(b"ublklog5", "QI36s", "a log of the target record")
+COMPLETE = bytes(36)
+LACKS_A_CHANGE = b"never".ljust(36)
 # Kind, errno of a change that failed, offset, length, CRC-32 of the data, which follow. A flush has
 # in place of an offset how long the log was when it was asked for: it is for what stands up to there.
 ENTRY = Sealed(b"entr", "IIQQI", "an entry")
@@ -2313,7 +2316,7 @@ class Log:
         return self.file.fileno()
 
     def header(self) -> Any:
-        """Return the sizes of the disk and of its blocks. Raises UblkError."""
+        """Return the sizes of the disk and of its blocks, and its boot id. Raises UblkError."""
         return LOG_HEADER.read(self.fd, self.path)
 
     @contextmanager
@@ -2407,9 +2410,17 @@ class Record(Wrapper, ublk.Target):
         self.log = Log(log, "a+b")  # no lock keeps out a forked child, which may set marks, too
         claim(self.log.fd, log)
         self.largest = self.size
+        self.boot = boot_id()
         if not os.path.getsize(log):
             self._head()
-        self.largest, _ = self.log.header()  # a recovered disk takes the size it had only then
+        # A recovered disk takes the size it had only later
+        self.largest, _, boot = self.log.header()
+        refuse(
+            boot not in (self.boot, COMPLETE),
+            log,
+            "it may lack changes of the disk",
+            "record to another one, and replay that with a copy of the disk as --base",
+        )
         refuse(
             self.largest < self.size,
             log,
@@ -2422,10 +2433,9 @@ class Record(Wrapper, ublk.Target):
             os.ftruncate(self.log.fd, end)  # without an entry the server was killed in
 
     def _head(self) -> None:
-        """Note how large the disk has ever been, and of which blocks all its writes are."""
-        header = LOG_HEADER.pack(self.largest, self.block_size)
-        with open(f"/proc/self/fd/{self.log.fd}", "r+b") as file:
-            file.write(header)
+        """Note how large the disk has ever been, of which blocks its writes are, who may continue."""
+        header = LOG_HEADER.pack(self.largest, self.block_size, self.boot)
+        write_through(self.log.fd, header, 0)
 
     async def start(self, index: int) -> None:
         self._head()  # its block size is settled now
@@ -2471,7 +2481,10 @@ class Record(Wrapper, ublk.Target):
             with self.lock:
                 self.log.append(*entry)
         except OSError as error:
-            raise self._end(str(error.strerror)) from None
+            end = self._end(str(error.strerror))
+            self.boot = LACKS_A_CHANGE
+            self._head()
+            raise end from None
 
     def _end(self, reason: str) -> OSError:
         """Say, once, that the recording ends; return the error of all changes from now on."""
@@ -2483,9 +2496,14 @@ class Record(Wrapper, ublk.Target):
         return OSError(errno.ENOSPC, "no room in the log")
 
     async def close(self) -> None:
-        with self.lock:  # a thread may be setting a mark
-            self.log.close()
-        await ublk.end_of(getattr(self.target, "close", bool)())
+        try:
+            with self.lock, closing(self.log):  # a thread may be setting a mark
+                if self.boot != LACKS_A_CHANGE:
+                    os.fsync(self.log.fd)
+                    self.boot = COMPLETE
+                    self._head()
+        finally:
+            await ublk.end_of(getattr(self.target, "close", bool)())
 
 
 class Part(NamedTuple):
@@ -2552,7 +2570,7 @@ class Crashes:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        self.size, self.block = self.log.header()
+        self.size, self.block, _ = self.log.header()
         self.entries = list(itertools.islice(self.log.entries(), self.to))
         self.points = 0  # crash points so far
         self.doubtful = 0  # the last flush that has failed
@@ -2725,7 +2743,7 @@ def make_same(source: int, target: int, offset: int, length: int) -> None:
 @contextmanager
 def new_disk(log: Log, path: str, base: Any) -> Iterator[int]:
     """Make the image of a recorded disk as it was when the recording began; yield its descriptor."""
-    size, _ = log.header()
+    size, *_ = log.header()
     refuse(
         base and os.path.getsize(base) > size,
         base,

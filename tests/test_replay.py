@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import re
@@ -241,12 +242,43 @@ def test_a_recording_without_room_ends_aloud_and_with_it_the_changes_of_the_disk
     before = bytes(log.disk.target.memory)
     assert error_of(now, log.disk.write(4096, memoryview(b"3" * 512))) == errno.ENOSPC
     assert error_of(now, log.disk.flush()) == errno.ENOSPC
-    assert bytes(log.disk.target.memory) == before and log.path.read_bytes() == whole
+    head = targets.LOG_HEADER.size
+    assert bytes(log.disk.target.memory) == before and log.path.read_bytes()[head:] == whole[head:]
     assert capfd.readouterr().err == (
         f"ublk: {log.path} ends: no room for it: from now on all changes of the disk fail\n")
     now(log.disk.close())
     assert run("replay", log.path, tmp_path / "disk").status == 0
     assert (tmp_path / "disk").read_bytes() == log.states[1]
+    assert_is_not_continued(targets, log)
+
+
+def assert_is_not_continued(targets, log):
+    before = log.path.read_bytes()
+    said = message(targets.Record, str(log.path), targets.Ram(size=1 << 20))
+    assert "it may lack changes of the disk (22 EINVAL): record to another one" in said
+    assert log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("end", ["close", "kill", "fsync"])
+def test_a_log_is_continued_after_a_loss_of_power_where_its_server_had_ended_in_order(
+        targets, tmp_path, monkeypatch, end):
+    """Else the machine may have had changes of the disk durable, and not their entries."""
+    log = Log(targets, tmp_path / "log")
+    now(log.disk.start(0))
+    log.do("write", 0, memoryview(b"1" * 4096))
+    if end == "close":
+        now(log.disk.close())
+    elif end == "fsync":
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: os.close(-1))
+            assert error_of(now, log.disk.close()) == errno.EBADF
+    del log.disk
+    gc.collect()
+    monkeypatch.setattr(targets, "boot_id", lambda: b"another".ljust(36))
+    if end != "close":
+        assert_is_not_continued(targets, log)
+        monkeypatch.undo()
+    now(targets.Record(str(log.path), targets.Ram(size=1 << 20)).close())
 
 
 def test_a_recording_that_has_ended_writes_to_no_file_that_has_its_number(targets, tmp_path):
