@@ -2407,7 +2407,7 @@ class Record(Wrapper, ublk.Target):
         self.lock = threading.Lock()
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize
-        self.log = Log(log, "a+b")  # no lock keeps out a forked child, which may set marks, too
+        self.log = Log(os.path.abspath(log), "a+b")
         claim(self.log.fd, log)
         self.largest = self.size
         self.boot = boot_id()
@@ -2472,9 +2472,11 @@ class Record(Wrapper, ublk.Target):
     def mark(self, text: str) -> None:
         """Note something between two changes, such as what was promised to be durable.
 
-        It is in the log when this returns. Any thread may call it.
+        It is in the log when this returns. Any thread may call it, and a forked child. Raises
+        UblkError, OSError.
         """
-        self._append("mark", os.fsencode(text))
+        # Not by our locks: in a child, one that another thread had is never let go
+        mark(self.log.path, text)
 
     def _append(self, *entry: Any) -> None:
         try:
@@ -2497,7 +2499,7 @@ class Record(Wrapper, ublk.Target):
 
     async def close(self) -> None:
         try:
-            with self.lock, closing(self.log):  # a thread may be setting a mark
+            with closing(self.log):
                 if self.boot != LACKS_A_CHANGE:
                     os.fsync(self.log.fd)
                     self.boot = COMPLETE

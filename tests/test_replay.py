@@ -282,26 +282,27 @@ def test_a_log_is_continued_after_a_loss_of_power_where_its_server_had_ended_in_
 
 
 def test_a_recording_that_has_ended_writes_to_no_file_that_has_its_number(targets, tmp_path):
-    """As where a thread sets a mark too late, or its disk is served again."""
+    """As where its disk is served again, or a thread sets a mark too late."""
     log = Log(targets, tmp_path / "log")
     number = log.disk.log.fd
     with open(tmp_path / "other", "w+b", buffering=0) as other:
         other.write(b"somebody's")
         now(log.disk.close())
         os.dup2(other.fileno(), number)
-        for late in (lambda: log.disk.mark("late"), lambda: now(log.disk.start(0)),
+        for late in (lambda: now(log.disk.start(0)),
                      lambda: now(log.disk.write(0, memoryview(b"x" * 512)))):
             with pytest.raises(ValueError, match="closed file"):
                 late()
+        assert "nobody records to it" in message(log.disk.mark, "late")
         assert (tmp_path / "other").read_bytes() == b"somebody's"
     os.close(number)
 
 
-def mark_meanwhile(targets, path):
-    """Have another process mark a log: go on once it has, or is kept waiting; return it."""
+def mark_meanwhile(mark):
+    """Have a forked child mark a log: go on once it has, or is kept waiting; return it."""
     child = os.fork()
     if child == 0:
-        targets.mark(str(path), "here")
+        mark("here")
         os._exit(0)
     for _ in range(15):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -315,7 +316,7 @@ def test_a_mark_that_comes_as_an_entry_finds_no_room_stays(run, targets, tmp_pat
 
     def cut_short(fd, buffers, *how):
         if os.getpid() == pid:
-            marking.append(mark_meanwhile(targets, log.path))
+            marking.append(mark_meanwhile(partial(targets.mark, str(log.path))))
             del buffers[1:]
         return pwritev(fd, buffers, *how)
     monkeypatch.setattr(os, "pwritev", cut_short)
@@ -324,26 +325,23 @@ def test_a_mark_that_comes_as_an_entry_finds_no_room_stays(run, targets, tmp_pat
     assert run("replay", log.path).out.split() == ["1", "mark", "0", "4", "here"]
 
 
-def test_a_mark_that_a_forked_child_sets_as_an_entry_is_written_stays_as_that_does(
+def test_a_mark_that_a_forked_child_sets_as_an_entry_is_written_comes_behind_it(
         run, targets, tmp_path, monkeypatch):
-    log, pwritev, (ready, tell) = Log(targets, tmp_path / "log"), os.pwritev, os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.read(ready, 1)
-            log.disk.mark("here")
-        finally:
-            os._exit(0)
+    """As where another thread writes the entry: what it holds in the child is never let go."""
+    log, pwritev, pid, marking = Log(targets, tmp_path / "log"), os.pwritev, os.getpid(), []
 
     def late(*words):
-        os.write(tell, b"!")
-        os.waitpid(child, 0)
+        if os.getpid() == pid:
+            marking.append(mark_meanwhile(log.disk.mark))
         return pwritev(*words)
     monkeypatch.setattr(os, "pwritev", late)
     log.do("write", 0, memoryview(b"x" * 512))
-    os.close(ready)
-    os.close(tell)
-    assert [line.split()[1] for line in run("replay", log.path).out.splitlines()] == ["mark", "write"]
+    try:
+        until(lambda: os.waitid(os.P_PID, marking[0], os.WEXITED | os.WNOHANG | os.WNOWAIT), "the mark")
+    finally:
+        os.kill(marking[0], signal.SIGKILL)
+        os.waitpid(marking[0], 0)
+    assert [line.split()[1] for line in run("replay", log.path).out.splitlines()] == ["write", "mark"]
 
 
 def test_a_mark_that_waits_for_a_server_that_is_killed_in_an_entry_is_refused(targets, log):
@@ -374,7 +372,7 @@ def test_a_mark_that_waits_for_a_server_that_is_killed_in_an_entry_is_refused(ta
 def test_a_mark_that_comes_as_a_log_is_continued_stays(run, targets, log, monkeypatch):
     def entries(self, call=targets.Log.entries):
         yield from call(self)
-        marking.append(mark_meanwhile(targets, log.path))
+        marking.append(mark_meanwhile(partial(targets.mark, str(log.path))))
 
     marking, before = [], run("replay", log.path).out
     with monkeypatch.context() as patch:
