@@ -647,7 +647,7 @@ def make_file(path: str, header: bytes, size: int) -> None:
     """Make a file of this size that begins with a header, where there is none or an empty one."""
     is_there = os.path.exists(path)
     refuse(is_there and is_block(path), path, "not a file")
-    with open(path, "ab") as file:
+    with open(path, "r+b" if is_there else "xb") as file:
         claim(file.fileno(), path)
         if not os.path.getsize(path):
             file.write(header)
@@ -2407,12 +2407,11 @@ class Record(Wrapper, ublk.Target):
         self.lock = threading.Lock()
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize
-        self.log = Log(os.path.abspath(log), "a+b")
-        claim(self.log.fd, log)
-        self.largest = self.size
         self.boot = boot_id()
-        if not os.path.getsize(log):
-            self._head()
+        header = LOG_HEADER.pack(self.size, self.block_size, self.boot)
+        make_file(log, header, LOG_HEADER.size)
+        self.log = Log(os.path.abspath(log), "r+b")
+        claim(self.log.fd, log)
         # A recovered disk takes the size it had only later
         self.largest, _, boot = self.log.header()
         refuse(
@@ -2746,6 +2745,7 @@ def make_same(source: int, target: int, offset: int, length: int) -> None:
 def new_disk(log: Log, path: str, base: Any) -> Iterator[int]:
     """Make the image of a recorded disk as it was when the recording began; yield its descriptor."""
     size, *_ = log.header()
+    refuse(base and is_block(base), base, "not a file")
     refuse(
         base and os.path.getsize(base) > size,
         base,

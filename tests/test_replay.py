@@ -202,7 +202,8 @@ def test_a_damaged_log_is_an_error_and_good_up_to_there(run, targets, log, tmp_p
     ("LOG DISK --check=", 2, "{} in its command"), ("", 2, "log"), ("/no/such disk", 1, "/no/such"),
     ("LOG DISK --to -1", 2, "--to"), ("LOG DISK --to x", 2, "--to"), ("LOG DISK --every day", 2, "--every"),
     ("LOG LOG", 1, "LOG"), ("LOG DISK --base /no/such", 1, "/no/such"), ("EMPTY DISK", 1, "not a log"),
-    ("JUNK DISK", 1, "not a log"), ("/dev/zero DISK", 1, "not a log")])
+    ("LOG DISK --base /dev/zero", 1, "/dev/zero: neither a file"), ("JUNK DISK", 1, "not a log"),
+    ("/dev/zero DISK", 1, "not a log")])
 def test_replay_of_what_cannot_be(run, log, tmp_path, words, status, text):
     (tmp_path / "EMPTY").write_bytes(b"")
     (tmp_path / "JUNK").write_bytes(os.urandom(100))
@@ -213,7 +214,9 @@ def test_replay_of_what_cannot_be(run, log, tmp_path, words, status, text):
 
 def test_a_recording_that_cannot_be(run, log, tmp_path):
     assert_fails(run("record", log.path, "ram", "--size", "2M"), 1, "the log of a disk of 1048576 bytes")
-    assert_fails(run("record", tmp_path, "ram"), 1, str(tmp_path), errno.EISDIR)
+    assert_fails(run("record", tmp_path, "ram"), 1, f"{tmp_path}: neither a file", errno.EINVAL)
+    os.mkfifo(tmp_path / "PIPE")
+    assert_fails(run("record", tmp_path / "PIPE", "ram"), 1, "neither a file", errno.EINVAL)
     assert_fails(run("record", tmp_path / "x", "zoned"), 1, "zones", errno.EINVAL)
     assert run("record", tmp_path / "y").status == 2
     (tmp_path / "JUNK").write_bytes(os.urandom(100))
@@ -1046,6 +1049,30 @@ def write_file(path, text, *, sync):
         file.flush()
         if sync:
             os.fsync(file.fileno())
+
+
+@kernel
+def test_no_device_becomes_a_log(run, targets):
+    """Its first bytes did: it has no size, as an empty file."""
+    with ublk.Device(targets.Ram(size=1 << 20)) as disk:
+        with opened(disk.path) as fd:
+            write_at(fd, 0, b"x" * 4096)
+        assert_fails(run("record", disk.path, "null"), 1, f"{disk.path}: not a file", errno.EINVAL)
+        assert Path(disk.path).read_bytes()[:4096] == b"x" * 4096
+
+
+@kernel
+def test_root_continues_a_users_log_also_in_a_folder_for_all(targets, log, tmp_path):
+    """Where systemd has the kernel refuse O_CREAT of what is another's."""
+    protected = Path("/proc/sys/fs/protected_regular")
+    usual = protected.read_text()
+    tmp_path.chmod(0o1777)
+    os.chown(log.path, 65534, -1)
+    protected.write_text("1")
+    try:
+        now(targets.Record(str(log.path), targets.Ram(size=1 << 20)).close())
+    finally:
+        protected.write_text(usual)
 
 
 @kernel
