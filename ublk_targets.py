@@ -843,7 +843,7 @@ class Cow(ublk.Target):
         """Return the marks of blocks. A mapping would be quicker, and kill us: a full tmpfs has no page
         to show for a hole, not even for reading."""
         count = blocks.stop - blocks.start
-        marks = os.pread(self.top.fd, count, MARKS_AT + blocks.start)
+        marks = read_all(self.top.fd, count, MARKS_AT + blocks.start)
         if len(marks) < count:
             raise OSError(errno.EIO, "the overlay's end is missing")
         if self.lost:
@@ -877,7 +877,7 @@ class Cow(ublk.Target):
         self.fresh.clear()
         unmarked = bytes(4096)
         for at in range(MARKS_AT, self.data_at, len(unmarked)):
-            marks = os.pread(self.top.fd, len(unmarked), at)
+            marks = read_all(self.top.fd, len(unmarked), at)
             if marks == unmarked:  # maybe a hole, and there may be no room to fill it
                 continue
             if self.lost:

@@ -386,18 +386,28 @@ async def flush_with_fsync(cow):
 def test_a_read_that_ends_early_is_gone_on_with(targets, tmp_path, monkeypatch):
     """So it ends before a block that cannot be read, and the next read fails."""
     base, overlay = overlay_of(targets, tmp_path)
+    killed = targets.Cow(base, overlay)
+    killed._mark(killed.blocks(1 << 19, 512))
+    killed.top.close()
+    killed.below.close()
     zones, copy = str(tmp_path / "zones"), tmp_path / "copy"
     targets.Zoned(file=zones, size=4 << 20, zone_size=4096).close()
     pread = os.pread
     with monkeypatch.context() as patch, open(base) as source, open(copy, "w+b") as target:
         patch.setattr(os, "pread", lambda fd, length, at: pread(fd, min(length, 512), at))
+        cow = targets.Cow(base, overlay)
+        assert cow._unkept() == {(1024, 1025)}
+        assert len(list(cow.runs(0, 1 << 20))) == 5
+        cow.close()
         committed = targets.Cow(base, overlay, commit=True)
         targets.make_same(source.fileno(), target.fileno(), 0, 1 << 20)
         zoned = targets.Zoned(file=zones)
     committed.close()
     zoned.close()
     assert len(zoned.zones) == 1024
-    assert Path(base).read_bytes() == copy.read_bytes() == (b"b" * 1536 + b"o" * 1536).ljust(1 << 20, b"b")
+    start = b"b" * 1536 + b"o" * 1536
+    content = start.ljust(1 << 19, b"b") + bytes(512)
+    assert Path(base).read_bytes() == copy.read_bytes() == content.ljust(1 << 20, b"b")
     targets.Cow(base, overlay).close()
 
 
