@@ -2022,7 +2022,7 @@ class Zone:
         self.end = (number + 1) * size
         self.wp = self.start + written
         self.durable = self.start + durable  # up to where the data are
-        self.kept = self.start  # and the file durably says so, not only the page cache
+        self.kept = -1  # and the file durably says so, not only the page cache
         self.resets = 0
         self.settle()
 

@@ -168,6 +168,24 @@ def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path, of):
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
 
 
+def test_a_flush_notes_also_what_only_seems_empty_to_a_new_server(targets, tmp_path):
+    """A reset that failed, and whose server was killed then, is in the page cache alone."""
+    path, page = tmp_path / "zones", memoryview(os.urandom(4096))
+    disk = zoned(targets, file=str(path))
+    disk.zone_append(1 << 20, page)
+    disk.disk.flush = nothing_to_wait_for()
+    now(disk.flush())
+    disk.close()
+    table = path.read_bytes()[4096:8192]
+    damage(path, 4096, bytes(4096))
+    disk = targets.Zoned(file=str(path))
+    damage(path, 4096, table)
+    disk.disk.flush = nothing_to_wait_for()
+    now(disk.flush())
+    disk.close()
+    assert pointer_after_a_new_start(targets, path) == 1 << 20
+
+
 def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp_path):
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
