@@ -647,7 +647,7 @@ def make_file(path: str, header: bytes, size: int) -> None:
     """Make a file of this size that begins with a header, where there is none or an empty one."""
     is_there = os.path.exists(path)
     refuse(is_there and is_block(path), path, "not a file")
-    with open(path, "r+b" if is_there else "xb") as file:
+    with open(path, "r+b" if is_there else "ab") as file:
         claim(file.fileno(), path)
         if not os.path.getsize(path):
             file.write(header)

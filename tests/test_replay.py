@@ -224,6 +224,13 @@ def test_a_recording_that_cannot_be(run, log, tmp_path):
     assert len((tmp_path / "JUNK").read_bytes()) == 100
 
 
+def test_a_log_begins_where_a_link_says(targets, tmp_path):
+    (tmp_path / "link").symlink_to("log")
+    Log(targets, tmp_path / "link").some()
+    with closing(targets.Log(tmp_path / "log")) as log:
+        assert len(list(log.entries())) == 7
+
+
 @contextmanager
 def no_room_in(path):
     """Have files end a little after the present end of this one."""
