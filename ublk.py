@@ -288,7 +288,6 @@ UBLK_F_URING_CMD_COMP_IN_TASK = Feature(
     1,
     "6.0",
     "completions run in the server's task; the driver sets it",
-    # Not asked for: it is the only way there has ever been
 )
 UBLK_F_NEED_GET_DATA = Feature(
     2,
@@ -3517,6 +3516,9 @@ class Device:
         )
         path = pick(DATA_PATHS, "data path", self.data_path or self._best_path(known))
         flags = path.features | pick(RECOVERY_MODES, "recovery", self.recovery)
+        # Or a driver that is no module, as 6.1's may be, copies requests for a thread whose ring
+        # and buffers are gone.
+        flags |= UBLK_F_URING_CMD_COMP_IN_TASK
         # The kernel would tell of memory that the next server does not have.
         refuse(
             self.share_memory and self.recovery,

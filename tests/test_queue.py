@@ -1229,6 +1229,13 @@ def test_a_server_that_leaves_keeps_no_durable_write_waiting_for_the_kernels_flu
     assert not flags_of(Mine(), None) & ublk.UBLK_F_USER_RECOVERY
 
 
+def test_requests_come_through_the_ring_alone_also_where_the_driver_is_no_module():
+    """That of 6.1 would hand them to the thread, whose buffers may be gone, as a signal is."""
+    device = ublk.Device(ublk.Null(), unprivileged=False)
+    device.control = SimpleNamespace(features=None)
+    assert device._flags() & ublk.UBLK_F_URING_CMD_COMP_IN_TASK
+
+
 def test_an_append_and_a_flush_hear_of_the_same_loss():
     target = telling_once(Appending, 1)
     device = StandIn(target, depth=2, operation=ublk.UBLK_IO_OP_ZONE_APPEND | ublk.UBLK_IO_F_FUA)
