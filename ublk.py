@@ -2685,6 +2685,10 @@ class Queue:
             except BaseException as error:  # even SystemExit: a client waits for an answer
                 # It may share a flush with a task that has ended with another queue
                 canceled = getattr(error, "errno", 0) == errno.ECANCELED
+                if canceled:
+                    import asyncio
+
+                    await asyncio.sleep(0)  # a round, to hear if this one leaves, too
                 if self.closing or (self.leaving and canceled):
                     return
                 result = failed(error)

@@ -483,7 +483,7 @@ def test_a_queue_that_is_to_leave_begins_none_of_the_requests_it_has(name, begin
 def test_a_flush_that_ends_with_another_queue_is_for_the_next_server(number):
     """But one that has failed may have heard of what nobody tells again."""
     async def flush(target):
-        queue.leaving = True
+        os.write(device.wake_write, b"x")       # which this queue has yet to hear
         raise OSError(number, "ended")
     device = StandIn(target_of(flush=flush), depth=1, operation=ublk.UBLK_IO_OP_FLUSH)
     queue = NopQueue(device)
