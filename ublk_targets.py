@@ -2403,7 +2403,8 @@ class Record(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("record", target)
-        self.offers.append("flush")  # of interest even where the target needs none
+        if not hasattr(target, "flush"):  # of interest even where the target needs none
+            self.offers += ["flush", "write_fua"]
         self.lock = threading.Lock()
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize

@@ -49,7 +49,7 @@ class Log:
     def __init__(self, targets, path, size=1 << 20):
         self.path, self.targets = path, targets
         self.disk = targets.Record(str(path), targets.Ram(size=size))
-        self.disk.target.write_fua = self.disk.target.write     # for those who call it
+        self.disk.target.write_fua = self.disk.target.write     # also where it gets a flush later
         self.states = [bytes(size)]
 
     def do(self, name, *args):
@@ -681,7 +681,6 @@ def test_data_that_precede_what_says_that_they_are_there_are_found_without_it(ru
 @pytest.mark.parametrize("seed", range(5))
 def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path, seed):
     log = Log(targets, tmp_path / "log")
-    log.disk.write_fua = partial(log.disk.call, "write_fua")      # as if ram had a cache
     database = Database(lambda at, data: log.do("write_fua", at, memoryview(data)), None)
     for number in (1, 2, 3, 4):
         database.record(number)
@@ -692,7 +691,6 @@ def test_no_crash_loses_a_write_that_is_durable_by_itself(run, targets, tmp_path
 
 def test_a_crash_loses_writes_before_one_that_is_durable_by_itself(run, targets, tmp_path):
     log = Log(targets, tmp_path / "log")
-    log.disk.write_fua = partial(log.disk.call, "write_fua")
     database = Database(lambda at, data: log.do("write" if at else "write_fua", at, memoryview(data)), None)
     for number in (1, 2, 3, 4):
         database.record(number)
@@ -812,7 +810,6 @@ def written(entries, data):
 def test_all_and_nothing_are_what_the_log_makes_of_them(targets, tmp_path, seed):
     chance, data = random.Random(seed), {}
     log = Log(targets, tmp_path / "log", size=16384)
-    log.disk.write_fua = partial(log.disk.call, "write_fua")
     for number in range(1, 41):
         name = chance.choice(("write", "write", "write_fua", "discard", "flush"))
         begin, end = sorted(512 * at for at in chance.sample(range(33), 2))
@@ -1043,7 +1040,7 @@ def test_a_rename_without_fsync_is_caught_and_one_with_it_is_not(run, targets, t
     assert done.status == 0 and re.match(r"good at [1-9]\d* crash points", done.out), done
     done = run("replay", log, image, "--check", INTACT, "--from", careful + 1, "--every", "entry")
     # It is caught where the journal commits: that a file was renamed is durable, what is in it not yet.
-    number, offset = map(int, re.match(r"bad at entry (\d+): write (\d+) 1024: ", done.out).groups())
+    number, offset = map(int, re.match(r"bad at entry (\d+): write_fua (\d+) 1024: ", done.out).groups())
     assert done.status == 1 and number > careful + 1
     with open(f"{image}.crash", "rb") as crashed:
         crashed.seek(offset)
