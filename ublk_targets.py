@@ -1821,8 +1821,6 @@ class Nbd(ublk.Target):
 
     async def ask(self, command: int, flags: int, offset: int = 0, what: Any = 0) -> int:
         """Have the server do something with a buffer or a length; return how much. Raises OSError."""
-        import asyncio
-
         if command != NBD_CMD_READ and self.unsure:
             raise OSError(errno.EIO, "the server may do earlier changes after this one")
         if command == NBD_CMD_FLUSH and self.lost:
@@ -1843,6 +1841,8 @@ class Nbd(ublk.Target):
             told = self.told >= request.cookie
             self.lost |= told or request.connection is not self.connection
         if request.may_hear and not error:
+            import asyncio
+
             # Others may hear in place of this one, and have their replies later
             others = [other.done for other in self.pending.values() if other.may_hear]
             if others:
