@@ -1673,6 +1673,8 @@ class Target:
         start(index)                    called in each thread that serves a queue, before its
                                         first request
         close()                         the disk is gone
+        disown()                        called in a child that a server forks: give back what is
+                                        its parent's, as a file with a lock that the child would keep
         map(offset, length, write)      return (fd, position) where these bytes lie in a file, which
                                         stays open as long as the disk: the kernel moves them, and
                                         tells nobody when. read and write are called where it
@@ -2895,7 +2897,7 @@ SIMPLE_OPERATIONS = {
 
 
 # What is called where nobody can wait: a coroutine would never run.
-PLAIN_METHODS = ("answer", "map", "read_metadata", "resized", "write_metadata")
+PLAIN_METHODS = ("answer", "disown", "map", "read_metadata", "resized", "write_metadata")
 
 
 # A target's handlers, and which of them others stand for.
@@ -4071,9 +4073,12 @@ class Device:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
         # Another thread may have had these locks
         self._make_locks()
+        gone = self.state is GONE
         self._forget()  # first: whatever cannot be given up, the disk is not ours
         self._workers.clear()
         self._close_files()
+        if not gone:  # else its target may be for another disk
+            getattr(self.target, "disown", bool)()
 
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""

@@ -292,6 +292,8 @@ class Loop(Mapped, ublk.Target):
         self.sync = None
         self.opened()
 
+    disown = close  # a forked child would keep the lock of the file
+
     def map(
         self,
         offset: int,
@@ -642,6 +644,8 @@ class Stripe(Over, Mapped, ublk.Target):
         for leg in self.legs:
             leg.close()
 
+    disown = close
+
 
 def make_file(path: str, header: bytes, size: int) -> None:
     """Make a file of this size that begins with a header, where there is none or an empty one."""
@@ -969,6 +973,9 @@ class Cow(ublk.Target):
         os.fdatasync(self.top.fd)
         self._keep(fresh)
         os.fdatasync(self.top.fd)
+        self.disown()
+
+    def disown(self) -> None:
         self.top.close()
         self.below.close()
 
@@ -1008,6 +1015,9 @@ class Wrapper(Over):
         if name == "zone_append":
             return await ublk.end_of(handler(*args))
         return await moved(handler, *args)
+
+    def disown(self) -> None:
+        getattr(self.target, "disown", bool)()
 
 
 for name in HANDLERS:
@@ -1564,6 +1574,7 @@ class NbdConnection:
     minimum: int = 1
     maximum: int = 32 << 20
     refused: int = 0  # how many requests, by a server that shuts down
+    socket: Any = None
     reader: Any = None
     transport: Any = None
 
@@ -1574,8 +1585,8 @@ class NbdConnection:
         try:
             address, export = nbd_address(self.uri)
             dialing = asyncio.to_thread(dial, address)
-            connection = await asyncio.wait_for(dialing, NBD_DIAL)
-            talk = self._shake_hands(connection, address, export)
+            self.socket = await asyncio.wait_for(dialing, NBD_DIAL)
+            talk = self._shake_hands(address, export)
             await asyncio.wait_for(talk, NBD_HANDSHAKE)
         except BaseException as error:
             self.hang_up()
@@ -1598,12 +1609,12 @@ class NbdConnection:
             number, repr(self.uri), reason, "see whether the server runs there"
         )
 
-    async def _shake_hands(self, connection: Any, address: Any, export: str) -> None:
+    async def _shake_hands(self, address: Any, export: str) -> None:
         """Agree on TLS, if it is wished for, and on the export; learn what it is like."""
         import asyncio
 
         loop = asyncio.get_running_loop()
-        self.transport, _ = await loop.create_connection(self._protocol, sock=connection)
+        self.transport, _ = await loop.create_connection(self._protocol, sock=self.socket)
         magic, options, flags = struct.unpack(">8sQH", await self.take(18))
         refuse(
             magic != b"NBDMAGIC" or options != NBD_OPTION_MAGIC,
@@ -1755,6 +1766,7 @@ class Nbd(ublk.Target):
             if certificate:
                 self.tls.load_cert_chain(certificate)
         asyncio.run(self._meet())
+        self.connection: Any = None
         self.cookie = 0
         # Changes that were (to an earlier server of the disk, too), and how many of them are durable
         self.acknowledged = 1
@@ -1788,7 +1800,7 @@ class Nbd(ublk.Target):
 
         refuse(index, self.uri, "there is one connection", "use one queue")
         self.pending: dict[int, NbdRequest] = {}  # by cookie
-        self.connection: Any = await self._connect()
+        self.connection = await self._connect()
         # asyncio itself may forget one that nobody else knows
         self.tasks = [asyncio.create_task(work) for work in (self._receive(), self._watch())]
         if self.connection.flags & NBD_FLAG_SEND_FLUSH:
@@ -1796,6 +1808,10 @@ class Nbd(ublk.Target):
                 await self.ask(NBD_CMD_FLUSH, 0)
             except OSError:
                 self.lost = True  # a client is to hear of it
+
+    def disown(self) -> None:
+        if self.connection:  # of which the server would not see the end
+            self.connection.socket.close()
 
     async def read(self, offset: int, buffer: memoryview) -> int:
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)
@@ -2127,6 +2143,8 @@ class Zoned(ublk.Target):
 
     def close(self) -> None:
         self.disk.close()
+
+    disown = close
 
     # ---- zones -----------------------------------------------------------------------------------
 
@@ -2506,6 +2524,10 @@ class Record(Wrapper, ublk.Target):
                     self._head()
         finally:
             await ublk.end_of(getattr(self.target, "close", bool)())
+
+    def disown(self) -> None:
+        self.log.close()
+        super().disown()
 
 
 class Part(NamedTuple):

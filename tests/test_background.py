@@ -184,6 +184,17 @@ def test_a_helper_that_a_target_forks_holds_nothing_that_somebody_waits_for(tmp_
 
 
 @kernel
+def test_the_log_of_a_killed_server_is_continued_while_its_helper_lives(tmp_path):
+    """Whatever lock the helper had would not end with the server."""
+    path = target_with_helper(tmp_path, 3600)
+    with Forked("record", tmp_path / "log", path, "-r", "requeue") as disk:
+        disk.kill()
+        assert ublk.alive(int((tmp_path / "helper").read_text()))
+        with recovered(disk) as again:
+            assert again.kill(signal.SIGTERM) == 0
+
+
+@kernel
 def test_a_target_that_uses_what_its_caller_has_opened_fails(backing, tmp_path):
     """Or what is written would be gone, and nobody know."""
     path = target_file(tmp_path, """

@@ -483,6 +483,20 @@ async def flush_under_way(target, fake):
     return flush
 
 
+def test_nbd_a_forked_child_does_not_keep_the_connection(targets, here):
+    """Its server would wait for the end of that child, and some take one client at a time."""
+    async def fork():
+        number = target.connection.socket.fileno()
+        child = os.fork()
+        if child == 0:
+            target.disown()
+            os._exit(os.path.exists(f"/proc/self/fd/{number}"))
+        return os.waitpid(child, 0)[1]
+    with FakeNbd(here):
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, fork) == 0
+
+
 @pytest.mark.parametrize("dies_of", [READ, FLUSH])
 def test_nbd_what_was_not_flushed_when_a_connection_is_lost_fails_one_flush(targets, here, capfd, dies_of):
     """Beside one that was under way."""

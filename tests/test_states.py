@@ -1041,6 +1041,40 @@ def test_a_child_that_a_handler_forks_closes_no_target(driver):
         assert in_child(lambda: os._exit(disk.last_to_leave(worker))) == 0
 
 
+def made(targets, kind, path):
+    """Return a target of a kind, with all its files in a directory."""
+    file, other = str(path / "file"), str(path / "other")
+    for name in (file, other):
+        with open(name, "wb") as made:
+            made.truncate(1 << 20)
+    return {
+        "loop": lambda: targets.Loop(file),
+        "stripe": lambda: targets.Stripe(file, other),
+        "cow": lambda: targets.Cow(file, str(path / "overlay")),
+        "zoned": lambda: targets.Zoned(file=str(path / "zones"), size=64 << 20),
+        "record": lambda: targets.Record(str(path / "log"), targets.Ram(size=1 << 20)),
+        "fault over record": lambda: targets.Fault(targets.Record(str(path / "log"), targets.Loop(file))),
+    }[kind]()
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")     # start() and close() of a record
+@pytest.mark.parametrize("kind", [
+    "loop", "stripe", "cow", "zoned", "record", "fault over record"])
+def test_a_forked_child_keeps_no_lock_of_the_targets_files(driver, targets, tmp_path, kind):
+    """Else nobody could serve them after a server that is killed, until its child ends, too."""
+    def of_its_files():
+        links = map(ublk.link_of, glob.glob("/proc/self/fd/*"))
+        return [link for link in links if link.startswith(f"{tmp_path}/")]
+    target = made(targets, kind, tmp_path)
+    driver.happens["add_dev"] = fails
+    failed = new(target)
+    assert error_of(failed.start) == errno.ENOMEM
+    assert in_child(lambda: os._exit(of_its_files() == [])) == 0, "it is for the child to serve"
+    with new(target):
+        assert in_child(lambda: os._exit(of_its_files() != [])) == 0
+        assert of_its_files() != []
+
+
 @pytest.fixture
 def control(monkeypatch):
     """A control plane whose commands all end well, and mean nothing."""
