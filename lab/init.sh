@@ -67,14 +67,16 @@ mkfifo /run/lab-output
 exec 3<>/run/lab-output
 cat </run/lab-output 3<&- >$(echo /dev/vport*p1) &
 drain=$!
-[ -z "$WATCHDOG" ] || (sleep "$WATCHDOG"; echo l >/proc/sysrq-trigger; echo w >/proc/sysrq-trigger) >/dev/null 3<&- 2>&1 &
-setsid /bin/sh /run/lab/command >/run/lab-output 2>&1 3<&-
+exec 4>$(echo /dev/vport*p2)
+echo begun >&4
+[ -z "$WATCHDOG" ] || (sleep "$WATCHDOG"; echo l >/proc/sysrq-trigger; echo w >/proc/sysrq-trigger) >/dev/null 3<&- 4>&- 2>&1 &
+setsid /bin/sh /run/lab/command >/run/lab-output 2>&1 3<&- 4>&-
 status=$?
 exec 3<&-
 # A background process that outlives the command may hold the pipe open for ever.
 (sleep 5; kill $drain) 2>/dev/null &
 wait $drain
 [ ! -e /run/lab-report ] || cat /run/lab-report >$(echo /dev/vport*p3)
-echo $status >$(echo /dev/vport*p2)
+echo $status >&4
 echo b >/proc/sysrq-trigger
 sleep 60
