@@ -4618,12 +4618,8 @@ class BatchQueue(Queue):
         self.memory = mmap.mmap(-1, self._elements_at + self.depth * self.element_size)
         self._base = address_of(self.memory)
         self._group = io_uring_buf_reg(ring_addr=self._base, ring_entries=self.BUFFERS, bgid=0)
-        group = ctypes.addressof(self._group)
-        self.ring.register(IORING_REGISTER_PBUF_RING, group, 1)
-        # Or a thread of the kernel's, which ends the ring later, would write there, and
-        # what clients write where the tags' buffers were (seen on 7.3)
-        self.exits.enter_context(contextlib.suppress(OSError))  # the queue's thread is stuck
-        self.exits.callback(self.ring.register, IORING_UNREGISTER_PBUF_RING, group, 1)
+        self.ring.register(IORING_REGISTER_PBUF_RING, ctypes.addressof(self._group), 1)
+        self.exits.callback(self._take_buffers)
         for number in range(self.BUFFERS):
             address = self._base + self._tags_at + number * self.BUFFER_SIZE
             struct.pack_into(
@@ -4640,6 +4636,16 @@ class BatchQueue(Queue):
         each, but for the tail, a 16-bit number at the end of the first.
         """
         struct.pack_into("=H", self.memory, 14, head + self.BUFFERS & 0xFFFF)
+
+    def _take_buffers(self) -> None:
+        """Take the buffers back from the kernel before the ring ends.
+
+        Or a thread of the kernel's, which ends that later, would write there,
+        and what clients write where the tags' buffers were (seen on 7.3).
+        """
+        with contextlib.suppress(OSError):  # the queue's thread is stuck
+            group = ctypes.addressof(self._group)
+            self.ring.register(IORING_UNREGISTER_PBUF_RING, group, 1)
 
     def fetch(self) -> None:
         """Park all tags with one command, and ask for their requests with another."""

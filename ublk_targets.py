@@ -916,20 +916,14 @@ class Cow(ublk.Target):
                 await moved(self.below.fetch, at, piece)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
-        blocks = self.blocks(offset, len(buffer))
-        place = self.data_at + offset
-        failures = self.top.sync.failures
-        await moved(self.top.write, place, buffer)
-        self._mark(blocks)
-        self.top.sync.check(failures)
+        await self._change(
+            lambda place: moved(self.top.write, place, buffer), offset, len(buffer)
+        )
 
     async def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
-        blocks = self.blocks(offset, length)
-        place = self.data_at + offset
-        failures = self.top.sync.failures
-        await self.top.write_zeroes(place, length, unmap)
-        self._mark(blocks)
-        self.top.sync.check(failures)
+        await self._change(
+            lambda place: self.top.write_zeroes(place, length, unmap), offset, length
+        )
 
     discard = write_zeroes
 
@@ -941,6 +935,14 @@ class Cow(ublk.Target):
 
     async def flush(self) -> None:
         await self._settle(self.top.sync.failures, self.top.flush)
+
+    async def _change(self, change: Callable[[int], Any], offset: int, length: int) -> None:
+        """Have blocks of the overlay change, and note that it has them."""
+        blocks = self.blocks(offset, length)
+        failures = self.top.sync.failures
+        await change(self.data_at + offset)
+        self._mark(blocks)
+        self.top.sync.check(failures)
 
     async def _settle(self, failures: int, sync: Callable[[], Any]) -> None:
         """Have the blocks there are be durable, then that they are the overlay's."""
