@@ -7144,19 +7144,22 @@ def print_help() -> None:
 
 
 def open_standard_descriptors() -> None:
-    """Have 0 to 2 open, as the void, also in what a target starts.
+    """Have 0 to 2 open, as the void, also in what a target starts; begin anew if one was not.
 
     Or the next file that is opened would be what everybody writes messages to.
+    A library may have done so as we imported it, as libffi does, and keep that.
     """
     fd = -1
     while fd < 3:
         fd = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-        os.set_inheritable(fd, True)
+    # What is handed down was ours from the start
+    closed = [number for number in range(3) if not os.get_inheritable(number)]
+    for number in closed:
+        os.dup2(fd, number)
+    if closed:
+        words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+        os.execv("/proc/self/exe", words[:-1])
     os.close(fd)
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
 
 
 def run_words(words: Sequence[str]) -> int:
@@ -7190,7 +7193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Whatever fails is told on standard error. Raises SystemExit where argparse has
     told of it, or the help.
     """
-    open_standard_descriptors()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["add"]:  # what other ublk tools say
         words = words[1:]
@@ -7234,6 +7236,7 @@ def error_line(error: BaseException) -> str:
 
 def command() -> NoReturn:
     """Be the command `ublk`, to the end of the process."""
+    open_standard_descriptors()
     status = main()
     if _left_behind:  # Python would wait for its threads, if need be for ever
         sys.stdout.flush()

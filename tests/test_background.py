@@ -78,15 +78,17 @@ def test_a_server_in_the_foreground_has_its_standard_descriptors_too(backing):
     assert done.wait(60) == 0 and devices_left() == []
 
 
-def test_a_program_that_a_target_starts_has_standard_descriptors_too(tmp_path):
-    """Or a file that it opens would be what it writes messages to."""
+@pytest.mark.parametrize("library", ["", "import os; os.open('/dev/zero', os.O_RDONLY)"], ids=["", "library"])
+def test_a_program_that_a_target_starts_has_standard_descriptors_too(tmp_path, library):
+    """Or a file that it opens would be what it writes messages to. A library may have one open for itself."""
+    (tmp_path / "sitecustomize.py").write_text(library)
     path = target_file(tmp_path, """
         class Mine(ublk.Target):
             def __init__(self):
                 os.system("readlink /proc/self/fd/0 /proc/self/fd/2 > links")
                 raise OSError(5, "seen")
     """)
-    assert shell(f"$UBLK {path} 0<&- 2>&-", cwd=tmp_path).returncode == 1
+    assert shell(f"PYTHONPATH=.:$PYTHONPATH $UBLK {path} 0<&- 2>&-", cwd=tmp_path).returncode == 1
     assert (tmp_path / "links").read_text().split() == [os.devnull] * 2
 
 
