@@ -7179,7 +7179,7 @@ def flush_output() -> None:
     Left to the interpreter, it would end with a status of its own (120).
     """
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # nothing where a program that calls us has none
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would try again
         raise

@@ -92,6 +92,12 @@ def test_a_program_that_a_target_starts_has_standard_descriptors_too(tmp_path, l
     assert (tmp_path / "links").read_text().split() == [os.devnull] * 2
 
 
+def test_a_program_without_standard_output_hears_how_a_command_ended(tmp_path):
+    program = "import ublk; raise SystemExit(ublk.main(['--version']))"
+    done = sh("sh", "-c", f'exec {sys.executable} -c "{program}" >&-', check=False, cwd=HERE)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @kernel
 def test_a_background_server_holds_nothing_of_its_caller(tmp_path):
     lock = tmp_path / "lock"
