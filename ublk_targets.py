@@ -2468,6 +2468,8 @@ class Record(Wrapper, ublk.Target):
 
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target do it, then append an entry of a change, whether it has failed or not."""
+        import asyncio
+
         if name not in CHANGES:
             return await super().call(name, *args)
         offset, length = extent(args)
@@ -2477,17 +2479,20 @@ class Record(Wrapper, ublk.Target):
         if name == "flush":
             offset = end
         data = args[1] if name in WITH_DATA else b""
-        error = 0
         try:
             if name != "flush" or hasattr(self.target, name):
                 await super().call(name, *args)
         except BaseException as failure:
             error = getattr(failure, "errno", 0)
-            if error not in errno.errorcode:  # as of a name that is not found
+            if isinstance(failure, (asyncio.CancelledError, GeneratorExit)):
+                error = errno.ECANCELED
+            elif error not in errno.errorcode:  # as of a name that is not found
                 error = errno.EIO
+            # A flush that ends with its queue is done again by the next server: nothing is in doubt
+            if (name, error) != ("flush", errno.ECANCELED):
+                self._append(name, data, offset, length, error)
             raise
-        finally:
-            self._append(name, data, offset, length, error)
+        self._append(name, data, offset, length)
 
     def mark(self, text: str) -> None:
         """Note something between two changes, such as what was promised to be durable.

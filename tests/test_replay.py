@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import os
@@ -430,16 +431,21 @@ def test_a_change_that_failed_is_in_the_log_as_such(run, targets, tmp_path):
         def discard(self, offset, length):
             raise socket.gaierror(socket.EAI_NONAME, "no errno either")
 
+        def write_zeroes(self, offset, length, unmap):
+            raise asyncio.CancelledError
+
     disk = targets.Record(str(tmp_path / "log"), Failing())
     assert error_of(now, disk.write(4096, memoryview(b"x" * 512))) == errno.ENOSPC
     with pytest.raises(RuntimeError):
         now(disk.flush())
     with pytest.raises(socket.gaierror):
         now(disk.discard(0, 512))
+    with pytest.raises(asyncio.CancelledError):
+        now(disk.write_zeroes(0, 512, True))
     now(disk.close())
     lines = [line.split() for line in run("replay", tmp_path / "log").out.splitlines()]
     assert lines == [["1", "write", "4096", "512", "ENOSPC"], ["2", "flush", "1", "0", "EIO"],
-                     ["3", "discard", "0", "512", "EIO"]]
+                     ["3", "discard", "0", "512", "EIO"], ["4", "write_zeroes", "0", "512", "ECANCELED"]]
 
 
 @pytest.fixture
@@ -764,6 +770,28 @@ def test_what_a_flush_is_not_for_may_be_there_without_what_failed_before(targets
     now(log.disk.close())
     found = {found_in(crash)[::8] for seed in range(10) for crash in targets.crashes(log.path, seed=seed)}
     assert found == {b"xy", b"\0y", b"x\0", b"\0\0"}
+
+
+@pytest.mark.parametrize("end", [
+    asyncio.CancelledError, GeneratorExit, partial(OSError, errno.ECANCELED, "ended with another queue")])
+def test_a_flush_that_ends_with_its_server_is_done_by_the_next_and_lets_nobody_doubt(targets, tmp_path, end):
+    """As of a disk that a program detaches from: nobody was told that it had failed."""
+    async def flush():
+        await Pause()
+
+    log = Log(targets, tmp_path / "log", size=512)
+    log.do("write", 0, memoryview(b"x" * 512))
+    log.disk.target.flush = flush
+    flushing = log.disk.flush()
+    flushing.send(None)
+    with pytest.raises(type(end())):
+        flushing.throw(end())
+    log.disk.target.flush = lambda: None
+    now(log.disk.flush())
+    log.disk.mark("x is durable")
+    now(log.disk.close())
+    for seed in range(10):
+        assert {found_in(crash) for crash in targets.crashes(log.path, seed=seed) if crash.mark} == {b"x"}
 
 
 # ---- states of a crash ------------------------------------------------------------------------------
