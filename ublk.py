@@ -2151,9 +2151,12 @@ class Queue:
         self._operations: dict[int, Operation] = {}
         self._last_operation = OPERATION + FIXED_SLOTS
         self.exits = contextlib.ExitStack()  # gives back what the queue has, the last first
-        _queues.add(self)  # before a thread that forks could find it half made
+        _queues.add(self)
         try:
-            self._open(device)
+            with _forking:
+                self._open(device)
+            if has_coroutines(self.target):
+                self._begin_loop()
         except BaseException:
             self.close()  # or who keeps the exception would keep the device's mapping, too
             raise
@@ -2168,8 +2171,6 @@ class Queue:
         self.addresses = self.kept(self.ring.sqes.cast("Q")[ADDRESS_WORD::8])
         self.path: Any = device.data_path(self)
         self._await_news(WAKE, device.wake_fd)
-        if has_coroutines(self.target):
-            self._begin_loop()
 
     def look_at(self, device: Device) -> None:
         """Have a view of each member of the request descriptors, which the device has mapped."""
@@ -4093,11 +4094,15 @@ class Device:
 
 _served: weakref.WeakSet[Device] = weakref.WeakSet()
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+# Held by who forks, and by a thread that makes a queue: of a descriptor that it alone knows of
+# yet, nobody in the child, where that thread is not, could give back the copy
+_forking = threading.RLock()
 
 
 def _disown_all() -> None:
     # A thread, which is not here, may have had a view of their memory
     with contextlib.suppress(BufferError), contextlib.ExitStack() as ends:
+        ends.callback(_forking.release)
         for device in _served:
             ends.callback(device.disown)
         for queue in _queues:
@@ -4106,7 +4111,9 @@ def _disown_all() -> None:
 
 # A child that a program forks for purposes of its own would keep DEL_DEV
 # waiting for its copies.
-os.register_at_fork(after_in_child=_disown_all)
+os.register_at_fork(
+    before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_disown_all
+)
 
 
 def alive(pid: int) -> bool:

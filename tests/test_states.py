@@ -1017,21 +1017,41 @@ def test_a_forked_child_leaves_a_disk_alone_of_whose_ring_a_thread_had_a_view(dr
         assert in_child(given_up) == 0
 
 
+def rings_held():
+    """Return the rings of which this process has a descriptor."""
+    links = map(ublk.link_of, glob.glob("/proc/self/fd/*"))
+    return [link for link in links if link == "anon_inode:[io_uring]"]
+
+
 def test_a_child_that_is_forked_as_a_queue_is_made_holds_nothing_of_the_device(driver, monkeypatch):
     """Or the kernel would not hear of its parent's end, and its own end would delete its parent's device."""
-    def rings():
-        links = map(ublk.link_of, glob.glob("/proc/self/fd/*"))
-        return [link for link in links if link == "anon_inode:[io_uring]"]
-
     def half_made(target):
-        ends.append(in_child(lambda: os._exit(disk.state != ublk.GONE or rings() != before)))
+        ends.append(in_child(lambda: os._exit(disk.state != ublk.GONE or rings_held() != before)))
         return False
     monkeypatch.setattr(ublk, "Queue", QUEUE)
     monkeypatch.setattr(QUEUE, "fetch", bool)
     monkeypatch.setattr(ublk, "has_coroutines", half_made)
-    disk, ends, before = new(), [], rings()
+    disk, ends, before = new(), [], rings_held()
     with disk:
         pass
+    assert ends == [0]
+
+
+def test_a_child_that_is_forked_as_a_ring_is_made_does_not_keep_it(driver, monkeypatch):
+    """As by start() of another queue. Or the kernel would not hear that its parent was killed."""
+    def made(number, *words, syscall=ublk.syscall):
+        found = syscall(number, *words)
+        if number == ublk.SYS_io_uring_setup:               # nobody but this thread knows it
+            fork.start()
+            fork.join(0.5)                                  # it may wait for this thread
+        return found
+    fork = threading.Thread(target=lambda: ends.append(in_child(lambda: os._exit(rings_held() != before))))
+    monkeypatch.setattr(ublk, "Queue", QUEUE)
+    monkeypatch.setattr(QUEUE, "fetch", bool)
+    monkeypatch.setattr(ublk, "syscall", made)
+    ends, before = [], rings_held()
+    with new():
+        fork.join()
     assert ends == [0]
 
 
