@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import os
 import re
 import subprocess
@@ -118,6 +119,20 @@ def check(row: Row, image: str) -> str:
     return f"{' '.join(words[:-1])} finds damage" if done.returncode else ""
 
 
+def contents(image: str) -> bytes:
+    """Return a digest of the data in an image: the parts of a crash do not tell what was durable before."""
+    digest = hashlib.blake2b()
+    with open(image, "rb") as file:
+        fd, size = file.fileno(), os.path.getsize(image)
+        at = ublk_targets.next_data(fd, 0)
+        while at < size:
+            end = os.lseek(fd, at, os.SEEK_HOLE)
+            digest.update(b"%d %d " % (at, end))
+            digest.update(os.pread(fd, end - at, at))
+            at = ublk_targets.next_data(fd, end)
+    return digest.digest()
+
+
 def search(row: Row, log: Path, seed: int, known: dict[Any, str]) -> Found:
     """Look at crashes until one is bad. What was looked at with another seed is known."""
     points, states = set(), 0
@@ -125,7 +140,7 @@ def search(row: Row, log: Path, seed: int, known: dict[Any, str]) -> Found:
     for crash in ublk_targets.crashes(log, start=start, to=end, states=row.states, seed=seed):
         points.add(crash.entry.number)
         states += 1
-        key = crash.entry.number, crash.parts
+        key = crash.mark, contents(crash.path)
         if key not in known:
             known[key] = look(row, crash.path, int(crash.mark), log.with_name("mnt"))
         if known[key]:
