@@ -2551,7 +2551,7 @@ class Part(NamedTuple):
             begin = offset - entry.offset
             data = log.data_of(entry)[begin : begin + length]
             write_all(disk, data, offset)
-        elif length:  # of one that failed there may be nothing
+        else:
             clear(disk, offset, length)
 
 
@@ -2665,22 +2665,31 @@ class Crashes:
                 if lasts(entry) and entry is not last:
                     parts.append(whole(entry))
                 else:
-                    parts.append(self.torn(entry, chance))
-            yield str(number), tuple(part for part in parts if part.length)
+                    parts += self.torn(entry, chance)
+            yield str(number), tuple(parts)
 
-    def torn(self, entry: Entry, chance: random.Random) -> Part:
-        """Draw what is there of a change: nothing, all, or what is on one side of a cut."""
-        cut = self.block * chance.randrange(max(1, entry.length // self.block))
+    def torn(self, entry: Entry, chance: random.Random) -> list[Part]:
+        """Draw what is there of a change: nothing, all, one side of a cut, or a middle or all but that.
+
+        A disk need not begin at an end: who takes a write for whole by both its ends errs.
+        """
         length = entry.length
-        outcomes = [(0, 0), (0, length), (0, cut), (cut, length)]
-        begin, end = chance.choice(outcomes)
-        return Part(entry, entry.offset + begin, end - begin)
+        borders = range(1 + max(1, -(-length // self.block)))
+        drawn = [chance.choice(borders), *sorted(chance.sample(borders, 2))]
+        cut, begin, end = (min(self.block * border, length) for border in drawn)
+        tears = [[(0, cut)], [(cut, length)], [(begin, end)], [(0, begin), (end, length)]]
+        outcomes = [*tears, *2 * [[], [(0, length)]]]
+        return [
+            Part(entry, entry.offset + first, last - first)
+            for first, last in chance.choice(outcomes)
+            if first < last
+        ]
 
-    def outcome(self, entry: Entry) -> Part:
+    def outcome(self, entry: Entry) -> list[Part]:
         """Return what there is of a change in the end; drawn where it, or a flush since, has failed."""
         if entry.error or (entry.number <= self.doubtful and not lasts(entry)):
             return self.torn(entry, random.Random(f"{self.seed} {entry.number}"))
-        return whole(entry)
+        return [whole(entry)]
 
     def settle(self, pending: list[Entry], last: Entry) -> tuple[Part, ...]:
         """Do to the disk what no crash takes back after this entry; return it."""
@@ -2692,11 +2701,10 @@ class Crashes:
                 covered = last.offset
         parts = []
         while pending and (pending[0].number <= covered or lasts(pending[0])):
-            part = self.outcome(pending.pop(0))
-            if part.length:
-                part.apply(self.log, self.disk)
-                self.settled.append(part[1:])
-                parts.append(part)
+            parts += self.outcome(pending.pop(0))
+        for part in parts:
+            part.apply(self.log, self.disk)
+            self.settled.append(part[1:])
         return tuple(parts)
 
 
@@ -2832,7 +2840,8 @@ def replay(argv: Sequence[str]) -> int:
                 return find_bad_crash(found, options)
             for entry in found.entries:
                 if entry.kind not in ("flush", "mark"):
-                    found.outcome(entry).apply(log, disk)
+                    for part in found.outcome(entry):
+                        part.apply(log, disk)
     return 0
 
 
