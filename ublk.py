@@ -5319,18 +5319,26 @@ def make_run_dir() -> None:
     what = f"state directory {path}"
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        status = os.lstat(path)
     except OSError as error:
         raise UblkError(error.errno or errno.EIO, what, remedy=OWN_RUN_DIR) from None
-    if (
-        not stat.S_ISDIR(status.st_mode)
-        or status.st_uid != os.geteuid()
-        or status.st_mode & 0o022
-        or not os.access(path, os.W_OK)
-    ):
+    if not is_own(path):
         raise UblkError(
             errno.EPERM, what, "not you, and you alone, may write there", OWN_RUN_DIR
         )
+
+
+def is_own(path: str) -> bool:
+    """Tell whether we, and we alone, may write in a directory. A link that others made is none."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return (
+        stat.S_ISDIR(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and not status.st_mode & 0o022
+        and os.access(path, os.W_OK)
+    )
 
 
 def save_state(device: Device) -> None:
@@ -5461,6 +5469,8 @@ def load_state(dev_id: int, identity: int | None = None) -> dict[str, Any]:
 
 def forget_state(dev_id: int) -> bool:
     """Remove the state file of a device and its log; tell whether there was a state file."""
+    if not is_own(run_dir()):  # what has these names there may be anything
+        return False
     with contextlib.suppress(OSError):
         os.unlink(log_path(dev_id))
     try:
@@ -5472,7 +5482,8 @@ def forget_state(dev_id: int) -> bool:
 
 def stale_states(ids: Sequence[int]) -> list[int]:
     """Return the devices that have a state file and are not among ids."""
-    names = [path.stem for path in Path(run_dir()).glob("*.json")]
+    files = Path(run_dir()).glob("*.json") if is_own(run_dir()) else ()
+    names = [path.stem for path in files]
     found = {int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,6}", name)}
     return sorted(found - set(ids))
 

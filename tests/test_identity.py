@@ -357,3 +357,17 @@ def test_a_state_directory_that_cannot_be_is_told(run, tmp_path, monkeypatch):
     with pytest.raises(ublk.UblkError, match=r"state directory.*set UBLK_RUN_DIR"):
         ublk.Device(Ram()).start()
     assert devices_left() == []
+
+
+def test_files_behind_a_link_to_another_directory_are_not_taken_for_a_state(tmp_path, run_dir):
+    """In /tmp anybody can make it, in place of an ordinary user's directory that is not there yet."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("7.json", "7.log"):
+        (other / name).write_text("precious")
+    if run_dir.exists():
+        run_dir.rmdir()
+    run_dir.symlink_to(other)
+    assert not ublk.forget_state(7) and ublk.stale_states([]) == []
+    assert sorted(path.name for path in other.iterdir()) == ["7.json", "7.log"]
+    run_dir.unlink()
