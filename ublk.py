@@ -1709,8 +1709,9 @@ class Target:
 
     **Errors.** An OSError reaches the client as its errno, as far as the block
     layer knows it (ENOSPC, EOPNOTSUPP, ETIMEDOUT, ENODATA, EILSEQ and some
-    more), else as EIO. Any other exception is a bug: it is printed with its
-    traceback, once, and the client gets EIO. The server goes on in either case.
+    more; EOPNOTSUPP and EAGAIN not of a read or write), else as EIO. Any other
+    exception is a bug: it is printed with its traceback, once, and the client
+    gets EIO. The server goes on in either case.
     """
 
     size: int = 0
@@ -2488,6 +2489,8 @@ class Queue:
 
         It goes to the kernel with the next round of the loop.
         """
+        if result in AGAIN and self.flags[tag] & 0xFF <= UBLK_IO_OP_WRITE:
+            result = -errno.EIO
         self.results[tag] = result
         self.served[tag] = -1
         if tag not in self.unflushed:  # else it ends with the flush
@@ -2601,8 +2604,9 @@ class Queue:
         except BaseException as error:  # even SystemExit: clients wait for an answer
             result = failed(error)
             for tag in tags:
-                self.results[tag] = result
-        self.repeat(tags)
+                self.complete(tag, result)
+        else:
+            self.repeat(tags)
 
     async def _with_metadata(self, tag: int, flags: int, offset: int, length: int) -> int:
         """Serve a READ or WRITE of blocks with metadata: these first, then the data as ever."""
@@ -2877,6 +2881,9 @@ class Queue:
             table.clear()
         self.loop = self.answer = self.flushing = None
 
+
+# Errors of a READ or WRITE by which a client's io_uring (7.3) does it again, without end.
+AGAIN = -errno.EAGAIN, -errno.EOPNOTSUPP
 
 # What is not served right from a tag's buffer: requests without data, durable
 # ones, shared memory.

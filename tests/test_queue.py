@@ -144,6 +144,42 @@ def test_a_bad_map_fails_its_request_and_no_other(tmp_path, data_path, astray):
             assert disk.state == ublk.LIVE
 
 
+def failing_with(number):
+    """Return a plain target of which nothing succeeds, and one of which the flushes do not."""
+    def fails(target, *_):
+        raise OSError(number, "not today")
+
+    return (target_of(read=fails, write=fails, flush=fails, discard=fails),
+            target_of(read=Ram.read, write=lambda *_: None, flush=fails))
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_no_error_has_a_client_do_a_request_again_without_end(number):
+    broken, volatile = failing_with(number)
+    durable = ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA
+    for target, operation in ((broken, ublk.UBLK_IO_OP_READ), (broken, ublk.UBLK_IO_OP_WRITE),
+                              (broken, durable), (volatile, durable)):
+        assert serve(target, depth=1, operation=operation).answers == [(0, -errno.EIO)]
+    assert serve(broken, depth=1, operation=ublk.UBLK_IO_OP_DISCARD).answers == [(0, -number)]
+
+
+@kernel
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_no_error_has_an_io_uring_do_a_request_again_without_end(number):
+    target = failing_with(number)[0]
+    target.size = 1 << 20
+    with ublk.Device(target, partition_scan=False) as disk, \
+            opened(disk.path, os.O_RDWR | os.O_DIRECT) as fd:
+        memory = mmap.mmap(-1, 4096)
+        for operation in ublk.IORING_OP_READ, ublk.IORING_OP_WRITE:
+            ring = ublk.Ring(1)
+            ring.prepare(0, operation, fd, 65536, ublk.address_of(memory), 4096)
+            ring.push(0)
+            ring.enter(1, 10)
+            assert ring.reap() == ([0], [-errno.EIO])
+            ring.close()
+
+
 class Discards(ublk.Target):
     """A disk of zeroes with a method that is told what is discarded."""
 
