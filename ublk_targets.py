@@ -2473,7 +2473,8 @@ class Record(Wrapper, ublk.Target):
         if name not in CHANGES:
             return await super().call(name, *args)
         offset, length = extent(args)
-        end = os.fstat(self.log.fd).st_size
+        with self.lock:  # or half an entry of another queue, that finds no room, would count
+            end = os.fstat(self.log.fd).st_size
         if end >= self.limit:
             raise self._end("it has its limit")
         if name == "flush":

@@ -337,6 +337,38 @@ def test_a_mark_that_comes_as_an_entry_finds_no_room_stays(run, targets, tmp_pat
 
 
 def test_a_mark_that_a_forked_child_sets_as_an_entry_is_written_comes_behind_it(
+def test_a_flush_that_begins_as_an_entry_finds_no_room_is_for_nothing_that_comes_later(
+        run, targets, tmp_path, monkeypatch):
+    """Of another queue; it may as well hear that the recording has ended."""
+    log, pwritev, flushed = Log(targets, tmp_path / "log"), os.pwritev, []
+
+    async def pause(*_):
+        await Pause()
+
+    log.disk.target.flush = pause
+    flushing, writing = log.disk.flush(), log.disk.write(8192, memoryview(b"y" * 512))
+    begin = threading.Thread(target=lambda: flushed.append(error_of(flushing.send, None)))
+
+    def cut_short(fd, buffers, *how):
+        monkeypatch.undo()
+        count = pwritev(fd, [buffers[0], buffers[1][:2048]], *how)
+        begin.start()
+        begin.join(0.2)
+        return count
+    write, log.disk.target.write = log.disk.target.write, pause
+    writing.send(None)
+    log.disk.target.write = write
+    monkeypatch.setattr(os, "pwritev", cut_short)
+    assert error_of(now, log.disk.write(0, memoryview(b"x" * 4096))) == errno.ENOSPC
+    begin.join()
+    begun = [writing, flushing] if flushed == [0] else [writing]
+    for request in begun:
+        with pytest.raises(StopIteration):
+            request.send(None)
+    lines = [line.split()[1:3] for line in run("replay", log.path).out.splitlines()]
+    assert lines == [["write", "8192"], ["flush", "0"]][:len(begun)]
+
+
         run, targets, tmp_path, monkeypatch):
     """As where another thread writes the entry: what it holds in the child is never let go."""
     log, pwritev, pid, marking = Log(targets, tmp_path / "log"), os.pwritev, os.getpid(), []
