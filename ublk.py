@@ -2690,19 +2690,23 @@ class Queue:
             try:
                 result = await self._serve(tag)
             except BaseException as error:  # even SystemExit: a client waits for an answer
-                # It may share a flush with a task that has ended with another queue
-                canceled = getattr(error, "errno", 0) == errno.ECANCELED
-                if canceled:
-                    import asyncio
-
-                    await asyncio.sleep(0)  # a round, to hear if this one leaves, too
-                if self.closing or (self.leaving and canceled):
+                if await self.leaves_to_next(error):
                     return
                 result = failed(error)
             if not self.closing:
                 self.complete(tag, result)
             if self.rounds == rounds:  # it need not wait: this task can do the others, too
                 self._enough_tasks = 1
+
+    async def leaves_to_next(self, error: BaseException) -> bool:
+        """Tell whether nobody is told of a request's error: the next server does that request again."""
+        # It may share a flush with a task that has ended with another queue
+        canceled = getattr(error, "errno", 0) == errno.ECANCELED
+        if canceled:
+            import asyncio
+
+            await asyncio.sleep(0)  # a round, to hear if this one leaves, too
+        return self.closing or (self.leaving and canceled)
 
     def _begin_loop(self) -> None:
         """Have an asyncio loop wait with the ring."""
@@ -4896,6 +4900,16 @@ class Flushing(Turns):
     def _failed(self, number: int) -> None:
         self.error = number
         self.failures += 1
+
+
+async def is_left_to_next(error: BaseException) -> bool:
+    """Tell, within what serves a request, whether that is left to the next server where this error ends it.
+
+    Else, its client is told: it may be an error of the target itself, even one
+    that says "cancelled".
+    """
+    queue = getattr(_here, "queue", None)
+    return queue is None or await queue.leaves_to_next(error)
 
 
 class Operation:

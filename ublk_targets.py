@@ -2490,7 +2490,8 @@ class Record(Wrapper, ublk.Target):
             elif error not in errno.errorcode:  # as of a name that is not found
                 error = errno.EIO
             # A flush that ends with its queue is done again by the next server: nothing is in doubt
-            if (name, error) != ("flush", errno.ECANCELED):
+            left = (name, error) == ("flush", errno.ECANCELED)
+            if not (left and await ublk.is_left_to_next(failure)):
                 self._append(name, data, offset, length, error)
             raise
         self._append(name, data, offset, length)

@@ -42,6 +42,7 @@ from tests.support import (
     until,
     write_at,
 )
+from tests.test_async import NopQueue, StandIn, serve
 
 
 class Log:
@@ -336,7 +337,6 @@ def test_a_mark_that_comes_as_an_entry_finds_no_room_stays(run, targets, tmp_pat
     assert run("replay", log.path).out.split() == ["1", "mark", "0", "4", "here"]
 
 
-def test_a_mark_that_a_forked_child_sets_as_an_entry_is_written_comes_behind_it(
 def test_a_flush_that_begins_as_an_entry_finds_no_room_is_for_nothing_that_comes_later(
         run, targets, tmp_path, monkeypatch):
     """Of another queue; it may as well hear that the recording has ended."""
@@ -369,6 +369,7 @@ def test_a_flush_that_begins_as_an_entry_finds_no_room_is_for_nothing_that_comes
     assert lines == [["write", "8192"], ["flush", "0"]][:len(begun)]
 
 
+def test_a_mark_that_a_forked_child_sets_as_an_entry_is_written_comes_behind_it(
         run, targets, tmp_path, monkeypatch):
     """As where another thread writes the entry: what it holds in the child is never let go."""
     log, pwritev, pid, marking = Log(targets, tmp_path / "log"), os.pwritev, os.getpid(), []
@@ -824,6 +825,42 @@ def test_a_flush_that_ends_with_its_server_is_done_by_the_next_and_lets_nobody_d
     now(log.disk.close())
     for seed in range(10):
         assert {found_in(crash) for crash in targets.crashes(log.path, seed=seed) if crash.mark} == {b"x"}
+
+
+def test_a_flush_that_is_under_way_as_its_queue_ends_is_not_in_the_log(run, targets, tmp_path):
+    class Remote(targets.Ram):
+        async def flush(self):
+            os.write(device.wake_write, b"x")       # the server is to go
+            await asyncio.sleep(60)
+
+    disk = targets.Record(str(tmp_path / "log"), Remote(size=1 << 20))
+    device = StandIn(disk, depth=1, operation=ublk.UBLK_IO_OP_FLUSH)
+    queue = NopQueue(device)
+    queue.fetch()
+    queue.run()
+    queue.wind_up()
+    queue.close()
+    device.close()
+    now(disk.close())
+    assert (queue.answers, run("replay", tmp_path / "log").out) == ([], "")
+
+
+@pytest.mark.parametrize("name", ["reconnects", "fails"])
+def test_a_flush_that_its_target_cancels_is_in_the_log_as_one_that_failed(run, targets, tmp_path, name):
+    """Its client is told: the server stays."""
+    class Remote(targets.Ram):
+        async def flush(self):
+            if name == "fails":
+                raise OSError(errno.ECANCELED, "as told to")
+            answer = asyncio.get_running_loop().create_future()
+            answer.cancel()
+            await answer
+
+    disk = targets.Record(str(tmp_path / "log"), Remote(size=1 << 20))
+    answers = serve(disk, depth=1, operation=ublk.UBLK_IO_OP_FLUSH).answers
+    now(disk.close())
+    assert answers == [(0, -errno.EIO if name == "reconnects" else -errno.ECANCELED)]
+    assert run("replay", tmp_path / "log").out.split() == ["1", "flush", "0", "0", "ECANCELED"]
 
 
 # ---- states of a crash ------------------------------------------------------------------------------
