@@ -1709,7 +1709,7 @@ class Target:
 
     **Errors.** An OSError reaches the client as its errno, as far as the block
     layer knows it (ENOSPC, EOPNOTSUPP, ETIMEDOUT, ENODATA, EILSEQ and some
-    more; EOPNOTSUPP and EAGAIN not of a read or write), else as EIO. Any other
+    more; EOPNOTSUPP and EAGAIN not of a read, write or flush), else as EIO. Any other
     exception is a bug: it is printed with its traceback, once, and the client
     gets EIO. The server goes on in either case.
     """
@@ -2489,7 +2489,7 @@ class Queue:
 
         It goes to the kernel with the next round of the loop.
         """
-        if result in AGAIN and self.flags[tag] & 0xFF <= UBLK_IO_OP_WRITE:
+        if result in MISTAKEN and self.flags[tag] & 0xFF <= UBLK_IO_OP_FLUSH:
             result = -errno.EIO
         self.results[tag] = result
         self.served[tag] = -1
@@ -2887,7 +2887,8 @@ class Queue:
 
 
 # Errors of a READ or WRITE by which a client's io_uring (7.3) does it again, without end.
-AGAIN = -errno.EAGAIN, -errno.EOPNOTSUPP
+# With the second of a FLUSH, fsync() of the disk tells success.
+MISTAKEN = -errno.EAGAIN, -errno.EOPNOTSUPP
 
 # What is not served right from a tag's buffer: requests without data, durable
 # ones, shared memory.

@@ -180,6 +180,27 @@ def test_no_error_has_an_io_uring_do_a_request_again_without_end(number):
             ring.close()
 
 
+def flush_of(path):
+    """Flush a disk as fsync() of its node does."""
+    with opened(path) as fd:
+        os.fsync(fd)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_no_flush_that_has_failed_is_told_as_a_success(number):
+    for target in failing_with(number):
+        assert serve(target, depth=1, operation=ublk.UBLK_IO_OP_FLUSH).answers == [(0, -errno.EIO)]
+
+
+@kernel
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_fsync_tells_of_every_flush_that_has_failed(number):
+    target = failing_with(number)[1]
+    target.size = 1 << 20
+    with ublk.Device(target, partition_scan=False) as disk:
+        assert error_of(flush_of, disk.path) == errno.EIO
+
+
 class Discards(ublk.Target):
     """A disk of zeroes with a method that is told what is discarded."""
 
