@@ -4893,14 +4893,16 @@ class Flushing(Turns):
         try:
             succeeded(self.flush, await end_of(self.flush()))
         except Exception as error:
-            self._failed(-failed(error))
+            self.note_failure(-failed(error))
         except BaseException:  # the queue ends
-            self._failed(errno.ECANCELED)
+            self.note_failure(errno.ECANCELED)
             raise
 
-    def _failed(self, number: int) -> None:
-        self.error = number
-        self.failures += 1
+    def note_failure(self, number: int) -> None:
+        """Have those hear who flush beside it; also of what another call, in any thread, was told."""
+        with self._lock:
+            self.error = number
+            self.failures += 1
 
 
 async def is_left_to_next(error: BaseException) -> bool:

@@ -2095,7 +2095,6 @@ class Zoned(ublk.Target):
             f"damaged: not {self.data_at + self.size} bytes long",
             "restore it",
         )
-        self.lost = False  # what was not flushed, and no flush has failed yet
         same_boot = last_boot == boot_id()
         self.zones = self._load_zones(same_boot)
         if not (same_boot or self.read_only):
@@ -2215,7 +2214,8 @@ class Zoned(ublk.Target):
                 if written:
                     write_through(self.disk.fd, entries, self._place(zones[0]))
             except OSError:
-                self.lost = True  # maybe data of other zones: the kernel tells of them but once
+                # Maybe data of other zones: the kernel tells of them but once
+                self.disk.sync.note_failure(errno.EIO)
                 for zone in written:
                     self._note(zone, zone.wp, zone.durable)
                 raise
@@ -2232,9 +2232,8 @@ class Zoned(ublk.Target):
         return self.disk.read(self.data_at + offset, buffer)
 
     async def flush(self) -> None:
+        failures = self.disk.sync.failures
         with self.lock:
-            lost = self.lost
-            self.lost = False
             ends = [
                 (zone, zone.resets, zone.wp)
                 for zone in self.zones
@@ -2248,11 +2247,10 @@ class Zoned(ublk.Target):
                     zone.durable = max(zone.durable, wp)
                     self._note(zone, zone.wp, zone.durable)
         if ends:
-            await self.disk.flush()
+            await self.disk.sync(failures)
         with self.lock:
-            # What was lost meanwhile may be another client's: it fails the next flush, too
-            if lost or self.lost:
-                raise OSError(errno.EIO, "a reset before the end of this flush has failed")
+            # A reset, or another queue's flush, may have heard of what was lost meanwhile
+            self.disk.sync.check(failures)
             for zone, resets, wp in ends:
                 if zone.resets == resets:
                     zone.kept = max(zone.kept, wp)

@@ -343,7 +343,7 @@ def test_a_flush_hears_of_a_sync_that_fails_between_its_two(targets, tmp_path, m
 
     def keep_beside_a_failure(fresh):
         keep(fresh)
-        cow.top.sync._failed(errno.EIO)
+        cow.top.sync.note_failure(errno.EIO)
         cow.top.told += 1
     with monkeypatch.context() as patch:
         patch.setattr(cow, "_keep", keep_beside_a_failure)
@@ -360,7 +360,7 @@ def test_who_changes_a_file_beside_syncs_that_fail_hears_of_it(targets, tmp_path
     file = disk.top if kind == "Cow" else disk
 
     def beside(*_):
-        file.sync._failed(errno.EIO)
+        file.sync.note_failure(errno.EIO)
         file.told += 1
 
     async def punch(*_):

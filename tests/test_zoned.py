@@ -105,7 +105,7 @@ def test_after_a_loss_of_power_a_zones_pointer_is_where_a_flush_found_it(targets
     disk = zoned(targets, file=str(path))
     disk.zone_append(1 << 20, page)
     disk.zone_append(2 << 20, page)
-    disk.disk.flush = flushed = nothing_to_wait_for()
+    disk.disk.sync.flush = flushed = nothing_to_wait_for()
     now(disk.flush())
     assert flushed.count == 2                   # data first
     disk.zone_append(1 << 20, page)
@@ -135,8 +135,8 @@ def test_a_zone_that_is_reset_during_a_flush_stays_empty(targets, tmp_path):
 
     async def flush():
         disk._reset(disk.zones[1:2])
-        disk.disk.flush = nothing_to_wait_for()
-    disk.disk.flush = flush
+        disk.disk.sync.flush = nothing_to_wait_for()
+    disk.disk.sync.flush = flush
     now(disk.flush())
     disk.zone_append(1 << 20, page)
     disk.close()
@@ -152,17 +152,18 @@ def test_what_a_flush_could_not_note_the_next_one_notes(targets, tmp_path, of):
     table = path.read_bytes()[4096:8192]
 
     async def flush():
-        disk.disk.flush = fails
+        disk.disk.sync.flush = fails
 
     async def fails():
         raise OSError(errno.EIO, "bad sector")
-    disk.disk.flush = flush
+    disk.disk.sync.flush = flush
     assert error_of(now, disk.flush()) == errno.EIO
     if of == "the next":
         disk.close()
         disk = targets.Zoned(file=str(path))
     damage(path, 4096, table)
-    disk.disk.flush = nothing_to_wait_for()
+    disk.disk.sync.flush = nothing_to_wait_for()
+    error_of(now, disk.flush())                 # of this server's the next one fails, too
     now(disk.flush())
     disk.close()
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
@@ -173,14 +174,14 @@ def test_a_flush_notes_also_what_only_seems_empty_to_a_new_server(targets, tmp_p
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
     disk.zone_append(1 << 20, page)
-    disk.disk.flush = nothing_to_wait_for()
+    disk.disk.sync.flush = nothing_to_wait_for()
     now(disk.flush())
     disk.close()
     table = path.read_bytes()[4096:8192]
     damage(path, 4096, bytes(4096))
     disk = targets.Zoned(file=str(path))
     damage(path, 4096, table)
-    disk.disk.flush = nothing_to_wait_for()
+    disk.disk.sync.flush = nothing_to_wait_for()
     now(disk.flush())
     disk.close()
     assert pointer_after_a_new_start(targets, path) == 1 << 20
@@ -195,7 +196,7 @@ def test_a_flush_that_is_slower_than_a_later_one_takes_nothing_back(targets, tmp
         disk.disk.flush = nothing_to_wait_for()
         disk.zone_append(1 << 20, page)
         await disk.flush()
-    disk.disk.flush = flush
+    disk.disk.flush, disk.disk.sync.flush = flush, nothing_to_wait_for()
     now(disk.flush())
     disk.close()
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 8192
@@ -220,29 +221,58 @@ def test_a_zone_that_could_not_be_emptied_stays_as_it_was(targets, tmp_path, bad
     path, page = tmp_path / "zones", memoryview(os.urandom(4096))
     disk = zoned(targets, file=str(path))
     disk.zone_append(1 << 20, page)
-    disk.disk.flush = flushed = nothing_to_wait_for()
+    disk.disk.sync.flush = flushed = nothing_to_wait_for()
     now(disk.flush())
     table = path.read_bytes()[4096:8192]
     bad_table()
     assert error_of(disk._reset, disk.zones) == errno.EIO
     assert path.read_bytes()[4096:8192] == table
     assert [error_of(now, disk.flush()) for _ in range(2)] == [errno.EIO, 0]
-    assert flushed.count == 6                   # the file may durably say that it is empty
+    assert flushed.count == 4                   # the file may durably say that it is empty
     disk.close()
     assert pointer_after_a_new_start(targets, path) == (1 << 20) + 4096
 
 
-def test_a_flush_beside_a_reset_that_failed_fails_and_so_does_the_next(targets, bad_table):
+@pytest.mark.parametrize("notes", [True, False], ids=["notes", "notes nothing"])
+def test_a_flush_beside_a_reset_that_failed_fails_and_so_does_the_next(targets, bad_table, notes):
     """The kernel tells but once that data are lost, though they are another zone's, and another client's."""
     async def flush():
+        del disk.disk.flush
         assert error_of(disk._reset, disk.zones[2:3]) == errno.EIO
-        disk.disk.flush = nothing_to_wait_for()
+    disk = zoned(targets)
+    disk.disk.sync.flush = nothing_to_wait_for()
+    for offset in (1 << 20, 2 << 20):
+        disk.zone_append(offset, memoryview(bytes(4096)))
+    if not notes:
+        now(disk.flush())
+    bad_table()
+    disk.disk.flush = flush
+    assert [error_of(now, disk.flush()) for _ in range(3)] == [errno.EIO, errno.EIO, 0]
+    disk.close()
+
+
+def test_flushes_beside_a_reset_that_failed_all_fail(targets, bad_table):
+    """Two queues' clients flush: what one of them is told says nothing to the other."""
+    async def flushes():
+        began, may_end = asyncio.Event(), asyncio.Event()
+
+        async def sync():
+            began.set()
+            await may_end.wait()
+        disk.disk.sync.flush = sync
+        first = asyncio.create_task(disk.flush())
+        await began.wait()
+        assert error_of(disk._reset, disk.zones[2:3]) == errno.EIO
+        second = asyncio.create_task(disk.flush())
+        await asyncio.sleep(0)
+        may_end.set()
+        return await asyncio.gather(first, second, return_exceptions=True)
     disk = zoned(targets)
     for offset in (1 << 20, 2 << 20):
         disk.zone_append(offset, memoryview(bytes(4096)))
     bad_table()
-    disk.disk.flush = flush
-    assert [error_of(now, disk.flush()) for _ in range(3)] == [errno.EIO, errno.EIO, 0]
+    assert [getattr(error, "errno", 0) for error in asyncio.run(flushes())] == [errno.EIO, errno.EIO]
+    assert error_of(now, disk.flush()) == 0
     disk.close()
 
 
@@ -252,7 +282,7 @@ def test_zones_that_could_not_be_emptied_nor_restored_are_noted_by_a_flush(
     disk = zoned(targets, file=str(path))
     for offset in (0, 1 << 20):
         disk.zone_append(offset, page)
-    disk.disk.flush = nothing_to_wait_for()
+    disk.disk.sync.flush = nothing_to_wait_for()
     now(disk.flush())
 
     def fails(*_):
@@ -301,7 +331,7 @@ def test_a_flush_of_zones_that_are_only_read_notes_nothing(targets, tmp_path):
     disk.zone_append(1 << 20, memoryview(b"x" * 4096))
     disk.close()
     disk = targets.Zoned(file=str(path), read_only=True)
-    disk.disk.flush = flushed = nothing_to_wait_for()
+    disk.disk.sync.flush = flushed = nothing_to_wait_for()
     now(disk.flush())
     assert flushed.count and disk.zones[1].wp == (1 << 20) + 4096
     disk.close()
