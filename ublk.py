@@ -4114,7 +4114,6 @@ _forking = threading.RLock()
 def _disown_all() -> None:
     # A thread, which is not here, may have had a view of their memory
     with contextlib.suppress(BufferError), contextlib.ExitStack() as ends:
-        ends.callback(_forking.release)
         for device in _served:
             ends.callback(device.disown)
         for queue in _queues:
@@ -4123,8 +4122,11 @@ def _disown_all() -> None:
 
 # A child that a program forks for purposes of its own would keep DEL_DEV
 # waiting for its copies.
+os.register_at_fork(after_in_child=_disown_all)
+# Apart, as a Ctrl-C may end a function in Python, but no method of a lock: a child with a disk of
+# its own, --background's, would wait for itself without end.
 os.register_at_fork(
-    before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_disown_all
+    before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release
 )
 
 

@@ -1055,6 +1055,18 @@ def test_a_child_that_is_forked_as_a_ring_is_made_does_not_keep_it(driver, monke
     assert ends == [0]
 
 
+def test_a_ctrl_c_as_it_forks_leaves_a_child_that_can_serve(monkeypatch):
+    """It ends what Python calls in the child, where a server of --background waited for itself then."""
+    def has_the_lock():
+        taken = []
+        thread = threading.Thread(target=lambda: taken.append(ublk._forking.acquire(timeout=10)), daemon=True)
+        thread.start()
+        thread.join()
+        os._exit(taken != [True])
+    monkeypatch.setattr(ublk, "contextlib", SimpleNamespace(suppress=interrupts))
+    assert in_child(has_the_lock) == 0
+
+
 def test_a_child_that_a_handler_forks_closes_no_target(driver):
     with new() as disk:
         worker, = disk._workers
