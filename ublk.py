@@ -2956,6 +2956,7 @@ def takes_unmap(function: Any) -> bool:
     return True
 
 
+PR_SET_PDEATHSIG = 1
 PR_SET_IO_FLUSHER = 57
 CAP_SYS_ADMIN = 1 << 21
 MAX_DISCARD = 1 << 30  # bytes a single discard or write-zeroes may cover
@@ -6447,6 +6448,13 @@ class Started:
             os.write(self.news, news)
         self.hang_up()
 
+    def see_that_somebody_waits(self) -> None:
+        """Raise OSError (EPIPE) where the parent has gone."""
+        gone = select.poll()
+        gone.register(self.news, 0)
+        if gone.poll(0):
+            raise OSError(errno.EPIPE, "the command was killed")
+
     def hang_up(self) -> None:
         """Close the pipe to the parent, if there is one."""
         if self.news >= 0:
@@ -6509,6 +6517,7 @@ class Started:
         os.dup2(log, 2)
         os.close(log)
         os.chdir("/")
+        _libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)  # of its command, which ends now
         self.tell(b"live")
 
 
@@ -6684,6 +6693,9 @@ def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoRetu
     try:
         os.setsid()
         os.close(reader)
+        # Who is killed has no disk, nor files that are locked until a target is made
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        started.see_that_somebody_waits()
         started.out = open(os.dup(1), "w", encoding="utf-8")
         os.register_at_fork(after_in_child=started.in_helper)
         null = os.open(os.devnull, os.O_RDWR)

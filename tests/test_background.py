@@ -23,6 +23,7 @@ from tests.support import (
     Forked,
     assert_error_line,
     await_state,
+    children_of,
     devices_left,
     error_of,
     kernel,
@@ -373,6 +374,34 @@ def test_a_server_whose_command_was_killed_has_nobody_to_tell():
     reader, started.news = os.pipe()
     os.close(reader)
     assert error_of(started.tell, b"live") == errno.EPIPE
+    started.hang_up()
+
+
+def test_a_server_ends_with_its_command_while_its_target_is_made(tmp_path):
+    """Or it kept the files, of a disk that nobody sees, and had one for a moment when all were deleted."""
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            def __init__(self):
+                import fcntl
+                fcntl.flock(os.open("lock", os.O_CREAT), fcntl.LOCK_EX)
+                open("begun", "w").close()
+                time.sleep(3600)
+    """)
+    command = Forked(path, "--background", change=lambda: os.chdir(tmp_path))
+    until((tmp_path / "begun").exists, "the constructor")
+    server, = children_of(command.pid)
+    command.kill()
+    with open(tmp_path / "lock") as lock:
+        until(lambda: not error_of(fcntl.flock, lock, fcntl.LOCK_EX | fcntl.LOCK_NB), "its end")
+    assert not ublk.alive(server)
+
+
+def test_a_server_whose_command_was_killed_at_once_makes_no_target():
+    started = ublk.Started(SimpleNamespace(json=False, background=True, trace=None))
+    reader, started.news = os.pipe()
+    started.see_that_somebody_waits()
+    os.close(reader)
+    assert error_of(started.see_that_somebody_waits) == errno.EPIPE
     started.hang_up()
 
 
