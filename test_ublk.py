@@ -871,7 +871,7 @@ def test_an_exception_fails_its_request_and_no_other(make, capfd):
 
 
 # What the block layer keeps of an errno; everything else becomes EIO.
-KEPT = [errno.ENOSPC, errno.EOPNOTSUPP, errno.ETIMEDOUT, errno.ENOLINK, errno.EREMOTEIO, errno.EILSEQ,
+KEPT = [errno.ENOSPC, errno.ETIMEDOUT, errno.ENOLINK, errno.EREMOTEIO, errno.EILSEQ,
         errno.ENOMEM, errno.ENODATA]
 
 
@@ -901,7 +901,7 @@ def test_an_oserror_reaches_the_client_as_its_errno(make, capfd):
         for number in KEPT:
             assert error_of(read_at, fd, 4096 * number, 4096) == number
             assert error_of(write_at, fd, 4096 * number, bytes(4096)) == number
-        for number in (errno.EIO, errno.ENXIO, errno.ENOENT, errno.EPIPE):
+        for number in (errno.EIO, errno.ENXIO, errno.ENOENT, errno.EPIPE, errno.EOPNOTSUPP, errno.EAGAIN):
             assert error_of(read_at, fd, 4096 * number, 4096) == errno.EIO
     assert "Traceback" not in capfd.readouterr().err
 
