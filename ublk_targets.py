@@ -2424,6 +2424,8 @@ class Record(Wrapper, ublk.Target):
         if not hasattr(target, "flush"):  # of interest even where the target needs none
             self.offers += ["flush", "write_fua"]
         self.lock = threading.Lock()
+        # Changes that are not in the log yet, each with the errno of a flush that failed meanwhile
+        self.under_way: dict[object, int] = {}
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize
         self.boot = boot_id()
@@ -2471,8 +2473,11 @@ class Record(Wrapper, ublk.Target):
         if name not in CHANGES:
             return await super().call(name, *args)
         offset, length = extent(args)
+        change = object()
         with self.lock:  # or half an entry of another queue, that finds no room, would count
             end = os.fstat(self.log.fd).st_size
+            if end < self.limit and name != "flush":
+                self.under_way[change] = 0
         if end >= self.limit:
             raise self._end("it has its limit")
         if name == "flush":
@@ -2490,9 +2495,9 @@ class Record(Wrapper, ublk.Target):
             # A flush that ends with its queue is done again by the next server: nothing is in doubt
             left = (name, error) == ("flush", errno.ECANCELED)
             if not (left and await ublk.is_left_to_next(failure)):
-                self._append(name, data, offset, length, error)
+                self._append(change, name, data, offset, length, error)
             raise
-        self._append(name, data, offset, length)
+        self._append(change, name, data, offset, length)
 
     def mark(self, text: str) -> None:
         """Note something between two changes, such as what was promised to be durable.
@@ -2503,12 +2508,25 @@ class Record(Wrapper, ublk.Target):
         # Not by our locks: in a child, one that another thread had is never let go
         mark(self.log.path, text)
 
-    def _append(self, *entry: Any) -> None:
+    def _append(
+        self,
+        change: object,
+        name: str,
+        data: Any,
+        offset: int,
+        length: int,
+        error: int = 0,
+    ) -> None:
         try:
             with self.lock:
-                self.log.append(*entry)
-        except OSError as error:
-            end = self._end(str(error.strerror))
+                failed = self.under_way.pop(change, 0)
+                if name == "flush" and error:  # a disk may have lost what it had of them, too
+                    self.under_way = dict.fromkeys(self.under_way, error)
+                elif name != "write_fua":
+                    error = error or failed
+                self.log.append(name, data, offset, length, error)
+        except OSError as failure:
+            end = self._end(str(failure.strerror))
             self.boot = LACKS_A_CHANGE
             self._head()
             raise end from None
@@ -2527,7 +2545,8 @@ class Record(Wrapper, ublk.Target):
             with closing(self.log):
                 if self.boot != LACKS_A_CHANGE:
                     os.fsync(self.log.fd)
-                    self.boot = COMPLETE
+                    # As of a target above that does not wait for what it has begun
+                    self.boot = COMPLETE if not self.under_way else LACKS_A_CHANGE
                     self._head()
         finally:
             await ublk.end_of(getattr(self.target, "close", bool)())

@@ -547,6 +547,46 @@ def test_what_was_written_when_a_flush_failed_may_be_lost_though_the_next_one_we
     assert found == {b"xzy\0", b"\0zy\0"}
 
 
+@pytest.mark.parametrize("durable", [False, True], ids=["write", "write_fua"])
+def test_what_is_being_written_as_a_flush_fails_may_be_lost_as_well(targets, tmp_path, durable):
+    """As what the page cache has of it already. It is told of success all the same."""
+    async def pause(*_):
+        await Pause()
+
+    log = Log(targets, tmp_path / "log", size=8192)
+    log.disk.target.write = log.disk.target.write_fua = pause
+    writing = log.disk.call("write_fua" if durable else "write", 0, memoryview(b"x" * 512))
+    writing.send(None)
+    log.disk.target.flush = error
+    assert error_of(now, log.disk.flush()) == errno.EIO
+    now(writing)
+    log.disk.target.flush = lambda: None
+    now(log.disk.flush())
+    log.disk.mark("flushed")
+    now(log.disk.close())
+    found = {found_in(crash)[:1] for seed in range(10)
+             for crash in targets.crashes(log.path, seed=seed) if crash.mark}
+    assert found == ({b"x"} if durable else {b"x", b"\0"})
+
+
+def test_a_log_that_ends_before_a_change_that_is_under_way_may_lack_it(targets, tmp_path, monkeypatch):
+    """As of a cache that does not wait for ever for a target, which does what it has been told."""
+    async def write(offset, buffer):
+        Ram.write(below, offset, buffer)
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(ublk, "STOP_TIMEOUT", 0.1)
+    path, Ram = str(tmp_path / "log"), targets.Ram
+    below = Ram(size=1 << 20)
+    disk = targets.Cache(targets.Record(path, below))
+    now(disk.write(0, memoryview(b"x" * 512)))
+    below.write = write
+    assert error_of(lambda: asyncio.run(disk.close())) == errno.ETIMEDOUT
+    gc.collect()        # or asyncio tells only as Python ends that nobody heard of the write's end
+    with pytest.raises(ublk.UblkError, match="may lack changes"):
+        targets.Record(path, below)
+
+
 def test_replay_rebuilds_a_disk_some_of_whose_changes_failed(run, targets, tmp_path):
     """Of which nothing may be there."""
     log = Log(targets, tmp_path / "log")
