@@ -1709,9 +1709,9 @@ class Target:
 
     **Errors.** An OSError reaches the client as its errno, as far as the block
     layer knows it (ENOSPC, EOPNOTSUPP, ETIMEDOUT, ENODATA, EILSEQ and some
-    more; EOPNOTSUPP and EAGAIN not of a read, write or flush), else as EIO. Any other
-    exception is a bug: it is printed with its traceback, once, and the client
-    gets EIO. The server goes on in either case.
+    more; not where clients would mistake it, see MISTAKEN), else as EIO. Any
+    other exception is a bug: it is printed with its traceback, once, and the
+    client gets EIO. The server goes on in either case.
     """
 
     size: int = 0
@@ -2489,7 +2489,7 @@ class Queue:
 
         It goes to the kernel with the next round of the loop.
         """
-        if result in MISTAKEN and self.flags[tag] & 0xFF <= UBLK_IO_OP_FLUSH:
+        if result in MISTAKEN and self.flags[tag] & 0xFF in MISTAKEN[result]:
             result = -errno.EIO
         self.results[tag] = result
         self.served[tag] = -1
@@ -2886,9 +2886,15 @@ class Queue:
         self.loop = self.answer = self.flushing = None
 
 
-# Errors of a READ or WRITE by which a client's io_uring (7.3) does it again, without end.
-# With the second of a FLUSH, fsync() of the disk tells success.
-MISTAKEN = -errno.EAGAIN, -errno.EOPNOTSUPP
+# Errors that clients do not take for one, and of which operations. By the first two io_uring
+# (7.3) moves data again, without end; with the second of a FLUSH fsync() of the disk tells
+# success; the third says that a file has no fsync() at all, and dd goes on.
+MOVES = UBLK_IO_OP_READ, UBLK_IO_OP_WRITE, UBLK_IO_OP_ZONE_APPEND
+MISTAKEN = {
+    -errno.EAGAIN: (*MOVES, UBLK_IO_OP_FLUSH),
+    -errno.EOPNOTSUPP: (*MOVES, UBLK_IO_OP_FLUSH),
+    -errno.EINVAL: (UBLK_IO_OP_FLUSH,),
+}
 
 # What is not served right from a tag's buffer: requests without data, durable
 # ones, shared memory.

@@ -1156,12 +1156,11 @@ def test_a_flush_that_cannot_make_a_file_durable_fails_twice(targets, tmp_path):
     """What it hears of, and but once, may be another client's, who flushes next."""
     path, = files(tmp_path, 1, SIZE)
     disk = targets.Loop(path)
-    reader, writer = os.pipe()
-    os.dup2(writer, disk.fd, inheritable=False)
-    for result in -errno.EINVAL, -errno.EIO, -errno.EINVAL:
+    nowhere = os.open(path, os.O_PATH)
+    os.dup2(nowhere, disk.fd, inheritable=False)
+    for result in -errno.EBADF, -errno.EIO, -errno.EBADF:
         assert serve(disk, depth=1, operation=FLUSH).answers == [(0, result)]
-    for fd in reader, writer:
-        os.close(fd)
+    os.close(nowhere)
     disk.close()
 
 

@@ -149,7 +149,7 @@ def failing_with(number):
     def fails(target, *_):
         raise OSError(number, "not today")
 
-    return (target_of(read=fails, write=fails, flush=fails, discard=fails),
+    return (target_of(read=fails, write=fails, zone_append=fails, flush=fails, discard=fails),
             target_of(read=Ram.read, write=lambda *_: None, flush=fails))
 
 
@@ -158,7 +158,7 @@ def test_no_error_has_a_client_do_a_request_again_without_end(number):
     broken, volatile = failing_with(number)
     durable = ublk.UBLK_IO_OP_WRITE | ublk.UBLK_IO_F_FUA
     for target, operation in ((broken, ublk.UBLK_IO_OP_READ), (broken, ublk.UBLK_IO_OP_WRITE),
-                              (broken, durable), (volatile, durable)):
+                              (broken, ublk.UBLK_IO_OP_ZONE_APPEND), (broken, durable), (volatile, durable)):
         assert serve(target, depth=1, operation=operation).answers == [(0, -errno.EIO)]
     assert serve(broken, depth=1, operation=ublk.UBLK_IO_OP_DISCARD).answers == [(0, -number)]
 
@@ -186,14 +186,14 @@ def flush_of(path):
         os.fsync(fd)
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL], ids=errno.errorcode.get)
 def test_no_flush_that_has_failed_is_told_as_a_success(number):
     for target in failing_with(number):
         assert serve(target, depth=1, operation=ublk.UBLK_IO_OP_FLUSH).answers == [(0, -errno.EIO)]
 
 
 @kernel
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL], ids=errno.errorcode.get)
 def test_fsync_tells_of_every_flush_that_has_failed(number):
     target = failing_with(number)[1]
     target.size = 1 << 20
