@@ -307,7 +307,8 @@ HOSTILE_GREETINGS = {
 @pytest.mark.parametrize("name", HOSTILE_GREETINGS)
 def test_nbd_hostile_greetings(run, targets, monkeypatch, here, name):
     greet, text, number = HOSTILE_GREETINGS[name]
-    monkeypatch.setattr(targets, "NBD_HANDSHAKE", 0.5)
+    if number == errno.ETIMEDOUT:           # the others are to be heard, however busy the machine is
+        monkeypatch.setattr(targets, "NBD_HANDSHAKE", 0.5)
     with FakeNbd(here) as fake:
         fake.hello = lambda peer: greet(fake, peer)
         assert_fails(run("nbd", nbd_uri(here)), 1, text, number)
