@@ -2468,8 +2468,6 @@ class Record(Wrapper, ublk.Target):
 
     async def call(self, name: str, *args: Any) -> Any:
         """Have the target do it, then append an entry of a change, whether it has failed or not."""
-        import asyncio
-
         if name not in CHANGES:
             return await super().call(name, *args)
         offset, length = extent(args)
@@ -2487,6 +2485,8 @@ class Record(Wrapper, ublk.Target):
             if name != "flush" or hasattr(self.target, name):
                 await super().call(name, *args)
         except BaseException as failure:
+            import asyncio
+
             error = getattr(failure, "errno", 0)
             if isinstance(failure, (asyncio.CancelledError, GeneratorExit)):
                 error = errno.ECANCELED
