@@ -107,8 +107,10 @@ def run(machine: Machine) -> int:
         os.execvp("sudo", ["sudo", "env", f"UBLK_LAB={CACHE}", sys.executable, *sys.argv])
     machine.console.parent.mkdir(parents=True, exist_ok=True)
     with turn():
-        statuses = (boot(machine) for _ in range(2))
-        return next((status for status in statuses if status is not None), STATUS_NO_ANSWER)
+        status = boot(machine)
+        if status is None:
+            status = boot(machine)
+        return STATUS_NO_ANSWER if status is None else status
 
 
 def boot(machine: Machine) -> Optional[int]:

@@ -1017,10 +1017,13 @@ def test_a_forked_child_leaves_a_disk_alone_of_whose_ring_a_thread_had_a_view(dr
         assert in_child(given_up) == 0
 
 
-def rings_held():
-    """Return the rings of which this process has a descriptor."""
+def held(start):
+    """Return the files that this process has open and whose names begin so."""
     links = map(ublk.link_of, glob.glob("/proc/self/fd/*"))
-    return [link for link in links if link == "anon_inode:[io_uring]"]
+    return [link for link in links if link.startswith(start)]
+
+
+rings_held = partial(held, "anon_inode:[io_uring]")
 
 
 def test_a_child_that_is_forked_as_a_queue_is_made_holds_nothing_of_the_device(driver, monkeypatch):
@@ -1094,9 +1097,7 @@ def made(targets, kind, path):
     "loop", "stripe", "cow", "zoned", "record", "fault over record"])
 def test_a_forked_child_keeps_no_lock_of_the_targets_files(driver, targets, tmp_path, kind):
     """Else nobody could serve them after a server that is killed, until its child ends, too."""
-    def of_its_files():
-        links = map(ublk.link_of, glob.glob("/proc/self/fd/*"))
-        return [link for link in links if link.startswith(f"{tmp_path}/")]
+    of_its_files = partial(held, f"{tmp_path}/")
     target = made(targets, kind, tmp_path)
     driver.happens["add_dev"] = fails
     failed = new(target)
