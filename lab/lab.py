@@ -123,10 +123,12 @@ def boot(machine: Machine) -> Optional[int]:
         qemu = start(qemu_command(machine, directory), machine.console.with_suffix(".qemu"),
                      machine.interactive)
         processes.callback(stop, qemu)
-        if not copy_output(qemu, machine.timeout):
-            say(f"{machine.kernel}: time limit of {machine.timeout:.0f} s reached")
-            return verdict(machine, directory / "status") or STATUS_NO_ANSWER
-        return verdict(machine, directory / "status")
+        in_time = copy_output(qemu, machine.timeout)
+        status = verdict(machine, directory / "status")
+        if in_time:
+            return status
+        say(f"{machine.kernel}: time limit of {machine.timeout:.0f} s reached")
+        return status or STATUS_NO_ANSWER
 
 
 @contextlib.contextmanager
