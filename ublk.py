@@ -5269,7 +5269,7 @@ def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
         found = holders(dev_id)
         users = [name for name in found if not name.startswith(LOOKERS)]
         late = time.monotonic() > deadline
-        # We may not see all of them; from 7.0 on the driver does
+        # We may not see all of them; from 7.0 on the driver does, before it those of the kernel
         if not users and (try_stop(control, dev_id, identity) or (found and late)):
             return
         if late:
@@ -5288,8 +5288,23 @@ def try_stop(control: Control, dev_id: int, identity: int) -> bool:
         try:
             control.try_stop_dev(dev_id, GRACE)
         except UblkError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return not is_claimed(f"/dev/ublkb{dev_id}")
             return error.errno != errno.EBUSY
     return True
+
+
+def is_claimed(path: str) -> bool:
+    """Tell whether the kernel has a disk, or a part of it, for one use alone.
+
+    That is what a mount, swap and a disk above do; and the log of a file system
+    on another disk, of which nothing else tells.
+    """
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
 
 
 def new_identity(follows: bool) -> int:

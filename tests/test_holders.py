@@ -86,6 +86,15 @@ def by_a_mount_under_another_name(disk, tmp_path):
 
 
 @contextmanager
+def by_a_file_system_on_another_disk(disk, tmp_path):
+    with ublk.Device(Ram(64 << 20)) as other:
+        sh("mkfs.ext4", "-q", "-F", "-b", "4096", "-O", "journal_dev", disk)
+        sh("mkfs.ext4", "-q", "-F", "-b", "4096", "-J", f"device={disk}", other.path)
+        with mount_of(other.path, tmp_path / "mnt"):
+            yield "by somebody"
+
+
+@contextmanager
 def by_swap(disk, tmp_path):
     sh("mkswap", disk)
     sh("swapon", disk)
@@ -111,7 +120,8 @@ def by_md(disk, tmp_path):
 
 
 HOLDERS = [by_ourselves, by_a_program, by_a_program_under_another_name, by_a_mount,
-           by_a_mount_under_another_name, by_a_mount_in_another_namespace, by_swap, by_a_loop, by_md,
+           by_a_mount_under_another_name, by_a_mount_in_another_namespace,
+           by_a_file_system_on_another_disk, by_swap, by_a_loop, by_md,
            pytest.param(by_a_program_that_is_not_found, marks=since("7.0"))]
 
 
