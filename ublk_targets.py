@@ -1523,6 +1523,9 @@ NBD_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 NBD_REPLY_MAGIC = 0x67446698
 NBD_DIAL = 30.0  # seconds to find a server's addresses, and one that answers
 NBD_HANDSHAKE = 5.0  # seconds each of them has to answer, and the server for all the rest
+# The largest request without data, for its server may have to write all of it within the timeout, and
+# of all beside it, too
+NBD_REACH = 8 << 20
 NBD_LOOKS = 10  # how often a request is looked at before it is given up
 # A machine that is silent is asked whether it lives, and is dead 30 s later
 NBD_KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -1819,18 +1822,31 @@ class Nbd(ublk.Target):
         return await self.ask(NBD_CMD_READ, 0, offset, buffer)
 
     async def write(self, offset: int, buffer: memoryview) -> None:
-        """Do one of several parts anew where the first may have been lost before the last was done."""
-        while True:
-            losses = self.losses
-            for at in range(0, len(buffer), self.maximum):
-                await self.ask(NBD_CMD_WRITE, 0, offset + at, buffer[at:])
-            if len(buffer) <= self.maximum or losses == self.losses:
-                return
+        await self._change(NBD_CMD_WRITE, 0, offset, buffer, self.maximum)
 
     async def call(self, name: str, offset: int = 0, what: Any = 0) -> int:
         """Serve what not every server offers."""
         _, command, flags = NBD_OFFERS[name]
+        if command in (NBD_CMD_TRIM, NBD_CMD_WRITE_ZEROES):
+            return await self._change(command, flags, offset, what, NBD_REACH)
         return await self.ask(command, flags, offset, what)
+
+    async def _change(self, command: int, flags: int, offset: int, what: Any, most: int) -> int:
+        """Have the server change a range, so much at once; return how much. Raises OSError.
+
+        Several parts are done anew where the first may have been lost before the last was done.
+        """
+        length = extent((offset, what))[1]
+        end = offset + length
+        cuts = [offset, *range((offset // most + 1) * most, end, most), end]
+        while True:
+            losses = self.losses
+            for at, till in zip(cuts, cuts[1:]):
+                has_data = command == NBD_CMD_WRITE
+                part = what[at - offset : till - offset] if has_data else till - at
+                await self.ask(command, flags, at, part)
+            if len(cuts) == 2 or losses == self.losses:
+                return length
 
     # ---- requests ------------------------------------------------------------------------------
 

@@ -171,6 +171,7 @@ class FakeNbd:
         self.info = [struct.pack(">HQH", 0, size, flags), *info]
         self.data, self.connections, self.longest = bytearray(os.urandom(1 << 20)), 0, 0
         self.commands, self.dies_of, self.ignores, self.fails, self.limits = [], None, None, None, iter(())
+        self.ranges, self.slow = [], 0          # of zeroes and discards, and how many seconds a byte takes
 
     def __enter__(self):
         family, address = self.path if isinstance(self.path, tuple) else (socket.AF_UNIX, str(self.path))
@@ -239,6 +240,9 @@ class FakeNbd:
             self.commands.append(command)
             if command == 1:
                 self.data[offset:offset + length] = self.take(peer, length)
+            if command in (4, 6):
+                self.ranges.append((offset, length))
+                time.sleep(length * self.slow)
             if command == self.dies_of:
                 self.dies_of = None
                 raise EOFError
@@ -753,6 +757,21 @@ def test_nbd_a_server_has_the_whole_time_it_is_given(targets, here):
         target = targets.Nbd(nbd_uri(here), timeout="3s")
         assert served(target, work) == fake.data[fake.SPOT:][:4096]
         assert fake.commands.count(READ) == 1
+
+
+@pytest.mark.parametrize("name", ["write_zeroes", "discard"])
+def test_nbd_a_server_that_zeroes_slowly_has_the_whole_time_for_each_part(targets, here, name):
+    """The kernel asks for much at once, as of `blkdiscard --zeroout`, and some have to write all of it."""
+    async def work():
+        clear = getattr(target, name)
+        calls = [clear(number << 27, 128 << 20) for number in range(7)] + [clear(1 << 20, 16 << 20)]
+        return {await error for error in [asyncio.ensure_future(errno_of(call)) for call in calls]}
+
+    with FakeNbd(here, size=1 << 30, flags=0b1101101) as fake:
+        target, fake.slow = targets.Nbd(nbd_uri(here), timeout="1s"), 2 / (1 << 30)
+        assert served(target, work) == {0}
+        cut = {(1 << 20, 7 << 20), (16 << 20, 1 << 20)}
+        assert {each for each in fake.ranges if each[1] != 8 << 20} == cut
 
 
 def test_nbd_who_was_stopped_for_long_takes_the_answers_that_came_meanwhile(targets, here):
