@@ -971,11 +971,13 @@ class Cow(ublk.Target):
         self._seal(seen)
 
     def close(self) -> None:
-        fresh = self._unkept()
-        os.fdatasync(self.top.fd)
-        self._keep(fresh)
-        os.fdatasync(self.top.fd)
-        self.disown()
+        try:
+            fresh = self._unkept()
+            os.fdatasync(self.top.fd)
+            self._keep(fresh)
+            os.fdatasync(self.top.fd)
+        finally:
+            self.disown()
 
     def disown(self) -> None:
         self.top.close()

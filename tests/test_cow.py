@@ -453,6 +453,16 @@ def test_the_end_of_an_overlay_makes_its_data_durable_and_then_its_marks(targets
     assert seen == [(top, targets.OURS), (top, targets.KEPT)]
 
 
+def test_an_overlay_whose_end_fails_is_there_for_the_next_server(targets, tmp_path, monkeypatch):
+    """Though its program goes on, and has the target still."""
+    base, overlay = overlay_of(targets, tmp_path)
+    cow = targets.Cow(base, overlay)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", lambda fd: os.pread(-1, 1, 0))
+        assert error_of(cow.close) == errno.EBADF
+    targets.Cow(base, overlay).close()
+
+
 def kill_overlays(directory, rounds, progress=bool):
     """Kill servers of an overlay at random moments, also while they start; return what was written."""
     base, overlay = directory / "base.img", directory / "overlay.cow"
