@@ -6654,17 +6654,23 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     # Ignored, it would leave us nothing to wait for
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     reader, started.news = os.pipe()
-    child = os.fork()
-    if child == 0:
-        to_the_end(reader, run, started)
-    started.hang_up()
     passed: list[int] = []
 
     def pass_on(number: int, frame: Any = None) -> None:
         passed.append(number)
         os.kill(child, number)  # which is nobody else before it is waited for
 
-    on_signals(pass_on)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        # One that comes as we fork waits: it would be lost in what Python does then
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        child = os.fork()
+        if child == 0:
+            to_the_end(reader, run, started, before)
+        on_signals(pass_on)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    started.hang_up()
     heard = select.poll()  # for select() there may be too many descriptors
     heard.register(reader, select.POLLIN)
     # Not without end: a signal that comes just before would not be passed on
@@ -6681,6 +6687,9 @@ def in_background(run: Callable[[], None], started: Started, identity: int) -> i
     clean_up(identity)
     if news == b"failed":
         return code
+    if news:
+        reason = f"ended by {signal.Signals(passed[0]).name}"
+        raise UblkError(errno.EINTR, "the disk was there, and is no longer served", reason)
     what = "the server died before the disk was there"
     if code >= 0:
         raise UblkError(errno.ECHILD, what, f"exit status {code}")
@@ -6704,14 +6713,18 @@ def clean_up(identity: int) -> None:
                     say(f"device {dev_id} is left behind: {error}")
 
 
-def to_the_end(reader: int, run: Callable[[], None], started: Started) -> NoReturn:
+def to_the_end(
+    reader: int, run: Callable[[], None], started: Started, signals: set[Any]
+) -> NoReturn:
     """Run a forked child, and end it without what its parent has registered for its own end.
 
     reader: the parent's end of the pipe.
+    signals: those that are to be blocked.
     """
     status = 1
     sys.stdout = sys.stderr
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         os.setsid()
         os.close(reader)
         # Who is killed has no disk, nor files that are locked until a target is made

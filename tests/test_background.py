@@ -405,6 +405,36 @@ def test_a_server_whose_command_was_killed_at_once_makes_no_target():
     started.hang_up()
 
 
+@pytest.mark.parametrize("where", ["after_in_parent", "after_in_child"])
+def test_a_ctrl_c_as_it_forks_ends_the_command(tmp_path, where):
+    """Python loses it there. Sent again once a disk was there, it took one away that waited for a server."""
+    path = target_file(tmp_path, """
+        class Mine(ublk.Target):
+            def __init__(self):
+                open("begun", "w").close()
+    """)
+
+    def change():
+        os.chdir(tmp_path)
+        os.register_at_fork(**{where: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    command = Forked(path, "--background", change=change)
+    assert command.wait() == 1
+    assert command.said() == "ublk: ended by KeyboardInterrupt\n" and not (tmp_path / "begun").exists()
+
+
+@kernel
+def test_a_signal_that_comes_as_the_disk_is_told_of_is_what_ended_it():
+    def change():
+        def live(started, device, live=ublk.Started.live):
+            os.kill(os.getppid(), signal.SIGTERM)
+            until(lambda: device.interrupted, "the signal")
+            live(started, device)
+        ublk.Started.live = live
+    command = Forked("null", "--background", change=change)
+    assert command.wait() == 1 and devices_left() == []
+    assert_error_line(command.said(), errno.EINTR, says="ended by SIGTERM")
+
+
 def test_what_the_caller_has_open_is_found_whatever_it_is():
     child = subprocess.Popen(["sleep", "60"])
     gone = os.open(f"/proc/{child.pid}/fd", os.O_RDONLY)        # of which stat() tells ENOENT then
