@@ -20,6 +20,7 @@ import pytest
 import ublk
 from tests.support import (
     HERE,
+    MKFS,
     Fio,
     Forked,
     Ram,
@@ -33,6 +34,7 @@ from tests.support import (
     in_flight,
     kernel,
     message,
+    mount_of,
     needs,
     now,
     opened,
@@ -562,3 +564,20 @@ def test_a_server_that_dies_is_given_time_to_let_go(targets, tmp_path):
     assert os.waitpid(child, 0)[1] == 0
     os.close(reader)
     os.close(writer)
+
+
+@kernel
+def test_a_disk_keeps_its_blocks_though_its_file_is_copied(targets, tmp_path):
+    """Of a file that shares blocks with a copy, XFS wants direct writes in whole ones, but takes any."""
+    needs("mkfs.xfs")
+    with ublk.Device(targets.Ram(size=320 << 20)) as below:
+        sh(*MKFS["xfs"], below.path)
+        with mount_of(below.path, tmp_path / "mnt") as directory:
+            image = directory / "disk.img"
+            image.write_bytes(bytes(1 << 20))
+            with Forked("loop", image, "--direct", "-r", "requeue") as disk:
+                disk.kill()
+                sh("cp", "--reflink=always", image, directory / "copy.img")
+                with recovered(disk) as disk, opened(disk.path) as fd:
+                    assert write_at(fd, 512, b"x" * 512) == 512
+                    assert read_at(fd, 0, 2048) == bytes(512) + b"x" * 512 + bytes(1024)
