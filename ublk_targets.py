@@ -1570,6 +1570,25 @@ def dial(address: Any) -> socket.socket:
     return connection
 
 
+async def in_time(work: Any, seconds: float) -> Any:
+    """Return what a coroutine returns that has so long. Raises asyncio.TimeoutError.
+
+    Who is cancelled as it ends is: up to Python 3.11 asyncio.wait_for() forgets that.
+    """
+    import asyncio
+
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    finally:
+        late = task.cancel()
+        if late:
+            await asyncio.wait([task])
+    if late:
+        raise asyncio.TimeoutError
+    return task.result()
+
+
 @dataclass
 class NbdConnection:
     """A connection to an NBD server, usable once open() has returned.
@@ -1596,9 +1615,9 @@ class NbdConnection:
         try:
             address, export = nbd_address(self.uri)
             dialing = asyncio.to_thread(dial, address)
-            self.socket = await asyncio.wait_for(dialing, NBD_DIAL)
+            self.socket = await in_time(dialing, NBD_DIAL)
             talk = self._shake_hands(address, export)
-            await asyncio.wait_for(talk, NBD_HANDSHAKE)
+            await in_time(talk, NBD_HANDSHAKE)
         except BaseException as error:
             self.hang_up()
             raise self._explained(error) from None

@@ -984,6 +984,28 @@ def test_nbd_a_disk_that_starts_anew_sends_nothing_of_its_last_life(targets, her
         assert fake.commands.count(WRITE) == 1
 
 
+def test_nbd_a_disk_that_ends_as_it_connects_again_sends_nothing_more(targets, here, monkeypatch):
+    """Its next server, which asks for the same, could be overtaken by that."""
+    shake_hands = targets.NbdConnection._shake_hands
+
+    async def work():
+        async def last_words(*words):
+            await shake_hands(*words)
+            for task in target.tasks:
+                task.cancel()
+        monkeypatch.setattr(targets.NbdConnection, "_shake_hands", last_words)
+        fake.dies_of = WRITE
+        write = asyncio.ensure_future(target.write(0, PAGE))
+        _, go_on = await asyncio.wait(target.tasks, timeout=5)
+        write.cancel()
+        return len(go_on)
+
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here))
+        assert served(target, work) == 0
+        assert fake.connections == 3 and fake.commands.count(WRITE) == 1
+
+
 def test_nbd_a_write_that_was_given_up_is_never_sent_again(targets, here):
     """It would land on what was written since."""
     async def work():
