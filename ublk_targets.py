@@ -1758,8 +1758,9 @@ class NbdRequest:
         # A copy: the connection may keep it longer than the request lasts
         self.message = head + what if command == NBD_CMD_WRITE else head
         self.room: Any = what if command == NBD_CMD_READ else bytearray()
-        changes = command not in (NBD_CMD_READ, NBD_CMD_FLUSH)
-        self.is_volatile = changes and not flags & NBD_CMD_FLAG_FUA
+        # Whenever it is done
+        self.is_harmless = command in (NBD_CMD_READ, NBD_CMD_FLUSH)
+        self.is_volatile = not self.is_harmless and not flags & NBD_CMD_FLAG_FUA
         self.may_hear = command != NBD_CMD_READ and not self.is_volatile  # of what is lost
         self.connection: Any = None  # by which it was sent
         self.covers = 0  # how many changes a flush makes durable
@@ -1805,6 +1806,7 @@ class Nbd(ublk.Target):
         self.lost = False
         self.losses = 0  # how often that was so
         self.told = 0  # the latest request when the server last told of a loss
+        self.silence = 0  # how many looks ago it last answered
         self.unsure = False  # whether a server still does what it was told long ago
 
     async def _meet(self) -> None:
@@ -1906,7 +1908,11 @@ class Nbd(ublk.Target):
             others = [other.done for other in self.pending.values() if other.may_hear]
             if others:
                 await asyncio.wait(others)
-            if self.told >= request.cookie or (request.covers and self.lost):
+            # Of those that are given up nobody knows yet
+            unheard = any(
+                other.may_hear and other.done.done() for other in self.pending.values()
+            )
+            if unheard or self.told >= request.cookie or (request.covers and self.lost):
                 error = errno.EIO
             elif request.connection is not self.connection:  # another may have heard by that
                 return await self.ask(command, flags, offset, what)
@@ -1935,10 +1941,14 @@ class Nbd(ublk.Target):
 
     def _expired(self) -> list[NbdRequest]:
         """Return the requests that have waited for too long."""
-        return [request for request in self.pending.values() if request.looks > NBD_LOOKS]
+        return [
+            request
+            for request in self.pending.values()
+            if request.looks > NBD_LOOKS and not (request.is_harmless and request.done.done())
+        ]
 
     async def _watch(self) -> None:
-        """End a connection on which a request is not answered.
+        """Give up a request that is not answered, with the connection where it is a change, or nothing is.
 
         Time is counted by looks: an answer may be there for us who were stopped
         for longer.
@@ -1947,9 +1957,14 @@ class Nbd(ublk.Target):
 
         while True:
             await asyncio.sleep(self.timeout / NBD_LOOKS)
+            self.silence += 1
             for request in self.pending.values():
                 request.looks += 1
-            if self.connection and self._expired():
+            late = self._expired()
+            if self.silence <= NBD_LOOKS and all(each.is_harmless for each in late):
+                for request in late:  # alone: changes beside it are answered
+                    request.done.set_result(errno.ETIMEDOUT)
+            elif late and self.connection:
                 silence = TimeoutError(errno.ETIMEDOUT, "the server does not answer")
                 self.connection.reader.set_exception(silence)
 
@@ -1969,6 +1984,7 @@ class Nbd(ublk.Target):
     async def _reply(self) -> None:
         """Receive the reply to a request."""
         magic, error, cookie = NBD_REPLY.unpack(await self.connection.take(NBD_REPLY.size))
+        self.silence = 0
         request = self.pending.get(cookie)
         if not request or magic != NBD_REPLY_MAGIC:
             raise OSError(
@@ -2009,7 +2025,7 @@ class Nbd(ublk.Target):
                 self._end(request, errno.EIO)
             elif request.command != NBD_CMD_READ and not over:
                 self._end(request, error.errno or errno.EIO)
-                self.unsure |= request.command != NBD_CMD_FLUSH
+                self.unsure |= not request.is_harmless
 
     async def _connect(self) -> NbdConnection:
         """Make a connection to the same export. Raises UblkError."""

@@ -861,6 +861,38 @@ def test_nbd_a_request_is_given_up_though_others_are_answered(targets, here):
         assert served(target, work) == errno.ETIMEDOUT
 
 
+@pytest.mark.parametrize("name", ["read", "flush"])
+def test_nbd_what_changes_nothing_and_is_not_answered_is_given_up_alone(targets, here, name):
+    """Of a bad sector, say: changes failed that were under way by then, and all later ones."""
+    async def work():
+        fake.ignores = slow = READ if name == "read" else FLUSH
+        fake.commands.clear()
+        given_up = target.read(0, bytearray(4096)) if name == "read" else target.flush()
+        given_up = asyncio.ensure_future(errno_of(given_up))
+        while slow not in fake.commands:
+            await asyncio.sleep(0.01)
+        cookie, = target.pending
+        while not given_up.done():
+            await target.write(0, PAGE)
+            await asyncio.sleep(0.01)
+        fake.ignores = None
+        while target.silence < 3:               # those that are given up already hurt no look
+            await asyncio.sleep(0.01)
+        durable = [await errno_of(call) for call in (target.write_fua(0, PAGE), target.flush())]
+        await asyncio.to_thread(fake.peer.sendall, simple(cookie) + bytes(4096 * (name == "read")))
+        while target.pending:
+            await asyncio.sleep(0.01)
+        later = [await errno_of(call) for call in (target.write_fua(0, PAGE), target.flush())]
+        return await given_up, durable, later
+
+    # Nor may one hear in place of those beside it that they are lost
+    durable = [0, 0] if name == "read" else [errno.EIO, errno.EIO]
+    with FakeNbd(here) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="500ms")
+        assert served(target, work) == (errno.ETIMEDOUT, durable, [0, 0])
+        assert fake.connections == 2
+
+
 def test_nbd_a_write_to_a_server_that_talks_nonsense_is_never_sent_again(targets, here):
     async def work():
         fake.ignores, fake.answer = WRITE, lambda peer, cookie, data: peer.sendall(bytes(16))
