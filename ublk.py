@@ -3184,7 +3184,8 @@ class Worker(threading.Thread):
             queue.collect(0)
             if queue.leaving:  # before a request could come, to be lost
                 return
-            queue.look_at(self.device)
+            with _forking:
+                queue.look_at(self.device)
             if self.device.partx_scans:
                 set_admin(False)
             queue.fetch()
@@ -3352,6 +3353,7 @@ class Device:
         # left by an exception that it raises.
         self._over = threading.Lock()
         self._over.acquire()
+        _devices.add(self)  # before any thread can have its locks, or a target's start() fork
 
     def take(self, target: Any, words: Any) -> None:
         """Have a target be the one behind the disk; words: those that made it."""
@@ -3465,7 +3467,6 @@ class Device:
         self.control.enough = partial(self._pause, 0)
         self.state = STARTING
         atexit.register(self.__exit__, SystemExit)
-        _served.add(self)  # before a target's start() can fork
         try:
             for step in steps:
                 step()
@@ -4093,6 +4094,9 @@ class Device:
         """Give up what a forked child inherited of the device: it is its parent's to serve."""
         # Another thread may have had these locks
         self._make_locks()
+        self._changing = False
+        if self.state is NEW:  # the child may start it
+            return
         gone = self.state is GONE
         self._forget()  # first: whatever cannot be given up, the disk is not ours
         self._workers.clear()
@@ -4111,17 +4115,17 @@ class Device:
                 file.close()
 
 
-_served: weakref.WeakSet[Device] = weakref.WeakSet()
+_devices: weakref.WeakSet[Device] = weakref.WeakSet()
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
-# Held by who forks, and by a thread that makes a queue: of a descriptor that it alone knows of
-# yet, nobody in the child, where that thread is not, could give back the copy
+# Held by who forks, and by a thread that makes a queue: of a descriptor or a view that it alone
+# knows of yet, nobody in the child, where that thread is not, could give back the copy
 _forking = threading.RLock()
 
 
 def _disown_all() -> None:
     # A thread, which is not here, may have had a view of their memory
     with contextlib.suppress(BufferError), contextlib.ExitStack() as ends:
-        for device in _served:
+        for device in _devices:
             ends.callback(device.disown)
         for queue in _queues:
             ends.callback(queue.close)

@@ -1058,6 +1058,46 @@ def test_a_child_that_is_forked_as_a_ring_is_made_does_not_keep_it(driver, monke
     assert ends == [0]
 
 
+def test_a_child_that_is_forked_as_a_queue_looks_at_its_requests_does_not_keep_them_mapped(
+        driver, rings, monkeypatch, tmp_path):
+    """Nobody there could release a view that the queue's thread has just got."""
+    def mapped(fd, dev_id, size, offset):
+        with open(node, "rb") as file:
+            return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+
+    def lets_fork(queue, view):
+        if view.nbytes == 128 * 24 and view.format == "B":
+            fork.start()
+            fork.join(0.5)                                  # it may wait for this thread
+        return kept(queue, view)
+
+    def has(node):
+        return bool(held(node)) or node in open("/proc/self/maps", encoding="utf-8").read()
+
+    node, ends, kept = str(tmp_path / "ublkc7"), [], QUEUE.kept
+    (tmp_path / "ublkc7").write_bytes(bytes(1 << 16))
+    fork = threading.Thread(target=lambda: ends.append(in_child(lambda: os._exit(has(node)))))
+    monkeypatch.setattr(ublk, "map_descriptors", mapped)
+    monkeypatch.setattr(QUEUE, "kept", lets_fork)
+    with new():
+        fork.join()
+    assert ends == [0]
+
+
+def test_a_child_that_is_forked_as_a_start_begins_can_stop_its_copy(driver, monkeypatch):
+    """It waited for the thread that starts the disk, which is not there."""
+    def begins():
+        fork.start()
+        fork.join(0.5)
+        return driver
+    fork = threading.Thread(target=lambda: ends.append(in_child(lambda: (disk.stop(), os._exit(0)))))
+    monkeypatch.setattr(ublk, "Control", begins)
+    disk, ends = new(), []
+    with disk:
+        fork.join()
+    assert ends == [0]
+
+
 def test_a_ctrl_c_as_it_forks_leaves_a_child_that_can_serve(monkeypatch):
     """It ends what Python calls in the child, where a server of --background waited for itself then."""
     def has_the_lock():
