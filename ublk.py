@@ -3930,7 +3930,7 @@ class Device:
             self._update_size(size)
             if not grows:
                 fit(self.target, size)
-            self.size = size
+            self._note_size(size)
 
     def _update_size(self, size: int) -> None:
         self._see_that_it_is_ours()  # the target may have taken its time
@@ -3957,10 +3957,14 @@ class Device:
                 say(f"{self.name} keeps a size its target does not have: {left}")
                 self.size = size  # not to try again for ever
             return
+        self._note_size(size)
+
+    def _note_size(self, size: int) -> None:
+        """Note the size that disk and target have, also in the state file: `resize` looks there."""
         self.size = size
         try:
             self._see_that_it_is_ours()
-            save_state(self)  # where `resize` looks
+            save_state(self)
         except OSError as error:
             say(f"{self.name}: {error_line(error)}")
 

@@ -1782,6 +1782,17 @@ def raise_if(wanted):
         fails()
 
 
+@pytest.mark.parametrize("moment", ["resize", "follow_size"])
+def test_the_state_file_has_the_size_of_the_disk_whoever_changed_it(driver, monkeypatch, moment):
+    monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
+    driver.update_size = lambda dev_id, size: None
+    with new() as disk:
+        monkeypatch.setattr(driver, "get_params", lambda dev_id: ublk.params_of(disk.target, 4096))
+        disk.target.resized = lambda size: None
+        getattr(disk, moment)(*[2 << 20][:moment == "resize"])
+        assert ublk.load_state(7)["size"] == disk.size == 2 << 20
+
+
 def test_two_threads_change_a_size_one_after_the_other(driver, monkeypatch):
     disk, done, second = new(), [], threading.Event()
 
