@@ -7277,7 +7277,8 @@ def flush_output() -> None:
     Left to the interpreter, it would end with a status of its own (120).
     """
     try:
-        print(end="", flush=True)  # nothing where a program that calls us has none
+        if sys.stdout is not None:  # as in a program that calls us
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would try again
         raise

@@ -379,6 +379,12 @@ def test_what_cannot_be_printed_is_an_error(words):
     assert_error_line(done.stderr, errno.ENOSPC)
 
 
+def test_what_prints_nothing_needs_no_room():
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = printing_to(full, "no-target")
+    assert done.returncode == 2 and "ENOSPC" not in done.stderr
+
+
 def test_a_reader_that_has_enough_is_no_news():
     reader, writer = os.pipe()
     os.close(reader)
