@@ -1580,13 +1580,11 @@ async def in_time(work: Any, seconds: float) -> Any:
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
     finally:
-        late = task.cancel()
-        if late:
-            await asyncio.wait([task])
-    if late:
-        raise asyncio.TimeoutError
-    return task.result()
+        task.cancel()
 
 
 @dataclass
@@ -1757,7 +1755,7 @@ class NbdRequest:
         head = NBD_REQUEST.pack(NBD_REQUEST_MAGIC, flags, command, cookie, offset, self.length)
         # A copy: the connection may keep it longer than the request lasts
         self.message = head + what if command == NBD_CMD_WRITE else head
-        self.room: Any = what if command == NBD_CMD_READ else bytearray()
+        self.data = b""  # what was read
         # Whenever it is done
         self.is_harmless = command in (NBD_CMD_READ, NBD_CMD_FLUSH)
         self.is_volatile = not self.is_harmless and not flags & NBD_CMD_FLAG_FUA
@@ -1861,19 +1859,18 @@ class Nbd(ublk.Target):
     async def _change(self, command: int, flags: int, offset: int, what: Any, most: int) -> int:
         """Have the server change a range, so much at once; return how much. Raises OSError.
 
-        Several parts are done anew where the first may have been lost before the last was done.
+        A flush fails after the last of several parts where the first may have been lost before.
         """
         length = extent((offset, what))[1]
         end = offset + length
         cuts = [offset, *range((offset // most + 1) * most, end, most), end]
-        while True:
-            losses = self.losses
-            for at, till in zip(cuts, cuts[1:]):
-                has_data = command == NBD_CMD_WRITE
-                part = what[at - offset : till - offset] if has_data else till - at
-                await self.ask(command, flags, at, part)
-            if len(cuts) == 2 or losses == self.losses:
-                return length
+        losses = self.losses
+        for at, till in zip(cuts, cuts[1:]):
+            has_data = command == NBD_CMD_WRITE
+            part = what[at - offset : till - offset] if has_data else till - at
+            await self.ask(command, flags, at, part)
+        self.lost |= len(cuts) > 2 and losses != self.losses
+        return length
 
     # ---- requests ------------------------------------------------------------------------------
 
@@ -1897,6 +1894,9 @@ class Nbd(ublk.Target):
         if self.connection and not self.connection.transport.is_closing():
             self._send(request)
         error = await request.done
+        if command == NBD_CMD_READ and not error:
+            # Not as it comes: the buffer of a request that is given up is another's by then
+            what[:] = request.data
         if request.is_volatile and not error:
             # It may be lost already, and the flush that told of that have begun before it ends
             told = self.told >= request.cookie
@@ -1948,7 +1948,9 @@ class Nbd(ublk.Target):
         ]
 
     async def _watch(self) -> None:
-        """Give up a request that is not answered, with the connection where it is a change, or nothing is.
+        """Give up a request that is not answered, with the connection where it is a change.
+
+        Also with it where nothing is answered, but for changes that still have time.
 
         Time is counted by looks: an answer may be there for us who were stopped
         for longer.
@@ -1961,8 +1963,10 @@ class Nbd(ublk.Target):
             for request in self.pending.values():
                 request.looks += 1
             late = self._expired()
-            if self.silence <= NBD_LOOKS and all(each.is_harmless for each in late):
-                for request in late:  # alone: changes beside it are answered
+            changes = any(not each.is_harmless for each in self.pending.values())
+            lives = changes or self.silence <= NBD_LOOKS
+            if lives and all(each.is_harmless for each in late):
+                for request in late:
                     request.done.set_result(errno.ETIMEDOUT)
             elif late and self.connection:
                 silence = TimeoutError(errno.ETIMEDOUT, "the server does not answer")
@@ -1993,11 +1997,9 @@ class Nbd(ublk.Target):
         if error == errno.ESHUTDOWN:  # not done: the next connection gets it
             self.connection.refused += 1
         else:
-            if not error:
-                data = await self.connection.take(len(request.room))
-                if not request.done.done():  # else the room may be another's by now
-                    request.room[:] = data
-            elif request.may_hear:
+            if request.command == NBD_CMD_READ and not error:
+                request.data = await self.connection.take(request.length)
+            elif request.may_hear and error:
                 # Maybe another client's, who waits for the next flush, or for the end of a write
                 self.lost = True
                 self.losses += 1

@@ -867,7 +867,8 @@ def test_nbd_what_changes_nothing_and_is_not_answered_is_given_up_alone(targets,
     async def work():
         fake.ignores = slow = READ if name == "read" else FLUSH
         fake.commands.clear()
-        given_up = target.read(0, bytearray(4096)) if name == "read" else target.flush()
+        buffer = bytearray(4096)
+        given_up = target.read(0, memoryview(buffer)) if name == "read" else target.flush()
         given_up = asyncio.ensure_future(errno_of(given_up))
         while slow not in fake.commands:
             await asyncio.sleep(0.01)
@@ -875,6 +876,7 @@ def test_nbd_what_changes_nothing_and_is_not_answered_is_given_up_alone(targets,
         while not given_up.done():
             await target.write(0, PAGE)
             await asyncio.sleep(0.01)
+        buffer.clear()                          # BufferError while anybody keeps it
         fake.ignores = None
         while target.silence < 3:               # those that are given up already hurt no look
             await asyncio.sleep(0.01)
@@ -891,6 +893,27 @@ def test_nbd_what_changes_nothing_and_is_not_answered_is_given_up_alone(targets,
         target = targets.Nbd(nbd_uri(here), timeout="500ms")
         assert served(target, work) == (errno.ETIMEDOUT, durable, [0, 0])
         assert fake.connections == 2
+
+
+def test_nbd_a_change_that_is_in_time_does_not_fail_for_a_read_that_is_not(targets, here):
+    """The server does one thing after the other, so that it answers nothing meanwhile."""
+    def late(peer, cookie, data):
+        given_up.wait()
+        peer.sendall(simple(cookie) + data)
+
+    async def work():
+        read = asyncio.ensure_future(errno_of(target.read(fake.SPOT, bytearray(4096))))
+        while sum(request.looks for request in target.pending.values()) < targets.NBD_LOOKS - 2:
+            await asyncio.sleep(0.01)
+        write = asyncio.ensure_future(errno_of(target.write(0, PAGE)))
+        failed = await read
+        given_up.set()
+        return failed, await write, await errno_of(target.flush())
+
+    given_up = threading.Event()
+    with FakeNbd(here, answer=late) as fake:
+        target = targets.Nbd(nbd_uri(here), timeout="1s")
+        assert served(target, work) == (errno.ETIMEDOUT, 0, 0)
 
 
 def test_nbd_a_write_to_a_server_that_talks_nonsense_is_never_sent_again(targets, here):
@@ -1061,41 +1084,52 @@ def test_nbd_a_write_is_sent_again_when_its_server_has_ended(targets, here):
     async def work():
         await target.write(4096, PAGE)
         fake.dies_of = WRITE
-        await target.write(0, PAGE)
+        write = asyncio.ensure_future(target.write(0, PAGE))
+        while not target.lost:
+            await asyncio.sleep(0.01)
+        told = [await errno_of(target.flush())]
+        await write
+        return [*told, await errno_of(target.flush())]
 
     with FakeNbd(here) as fake:
         target = targets.Nbd(nbd_uri(here))
-        served(target, work)
+        assert served(target, work) == [errno.EIO, 0]
         assert fake.commands.count(WRITE) == 3 and fake.data[:4096] == PAGE
 
 
 @pytest.mark.parametrize("hears", ["line", "flush"])
-def test_nbd_a_write_whose_first_part_was_lost_before_its_last_is_done_anew(targets, here, hears):
-    """Flushes told of that before the write had ended, and none after it would."""
+def test_nbd_a_write_whose_first_part_was_lost_before_its_last_is_done_fails_a_flush(targets, here, hears):
+    """Flushes told of that before the write had ended. Done anew, one of many parts might never end."""
+    async def asked(count):
+        while fake.commands.count(WRITE) < count:
+            await asyncio.sleep(0.01)
+        cookie, = target.pending
+        return cookie
+
     async def work():
-        fake.ignores = WRITE
-        write = asyncio.ensure_future(targets.moved(target.write, 0, memoryview(bytes(PAGE) * 2)))
-        for count in (1, 2):
-            while fake.commands.count(WRITE) < count:
-                await asyncio.sleep(0.01)
-            cookie, = target.pending
-            if count == 1:
-                fake.peer.sendall(simple(cookie))
-        fake.ignores, fake.data[:4096] = None, bytes(4096)
-        if hears == "flush":
+        fake.ignores, more = WRITE, hears == "line"
+        write = asyncio.ensure_future(targets.moved(target.write, 0, memoryview(bytes(PAGE) * 3)))
+        fake.peer.sendall(simple(await asked(1)))
+        await asked(2)
+        if more:
+            fake.peer.shutdown(socket.SHUT_RDWR)
+        else:
             fake.fails = FLUSH
             assert await errno_of(target.flush()) == errno.EIO
-            fake.peer.sendall(simple(cookie))
-        else:
-            fake.peer.shutdown(socket.SHUT_RDWR)
-            while await errno_of(target.flush()) == 0:
-                pass
+        while not target.lost:
+            await asyncio.sleep(0.01)
+        assert await errno_of(target.flush()) == errno.EIO
+        second = await asked(2 + more)
+        fake.peer.sendall(simple(second))
+        last = await asked(3 + more)
+        await errno_of(target.flush())
+        fake.peer.sendall(simple(last))
         await write
-        return fake.data[:8192] == bytes(PAGE) * 2
+        return [await errno_of(target.flush()) for _ in range(2)]
 
     with FakeNbd(here, info=[struct.pack(">HIII", 3, 512, 4096, 4096)]) as fake:
         target = targets.Nbd(nbd_uri(here))
-        assert served(target, work)
+        assert served(target, work) == [errno.EIO, 0]
 
 
 def test_nbd_a_write_that_ends_beside_the_flush_that_tells_of_its_loss_fails_the_next_one(targets, here):
