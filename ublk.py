@@ -3780,6 +3780,10 @@ class Device:
                 f"the target has blocks of {self.target.block_size} bytes, the disk of {block}",
             ),
             (
+                self.target.read_only and not attrs & UBLK_ATTR_READ_ONLY,
+                "the target can only be read, and the disk be written to",
+            ),
+            (
                 flushes and not attrs & (UBLK_ATTR_VOLATILE_CACHE | UBLK_ATTR_READ_ONLY),
                 "the target has a flush(), which the kernel would not call",
             ),

@@ -664,6 +664,22 @@ def test_recover_refuses_a_disk_that_is_stopped(run):
 
 
 @kernel
+def test_recover_waits_until_its_file_can_be_written_to_again(backing):
+    """All that clients write would fail, and be lost, by a server that can only read."""
+    needs("chattr")
+    with Forked("loop", backing, "-r", "reissue") as disk, opened(disk.path) as fd:
+        disk.kill()
+        sh("chattr", "+i", backing)
+        try:
+            refused = Forked("recover", disk.id)
+            assert refused.wait() == 1 and "the target can only be read" in refused.said()
+        finally:
+            sh("chattr", "-i", backing)
+        with recovered(disk):
+            assert write_at(fd, 0, b"x" * 512) == 512
+
+
+@kernel
 def test_recover_refuses_a_disk_that_does_not_exist(run):
     assert_fails(run("recover", 9), 1, "there is no such device", errno.ENODEV)
 

@@ -1596,7 +1596,8 @@ def test_a_recovery_that_fails_leaves_the_state_file(waiting, tmp_path, monkeypa
     assert ublk.load_state(7)["target"] == "mine"
 
 
-@pytest.mark.parametrize("name, value", [("flush", bool), ("block_size", 4096), ("boundary", 4096)])
+@pytest.mark.parametrize("name, value", [
+    ("flush", bool), ("block_size", 4096), ("boundary", 4096), ("read_only", True)])
 def test_a_recovery_takes_no_target_that_needs_more_than_its_disk_does(waiting, name, value):
     disk = new(id=7)
     setattr(disk.target, name, value)
