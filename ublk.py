@@ -5416,9 +5416,10 @@ def save_state(device: Device) -> None:
     args = [word for word in args if word not in device.target.once]
     device.files = device.files or identities(device)
     for known in device.files:
-        now = file_identity(known[0])
-        if now[:-1] == known[:-1]:  # or another has its name by now
-            known[-1] = now[-1]
+        with contextlib.suppress(OSError):  # it has another name by now
+            now = file_identity(known[0])
+            if now[:-1] == known[:-1]:  # or another has its name
+                known[-1] = now[-1]
     state = {
         "id": device.id,
         "identity": f"{device.identity:016x}",

@@ -1957,6 +1957,19 @@ def test_no_file_that_gets_the_name_of_one_that_is_served_is_noted(driver, monke
         assert ublk.load_state(7)["files"] == made_of
 
 
+def test_a_disk_whose_file_was_renamed_may_grow(driver, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    target = Target()
+    target.files, target.resized = [str(path)], lambda size: path.rename(tmp_path / "new.img")
+    made_of = [ublk.file_identity(str(path))]
+    monkeypatch.setattr(ublk, "disk_size", lambda dev_id: 2 << 20)
+    with new(target) as disk:
+        disk.follow_size()
+        assert capsys.readouterr().err == ""
+        assert ublk.load_state(7)["size"] == 2 << 20 and ublk.load_state(7)["files"] == made_of
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_file_that_a_target_makes_or_names_as_it_starts_is_noted(driver, tmp_path, named):
     def start(index):
