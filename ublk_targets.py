@@ -786,9 +786,9 @@ class Cow(ublk.Target):
         seen = found = fingerprint(self.below.fd, size)
         # For what the disk has: a start that failed may have left another in the page cache
         os.posix_fadvise(self.top.fd, 0, MARKS_AT, os.POSIX_FADV_DONTNEED)
-        # Else it is new, or was killed as it was made
+        # Else it is new, or was killed as it was made; what begins with zeroes may be a disk of the user's
         head = os.pread(self.top.fd, COW_HEADER.size, 0)
-        if any(head):
+        if any(head) or self.top.size != self.data_at + size:
             size, grain, seen, last_boot = COW_HEADER.read(self.top.fd, self.path)
         refuse(
             (size, grain) != (self.size, self.grain),

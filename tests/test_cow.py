@@ -107,12 +107,13 @@ def test_committing_writes_the_overlay_into_the_base(targets, tmp_path):
     (lambda path: patched(path, 20, b"x"), "not an overlay, or a damaged one"),
     (lambda path: patched(path, 8, bytes(100)), "not an overlay, or a damaged one"),
     (lambda path: Path(path).write_bytes(b"text\n" * 1024), "not an overlay, or a damaged one"),
-    (lambda path: Path(path).write_bytes(bytes(512)), "its end is missing"),
+    (lambda path: Path(path).write_bytes(bytes(512)), "not an overlay, or a damaged one"),
+    (lambda path: Path(path).write_bytes(bytes(8 << 20)), "not an overlay, or a damaged one"),
     (lambda path: os.truncate(path, 512), "its end is missing"),
     (lambda path: os.truncate(path, 1 << 20), "its end is missing"),
     (lambda path: os.truncate(path, 1000), "not a multiple of 512"),
     (lambda path: os.truncate(Path(path).with_name("base.img"), 1 << 19), "made for a base of 1048576 bytes"),
-], ids=range(9))
+], ids=range(10))
 def test_a_damaged_overlay_is_refused(targets, tmp_path, damage, says):
     base, overlay = overlay_of(targets, tmp_path)
     damage(overlay)
