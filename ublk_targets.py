@@ -2462,6 +2462,13 @@ class Log:
         return wrong(self.path, f"damaged after entry {good}", f"replay it --to {good}")
 
 
+def has_cache(target: Any) -> bool:
+    """Tell whether a target loses what is not flushed where its server is killed."""
+    while target is not None and not isinstance(target, Cache):
+        target = getattr(target, "target", None)
+    return target is not None
+
+
 class Record(Wrapper, ublk.Target):
     """Log every change of another target, in the order the changes were done, with all data.
 
@@ -2488,7 +2495,7 @@ class Record(Wrapper, ublk.Target):
         self.files = [*target.files, log]
         self.limit = limit or sys.maxsize
         self.boot = boot_id()
-        header = LOG_HEADER.pack(self.size, self.block_size, self.boot)
+        header = LOG_HEADER.pack(self.size, self.block_size, COMPLETE)
         make_file(log, header, LOG_HEADER.size)
         self.log = Log(os.path.abspath(log), "r+b")
         claim(self.log.fd, log)
@@ -2498,6 +2505,12 @@ class Record(Wrapper, ublk.Target):
             boot not in (self.boot, COMPLETE),
             log,
             "it may lack changes of the disk",
+            "record to another one, and replay that with a copy of the disk as --base",
+        )
+        refuse(
+            boot != COMPLETE and has_cache(target),
+            log,
+            "its server did not end in order, and the cache below it lost what the log has",
             "record to another one, and replay that with a copy of the disk as --base",
         )
         refuse(
@@ -2600,15 +2613,14 @@ class Record(Wrapper, ublk.Target):
         return OSError(errno.ENOSPC, "no room in the log")
 
     async def close(self) -> None:
-        try:
-            with closing(self.log):
-                if self.boot != LACKS_A_CHANGE:
-                    os.fsync(self.log.fd)
-                    # As of a target above that does not wait for what it has begun
-                    self.boot = COMPLETE if not self.under_way else LACKS_A_CHANGE
-                    self._head()
-        finally:
+        with closing(self.log):
+            # First, as a cache may fail to write what the log has
             await ublk.end_of(getattr(self.target, "close", bool)())
+            if self.boot != LACKS_A_CHANGE:
+                os.fsync(self.log.fd)
+                # As of a target above that does not wait for what it has begun
+                self.boot = COMPLETE if not self.under_way else LACKS_A_CHANGE
+                self._head()
 
     def disown(self) -> None:
         self.log.close()

@@ -293,6 +293,31 @@ def test_a_log_is_continued_after_a_loss_of_power_where_its_server_had_ended_in_
     now(targets.Record(str(log.path), targets.Ram(size=1 << 20)).close())
 
 
+@pytest.mark.parametrize("end", ["close", "kill", "failure"])
+def test_a_log_over_a_cache_is_continued_only_where_that_has_lost_nothing(
+        targets, tmp_path, monkeypatch, end):
+    """Else the next flush would be for what the log has, and the disk has not."""
+    def record():
+        return targets.Record(str(tmp_path / "log"), targets.Fault(targets.Cache(below)))
+
+    below = targets.Ram(size=1 << 20)
+    disk = record()
+    now(disk.start(0))
+    now(disk.write(0, memoryview(b"x" * 512)))
+    if end == "failure":
+        monkeypatch.setattr(below, "write", lambda *_: os.close(-1))
+    if end != "kill":
+        outcome = error_of(asyncio.run, disk.close()) if end == "failure" else asyncio.run(disk.close())
+        assert outcome == (errno.EBADF if end == "failure" else None)
+    del disk
+    gc.collect()
+    if end == "close":
+        record()
+    else:
+        with pytest.raises(ublk.UblkError, match="the cache below it lost what the log has"):
+            record()
+
+
 def test_a_recording_that_has_ended_writes_to_no_file_that_has_its_number(targets, tmp_path):
     """As where its disk is served again, or a thread sets a mark too late."""
     log = Log(targets, tmp_path / "log")
