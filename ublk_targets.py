@@ -2824,7 +2824,8 @@ class CrashImage:
         stale = {*self.crashes.settled[self.known :], *(part[1:] for part in self.parts)}
         self.known = len(self.crashes.settled)
         self.parts = crash.parts
-        image = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        # No link of the check's: that would have another file be overwritten
+        image = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with open(image, "r+b"):  # which closes it
             if os.fstat(image).st_mtime_ns != UNTOUCHED:
                 os.ftruncate(image, self.crashes.size)

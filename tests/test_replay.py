@@ -1043,6 +1043,14 @@ def test_what_a_check_does_to_an_image_is_not_in_the_next(targets, torn, spoil):
     assert list(contents(spoil)) == list(contents(lambda path: None))
 
 
+def test_a_link_that_a_check_leaves_in_place_of_the_image_leads_nowhere(run, torn, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(b"precious")
+    done = run("replay", torn.path, tmp_path / "then", "--check", f"ln -sf {other} {{}}", "--states", "8")
+    assert_fails(done, 1, "then.crash0: too many levels of symbolic links", errno.ELOOP)
+    assert other.read_bytes() == b"precious"
+
+
 @pytest.fixture
 def moved(monkeypatch):
     """How many bytes this process reads and writes at places in files, call by call."""
