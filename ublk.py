@@ -2878,7 +2878,8 @@ class Queue:
         _left_behind.extend(self._operations.values())
         if not self.chained <= self.ended:
             _left_behind.append(self.path.memory)
-        self.exits.close()  # before tasks can go, whose last words may touch the ring
+        with _forking:
+            self.exits.close()  # before tasks can go, whose last words may touch the ring
         # What refers to the queue here would keep it, its buffers and its
         # target until the next run of the garbage collector.
         for table in (self._operations, self._tasks, self._handlers):
@@ -4114,7 +4115,7 @@ class Device:
 
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""
-        with self._lock:
+        with _forking, self._lock:
             for memories in self.shared:
                 for view in memories.values():
                     view.release()
@@ -4125,8 +4126,9 @@ class Device:
 
 _devices: weakref.WeakSet[Device] = weakref.WeakSet()
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
-# Held by who forks, and by a thread that makes a queue: of a descriptor or a view that it alone
-# knows of yet, nobody in the child, where that thread is not, could give back the copy
+# Held by who forks, and by a thread that makes or closes a queue, or closes a device: of a
+# descriptor or a view that it alone knows of, yet or still, nobody in the child, where that thread
+# is not, could give back the copy
 _forking = threading.RLock()
 
 

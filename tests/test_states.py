@@ -1084,6 +1084,38 @@ def test_a_child_that_is_forked_as_a_queue_looks_at_its_requests_does_not_keep_t
     assert ends == [0]
 
 
+@pytest.mark.parametrize("moment", ["ring", "node"])
+def test_a_child_that_is_forked_as_a_server_lets_go_holds_nothing(driver, rings, monkeypatch, moment):
+    """Or the disk had a server still: its requests, the next server and `del` waited for that child's end."""
+    class Node:
+        def __init__(self, fd):
+            self.fd = fd
+
+        def close(self):
+            fd, self.fd = self.fd, -1                           # as Python's own files do
+            if fd >= 0:
+                forks("node")
+                os.close(fd)
+
+    def forks(now):
+        if now == moment and not fork.ident:
+            fork.start()
+            fork.join(0.5)                                      # it may wait for this thread
+
+    def ended(ring, close=ublk.Ring.close):
+        if threading.current_thread().name == "ublk7q0":
+            forks("ring")
+        close(ring)
+    ends, before = [], (held("/dev/full"), rings_held())
+    fork = threading.Thread(target=lambda: ends.append(
+        in_child(lambda: os._exit((held("/dev/full"), rings_held()) != before))))
+    monkeypatch.setattr(ublk.Ring, "close", ended)
+    with new() as disk:
+        disk._files.append(Node(os.open("/dev/full", os.O_RDONLY)))
+    fork.join()
+    assert ends == [0]
+
+
 def test_a_child_that_is_forked_as_a_start_begins_can_stop_its_copy(driver, monkeypatch):
     """It waited for the thread that starts the disk, which is not there."""
     def begins():
