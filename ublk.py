@@ -1208,6 +1208,7 @@ class Ring:
 # of its payload, and the driver looks whether the caller may open that.
 
 MAX_DEVICES = 1 << 20
+NODE = "/dev/ublkc"  # and the number of a device: what its server opens
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What would not end: a command's buffer, where the kernel may still write, the
 # target of a handler
@@ -1325,7 +1326,7 @@ class Control:
         without = UBLK_CMD_ADD_DEV, UBLK_CMD_GET_DEV_INFO
         ours = self._unprivileged.get(dev_id) and command not in without
         if ours or command == UBLK_CMD_GET_DEV_INFO2:
-            return f"/dev/ublkc{dev_id}\0".encode()
+            return f"{NODE}{dev_id}\0".encode()
         return b""
 
     def _send(self, command: Command, header: Any, buffer: Any, timeout: float) -> int:
@@ -1837,8 +1838,9 @@ SPARE_SLOTS = 60
 
 A_MOMENT = 0.01  # seconds between looks at a queue that ends
 
-# Memory that is never used need not exist; mmap names it from Python 3.11 on
+# linux/mman.h. Memory that is never used need not exist; mmap names it from Python 3.11 on
 MAP_NORESERVE = 0x4000
+MAP_FIXED = 0x10
 
 
 def private_memory(size: int) -> mmap.mmap:
@@ -3185,8 +3187,7 @@ class Worker(threading.Thread):
             queue.collect(0)
             if queue.leaving:  # before a request could come, to be lost
                 return
-            with _forking:
-                queue.look_at(self.device)
+            queue.look_at(self.device)
             if self.device.partx_scans:
                 set_admin(False)
             queue.fetch()
@@ -3509,7 +3510,7 @@ class Device:
 
     def _open(self) -> None:
         """Open /dev/ublkcN. Only from here on can the number no longer become another's."""
-        await_node(f"/dev/ublkc{self.id}", os.R_OK | os.W_OK, self._pause)
+        await_node(f"{NODE}{self.id}", os.R_OK | os.W_OK, self._pause)
         # A file, not a number, which a signal's exception could lose
         self._files.append(open_char(self.id, pause=self._pause))
         self.char_fd = self._files[0].fileno()
@@ -4115,7 +4116,7 @@ class Device:
 
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""
-        with _forking, self._lock:
+        with self._lock:
             for memories in self.shared:
                 for view in memories.values():
                     view.release()
@@ -4126,19 +4127,47 @@ class Device:
 
 _devices: weakref.WeakSet[Device] = weakref.WeakSet()
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
-# Held by who forks, and by a thread that makes or closes a queue, or closes a device: of a
-# descriptor or a view that it alone knows of, yet or still, nobody in the child, where that thread
-# is not, could give back the copy
+# Held by who forks, and by a thread that makes or closes a queue: a ring that it alone knows of,
+# yet or still, nobody in the child, where that thread is not, could close
 _forking = threading.RLock()
 
 
 def _disown_all() -> None:
+    if _devices:
+        let_go_of_nodes()
     # A thread, which is not here, may have had a view of their memory
     with contextlib.suppress(BufferError), contextlib.ExitStack() as ends:
         for device in _devices:
             ends.callback(device.disown)
         for queue in _queues:
             ends.callback(queue.close)
+
+
+def let_go_of_nodes() -> None:
+    """Have a process keep no /dev/ublkcN, open or mapped, whoever in it knows of that.
+
+    A thread may just have opened it, or be about to close it. So /dev/null and
+    memory take its place, for those who will close them.
+    """
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(os.devnull, "r+b", buffering=0) as nothing,
+    ):
+        for name in os.listdir("/proc/self/fd"):
+            if link_of(f"/proc/self/fd/{name}").startswith(NODE):
+                os.dup2(nothing.fileno(), int(name), inheritable=False)
+    for line in lines_of("/proc/self/maps"):
+        place, _, name = line.partition("/")
+        if f"/{name}".startswith(NODE):
+            begin, end = (int(number, 16) for number in place.split(" ")[0].split("-"))
+            _libc.mmap(
+                ctypes.c_void_p(begin),
+                ctypes.c_size_t(end - begin),
+                mmap.PROT_READ,
+                mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED,
+                -1,
+                ctypes.c_long(0),
+            )
 
 
 # A child that a program forks for purposes of its own would keep DEL_DEV
@@ -4256,7 +4285,7 @@ def open_char(
     deadline = time.monotonic() + timeout
     while True:
         try:
-            return open(f"/dev/ublkc{dev_id}", "r+b", buffering=0)
+            return open(f"{NODE}{dev_id}", "r+b", buffering=0)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -4337,7 +4366,7 @@ def delete(control: Control, dev_id: int, identity: int, timeout: float = 10.0) 
         if control.legacy:
             fcntl.flock(control.fd, fcntl.LOCK_EX)
         # An ordinary user's node may not be his yet, where a start was interrupted
-        node = f"/dev/ublkc{dev_id}"
+        node = f"{NODE}{dev_id}"
         becomes(lambda: is_usable(node, os.R_OK | os.W_OK) or not os.path.exists(node), timeout)
         with nobody_recovers(control, dev_id):
             if not is_same(control, dev_id, identity):
@@ -5576,7 +5605,7 @@ def describe(control: Control, dev_id: int) -> dict[str, Any]:
     return {
         "id": dev_id,
         "path": f"/dev/ublkb{dev_id}",
-        "char_path": f"/dev/ublkc{dev_id}",
+        "char_path": f"{NODE}{dev_id}",
         "state": STATES.get(info.state, str(info.state)),
         "target": state.get("target"),
         "args": state.get("args"),
@@ -6586,7 +6615,7 @@ def serve(device: Device, start: Callable[[], object], started: Started) -> None
                 serve_started(device, started, notify)
         finally:
             # Not by a listing: descriptors may have run out
-            if not os.path.exists(f"/dev/ublkc{device.id}"):
+            if not os.path.exists(f"{NODE}{device.id}"):
                 forget_state(device.id)
 
 

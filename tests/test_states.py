@@ -1075,6 +1075,7 @@ def test_a_child_that_is_forked_as_a_queue_looks_at_its_requests_does_not_keep_t
         return bool(held(node)) or node in open("/proc/self/maps", encoding="utf-8").read()
 
     node, ends, kept = str(tmp_path / "ublkc7"), [], QUEUE.kept
+    monkeypatch.setattr(ublk, "NODE", node[:-1])
     (tmp_path / "ublkc7").write_bytes(bytes(1 << 16))
     fork = threading.Thread(target=lambda: ends.append(in_child(lambda: os._exit(has(node)))))
     monkeypatch.setattr(ublk, "map_descriptors", mapped)
@@ -1082,6 +1083,32 @@ def test_a_child_that_is_forked_as_a_queue_looks_at_its_requests_does_not_keep_t
     with new():
         fork.join()
     assert ends == [0]
+
+
+@pytest.mark.parametrize("moment", ["open_char", "map_descriptors"])
+def test_a_child_that_is_forked_as_a_server_gets_its_disk_holds_nothing(driver, monkeypatch, tmp_path, moment):
+    """Whatever came between, no lock may be left by that: no Ctrl-C, say."""
+    def forks(*words, get=None, **options):
+        found = get(*words, **options)
+        ends.append(in_child(lambda: os._exit(has())))
+        return found
+
+    def has():
+        return bool(held(str(node))) or str(node) in open("/proc/self/maps", encoding="utf-8").read()
+
+    def mapped(fd, dev_id, size, offset):
+        with open(node, "rb") as file:
+            return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+
+    node, ends = tmp_path / "ublkc7", []
+    node.write_bytes(bytes(1 << 16))
+    monkeypatch.setattr(ublk, "NODE", str(node)[:-1])
+    monkeypatch.setattr(ublk, "open_char", lambda dev_id, **_: open(node, "r+b", buffering=0))
+    monkeypatch.setattr(ublk, "map_descriptors", mapped)
+    monkeypatch.setattr(ublk, moment, partial(forks, get=getattr(ublk, moment)))
+    with new():
+        assert has()
+    assert ends == [0] and not has()
 
 
 @pytest.mark.parametrize("moment", ["ring", "node"])
@@ -1110,6 +1137,7 @@ def test_a_child_that_is_forked_as_a_server_lets_go_holds_nothing(driver, rings,
     fork = threading.Thread(target=lambda: ends.append(
         in_child(lambda: os._exit((held("/dev/full"), rings_held()) != before))))
     monkeypatch.setattr(ublk.Ring, "close", ended)
+    monkeypatch.setattr(ublk, "NODE", "/dev/full")
     with new() as disk:
         disk._files.append(Node(os.open("/dev/full", os.O_RDONLY)))
     fork.join()
