@@ -5313,7 +5313,7 @@ def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
         users = [name for name in found if not name.startswith(LOOKERS)]
         late = time.monotonic() > deadline
         # We may not see all of them; from 7.0 on the driver does, before it those of the kernel
-        if not users and (try_stop(control, dev_id, identity) or (found and late)):
+        if not users and try_stop(control, dev_id, identity, bool(found) and late):
             return
         if late:
             raise UblkError(
@@ -5325,15 +5325,18 @@ def stop_if_unused(control: Control, dev_id: int, identity: int) -> None:
         time.sleep(0.05)
 
 
-def try_stop(control: Control, dev_id: int, identity: int) -> bool:
-    """TRY_STOP_DEV, where there is that and a disk; tell whether nobody has it open."""
+def try_stop(control: Control, dev_id: int, identity: int, looked_at: bool) -> bool:
+    """TRY_STOP_DEV, where there is that and a disk; tell whether nobody uses it.
+
+    looked_at: whether one who has it open is nobody's use.
+    """
     if is_same(control, dev_id, identity):
         try:
             control.try_stop_dev(dev_id, GRACE)
         except UblkError as error:
             if error.errno == errno.EOPNOTSUPP:
                 return not is_claimed(f"/dev/ublkb{dev_id}")
-            return error.errno != errno.EBUSY
+            return looked_at or error.errno != errno.EBUSY
     return True
 
 

@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.support import (
     Ram,
     assert_error_line,
     kernel,
+    message,
     mount_of,
     needs,
     opened,
@@ -137,6 +139,21 @@ def test_del_refuses_a_disk_in_use_and_names_its_users(run, tmp_path, held, monk
             with opened(disk.path, os.O_RDONLY) as fd:
                 assert len(read_at(fd, 0, 4096)) == 4096        # nothing was stopped
         assert disk.state == ublk.LIVE
+
+
+def test_a_disk_that_is_claimed_stays_though_partx_looks_at_it(monkeypatch):
+    """Before 7.0: what was no use of its own was taken for the only one."""
+    def tries(dev_id, timeout):
+        raise ublk.UblkError(errno.EOPNOTSUPP, "TRY_STOP_DEV")
+    control = SimpleNamespace(try_stop_dev=tries)
+    monkeypatch.setattr(ublk, "PASSING", 0.1)
+    monkeypatch.setattr(ublk, "is_same", lambda *_: True)
+    monkeypatch.setattr(ublk, "holders", lambda dev_id: ["partx (pid 1)"])
+    claimed = [True]
+    monkeypatch.setattr(ublk, "is_claimed", lambda path: claimed[0])
+    assert "in use: by somebody (16 EBUSY)" in message(ublk.stop_if_unused, control, 7, 1)
+    claimed[:] = [False]
+    ublk.stop_if_unused(control, 7, 1)
 
 
 @kernel
