@@ -4133,10 +4133,10 @@ _forking = threading.RLock()
 
 
 def _disown_all() -> None:
-    if _devices:
-        let_go_of_nodes()
     # A thread, which is not here, may have had a view of their memory
     with contextlib.suppress(BufferError), contextlib.ExitStack() as ends:
+        if _devices:
+            ends.callback(let_go_of_nodes)  # last, as it needs descriptors
         for device in _devices:
             ends.callback(device.disown)
         for queue in _queues:

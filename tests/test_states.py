@@ -1158,6 +1158,13 @@ def test_a_child_that_is_forked_as_a_start_begins_can_stop_its_copy(driver, monk
     assert ends == [0]
 
 
+def test_a_child_that_is_forked_as_descriptors_have_run_out_has_no_disk(driver, monkeypatch):
+    """Its end took its parent's away."""
+    monkeypatch.setattr(sys, "unraisablehook", bool)
+    with new() as disk, all_descriptors_taken():
+        assert in_child(lambda: os._exit(disk.state != ublk.GONE)) == 0
+
+
 def test_a_ctrl_c_as_it_forks_leaves_a_child_that_can_serve(monkeypatch):
     """It ends what Python calls in the child, where a server of --background waited for itself then."""
     def has_the_lock():
