@@ -4170,14 +4170,17 @@ def let_go_of_nodes() -> None:
             )
 
 
+# No functions in Python, which a Ctrl-C may end: a child with a disk of its own, --background's,
+# would wait for itself without end. First of all, as a signal's handler that raised may have kept
+# who forks from waiting for the lock: then it is another thread's, which the child has not.
+os.register_at_fork(
+    before=_forking.acquire,
+    after_in_parent=_forking.release,
+    after_in_child=_forking._at_fork_reinit,  # type: ignore[attr-defined]
+)
 # A child that a program forks for purposes of its own would keep DEL_DEV
 # waiting for its copies.
 os.register_at_fork(after_in_child=_disown_all)
-# Apart, as a Ctrl-C may end a function in Python, but no method of a lock: a child with a disk of
-# its own, --background's, would wait for itself without end.
-os.register_at_fork(
-    before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release
-)
 
 
 def alive(pid: int) -> bool:

@@ -1086,7 +1086,8 @@ def test_a_child_that_is_forked_as_a_queue_looks_at_its_requests_does_not_keep_t
 
 
 @pytest.mark.parametrize("moment", ["open_char", "map_descriptors"])
-def test_a_child_that_is_forked_as_a_server_gets_its_disk_holds_nothing(driver, monkeypatch, tmp_path, moment):
+def test_a_child_that_is_forked_as_a_server_gets_its_disk_holds_nothing(
+        driver, monkeypatch, tmp_path, moment):
     """Whatever came between, no lock may be left by that: no Ctrl-C, say."""
     def forks(*words, get=None, **options):
         found = get(*words, **options)
@@ -1163,6 +1164,39 @@ def test_a_child_that_is_forked_as_descriptors_have_run_out_has_no_disk(driver, 
     monkeypatch.setattr(sys, "unraisablehook", bool)
     with new() as disk, all_descriptors_taken():
         assert in_child(lambda: os._exit(disk.state != ublk.GONE)) == 0
+
+
+def test_a_child_whose_fork_waited_for_nobody_gives_up_what_it_has(driver, rings, monkeypatch):
+    """A signal's handler raised: the lock was another thread's, for which the child waited without end."""
+    def closes():
+        with ublk._forking:
+            has.set()
+            free.wait(20)
+
+    def interrupts(*_):
+        raise KeyboardInterrupt
+    has, free, told = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(sys, "unraisablehook", lambda of: told.append(of.exc_type))
+    before = signal.signal(signal.SIGPROF, interrupts)
+    thread, held_before = threading.Thread(target=closes), rings_held()
+    try:
+        with new() as disk:
+            thread.start()
+            has.wait()
+            threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGPROF]).start()
+            child = os.fork()
+            if child == 0:
+                os._exit(disk.state != ublk.GONE or rings_held() != held_before)
+            late = threading.Timer(5, os.kill, [child, signal.SIGKILL])
+            late.start()
+            status = os.waitpid(child, 0)[1]
+            late.cancel()
+            free.set()
+    finally:
+        signal.signal(signal.SIGPROF, before)
+        free.set()
+        thread.join()
+    assert status == 0 and KeyboardInterrupt in told
 
 
 def test_a_ctrl_c_as_it_forks_leaves_a_child_that_can_serve(monkeypatch):
