@@ -1343,12 +1343,14 @@ class Cache(Wrapper, ublk.Target):
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets
+        self.losses = 0  # how often cut() took any
         self.changing = ublk.Turns()  # of who changes the target
         self.lock = threading.RLock()
 
     def cut(self) -> None:
         """Lose what is not durable. Any thread may call it, also a handler."""
         with self.lock:
+            self.losses += bool(self.blocks)
             self.blocks = {}
 
     def look(self) -> None:
@@ -2462,11 +2464,11 @@ class Log:
         return wrong(self.path, f"damaged after entry {good}", f"replay it --to {good}")
 
 
-def has_cache(target: Any) -> bool:
-    """Tell whether a target loses what is not flushed where its server is killed."""
+def cache_below(target: Any) -> Cache | None:
+    """Return what loses what is not flushed, as where its server is killed, if a target has that."""
     while target is not None and not isinstance(target, Cache):
         target = getattr(target, "target", None)
-    return target is not None
+    return target
 
 
 class Record(Wrapper, ublk.Target):
@@ -2493,6 +2495,8 @@ class Record(Wrapper, ublk.Target):
         # Changes that are not in the log yet, each with the errno of a flush that failed meanwhile
         self.under_way: dict[object, int] = {}
         self.files = [*target.files, log]
+        self.cache = cache_below(target)
+        self.losses = getattr(self.cache, "losses", 0)
         self.limit = limit or sys.maxsize
         self.boot = boot_id()
         header = LOG_HEADER.pack(self.size, self.block_size, COMPLETE)
@@ -2508,7 +2512,7 @@ class Record(Wrapper, ublk.Target):
             "record to another one, and replay that with a copy of the disk as --base",
         )
         refuse(
-            boot != COMPLETE and has_cache(target),
+            boot != COMPLETE and self.cache is not None,
             log,
             "its server did not end in order, and the cache below it lost what the log has",
             "record to another one, and replay that with a copy of the disk as --base",
@@ -2596,12 +2600,18 @@ class Record(Wrapper, ublk.Target):
                     self.under_way = dict.fromkeys(self.under_way, error)
                 elif name != "write_fua":
                     error = error or failed
+                if self._has_lost():  # else a flush would be for that, too
+                    raise OSError(errno.EIO, "the cache below it lost what the log has")
                 self.log.append(name, data, offset, length, error)
-        except OSError as failure:
-            end = self._end(str(failure.strerror))
+        except (OSError, MemoryError) as failure:
+            end = self._end(str(getattr(failure, "strerror", "no memory for an entry")))
             self.boot = LACKS_A_CHANGE
             self._head()
             raise end from None
+
+    def _has_lost(self) -> bool:
+        """Tell whether a cache below has lost what the log has, as where its power was cut."""
+        return getattr(self.cache, "losses", 0) > self.losses
 
     def _end(self, reason: str) -> OSError:
         """Say, once, that the recording ends; return the error of all changes from now on."""
@@ -2619,7 +2629,8 @@ class Record(Wrapper, ublk.Target):
             if self.boot != LACKS_A_CHANGE:
                 os.fsync(self.log.fd)
                 # As of a target above that does not wait for what it has begun
-                self.boot = COMPLETE if not self.under_way else LACKS_A_CHANGE
+                lacks = self.under_way or self._has_lost()
+                self.boot = COMPLETE if not lacks else LACKS_A_CHANGE
                 self._head()
 
     def disown(self) -> None:

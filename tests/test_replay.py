@@ -318,6 +318,47 @@ def test_a_log_over_a_cache_is_continued_only_where_that_has_lost_nothing(
             record()
 
 
+@pytest.mark.parametrize("loss", ["cut", "file", "at the end"])
+def test_a_recording_over_a_cache_ends_as_that_loses_what_the_log_has(run, targets, tmp_path, capfd, loss):
+    """Else the next flush would be for that, and for a crash test it could not be lost."""
+    cache = targets.Cache(targets.Ram(size=1 << 20), cut=str(tmp_path / "cut"))
+    now(cache.write(0, memoryview(b"o" * 512)))
+    cache.cut()                                             # of what no log has
+    log = tmp_path / "log"
+    disk = targets.Record(str(log), targets.Fault(cache))
+    now(disk.start(0))
+    now(disk.write(4096, memoryview(b"a" * 512)))
+    now(disk.flush())
+    now(disk.write(8192, memoryview(b"b" * 512)))
+    if loss == "file":
+        (tmp_path / "cut").touch()
+    else:
+        cache.cut()
+    if loss != "at the end":
+        for _ in range(2):
+            assert error_of(now, disk.flush()) == errno.ENOSPC
+        assert capfd.readouterr().err == (
+            f"ublk: {log} ends: the cache below it lost what the log has: "
+            "from now on all changes of the disk fail\n")
+    asyncio.run(disk.close())
+    assert "it may lack changes" in message(targets.Record, str(log), targets.Ram(size=1 << 20))
+    check = "test $UBLK_STATE != nothing || head -c 8704 {} | tail -c 512 | grep -q b"
+    done = run("replay", log, tmp_path / "disk", "--check", check, "--from", "3")
+    assert done.out.startswith("bad at entry 3: write 8192 512: state nothing"), done
+
+
+def test_a_change_that_there_is_no_memory_to_log_ends_the_recording(targets, tmp_path, monkeypatch):
+    """Its log was called complete, and went on without it."""
+    log = Log(targets, tmp_path / "log")
+    now(log.disk.start(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(log.disk.log, "append", lambda *_: [0] * (1 << 60))
+        assert error_of(now, log.disk.write(0, memoryview(b"x" * 512))) == errno.ENOSPC
+    assert error_of(now, log.disk.flush()) == errno.ENOSPC
+    now(log.disk.close())
+    assert_is_not_continued(targets, log)
+
+
 def test_a_recording_that_has_ended_writes_to_no_file_that_has_its_number(targets, tmp_path):
     """As where its disk is served again, or a thread sets a mark too late."""
     log = Log(targets, tmp_path / "log")
