@@ -2835,6 +2835,9 @@ class CrashImage:
         stale = {*self.crashes.settled[self.known :], *(part[1:] for part in self.parts)}
         self.known = len(self.crashes.settled)
         self.parts = crash.parts
+        with suppress(FileNotFoundError):
+            if os.lstat(self.path).st_nlink > 1:  # who has the other name keeps the file
+                self.remove()
         # No link of the check's: that would have another file be overwritten
         image = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with open(image, "r+b"):  # which closes it

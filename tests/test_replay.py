@@ -1092,6 +1092,16 @@ def test_a_link_that_a_check_leaves_in_place_of_the_image_leads_nowhere(run, tor
     assert other.read_bytes() == b"precious"
 
 
+def test_a_file_that_a_check_gives_another_name_is_left_as_it_was(run, torn, tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(b"precious")
+    check = f"ln {{}} {tmp_path}/kept-$UBLK_ENTRY-$UBLK_STATE && ln -f {other} {{}}"
+    assert run("replay", torn.path, tmp_path / "then", "--check", check).status == 0
+    assert other.read_bytes() == b"precious"
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("kept-*")}
+    assert kept["kept-3-all"] == torn.states[2] and len(kept) > 2
+
+
 @pytest.fixture
 def moved(monkeypatch):
     """How many bytes this process reads and writes at places in files, call by call."""
