@@ -1343,14 +1343,12 @@ class Cache(Wrapper, ublk.Target):
         self.cache_size = cache_size
         self.cut_file = os.path.abspath(cut) if cut else ""
         self.blocks: dict[int, bytes] = {}  # by their offsets
-        self.losses = 0  # how often cut() took any
         self.changing = ublk.Turns()  # of who changes the target
         self.lock = threading.RLock()
 
     def cut(self) -> None:
         """Lose what is not durable. Any thread may call it, also a handler."""
         with self.lock:
-            self.losses += bool(self.blocks)
             self.blocks = {}
 
     def look(self) -> None:
@@ -2464,11 +2462,11 @@ class Log:
         return wrong(self.path, f"damaged after entry {good}", f"replay it --to {good}")
 
 
-def cache_below(target: Any) -> Cache | None:
-    """Return what loses what is not flushed, as where its server is killed, if a target has that."""
+def has_cache(target: Any) -> bool:
+    """Tell whether a target loses what it has acknowledged, as at a kill or a cut."""
     while target is not None and not isinstance(target, Cache):
         target = getattr(target, "target", None)
-    return target
+    return target is not None
 
 
 class Record(Wrapper, ublk.Target):
@@ -2489,14 +2487,14 @@ class Record(Wrapper, ublk.Target):
     ) -> None:
         super().__init__(target)
         refuse_more_than_data("record", target)
+        reason = "the cache below it may lose what the log has"
+        refuse(has_cache(target), "record", reason, "put the cache above it, or leave it out")
         if not hasattr(target, "flush"):  # of interest even where the target needs none
             self.offers += ["flush", "write_fua"]
         self.lock = threading.Lock()
         # Changes that are not in the log yet, each with the errno of a flush that failed meanwhile
         self.under_way: dict[object, int] = {}
         self.files = [*target.files, log]
-        self.cache = cache_below(target)
-        self.losses = getattr(self.cache, "losses", 0)
         self.limit = limit or sys.maxsize
         self.boot = boot_id()
         header = LOG_HEADER.pack(self.size, self.block_size, COMPLETE)
@@ -2509,12 +2507,6 @@ class Record(Wrapper, ublk.Target):
             boot not in (self.boot, COMPLETE),
             log,
             "it may lack changes of the disk",
-            "record to another one, and replay that with a copy of the disk as --base",
-        )
-        refuse(
-            boot != COMPLETE and self.cache is not None,
-            log,
-            "its server did not end in order, and the cache below it lost what the log has",
             "record to another one, and replay that with a copy of the disk as --base",
         )
         refuse(
@@ -2600,18 +2592,12 @@ class Record(Wrapper, ublk.Target):
                     self.under_way = dict.fromkeys(self.under_way, error)
                 elif name != "write_fua":
                     error = error or failed
-                if self._has_lost():  # else a flush would be for that, too
-                    raise OSError(errno.EIO, "the cache below it lost what the log has")
                 self.log.append(name, data, offset, length, error)
         except (OSError, MemoryError) as failure:
             end = self._end(str(getattr(failure, "strerror", "no memory for an entry")))
             self.boot = LACKS_A_CHANGE
             self._head()
             raise end from None
-
-    def _has_lost(self) -> bool:
-        """Tell whether a cache below has lost what the log has, as where its power was cut."""
-        return getattr(self.cache, "losses", 0) > self.losses
 
     def _end(self, reason: str) -> OSError:
         """Say, once, that the recording ends; return the error of all changes from now on."""
@@ -2624,13 +2610,17 @@ class Record(Wrapper, ublk.Target):
 
     async def close(self) -> None:
         with closing(self.log):
-            # First, as a cache may fail to write what the log has
-            await ublk.end_of(getattr(self.target, "close", bool)())
-            if self.boot != LACKS_A_CHANGE:
+            try:
+                # First, as it may fail to keep what the log has
+                await ublk.end_of(getattr(self.target, "close", bool)())
                 os.fsync(self.log.fd)
                 # As of a target above that does not wait for what it has begun
-                lacks = self.under_way or self._has_lost()
-                self.boot = COMPLETE if not lacks else LACKS_A_CHANGE
+                if self.boot != LACKS_A_CHANGE:
+                    self.boot = COMPLETE if not self.under_way else LACKS_A_CHANGE
+            except Exception:
+                self.boot = LACKS_A_CHANGE
+                raise
+            finally:
                 self._head()
 
     def disown(self) -> None:
