@@ -4107,12 +4107,12 @@ class Device:
         self._changing = False
         if self.state is NEW:  # the child may start it
             return
-        gone = self.state is GONE
-        self._forget()  # first: whatever cannot be given up, the disk is not ours
-        self._workers.clear()
-        self._close_files()
-        if not gone:  # else its target may be for another disk
-            getattr(self.target, "disown", bool)()
+        with contextlib.ExitStack() as ends:  # each, whatever another fails of
+            if self.state is not GONE:  # else its target may be for another disk
+                ends.callback(getattr(self.target, "disown", bool))
+            ends.callback(self._close_files)
+            self._workers.clear()
+            self._forget()  # first: whatever cannot be given up, the disk is not ours
 
     def _close_files(self) -> None:
         """Give back the memory that is shared, and everything that refers to /dev/ublkcN."""

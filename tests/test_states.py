@@ -1085,6 +1085,26 @@ def test_a_child_that_is_forked_as_a_queue_looks_at_its_requests_does_not_keep_t
     assert ends == [0]
 
 
+@pytest.mark.parametrize("of", ["descriptors", "control"])
+def test_a_forked_child_gives_its_target_up_though_a_thread_had_a_view(driver, rings, monkeypatch, of):
+    """It kept the lock of the target's files, which nobody else got once its parent was killed."""
+    def given_up():
+        closed = all(file.closed for file in disk._files if not isinstance(file, mmap.mmap))
+        os._exit(told != [True] or not closed or disk.state is not ublk.GONE)
+    told = []
+    monkeypatch.setattr(Target, "disown", lambda target: told.append(True), raising=False)
+    monkeypatch.setattr(sys, "unraisablehook", bool)
+    with new() as disk, monkeypatch.context() as patch:
+        disk._files.append(mmap.mmap(-1, 4096))
+        if of == "control":                                 # as who has a command under way
+            patch.setattr(driver, "close", fails)
+        with memoryview(disk._files[-1]) as view:
+            if of == "control":
+                view.release()
+            child = in_child(given_up)
+    assert child == 0
+
+
 @pytest.mark.parametrize("moment", ["open_char", "map_descriptors"])
 def test_a_child_that_is_forked_as_a_server_gets_its_disk_holds_nothing(
         driver, monkeypatch, tmp_path, moment):
