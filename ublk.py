@@ -1247,6 +1247,7 @@ class Control:
         # two entries; but the first ring of a thread also tells the kernel how many of
         # its commands may wait at a time.
         self._rings = [Ring(64, for_control=True)]
+        _controls.add(self)
         self.enough: Callable[[], bool] = bool
         self._unprivileged: dict[int, int] = {}  # the flag of the devices seen so far
         self.legacy = False
@@ -1265,6 +1266,10 @@ class Control:
     def close(self) -> None:
         """Let go of the control node and its rings; commands under way still have theirs."""
         self.fd = -1
+        self.close_rings()
+
+    def close_rings(self) -> None:
+        """Have the next command make a ring, as in a forked child: its parent still uses these."""
         with contextlib.suppress(IndexError):  # a command that takes one first has it
             while True:
                 self._rings.pop().close()
@@ -4125,6 +4130,7 @@ class Device:
                 file.close()
 
 
+_controls: weakref.WeakSet[Control] = weakref.WeakSet()
 _devices: weakref.WeakSet[Device] = weakref.WeakSet()
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 # Held by who forks, and by a thread that makes or closes a queue: a ring that it alone knows of,
@@ -4141,6 +4147,8 @@ def _disown_all() -> None:
             ends.callback(device.disown)
         for queue in _queues:
             ends.callback(queue.close)
+        for control in _controls:
+            ends.callback(control.close_rings)
 
 
 def let_go_of_nodes() -> None:

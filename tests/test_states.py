@@ -1280,6 +1280,23 @@ def control(monkeypatch):
     made.close()
 
 
+def test_a_forked_child_has_a_ring_of_its_own_for_commands(control, monkeypatch):
+    """With its parent's, each command of either was done 64 times: one ADD_DEV made 64 devices."""
+    def counts(ring, reap=ublk.Ring.reap):
+        found = reap(ring)
+        ended.extend(found[0])
+        return found
+
+    def commands():
+        for _ in range(3):
+            control.get_features()
+    assert in_child(commands) == 0
+    ended = []
+    monkeypatch.setattr(ublk.Ring, "reap", counts)
+    commands()
+    assert ended == [1] * 3
+
+
 def test_an_answer_that_a_signals_handler_keeps_from_being_noted_is_not_waited_for(control):
     ring = control._rings[0]
     reap, found = ring.reap, []
