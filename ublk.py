@@ -4161,13 +4161,13 @@ def let_go_of_nodes() -> None:
         contextlib.suppress(FileNotFoundError),
         open(os.devnull, "r+b", buffering=0) as nothing,
     ):
-        for name in os.listdir("/proc/self/fd"):
-            if link_of(f"/proc/self/fd/{name}").startswith(NODE):
-                os.dup2(nothing.fileno(), int(name), inheritable=False)
+        for fd, file in open_descriptors().items():
+            if file.startswith(NODE):
+                os.dup2(nothing.fileno(), fd, inheritable=False)
     for line in lines_of("/proc/self/maps"):
-        place, _, name = line.partition("/")
-        if f"/{name}".startswith(NODE):
-            begin, end = (int(number, 16) for number in place.split(" ")[0].split("-"))
+        place, *_, file = line.split(maxsplit=5)
+        if file.startswith(NODE):
+            begin, end = (int(number, 16) for number in place.split("-"))
             _libc.mmap(
                 ctypes.c_void_p(begin),
                 ctypes.c_size_t(end - begin),
@@ -6513,7 +6513,8 @@ class Started:
     """
 
     def __init__(self, options: Any) -> None:
-        self.inherited = open_descriptors()
+        # But for the three standard ones
+        self.inherited = {fd: file for fd, file in open_descriptors().items() if fd > 2}
         self.options = options
         self.out = sys.stdout
         self.news = -1
@@ -6692,12 +6693,12 @@ def notifier() -> Iterator[Callable[[str], bool]]:
 
 
 def open_descriptors() -> dict[int, str]:
-    """Return the descriptors this process has open, but for the three standard ones, and of what."""
+    """Return the descriptors this process has open, and of what."""
     found = {
         int(name): link_of(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
     }
     # The listing's own is closed by now, and leads nowhere
-    return {fd: file for fd, file in found.items() if fd > 2 and file}
+    return {fd: file for fd, file in found.items() if file}
 
 
 def in_background(run: Callable[[], None], started: Started, identity: int) -> int:

@@ -1865,8 +1865,8 @@ class Nbd(ublk.Target):
         end = offset + length
         cuts = [offset, *range((offset // most + 1) * most, end, most), end]
         losses = self.losses
+        has_data = command == NBD_CMD_WRITE
         for at, till in zip(cuts, cuts[1:]):
-            has_data = command == NBD_CMD_WRITE
             part = what[at - offset : till - offset] if has_data else till - at
             await self.ask(command, flags, at, part)
         self.lost |= len(cuts) > 2 and losses != self.losses

@@ -1026,6 +1026,25 @@ def held(start):
 rings_held = partial(held, "anon_inode:[io_uring]")
 
 
+def holds(node):
+    """Tell whether this process has a file open, or mapped."""
+    return bool(held(str(node))) or str(node) in open("/proc/self/maps", encoding="utf-8").read()
+
+
+@pytest.fixture
+def node(driver, monkeypatch, tmp_path):
+    """A file in place of /dev/ublkc7, whose requests are mapped."""
+    path = tmp_path / "ublkc7"
+    path.write_bytes(bytes(1 << 16))
+
+    def mapped(fd, dev_id, size, offset):
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
+    monkeypatch.setattr(ublk, "NODE", str(path)[:-1])
+    monkeypatch.setattr(ublk, "map_descriptors", mapped)
+    return path
+
+
 def test_a_child_that_is_forked_as_a_queue_is_made_holds_nothing_of_the_device(driver, monkeypatch):
     """Or the kernel would not hear of its parent's end, and its own end would delete its parent's device."""
     def half_made(target):
@@ -1059,26 +1078,16 @@ def test_a_child_that_is_forked_as_a_ring_is_made_does_not_keep_it(driver, monke
 
 
 def test_a_child_that_is_forked_as_a_queue_looks_at_its_requests_does_not_keep_them_mapped(
-        driver, rings, monkeypatch, tmp_path):
+        rings, node, monkeypatch):
     """Nobody there could release a view that the queue's thread has just got."""
-    def mapped(fd, dev_id, size, offset):
-        with open(node, "rb") as file:
-            return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-
     def lets_fork(queue, view):
         if view.nbytes == 128 * 24 and view.format == "B":
             fork.start()
             fork.join(0.5)                                  # it may wait for this thread
         return kept(queue, view)
 
-    def has(node):
-        return bool(held(node)) or node in open("/proc/self/maps", encoding="utf-8").read()
-
-    node, ends, kept = str(tmp_path / "ublkc7"), [], QUEUE.kept
-    monkeypatch.setattr(ublk, "NODE", node[:-1])
-    (tmp_path / "ublkc7").write_bytes(bytes(1 << 16))
-    fork = threading.Thread(target=lambda: ends.append(in_child(lambda: os._exit(has(node)))))
-    monkeypatch.setattr(ublk, "map_descriptors", mapped)
+    ends, kept = [], QUEUE.kept
+    fork = threading.Thread(target=lambda: ends.append(in_child(lambda: os._exit(holds(node)))))
     monkeypatch.setattr(QUEUE, "kept", lets_fork)
     with new():
         fork.join()
@@ -1106,30 +1115,19 @@ def test_a_forked_child_gives_its_target_up_though_a_thread_had_a_view(driver, r
 
 
 @pytest.mark.parametrize("moment", ["open_char", "map_descriptors"])
-def test_a_child_that_is_forked_as_a_server_gets_its_disk_holds_nothing(
-        driver, monkeypatch, tmp_path, moment):
+def test_a_child_that_is_forked_as_a_server_gets_its_disk_holds_nothing(node, monkeypatch, moment):
     """Whatever came between, no lock may be left by that: no Ctrl-C, say."""
     def forks(*words, get=None, **options):
         found = get(*words, **options)
-        ends.append(in_child(lambda: os._exit(has())))
+        ends.append(in_child(lambda: os._exit(holds(node))))
         return found
 
-    def has():
-        return bool(held(str(node))) or str(node) in open("/proc/self/maps", encoding="utf-8").read()
-
-    def mapped(fd, dev_id, size, offset):
-        with open(node, "rb") as file:
-            return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
-
-    node, ends = tmp_path / "ublkc7", []
-    node.write_bytes(bytes(1 << 16))
-    monkeypatch.setattr(ublk, "NODE", str(node)[:-1])
+    ends = []
     monkeypatch.setattr(ublk, "open_char", lambda dev_id, **_: open(node, "r+b", buffering=0))
-    monkeypatch.setattr(ublk, "map_descriptors", mapped)
     monkeypatch.setattr(ublk, moment, partial(forks, get=getattr(ublk, moment)))
     with new():
-        assert has()
-    assert ends == [0] and not has()
+        assert holds(node)
+    assert ends == [0] and not holds(node)
 
 
 @pytest.mark.parametrize("moment", ["ring", "node"])
